@@ -1,0 +1,210 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The cache of a T6 model: rows of low-rank factors in place of keys and values (paper, section 3.2)"""
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.configuration_utils import PreTrainedConfig
+
+
+class FactorLayout:
+    """
+    How the factors of one token, A [rank, num_heads] and B [rank, head_dim], lie side by side in one row:
+    the `rank` rows of B, then the `rank` rows of A.
+
+    A's rows are padded by at most 7 numbers each, so that a row starts on 16 bytes in half precision: kernels lose
+    half their speed on rows that do not. A row has `width` numbers, `rank * (num_heads + head_dim)` where that is
+    already a multiple of 8.
+    """
+
+    def __init__(self, rank: int, num_heads: int, head_dim: int):
+        self.rank, self.num_heads, self.head_dim = rank, num_heads, head_dim
+        self.padded_heads = next(n for n in range(num_heads, num_heads + 8) if rank * (n + head_dim) % 8 == 0)
+        self.width = rank * (self.padded_heads + head_dim)
+
+    def pack(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim] as rows [batch, 1, seq, width]."""
+        a = torch.nn.functional.pad(a, (0, self.padded_heads - self.num_heads))
+        return torch.cat([b.flatten(-2), a.flatten(-2)], dim=-1).unsqueeze(1)
+
+    def unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim] into rows [batch, 1, seq, width]."""
+        b, a = rows.squeeze(1).split([self.rank * self.head_dim, self.rank * self.padded_heads], dim=-1)
+        a = a.unflatten(-1, (self.rank, self.padded_heads))[..., : self.num_heads]
+        return a, b.unflatten(-1, (self.rank, self.head_dim))
+
+
+def factor_layouts(config: PreTrainedConfig) -> tuple[FactorLayout, FactorLayout]:
+    """The layouts of the key rows and of the value rows of a T6 model."""
+    return (
+        FactorLayout(config.k_rank, config.num_attention_heads, config.head_dim),
+        FactorLayout(config.v_rank, config.num_attention_heads, config.head_dim),
+    )
+
+
+class T6DynamicLayer(DynamicLayer):
+    """
+    Factors of one layer: `keys` [batch, 1, seq, R_K (h + d)] and `values` [batch, 1, seq, R_V (h + d)] are views of
+    storage that doubles when it is full, so that appending a token writes one row and copies nothing else.
+    """
+
+    def __init__(self, config: PreTrainedConfig | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.layouts = None if config is None else factor_layouts(config)
+        self._storage: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._set_storage((key_states[:, :, :0], value_states[:, :, :0]), seq_length=0)
+        self.is_initialized = True
+
+    def _set_storage(self, storage: tuple[torch.Tensor, torch.Tensor], seq_length: int) -> None:
+        self._storage = storage
+        self.keys, self.values = (tensor[:, :, :seq_length] for tensor in storage)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Append rows `key_states` [batch, 1, new, R_K (h + d)] and `value_states` [batch, 1, new, R_V (h + d)].
+
+        Returns:
+            The rows of all the tokens seen, as views of the storage.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+
+        if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
+            # Autograd needs the rows that earlier steps used as they were: no writing in place.
+            self._set_storage(
+                (torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)), end
+            )
+            return self.keys, self.values
+
+        if end > self._storage[0].shape[-2]:
+            # A prompt gets just the room it needs; from then on the storage doubles.
+            capacity = end if start == 0 else max(end, 2 * start)
+            grown = tuple(rows.new_empty((*rows.shape[:2], capacity, rows.shape[-1])) for rows in self._storage)
+            for new, old in zip(grown, (self.keys, self.values)):
+                new[:, :, :start] = old
+            self._storage = grown
+        for storage, rows in zip(self._storage, (key_states, value_states)):
+            storage[:, :, start:end] = rows
+        self._set_storage(self._storage, end)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Drops the factors; the next `update` starts an empty cache."""
+        self.keys = self.values = self._storage = None
+        self.is_initialized = False
+
+    def _map_storage(self, function) -> None:
+        if self.is_initialized:
+            self._set_storage(tuple(function(tensor) for tensor in self._storage), self.keys.shape[-2])
+
+    def offload(self):
+        self._map_storage(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self):
+        if self.is_initialized and self.keys.device != self.device:
+            self._map_storage(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map_storage(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_storage(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_storage(lambda tensor: tensor[indices, ...])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors held: (R_K + R_V)(h + d) numbers per token, plus the alignment of a row."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+
+    def _factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.layouts is None or not self.is_initialized:
+            raise ValueError("Factor views need a cache built as `T6Cache(config=...)` that holds at least one token.")
+        return self.layouts[index].unpack((self.keys, self.values)[index])
+
+    @property
+    def a_k(self) -> torch.Tensor:
+        """View [batch, seq, R_K, h] of the keys' head factors."""
+        return self._factors(0)[0]
+
+    @property
+    def b_k(self) -> torch.Tensor:
+        """View [batch, seq, R_K, d] of the keys' feature factors, already rotated."""
+        return self._factors(0)[1]
+
+    @property
+    def a_v(self) -> torch.Tensor:
+        """View [batch, seq, R_V, h] of the values' head factors."""
+        return self._factors(1)[0]
+
+    @property
+    def b_v(self) -> torch.Tensor:
+        """View [batch, seq, R_V, d] of the values' feature factors."""
+        return self._factors(1)[1]
+
+
+class T6Cache(DynamicCache):
+    """
+    The default cache of a T6 model, a `DynamicCache` whose layers are [`T6DynamicLayer`]s. It takes `DynamicCache`'s
+    arguments; with `config` its layers show their factors as `cache.layers[i].a_k`, `.b_k`, `.a_v` and `.b_v`.
+
+    Transformers' own `DynamicCache`, `StaticCache` and `QuantizedCache` hold the same rows for a T6 model.
+    """
+
+    def __init__(self, ddp_cache_data=None, config: PreTrainedConfig | None = None, **kwargs):
+        super().__init__(config=config, **kwargs)
+        decoder_config = None if config is None else config.get_text_config(decoder=True)
+        self.layers = [T6DynamicLayer(decoder_config) for _ in self.layers]
+        if self.layer_class_to_replicate is not None:
+            self.layer_class_to_replicate = T6DynamicLayer
+        for layer_idx, rows in enumerate(ddp_cache_data or ()):
+            self.update(rows[0], rows[1], layer_idx)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors held by all layers."""
+        return cache_nbytes(self)
+
+
+def cache_nbytes(cache: Cache) -> int:
+    """Bytes that the layers of any `Cache` hold now: of a static cache, those allocated."""
+    total = 0
+    for layer in cache.layers:
+        for name in ("keys", "values", "_quantized_keys", "_quantized_values"):
+            total += _nbytes(getattr(layer, name, None))
+    return total
+
+
+def _nbytes(value) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, (tuple, list)):  # HQQ: (quantised, {scale, zero, ...})
+        return sum(_nbytes(item) for item in value)
+    if isinstance(value, dict):
+        return sum(_nbytes(item) for item in value.values())
+    if not isinstance(value, torch.Tensor):
+        return 0
+    if hasattr(value, "__tensor_flatten__"):  # quanto: a tensor of packed integers, scales and shifts
+        return sum(_nbytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return value.nbytes
+
+
+__all__ = ["T6Cache"]

@@ -1,0 +1,141 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""T6 model configuration"""
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+
+@strict
+class T6Config(PreTrainedConfig):
+    r"""
+    Configuration of a T6 model: a Llama-like decoder whose queries, keys and values are products of low-rank,
+    contextual factors ("Tensor Product Attention Is All You Need", arXiv 2501.06425). The defaults are the paper's
+    small model (124M parameters).
+
+    Args:
+        vocab_size (`int`, defaults to 50304): Number of tokens.
+        hidden_size (`int`, defaults to 768): Size of the residual stream.
+        intermediate_size (`int`, *optional*): Inner size of the SwiGLU; `floor(8 / 3 * hidden_size)` if `None`.
+        num_hidden_layers (`int`, defaults to 12): Number of blocks.
+        num_attention_heads (`int`, defaults to 34): Number of attention heads (h).
+        head_dim (`int`, defaults to 64): Size of a head (d), independent of `hidden_size`.
+        q_rank (`int`, *optional*, defaults to 6):
+            Rank of the queries (R_Q). `None` is TPA-KVonly: the queries come from one ordinary projection.
+        k_rank (`int`, defaults to 2): Rank of the keys (R_K).
+        v_rank (`int`, defaults to 2): Rank of the values (R_V).
+        hidden_act (`str`, defaults to `"silu"`): Activation of the gated MLP.
+        max_position_embeddings (`int`, defaults to 1024): Longest sequence the model was made for.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation for every matrix but the factor, output and down projections (see `T6PreTrainedModel`).
+        rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the RMS norms.
+        rope_parameters (`dict`, *optional*):
+            As in every Transformers model: `rope_theta`, `rope_type`, `partial_rotary_factor` and what the type needs.
+        attention_bias (`bool`, defaults to `False`): Whether the attention projections have biases.
+        attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities.
+
+    ```python
+    >>> from modeling_t6 import T6Config, T6ForCausalLM
+
+    >>> configuration = T6Config()
+    >>> model = T6ForCausalLM(configuration)
+    ```"""
+
+    model_type = "t6"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 34
+    head_dim: int = 64
+    q_rank: int | None = 6
+    k_rank: int = 2
+    v_rank: int = 2
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 1024
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float = 0.0
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None and isinstance(self.hidden_size, int):
+            self.intermediate_size = 8 * self.hidden_size // 3
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Number of heads of the keys and values that the factors form: all of them."""
+        return self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of features of a head that RoPE rotates, as Transformers' RoPE functions count them."""
+        return int(self.head_dim * (self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: refuses sizes that no T6 model can have."""
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "head_dim",
+            "k_rank",
+            "v_rank",
+            "max_position_embeddings",
+        ):
+            if getattr(self, field) < 1:
+                raise ValueError(f"`{field}` must be a positive integer, got {getattr(self, field)}.")
+        if self.q_rank is not None and self.q_rank < 1:
+            raise ValueError(
+                f"`q_rank` must be a positive integer, or None for queries without factors (TPA-KVonly), got {self.q_rank}."
+            )
+        if self.rms_norm_eps <= 0:
+            raise ValueError(f"`rms_norm_eps` must be positive, got {self.rms_norm_eps}.")
+        if self.initializer_range < 0:
+            raise ValueError(f"`initializer_range` must not be negative, got {self.initializer_range}.")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"`attention_dropout` must be in [0, 1), got {self.attention_dropout}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(
+                f"`rope_parameters['rope_type']` must be 'default' or one of {sorted(ROPE_INIT_FUNCTIONS)}, got {rope_type!r}."
+            )
+        if self.rotary_dim < 2 or self.rotary_dim > self.head_dim or self.rotary_dim % 2:
+            raise ValueError(
+                "RoPE rotates an even number of features, from 2 to `head_dim`: got "
+                f"int(`head_dim` * `partial_rotary_factor`) = {self.rotary_dim} with `head_dim`={self.head_dim}."
+            )
+
+
+__all__ = ["T6Config"]

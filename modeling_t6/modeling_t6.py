@@ -1,0 +1,552 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PyTorch T6 model"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_t6 import attend_in_factor_space, factor_space_attention, form_heads
+from .cache_t6 import T6Cache, factor_layouts
+from .configuration_t6 import T6Config
+
+
+logger = logging.get_logger(__name__)
+
+
+class T6RMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        """T6RMSNorm is equivalent to LlamaRMSNorm, but keeps float64 inputs in float64."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.promote_types(input_dtype, torch.float32))
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class T6RotaryEmbedding(nn.Module):
+    def __init__(self, config: T6Config):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+
+        self.config = config
+
+        self.rope_type = self.config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(self.config)
+
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: T6Config, device: torch.device | None = None, **kwargs
+    ) -> tuple[torch.Tensor, float]:
+        """
+        Inverse frequencies of the original RoPE, over the rotated part of a head.
+
+        Returns:
+            The inverse frequencies [rotary_dim / 2], float32, and the scaling of cos and sin (1: unused here).
+        """
+        base = config.rope_parameters["rope_theta"]
+        dim = config.rotary_dim
+        inv_freq = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim))
+        return inv_freq, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update  # power user: used with advanced RoPE types (e.g. dynamic rope)
+    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        cos = emb.cos() * self.attention_scaling
+        sin = emb.sin() * self.attention_scaling
+
+        return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Rotates half the hidden dims of the input."""
+    x1 = x[..., : x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    Applies RoPE to the first `rotary_dim` features of `x` [batch, seq, n, head_dim], n factors or heads alike;
+    rotating the B factors rotates the heads that they form (Theorem 3.1).
+    """
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    x_rot, x_pass = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    x_rot = (x_rot * cos) + (rotate_half(x_rot) * sin)
+    return torch.cat((x_rot, x_pass), dim=-1) if x_pass.shape[-1] else x_rot
+
+
+class T6MLP(nn.Module):
+    def __init__(self, config: T6Config):
+        super().__init__()
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = config.intermediate_size
+        self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=softmax_dtype).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value)
+    attn_output = attn_output.transpose(1, 2).contiguous()
+
+    return attn_output, attn_weights
+
+
+class T6Attention(nn.Module):
+    """Tensor product attention from 'Tensor Product Attention Is All You Need' paper"""
+
+    def __init__(self, config: T6Config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.q_rank, self.k_rank, self.v_rank = config.q_rank, config.k_rank, config.v_rank
+        self.num_key_value_groups = 1
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.key_layout, self.value_layout = factor_layouts(config)
+
+        num_heads, bias = config.num_attention_heads, config.attention_bias
+        # The outputs of an A projection are head-major, [h, R]; those of a B projection rank-major, [R, d].
+        if self.q_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=bias)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, num_heads * self.q_rank, bias=bias)
+            self.q_b_proj = nn.Linear(config.hidden_size, self.q_rank * self.head_dim, bias=bias)
+        self.k_a_proj = nn.Linear(config.hidden_size, num_heads * self.k_rank, bias=bias)
+        self.k_b_proj = nn.Linear(config.hidden_size, self.k_rank * self.head_dim, bias=bias)
+        self.v_a_proj = nn.Linear(config.hidden_size, num_heads * self.v_rank, bias=bias)
+        self.v_b_proj = nn.Linear(config.hidden_size, self.v_rank * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        factor_space: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        cos, sin = position_embeddings
+
+        if self.q_rank is None:
+            query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)
+            query_states = apply_rotary_pos_emb(query_states, cos, sin)
+        else:
+            a_q = self.q_a_proj(hidden_states).view(*input_shape, -1, self.q_rank).transpose(-1, -2)
+            b_q = self.q_b_proj(hidden_states).view(*input_shape, self.q_rank, self.head_dim)
+            query_states = form_heads(a_q, apply_rotary_pos_emb(b_q, cos, sin))
+        a_k = self.k_a_proj(hidden_states).view(*input_shape, -1, self.k_rank).transpose(-1, -2)
+        b_k = self.k_b_proj(hidden_states).view(*input_shape, self.k_rank, self.head_dim)
+        b_k = apply_rotary_pos_emb(b_k, cos, sin)
+        a_v = self.v_a_proj(hidden_states).view(*input_shape, -1, self.v_rank).transpose(-1, -2)
+        b_v = self.v_b_proj(hidden_states).view(*input_shape, self.v_rank, self.head_dim)
+
+        if past_key_values is not None:
+            key_rows, value_rows = past_key_values.update(
+                self.key_layout.pack(a_k, b_k), self.value_layout.pack(a_v, b_v), self.layer_idx
+            )
+            a_k, b_k = self.key_layout.unpack(key_rows)
+            a_v, b_v = self.value_layout.unpack(value_rows)
+
+        if factor_space:
+            attn_output, attn_weights = factor_space_attention(
+                query_states, (a_k, b_k), (a_v, b_v), attention_mask, scaling=self.scaling
+            )
+        else:
+            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            attn_output, attn_weights = attention_interface(
+                self,
+                query_states.transpose(1, 2),
+                form_heads(a_k, b_k).transpose(1, 2),
+                form_heads(a_v, b_v).transpose(1, 2),
+                attention_mask,
+                dropout=0.0 if not self.training else self.attention_dropout,
+                scaling=self.scaling,
+                **kwargs,
+            )
+
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        attn_output = self.o_proj(attn_output)
+        return attn_output, attn_weights
+
+
+class T6DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: T6Config, layer_idx: int):
+        super().__init__()
+        self.hidden_size = config.hidden_size
+
+        self.self_attn = T6Attention(config=config, layer_idx=layer_idx)
+
+        self.mlp = T6MLP(config)
+        self.input_layernorm = T6RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = T6RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        # Self Attention
+        hidden_states, _ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+
+        # Fully Connected
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states = self.mlp(hidden_states)
+        hidden_states = residual + hidden_states
+        return hidden_states
+
+
+@auto_docstring
+class T6PreTrainedModel(PreTrainedModel):
+    config: T6Config
+    config_class = T6Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["T6DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": T6DecoderLayer,
+        "attentions": T6Attention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The paper's initialisation: Xavier uniform factors, output projections at zero; the rest as Llama."""
+        super()._init_weights(module)
+        if isinstance(module, T6Attention):
+            hidden_size, num_heads, head_dim = self.config.hidden_size, self.config.num_attention_heads, module.head_dim
+            for name, rank in (("q", module.q_rank), ("k", module.k_rank), ("v", module.v_rank)):
+                if rank is None:
+                    continue
+                # Xavier's fans of a weight viewed as [hidden, n1, n2] are hidden * n2 and n1 * n2.
+                for factor, n1, n2 in (("a", num_heads, rank), ("b", rank, head_dim)):
+                    bound = (6 / ((hidden_size + n1) * n2)) ** 0.5
+                    init.uniform_(getattr(module, f"{name}_{factor}_proj").weight, -bound, bound)
+            init.zeros_(module.o_proj.weight)
+        elif isinstance(module, T6MLP):
+            init.zeros_(module.down_proj.weight)
+
+
+@auto_docstring
+class T6Model(T6PreTrainedModel):
+    def __init__(self, config: T6Config):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [T6DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = T6RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = T6RotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+
+        if inputs_embeds is None:
+            inputs_embeds: torch.Tensor = self.embed_tokens(input_ids)
+
+        if use_cache and past_key_values is None:
+            past_key_values = T6Cache(config=self.config)
+
+        _validate_inputs(inputs_embeds, attention_mask, past_key_values)
+
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        factor_space = attend_in_factor_space(inputs_embeds.shape[1], past_key_values, self.training)
+        mask_config = self.config
+        if factor_space and self.config._attn_implementation not in ("eager", "sdpa"):
+            # Factor space needs the mask as a tensor, whatever the attention interface would take.
+            mask_config = copy.copy(self.config)
+            mask_config._attn_implementation = "sdpa"
+
+        causal_mask = create_causal_mask(
+            config=mask_config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                factor_space=factor_space,
+                **kwargs,
+            )
+
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+        )
+
+
+def _validate_inputs(
+    inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+) -> None:
+    """Refuses an empty prompt, and padding masks that would be misread rather than fail."""
+    batch_size, query_length = inputs_embeds.shape[:2]
+    if query_length == 0:
+        raise ValueError("The prompt is empty: `input_ids` (or `inputs_embeds`) must hold at least one token.")
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return  # none, or a mask already prepared for the attention implementation
+    if attention_mask.shape[0] != batch_size:
+        raise ValueError(
+            f"`attention_mask` has {attention_mask.shape[0]} rows for a batch of {batch_size} sequences."
+        )
+    if torch.compiler.is_compiling():
+        return
+    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    if attention_mask.shape[1] < int(past_length) + query_length:
+        raise ValueError(
+            f"`attention_mask` must cover the {int(past_length)} cached and {query_length} new tokens, "
+            f"[{batch_size}, {int(past_length) + query_length}], got {list(attention_mask.shape)}."
+        )
+    if attention_mask.is_floating_point() and not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError(
+            "A 2D `attention_mask` holds 1 for tokens and 0 for padding, got other values in "
+            f"{attention_mask.dtype}: pass an additive mask as [batch, 1, query_length, key_length]."
+        )
+
+
+@auto_docstring
+class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: T6Config):
+        super().__init__(config)
+        self.model = T6Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Example:
+
+        ```python
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        >>> model = AutoModelForCausalLM.from_pretrained("someone/t6-model", trust_remote_code=True)
+        >>> tokenizer = AutoTokenizer.from_pretrained("someone/t6-model")
+
+        >>> inputs = tokenizer("Once more unto the breach", return_tensors="pt")
+        >>> generate_ids = model.generate(**inputs, max_new_tokens=30)
+        >>> tokenizer.batch_decode(generate_ids, skip_special_tokens=True)[0]
+        ```"""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+        hidden_states = outputs.last_hidden_state
+        # Only compute necessary logits, and do not upcast them to float if we are not computing the loss
+        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, slice_indices, :])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _get_static_cache_init_shape(self) -> None:
+        # Key and value rows may differ in width, which this hook cannot say: see `_prepare_cache_for_generation`.
+        return None
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
+        """`generate()`'s dynamic caches become `T6Cache`s, and its static ones are allocated for rows of factors."""
+        user_defined = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if user_defined:
+            return
+        if type(cache) is DynamicCache:
+            offloading = cache.offloading and self.device.type != "cpu"  # on the CPU there is nowhere to offload to
+            model_kwargs["past_key_values"] = T6Cache(config=self.config, offloading=offloading)
+        elif isinstance(cache, StaticCache) and len(set(getattr(self, "hf_device_map", {}).values())) <= 1:
+            batch_size = args[1] if len(args) > 1 else kwargs["batch_size"]
+            batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
+            key_layout, value_layout = factor_layouts(self.config)
+            for layer in cache.layers:
+                if not layer.is_initialized:
+                    layer.lazy_initialization(
+                        torch.empty((batch_size, 1, 0, key_layout.width), dtype=self.dtype, device=self.device),
+                        torch.empty((batch_size, 1, 0, value_layout.width), dtype=self.dtype, device=self.device),
+                    )
+
+
+class T6ForSequenceClassification(GenericForSequenceClassification, T6PreTrainedModel): ...
+
+
+class T6ForQuestionAnswering(GenericForQuestionAnswering, T6PreTrainedModel): ...
+
+
+class T6ForTokenClassification(GenericForTokenClassification, T6PreTrainedModel): ...
+
+
+__all__ = [
+    "T6ForCausalLM",
+    "T6Model",
+    "T6PreTrainedModel",
+    "T6ForSequenceClassification",
+    "T6ForQuestionAnswering",
+    "T6ForTokenClassification",
+]

@@ -13,6 +13,8 @@
 # limitations under the License.
 """The cache of a T6 model: rows of low-rank factors in place of keys and values (paper, section 3.2)"""
 
+import math
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
@@ -51,6 +53,16 @@ def factor_layouts(config: PreTrainedConfig) -> tuple[FactorLayout, FactorLayout
         FactorLayout(config.k_rank, config.num_attention_heads, config.head_dim),
         FactorLayout(config.v_rank, config.num_attention_heads, config.head_dim),
     )
+
+
+def quantization_group_size(config: PreTrainedConfig) -> int:
+    """
+    The `q_group_size` for a `QuantizedCache` of this model: the multiple of 8 nearest to Transformers' default of 64
+    that divides every row of factors (64 itself divides the rows of few models, and then quantising fails).
+    """
+    common_width = math.gcd(*(layout.width for layout in factor_layouts(config)))
+    divisors = [size for size in range(8, common_width + 1, 8) if common_width % size == 0]
+    return min(divisors, key=lambda size: abs(size - 64))
 
 
 class T6DynamicLayer(DynamicLayer):

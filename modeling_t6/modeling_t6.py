@@ -38,7 +38,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_t6 import attend_in_factor_space, factor_space_attention, form_heads
-from .cache_t6 import T6Cache, factor_layouts
+from .cache_t6 import T6Cache, factor_layouts, quantization_group_size
 from .configuration_t6 import T6Config
 
 
@@ -150,7 +150,9 @@ def eager_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attn_weights = attn_weights.masked_fill(~attention_mask, torch.finfo(attn_weights.dtype).min)
+    elif attention_mask is not None:
         attn_weights = attn_weights + attention_mask
 
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
@@ -375,10 +377,11 @@ class T6Model(T6PreTrainedModel):
 
         factor_space = attend_in_factor_space(inputs_embeds.shape[1], past_key_values, self.training)
         mask_config = self.config
-        if factor_space and self.config._attn_implementation not in ("eager", "sdpa"):
-            # Factor space needs the mask as a tensor, whatever the attention interface would take.
+        if factor_space and (self.config._attn_implementation != "sdpa" or past_key_values.is_compileable):
+            # Factor space needs the mask as a tensor, whatever the attention interface would take; and over a static
+            # cache always, since only a mask tells which of its rows are filled.
             mask_config = copy.copy(self.config)
-            mask_config._attn_implementation = "sdpa"
+            mask_config._attn_implementation = "eager"
 
         causal_mask = create_causal_mask(
             config=mask_config,
@@ -413,28 +416,38 @@ class T6Model(T6PreTrainedModel):
 def _validate_inputs(
     inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
 ) -> None:
-    """Refuses an empty prompt, and padding masks that would be misread rather than fail."""
+    """Refuses an empty prompt, and masks that would be misread rather than fail."""
     batch_size, query_length = inputs_embeds.shape[:2]
     if query_length == 0:
         raise ValueError("The prompt is empty: `input_ids` (or `inputs_embeds`) must hold at least one token.")
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        return  # none, or a mask already prepared for the attention implementation
-    if attention_mask.shape[0] != batch_size:
-        raise ValueError(
-            f"`attention_mask` has {attention_mask.shape[0]} rows for a batch of {batch_size} sequences."
-        )
-    if torch.compiler.is_compiling():
+    if not isinstance(attention_mask, torch.Tensor) or torch.compiler.is_compiling():
         return
-    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-    if attention_mask.shape[1] < int(past_length) + query_length:
+    mask_shape, dtype = list(attention_mask.shape), attention_mask.dtype
+    if attention_mask.dim() == 4:
+        if mask_shape[0] not in (1, batch_size) or mask_shape[2] != query_length:
+            raise ValueError(
+                f"A 4D `attention_mask` must be [{batch_size}, 1, {query_length}, key_length], got {mask_shape}."
+            )
+        if dtype != torch.bool and not dtype.is_floating_point:
+            raise ValueError(
+                f"A 4D `attention_mask` must be boolean (True: attend) or additive floating point, got {dtype}."
+            )
+    elif attention_mask.dim() == 2:
+        # A static cache counts its tokens in a tensor: reading it once a step costs less than a wrong answer.
+        past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        if mask_shape[0] != batch_size or mask_shape[1] < past_length + query_length:
+            raise ValueError(
+                f"`attention_mask` must cover {past_length} cached and {query_length} new tokens of {batch_size} "
+                f"sequences, [{batch_size}, {past_length + query_length}], got {mask_shape}."
+            )
+        if dtype.is_floating_point and not ((attention_mask == 0) | (attention_mask == 1)).all():
+            raise ValueError(
+                "A 2D `attention_mask` holds 1 for tokens and 0 for padding, got other values in "
+                f"{dtype}: pass an additive mask as [batch, 1, query_length, key_length]."
+            )
+    else:
         raise ValueError(
-            f"`attention_mask` must cover the {int(past_length)} cached and {query_length} new tokens, "
-            f"[{batch_size}, {int(past_length) + query_length}], got {list(attention_mask.shape)}."
-        )
-    if attention_mask.is_floating_point() and not ((attention_mask == 0) | (attention_mask == 1)).all():
-        raise ValueError(
-            "A 2D `attention_mask` holds 1 for tokens and 0 for padding, got other values in "
-            f"{attention_mask.dtype}: pass an additive mask as [batch, 1, query_length, key_length]."
+            f"`attention_mask` must be [batch, key_length] or [batch, 1, query_length, key_length], got {mask_shape}."
         )
 
 
@@ -512,8 +525,14 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
         return None
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
-        """`generate()`'s dynamic caches become `T6Cache`s, and its static ones are allocated for rows of factors."""
+        """
+        `generate()`'s dynamic caches become `T6Cache`s, its static ones are allocated for rows of factors, and its
+        quantised ones group numbers by a size that divides a row.
+        """
         user_defined = model_kwargs.get("past_key_values") is not None
+        if generation_config.cache_implementation == "quantized":
+            cache_config = generation_config.cache_config or {}
+            generation_config.cache_config = {"q_group_size": quantization_group_size(self.config), **cache_config}
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if user_defined:

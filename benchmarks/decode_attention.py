@@ -1,0 +1,115 @@
+"""
+One decoding step of attention on the CPU: factor space, K and V rebuilt from the factors, and SDPA over a cached MHA.
+
+    python benchmarks/decode_attention.py --threads 2
+
+All three get the same query over the same keys and values, and are timed in turns in one process, so that the ratios
+hold whatever else the machine does. A second table times appending one token to each cache.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from modeling_t6 import T6Cache, T6Config
+from modeling_t6.attention_t6 import factor_space_attention, form_heads
+from modeling_t6.cache_t6 import factor_layouts
+
+
+def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds of each function, called in turns."""
+    times = {name: [] for name in functions}
+    for repeat in range(repeats + 2):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if repeat >= 2:  # the first calls warm caches up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def attention_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:
+    """Median seconds of the three ways to attend with one query to `seq_length` cached tokens."""
+    heads, head_dim, scaling = config.num_attention_heads, config.head_dim, config.head_dim**-0.5
+    layouts = factor_layouts(config)
+    key_rows, value_rows = (torch.randn(1, 1, seq_length, layout.width).to(dtype) for layout in layouts)
+    query = torch.randn(1, 1, heads, head_dim).to(dtype)
+
+    def heads_from_factors() -> tuple[torch.Tensor, torch.Tensor]:
+        (a_k, b_k), (a_v, b_v) = layouts[0].unpack(key_rows), layouts[1].unpack(value_rows)
+        return form_heads(a_k, b_k).transpose(1, 2), form_heads(a_v, b_v).transpose(1, 2)
+
+    def sdpa(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=scaling)
+
+    # A cached MHA holds [batch, heads, seq, head_dim], contiguous.
+    key, value = (states.contiguous() for states in heads_from_factors())
+    functions = {
+        "factor space": lambda: factor_space_attention(
+            query, layouts[0].unpack(key_rows), layouts[1].unpack(value_rows), None, scaling
+        )[0],
+        "rebuilt K, V": lambda: sdpa(*heads_from_factors()),
+        "cached MHA": lambda: sdpa(key, value),
+    }
+    expected = functions["cached MHA"]().transpose(1, 2)
+    error = (functions["factor space"]() - expected).abs().max() / expected.abs().max()
+    assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"the paths disagree: relative error {error:.1e}"
+    return medians(functions, repeats)
+
+
+def append_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:
+    """Median seconds of appending one token to a cache of `seq_length` tokens of one layer."""
+    functions = {}
+    for name, cache in (("T6Cache", T6Cache()), ("DynamicCache", DynamicCache())):
+        rows = tuple(torch.randn(1, 1, seq_length, layout.width).to(dtype) for layout in factor_layouts(config))
+        new = tuple(tensor[:, :, :1].clone() for tensor in rows)
+        cache.update(*rows, 0)
+        cache.update(*new, 0)  # the first append after a prompt makes room for as many tokens again
+        functions[name] = lambda cache=cache, new=new: cache.update(*new, 0)
+    return medians(functions, repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--num-heads", type=int, default=32)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--ranks", type=int, nargs=3, default=(6, 2, 2), metavar=("Q", "K", "V"))
+    parser.add_argument("--seq-lengths", type=int, nargs="+", default=(2048, 8192, 32768, 131072))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    q_rank, k_rank, v_rank = args.ranks
+    config = T6Config(
+        num_attention_heads=args.num_heads, head_dim=args.head_dim, q_rank=q_rank, k_rank=k_rank, v_rank=v_rank
+    )
+
+    print(
+        f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, one query, h={args.num_heads}, "
+        f"d={args.head_dim}, ranks {tuple(args.ranks)}; medians of {args.repeats}"
+    )
+    print("cached tokens  factor space   rebuilt K, V           cached MHA (SDPA)")
+    with torch.inference_mode():
+        for seq_length in args.seq_lengths:
+            row = attention_row(config, seq_length, args.repeats, dtype)
+            fast = row["factor space"]
+            print(
+                f"{seq_length:13,}  {fast * 1e3:9.3f} ms"
+                + "".join(f"  {row[name] * 1e3:9.3f} ms {row[name] / fast:5.1f}x" for name in list(row)[1:])
+            )
+        print("\ncached tokens  append to T6Cache   to DynamicCache")
+        for seq_length in args.seq_lengths:
+            row = append_row(config, seq_length, args.repeats * 10, dtype)
+            print(f"{seq_length:13,}  {row['T6Cache'] * 1e6:14.1f} us  {row['DynamicCache'] * 1e6:12.1f} us")
+
+
+if __name__ == "__main__":
+    main()

@@ -64,14 +64,14 @@ def attention_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.
 
 def append_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:
     """Median seconds of appending one token to a cache of `seq_length` tokens of one layer."""
-    functions = {}
+    row = {}
     for name, cache in (("T6Cache", T6Cache()), ("DynamicCache", DynamicCache())):
         rows = tuple(torch.randn(1, 1, seq_length, layout.width).to(dtype) for layout in factor_layouts(config))
         new = tuple(tensor[:, :, :1].clone() for tensor in rows)
         cache.update(*rows, 0)
         cache.update(*new, 0)  # the first append after a prompt makes room for as many tokens again
-        functions[name] = lambda cache=cache, new=new: cache.update(*new, 0)
-    return medians(functions, repeats)
+        row |= medians({name: lambda cache=cache, new=new: cache.update(*new, 0)}, repeats)
+    return row
 
 
 def main() -> None:

@@ -226,7 +226,12 @@ class T6Attention(nn.Module):
 
         if factor_space:
             attn_output, attn_weights = factor_space_attention(
-                query_states, (a_k, b_k), (a_v, b_v), attention_mask, scaling=self.scaling
+                query_states,
+                (a_k, b_k),
+                (a_v, b_v),
+                attention_mask,
+                scaling=self.scaling,
+                output_attentions=self.config._attn_implementation == "eager",
             )
         else:
             attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -1,0 +1,692 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Train a T6 language model from scratch with Transformers' Trainer, on text files or a data set of the Hub.
+
+    python examples/train.py --text shakespeare.txt --output-dir t6-shakespeare
+
+The last tenth of the text is held out; a byte-level BPE tokenizer is trained on the rest. Checkpoints go to
+`OUTPUT_DIR-checkpoints`, from which `--resume` goes on; the checkpoint with the lowest held-out loss becomes the model
+folder, with tokenizer, modeling code and model card, that `AutoModelForCausalLM` loads with `trust_remote_code=True`.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from modeling_t6 import T6Config, T6ForCausalLM
+from modeling_t6.cache_t6 import factor_layouts
+
+
+IGNORED = -100  # the label that Transformers' losses skip; in a window it marks what lies beyond the text
+
+# The model that is trained where neither `--config` nor the options say otherwise.
+DEFAULT_ARCHITECTURE = {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "head_dim": 32,
+    "q_rank": 6,
+    "k_rank": 2,
+    "v_rank": 2,
+    "max_position_embeddings": 512,
+}
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line."""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
+        def convert(text: str) -> int | float:
+            value = kind(text)
+            if not low <= value <= high:
+                raise ValueError
+            return value
+
+        convert.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse's message names the type
+        return convert
+
+    def rank_or_none(text: str) -> int | None:
+        return None if text.lower() == "none" else count(text)
+
+    def field_and_value(text: str) -> tuple[str, object]:
+        field, value = text.split("=", 1)
+        try:
+            return field, json.loads(value)
+        except json.JSONDecodeError:
+            return field, value
+
+    count = number(int, 1)
+    rank_or_none.__name__ = "rank"
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    data = parser.add_argument_group("data")
+    source = data.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 text files, one document each")
+    source.add_argument("--dataset", metavar="HUB_ID", help="data set of the Hub, or a local one (needs `datasets`)")
+    data.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set")
+    data.add_argument("--split", default="train", help="split of the data set (%(default)s)")
+    data.add_argument("--text-column", default="text", metavar="NAME", help="its column of text (%(default)s)")
+    data.add_argument("--validation-text", type=Path, metavar="FILE", help="held-out text, in place of a fraction")
+    data.add_argument(
+        "--validation-fraction",
+        type=number(float, 1e-6, 0.9),
+        default=0.1,
+        metavar="F",
+        help="part of the text, at its end, that is held out (%(default)s)",
+    )
+    data.add_argument("--tokenizer", metavar="PATH", help="use this tokenizer instead of training one")
+    data.add_argument(
+        "--vocab-size", type=number(int, 258), default=1024, metavar="N", help="of the trained tokenizer (%(default)s)"
+    )
+
+    architecture = parser.add_argument_group(
+        "architecture", "`--config`, or else a model of about 5M parameters, with these fields replaced"
+    )
+    architecture.add_argument("--config", type=Path, metavar="PATH", help="config.json of a T6 model, or its folder")
+    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
+        architecture.add_argument(f"--{field.replace('_', '-')}", type=count, metavar="N")
+    architecture.add_argument("--q-rank", type=rank_or_none, default=argparse.SUPPRESS, metavar="N|none")
+    for field in ("k_rank", "v_rank", "max_position_embeddings"):
+        architecture.add_argument(f"--{field.replace('_', '-')}", type=count, metavar="N")
+    architecture.add_argument(
+        "--set",
+        nargs="+",
+        type=field_and_value,
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other field of T6Config, the value as JSON",
+    )
+
+    training = parser.add_argument_group("training")
+    length = training.add_mutually_exclusive_group()
+    length.add_argument("--max-steps", type=count, default=2000, metavar="N", help="optimizer steps (%(default)s)")
+    length.add_argument("--epochs", type=number(float, 1e-6), metavar="X", help="passes over the training text")
+    training.add_argument(
+        "--block-length", type=number(int, 2), metavar="N", help="tokens of an example (max_position_embeddings)"
+    )
+    training.add_argument("--batch-size", type=count, default=32, metavar="N", help="examples a device (%(default)s)")
+    training.add_argument("--gradient-accumulation", type=count, default=1, metavar="N", help="batches a step (1)")
+    training.add_argument("--learning-rate", type=number(float, 0), default=1e-3, metavar="X", help="(%(default)s)")
+    training.add_argument("--warmup-steps", type=number(int, 0), default=100, metavar="N", help="(%(default)s)")
+    training.add_argument(
+        "--min-lr-ratio",
+        type=number(float, 0, 1),
+        default=0.1,
+        metavar="X",
+        help="where the cosine ends, as a part of the learning rate (%(default)s)",
+    )
+    training.add_argument("--weight-decay", type=number(float, 0), default=0.1, metavar="X", help="(%(default)s)")
+    training.add_argument(
+        "--dropout",
+        type=number(float, 0, 0.99),
+        default=0.0,
+        metavar="P",
+        help="of embeddings and of each block's two outputs, in training only; not part of the model (%(default)s)",
+    )
+    training.add_argument("--attention-dropout", type=number(float, 0, 0.99), metavar="P", help="of probabilities (0)")
+    training.add_argument("--eval-steps", type=count, default=250, metavar="N", help="steps between checkpoints (250)")
+    training.add_argument("--logging-steps", type=count, default=50, metavar="N", help="(%(default)s)")
+    training.add_argument("--num-workers", type=number(int, 0), default=0, metavar="N", help="of the loader (0)")
+    training.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    training.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, metavar="N", help="(%(default)s)")
+    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the model folder to write")
+    output.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="(OUTPUT_DIR-checkpoints)")
+    output.add_argument("--overwrite", action="store_true", help="replace the model folder and any old checkpoints")
+    output.add_argument(
+        "--save-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)"
+    )
+    output.add_argument("--prompt", help="start of the model card's sample text (the held-out text's first line)")
+    output.add_argument("--data-description", metavar="TEXT", help="what the model card says of the data")
+    output.add_argument("--license", default="apache-2.0", metavar="ID", help="of the weights (%(default)s)")
+
+    args = parser.parse_args(argv)
+    args.command = ["python", "examples/train.py", *(sys.argv[1:] if argv is None else argv)]
+    # Absolute, since checkpoints record where the best of them lies.
+    args.output_dir = Path(os.path.abspath(args.output_dir))
+    default_checkpoint_dir = args.output_dir.with_name(f"{args.output_dir.name}-checkpoints")
+    args.checkpoint_dir = Path(os.path.abspath(args.checkpoint_dir or default_checkpoint_dir))
+    return args
+
+
+# Text
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def read_dataset(args: argparse.Namespace) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError("--dataset needs the package `datasets`; plain files go to --text") from error
+    try:
+        dataset = load_dataset(args.dataset, args.dataset_config, split=args.split)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the data set {args.dataset}: {one_line(error)}") from error
+    if args.text_column not in dataset.column_names:
+        raise InputError(f"the data set has no column {args.text_column!r}, only {', '.join(dataset.column_names)}")
+    return [text for text in dataset[args.text_column] if text]
+
+
+def split_documents(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """The documents up to the last `fraction` of all characters, and the rest; a document is cut between lines."""
+    cut = round(sum(map(len, documents)) * (1 - fraction))
+    for index, document in enumerate(documents):
+        if cut < len(document):
+            line_start = document.find("\n", cut) + 1
+            if 0 < line_start < len(document):
+                cut = line_start
+            training, held_out = [*documents[:index], document[:cut]], [document[cut:], *documents[index + 1 :]]
+            return [text for text in training if text], held_out
+        cut -= len(document)
+    return documents, []
+
+
+def load_documents(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Training and held-out documents."""
+    documents = [read_text(path) for path in args.text] if args.text else read_dataset(args)
+    if args.validation_text:
+        training, held_out = documents, [read_text(args.validation_text)]
+    else:
+        training, held_out = split_documents(documents, args.validation_fraction)
+    for name, texts in (("training", training), ("held-out", held_out)):
+        if not any(text.strip() for text in texts):
+            raise InputError(f"the {name} text is empty")
+    return training, held_out
+
+
+# Tokens
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: no text is out of its vocabulary, and decoding gives back every byte."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        # Padding has its own token: a collator that hides padding from the loss must not hide the end of a text.
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(documents, trainer, length=len(documents))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the tokenizer {path}: {one_line(error)}") from error
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer {path} has neither a bos nor an eos token to set documents apart")
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
+    """One stream of tokens: each document after a bos token, and before an eos token where that is another one."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = eos if bos is None else bos
+    end = [] if eos in (None, start) else [eos]
+    # `verbose=False`: documents are longer than the model's context, which is no mistake here.
+    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.cat([torch.tensor([start, *ids, *end]) for ids in encoded])
+
+
+class RandomWindows(Dataset):
+    """
+    Windows of `block_length` tokens at random places. A pass cuts the stream into windows from a random start and
+    shuffles them, so that it sees each token once and each pass cuts elsewhere.
+
+    A window depends only on the seed and its index, so that a resumed run goes on with the very windows that the
+    interrupted one would have had. The length covers the whole run: to `Trainer` it is one epoch.
+    """
+
+    def __init__(self, tokens: torch.Tensor, block_length: int, num_windows: int, seed: int):
+        self.tokens, self.block_length, self.num_windows, self.seed = tokens, block_length, num_windows, seed
+        self.windows_per_pass = max(1, len(tokens) // block_length - 1)
+        self._pass, self._starts = None, None
+
+    def __len__(self) -> int:
+        return self.num_windows
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        number, position = divmod(index, self.windows_per_pass)
+        if number != self._pass:
+            generator = torch.Generator().manual_seed((self.seed << 32) + number)
+            spare = len(self.tokens) - self.windows_per_pass * self.block_length
+            first = torch.randint(spare + 1, (1,), generator=generator)
+            order = torch.randperm(self.windows_per_pass, generator=generator)
+            self._pass, self._starts = number, (first + order * self.block_length).tolist()
+        start = self._starts[position]
+        return self.tokens[start : start + self.block_length]
+
+
+def held_out_windows(tokens: torch.Tensor, block_length: int) -> list[torch.Tensor]:
+    """Consecutive windows; the last token of one starts the next, so that each token but the first is predicted once."""
+    stride = block_length - 1
+    num_windows = math.ceil((len(tokens) - 1) / stride)
+    tokens = nn.functional.pad(tokens, (0, num_windows * stride + 1 - len(tokens)), value=IGNORED)
+    return list(tokens.unfold(0, block_length, stride))
+
+
+def collate(windows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    labels = torch.stack(windows)
+    return {"input_ids": labels.clamp(min=0), "labels": labels}  # causal: no token attends to padding after it
+
+
+# Loss
+
+
+def window_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each window [batch], in nats, summed over its tokens."""
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
+    )
+    return losses.sum(1)
+
+
+def loss_report(nats: float, num_tokens: int, documents: list[str]) -> dict[str, float]:
+    """The loss per token, and the two measures that compare across tokenizers."""
+    return {
+        "loss_per_token": nats / num_tokens,
+        "loss_per_character": nats / sum(map(len, documents)),
+        "bits_per_byte": nats / math.log(2) / sum(len(text.encode()) for text in documents),
+    }
+
+
+@torch.inference_mode()
+def total_loss(model: nn.Module, windows: list[torch.Tensor], batch_size: int) -> float:
+    model.eval()
+    nats = 0.0
+    for batch in DataLoader(windows, batch_size=batch_size, collate_fn=collate):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        nats += window_losses(model(batch["input_ids"], use_cache=False).logits, batch["labels"]).double().sum().item()
+    return nats
+
+
+# Model
+
+
+def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> T6Config:
+    fields = dict(DEFAULT_ARCHITECTURE)
+    if args.config:
+        path = args.config / "config.json" if args.config.is_dir() else args.config
+        try:
+            fields = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not JSON: {error}") from error
+        if not isinstance(fields, dict) or fields.get("model_type") != T6Config.model_type:
+            raise InputError(f"{path} does not describe a T6 model (its model_type is not 't6')")
+        # What a saved model's file says beside its architecture is not true of a new model.
+        for field in ("architectures", "auto_map", "dtype", "transformers_version"):
+            fields.pop(field, None)
+
+    known = vars(T6Config())
+    given = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    if "q_rank" in vars(args):
+        given["q_rank"] = args.q_rank  # None has a meaning
+    if unknown := [field for field, _ in args.set if field not in known]:
+        raise InputError(f"T6Config has no field {', '.join(unknown)}")
+    given.update(args.set)
+    if "hidden_size" in given and "intermediate_size" not in given:
+        fields.pop("intermediate_size", None)  # follows hidden_size
+    given["vocab_size"] = len(tokenizer)
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given[token] = getattr(tokenizer, token)
+    try:
+        return T6Config(**{**fields, **given})
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise InputError(f"no such architecture: {one_line(error)}") from error
+
+
+def add_dropout(model: T6ForCausalLM, probability: float) -> None:
+    """Dropout of the embeddings and of what each block adds to the residual stream; the saved model knows nothing of it."""
+
+    def drop(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(output, probability, module.training)
+
+    for name, module in model.named_modules():
+        if probability and name.endswith(("embed_tokens", "o_proj", "down_proj")):
+            module.register_forward_hook(drop)
+
+
+# Folders
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint: `trainer_state.json` is the file that Trainer writes last."""
+    checkpoints = {
+        int(path.parent.name.removeprefix("checkpoint-")): path.parent
+        for path in folder.glob("checkpoint-*/trainer_state.json")
+    }
+    return checkpoints[max(checkpoints)] if checkpoints else None
+
+
+def check_folders(args: argparse.Namespace) -> Path | None:
+    """Refuses to overwrite unasked; returns the checkpoint to resume from, if that is asked for."""
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise InputError(f"{args.output_dir} is a file")
+    if args.output_dir.is_dir() and any(args.output_dir.iterdir()) and not args.overwrite:
+        raise InputError(f"{args.output_dir} is not empty: --overwrite replaces it")
+    checkpoint = last_checkpoint(args.checkpoint_dir)
+    if args.resume:
+        if checkpoint is None:
+            raise InputError(f"--resume: there is no checkpoint in {args.checkpoint_dir}")
+        return checkpoint
+    if checkpoint is not None and not args.overwrite:
+        raise InputError(f"{args.checkpoint_dir} holds checkpoints: --resume goes on, --overwrite starts anew")
+    return None
+
+
+def check_same_model(config: T6Config, checkpoint: Path) -> None:
+    old, new = json.loads(read_text(checkpoint / "config.json")), json.loads(config.to_json_string(use_diff=False))
+    for field in T6Config.__annotations__:
+        if old.get(field) != new.get(field) and field not in ("use_cache", "attention_dropout"):
+            raise InputError(f"--resume: the checkpoint has {field}={old.get(field)}, this command {new.get(field)}")
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Puts the complete folder `new` in the place of `target`, or leaves `target` as it was."""
+    if not target.exists():
+        new.rename(target)
+        return
+    # Two renames, since a folder that is not empty cannot be renamed over.
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# Model card
+
+
+def model_card(args: argparse.Namespace, model: T6ForCausalLM, facts: dict) -> str:
+    config = model.config
+    itemsize = model.dtype.itemsize
+    cache = sum(layout.width for layout in factor_layouts(config)) * config.num_hidden_layers * itemsize
+    mha_cache = 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * itemsize
+    words = [shlex.quote(word) for word in args.command]
+    command = " ".join(words[:2]) + "".join(
+        f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in words[2:]
+    )
+    rows = {
+        "parameters": f"{model.num_parameters():,}",
+        "layers, hidden size, MLP": f"{config.num_hidden_layers}, {config.hidden_size}, {config.intermediate_size}",
+        "heads, head size": f"{config.num_attention_heads}, {config.head_dim}",
+        "ranks of Q, K, V": f"{config.q_rank or 'no factors'}, {config.k_rank}, {config.v_rank}",
+        "context, vocabulary": f"{config.max_position_embeddings}, {config.vocab_size}",
+        "weights": str(model.dtype).removeprefix("torch."),
+        "held-out loss per token": f"{facts['loss_per_token']:.4f} nats (perplexity {math.exp(facts['loss_per_token']):.2f})",
+        "held-out loss per character": f"{facts['loss_per_character']:.4f} nats",
+        "held-out bits per byte": f"{facts['bits_per_byte']:.4f}",
+        "cache per token": f"{cache:,} bytes; MHA with the same heads: {mha_cache:,} bytes ({mha_cache / cache:.1f}x)",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+license: {args.license}
+tags:
+- t6
+- tensor-product-attention
+---
+
+# {args.output_dir.name}
+
+A small T6 language model, trained from scratch. T6 is a Llama-like decoder with tensor product attention
+([arXiv 2501.06425](https://arxiv.org/abs/2501.06425)): queries, keys and values are products of low-rank factors that
+depend on the token, and only the factors of keys and values are cached.
+
+| | |
+| --- | --- |
+{table}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{args.output_dir.name}"  # this folder, or its name on the Hub
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+
+inputs = tokenizer({json.dumps(facts["prompt"], ensure_ascii=False)}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0], skip_special_tokens=True))
+```
+
+A sample at temperature 0.8:
+
+````text
+{facts["sample"]}
+````
+
+## Data
+
+{args.data_description or facts["data"]}
+
+{facts["train_tokens"]:,} tokens were trained on, seen {facts["passes"]:.1f} times; {facts["held_out_tokens"]:,} tokens, \
+{facts["held_out"]}, were held out. The losses are those of the weights in this folder on all of the held-out text, in
+windows of {facts["block_length"]} tokens.
+
+## Training
+
+The checkpoint with the lowest held-out loss (step {facts["best_step"]:,} of {facts["steps"]:,}) of this command, run in the repository of the code:
+
+```bash
+{command}
+```
+
+## Limits
+
+A model of this size and data imitates the style of its text; what it says is not to be relied on.
+"""
+
+
+def sample_text(model: T6ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, seed: int) -> str:
+    set_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+    output = model.generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max(1, min(250, room))
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def train(args: argparse.Namespace) -> dict[str, float]:
+    """Trains and writes the model folder; returns the held-out losses of what was written."""
+    checkpoint = check_folders(args)
+    training, held_out = load_documents(args)
+    if checkpoint or args.tokenizer:
+        tokenizer = load_tokenizer(checkpoint or args.tokenizer)
+    else:
+        tokenizer = train_tokenizer(training, args.vocab_size)
+
+    config = make_config(args, tokenizer)
+    if checkpoint:
+        check_same_model(config, checkpoint)
+    block_length = args.block_length or config.max_position_embeddings
+    if block_length > config.max_position_embeddings:
+        raise InputError(f"--block-length {block_length} exceeds the {config.max_position_embeddings} of the model")
+    tokenizer.model_max_length = config.max_position_embeddings
+    train_tokens, held_out_tokens = encode(tokenizer, training), encode(tokenizer, held_out)
+    if len(train_tokens) < block_length:
+        raise InputError(f"the training text has {len(train_tokens)} tokens, less than one block of {block_length}")
+    eval_windows = held_out_windows(held_out_tokens, block_length)
+
+    on_gpu = torch.cuda.is_available()
+    training_args = TrainingArguments(
+        output_dir=str(args.checkpoint_dir),
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation,
+        max_steps=args.max_steps,
+        optim="adamw_torch_fused",
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": args.min_lr_ratio},
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        torch_compile=args.compile,
+        eval_strategy="steps",
+        eval_steps=args.eval_steps,
+        save_strategy="steps",
+        save_steps=args.eval_steps,
+        save_total_limit=2,  # the best and the last
+        load_best_model_at_end=True,
+        metric_for_best_model="bits_per_byte",
+        greater_is_better=False,
+        logging_steps=args.logging_steps,
+        train_sampling_strategy="sequential",  # the windows come in random order already
+        remove_unused_columns=False,
+        dataloader_num_workers=args.num_workers,
+        dataloader_pin_memory=on_gpu,
+        seed=args.seed,
+        report_to="none",
+    )
+    windows_per_step = training_args.train_batch_size * training_args.world_size * args.gradient_accumulation
+    if args.epochs:
+        training_args.max_steps = math.ceil(args.epochs * len(train_tokens) / block_length / windows_per_step)
+    num_windows = training_args.max_steps * windows_per_step
+
+    set_seed(args.seed)
+    model = T6ForCausalLM(config)
+    add_dropout(model, args.dropout)
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return loss_report(prediction.predictions.astype("float64").sum(), len(held_out_tokens) - 1, held_out)
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=RandomWindows(train_tokens, block_length, num_windows, args.seed),
+        eval_dataset=eval_windows,
+        data_collator=collate,
+        processing_class=tokenizer,
+        # Sums per window instead of all logits: exact, and small.
+        preprocess_logits_for_metrics=window_losses,
+        compute_metrics=metrics,
+    )
+    if trainer.is_world_process_zero():
+        print(
+            f"{model.num_parameters():,} parameters, {len(train_tokens):,} tokens to train on, "
+            f"{len(held_out_tokens):,} held out, {num_windows * block_length / len(train_tokens):.1f} passes"
+        )
+    if checkpoint is None and trainer.is_world_process_zero():
+        for path in args.checkpoint_dir.glob("checkpoint-*"):  # of an older run, by --overwrite
+            shutil.rmtree(path)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not trainer.is_world_process_zero():
+        return {}
+
+    model.to(getattr(torch, args.save_dtype))
+    model.config.use_cache = True  # Trainer turns it off
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.8
+    new_folder = args.output_dir.with_name(f".{args.output_dir.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(new_folder)
+        tokenizer.save_pretrained(new_folder)
+        # What the card reports is measured on the folder as it will be loaded.
+        saved = AutoModelForCausalLM.from_pretrained(new_folder, dtype=model.dtype).to(trainer.args.device)
+        report = loss_report(total_loss(saved, eval_windows, args.batch_size), len(held_out_tokens) - 1, held_out)
+        prompt = args.prompt or next(line for line in "\n".join(held_out).splitlines() if line.strip())
+        source = ", ".join(path.name for path in args.text) if args.text else f"`{args.dataset}`, split {args.split}"
+        facts = {
+            **report,
+            "prompt": prompt,
+            "sample": sample_text(saved, tokenizer, prompt, args.seed),
+            "data": f"{source}: {sum(map(len, training + held_out)):,} characters.",
+            "train_tokens": len(train_tokens),
+            "held_out_tokens": len(held_out_tokens),
+            "held_out": args.validation_text.name if args.validation_text else "the end of the text",
+            "block_length": block_length,
+            "passes": trainer.state.best_global_step * windows_per_step * block_length / len(train_tokens),
+            "best_step": trainer.state.best_global_step,
+            "steps": trainer.state.max_steps,
+        }
+        (new_folder / "README.md").write_text(model_card(args, saved, facts), encoding="utf-8")
+        replace_folder(new_folder, args.output_dir)
+    finally:
+        shutil.rmtree(new_folder, ignore_errors=True)
+
+    size = (args.output_dir / "model.safetensors").stat().st_size
+    print(f"{args.output_dir}: {size / 1e6:.2f} MB of weights, step {facts['best_step']}, {json.dumps(report)}")
+    return report
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    try:
+        return train(parse_args(argv))
+    except InputError as error:
+        raise SystemExit(f"train.py: error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -270,7 +270,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the tokenizer {path}: {one_line(error)}") from error
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -308,7 +308,8 @@ class RandomWindows(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         number, position = divmod(index, self.windows_per_pass)
         if number != self._pass:
-            generator = torch.Generator().manual_seed((self.seed << 32) + number)
+            # PyTorch's CPU generator takes no more than 32 bits of a seed.
+            generator = torch.Generator().manual_seed((1_000_003 * self.seed + number) % 2**32)
             spare = len(self.tokens) - self.windows_per_pass * self.block_length
             first = torch.randint(spare + 1, (1,), generator=generator)
             order = torch.randperm(self.windows_per_pass, generator=generator)
@@ -318,7 +319,7 @@ class RandomWindows(Dataset):
 
 
 def held_out_windows(tokens: torch.Tensor, block_length: int) -> list[torch.Tensor]:
-    """Consecutive windows; the last token of one starts the next, so that each token but the first is predicted once."""
+    """Consecutive windows that share one token, so that each token of the text but the first is predicted once."""
     stride = block_length - 1
     num_windows = math.ceil((len(tokens) - 1) / stride)
     tokens = nn.functional.pad(tokens, (0, num_windows * stride + 1 - len(tokens)), value=IGNORED)
@@ -396,7 +397,7 @@ def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def add_dropout(model: T6ForCausalLM, probability: float) -> None:
-    """Dropout of the embeddings and of what each block adds to the residual stream; the saved model knows nothing of it."""
+    """Dropout of the embeddings and of what a block adds to the residual stream; the saved model has none of it."""
 
     def drop(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         return nn.functional.dropout(output, probability, module.training)
@@ -461,11 +462,12 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def model_card(args: argparse.Namespace, model: T6ForCausalLM, facts: dict) -> str:
-    config = model.config
+    config, perplexity = model.config, math.exp(facts["loss_per_token"])
     itemsize = model.dtype.itemsize
     cache = sum(layout.width for layout in factor_layouts(config)) * config.num_hidden_layers * itemsize
     mha_cache = 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * itemsize
-    words = [shlex.quote(word) for word in args.command]
+    # A resumed run equals the command without these.
+    words = [shlex.quote(word) for word in args.command if word not in ("--resume", "--overwrite")]
     command = " ".join(words[:2]) + "".join(
         f" \\\n    {word}" if word.startswith("--") else f" {word}" for word in words[2:]
     )
@@ -476,7 +478,7 @@ def model_card(args: argparse.Namespace, model: T6ForCausalLM, facts: dict) -> s
         "ranks of Q, K, V": f"{config.q_rank or 'no factors'}, {config.k_rank}, {config.v_rank}",
         "context, vocabulary": f"{config.max_position_embeddings}, {config.vocab_size}",
         "weights": str(model.dtype).removeprefix("torch."),
-        "held-out loss per token": f"{facts['loss_per_token']:.4f} nats (perplexity {math.exp(facts['loss_per_token']):.2f})",
+        "held-out loss per token": f"{facts['loss_per_token']:.4f} nats (perplexity {perplexity:.2f})",
         "held-out loss per character": f"{facts['loss_per_character']:.4f} nats",
         "held-out bits per byte": f"{facts['bits_per_byte']:.4f}",
         "cache per token": f"{cache:,} bytes; MHA with the same heads: {mha_cache:,} bytes ({mha_cache / cache:.1f}x)",
@@ -508,7 +510,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "{args.output_dir.name}"  # this folder, or its name on the Hub
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 inputs = tokenizer({json.dumps(facts["prompt"], ensure_ascii=False)}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0], skip_special_tokens=True))
@@ -524,13 +526,14 @@ A sample at temperature 0.8:
 
 {args.data_description or facts["data"]}
 
-{facts["train_tokens"]:,} tokens were trained on, seen {facts["passes"]:.1f} times; {facts["held_out_tokens"]:,} tokens, \
-{facts["held_out"]}, were held out. The losses are those of the weights in this folder on all of the held-out text, in
-windows of {facts["block_length"]} tokens.
+{facts["train_tokens"]:,} tokens were trained on, seen {facts["passes"]:.1f} times, and {facts["held_out_tokens"]:,}
+held out ({facts["held_out"]}). The losses are those of the weights in this folder on all of the held-out text, in
+windows of {facts["block_length"]} tokens; the same text chose the checkpoint.
 
 ## Training
 
-The checkpoint with the lowest held-out loss (step {facts["best_step"]:,} of {facts["steps"]:,}) of this command, run in the repository of the code:
+The checkpoint with the lowest held-out loss, step {facts["best_step"]:,} of {facts["steps"]:,}, of this command, run
+in the repository of the code:
 
 ```bash
 {command}
@@ -643,6 +646,8 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         for path in args.checkpoint_dir.glob("checkpoint-*"):  # of an older run, by --overwrite
             shutil.rmtree(path)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.best_global_step is None:
+        raise InputError("the held-out loss was never a number: lower --learning-rate or raise --warmup-steps")
     if not trainer.is_world_process_zero():
         return {}
 

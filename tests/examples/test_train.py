@@ -80,7 +80,8 @@ def test_loads_in_a_process_without_the_package(run, tmp_path):
         import sys
         from transformers import AutoModelForCausalLM, AutoTokenizer
         model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-        tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+        # Without the flag, AutoTokenizer too asks whether to trust the code that config.json names.
+        tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
         inputs = tokenizer(["the king", "the queen and the"], return_tensors="pt", padding=True, padding_side="left")
         output = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
         assert output.shape[1] == inputs["input_ids"].shape[1] + 4
@@ -115,7 +116,9 @@ def test_reported_loss(run):
     assert run.report == pytest.approx(expected, rel=1e-5)
     assert run.report["loss_per_token"] < math.log(300)  # it learned something
     # It is the best of the evaluations that Trainer made.
-    state = json.loads((train.last_checkpoint(run.folder.with_name("model-checkpoints")) / "trainer_state.json").read_text())
+    state = json.loads(
+        (train.last_checkpoint(run.folder.with_name("model-checkpoints")) / "trainer_state.json").read_text()
+    )
     evaluations = [entry["eval_bits_per_byte"] for entry in state["log_history"] if "eval_bits_per_byte" in entry]
     assert len(evaluations) == 3 and min(evaluations) == pytest.approx(run.report["bits_per_byte"], rel=1e-4)
 
@@ -159,21 +162,28 @@ def test_failed_run_leaves_the_old_folder(run, monkeypatch):
     assert {path.name for path in run.folder.parent.iterdir()} == {"model", "model-checkpoints", "other"}
 
 
+def test_loss_that_is_no_number(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "window_losses", lambda logits, labels: torch.full((len(labels),), torch.nan))
+    with pytest.raises(SystemExit, match="the held-out loss was never a number"):
+        train.main(["--text", str(text), *TINY, "--max-steps", "2", "--output-dir", str(tmp_path / "model")])
+    assert not (tmp_path / "model").exists()
+
+
 def test_other_sources_and_options(run, tmp_path):
-    """A saved tokenizer and configuration, held-out text of its own, half precision, epochs; then replaced by another."""
+    """A saved tokenizer and configuration, held-out text of its own, half precision, epochs; then replaced."""
     config = json.loads((run.folder / "config.json").read_text()) | {"num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "other.txt").write_text("the queen speaks of wood\n" * 9)
     folder = tmp_path / "model"
-    options = f"""--text {run.text} {tmp_path / "other.txt"} --validation-text {tmp_path / "other.txt"} --config {tmp_path}
-        --tokenizer {run.folder} --q-rank none --set rms_norm_eps=1e-5 --epochs 0.1 --batch-size 2 --block-length 12
-        --gradient-accumulation 2 --save-dtype bfloat16 --output-dir {folder}""".split()
+    options = f"""--text {run.text} {tmp_path / "other.txt"} --validation-text {tmp_path / "other.txt"}
+        --config {tmp_path} --tokenizer {run.folder} --q-rank none --set rms_norm_eps=1e-5 --epochs 0.1 --batch-size 2
+        --block-length 12 --gradient-accumulation 2 --save-dtype bfloat16 --output-dir {folder}""".split()
     train.main(options)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16 and "model.layers.0.self_attn.q_proj.weight" in model.state_dict()
     assert (model.config.num_hidden_layers, model.config.q_rank, model.config.rms_norm_eps) == (1, None, 1e-5)
     assert (folder / "tokenizer.json").read_bytes() == (run.folder / "tokenizer.json").read_bytes()
-    assert "other.txt, were held out" in (folder / "README.md").read_text()
+    assert "held out (other.txt)" in (folder / "README.md").read_text()
 
     train.main([*options, "--overwrite", "--seed", "3", "--save-dtype", "float32", "--hidden-size", "24"])
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -196,7 +206,7 @@ def test_dataset(text, tmp_path, monkeypatch):
 
 def test_tokenizer_keeps_every_byte(run):
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
-    text = "the king\n\n  of – 木 \U0001f600\x00 , 'tis"
+    text = "the king\n\n  of — 木 \U0001f600\x00 , 'tis"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.bos_token == tokenizer.eos_token == "<|endoftext|>" and tokenizer.pad_token == "<|pad|>"
     assert tokenizer.model_max_length == 16
@@ -217,7 +227,8 @@ def test_random_windows():
     assert len({tuple(seen) for seen in passes}) == 5 and len({min(seen) for seen in passes}) > 1
     again = train.RandomWindows(tokens, block_length=10, num_windows=99, seed=3)
     assert again[30].equal(windows[30]) and again[2].equal(windows[2])  # in any order, whatever the length
-    assert not train.RandomWindows(tokens, block_length=10, num_windows=45, seed=4)[0].equal(windows[0])
+    other = train.RandomWindows(tokens, block_length=10, num_windows=45, seed=4)
+    assert torch.cat([other[i] for i in range(9)]).tolist() not in passes
     shortest = train.RandomWindows(tokens[:10], block_length=10, num_windows=2, seed=0)
     assert shortest[1].equal(tokens[:10])
 
@@ -270,7 +281,9 @@ def test_nothing_is_overwritten_unasked(run, tmp_path):
         train.main([*options, "--output-dir", str(tmp_path / "new"), "--checkpoint-dir", checkpoints])
 
 
-@pytest.mark.parametrize("options", [["--vocab-size", "257"], ["--dropout", "1"], ["--max-steps", "0"], ["--epochs", "x"]])
+@pytest.mark.parametrize(
+    "options", [["--vocab-size", "257"], ["--dropout", "1"], ["--max-steps", "0"], ["--epochs", "x"]]
+)
 def test_bad_options(options, capsys):
     with pytest.raises(SystemExit) as caught:
         train.parse_args(["--text", "a", "--output-dir", "b", *options])

@@ -1,10 +1,11 @@
 """
-One decoding step of attention on the CPU: factor space, K and V rebuilt from the factors, and SDPA over a cached MHA.
+Attention of one decoding step on the CPU: factor space, K and V rebuilt from the factors, and SDPA over a cached MHA.
 
     python benchmarks/decode_attention.py --threads 2
 
-All three get the same query over the same keys and values, and are timed in turns in one process, so that the ratios
-hold whatever else the machine does. A second table times appending one token to each cache.
+All three get the same query and as many layers of cache as no processor cache holds, like the layers of a model.
+Factor space and cached MHA are timed in turns, so that their ratio holds whatever else the machine does. A second table
+times appending one token to each cache.
 """
 
 import argparse
@@ -21,45 +22,58 @@ from modeling_t6.attention_t6 import factor_space_attention, form_heads
 from modeling_t6.cache_t6 import factor_layouts
 
 
+LARGER_THAN_PROCESSOR_CACHES = 128 * 2**20  # bytes
+
+
 def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each function, called in turns."""
+    """Median seconds of each function, called in turns: of the second of two calls, as one decoding step follows another."""
     times = {name: [] for name in functions}
-    for repeat in range(repeats + 2):
+    for _ in range(repeats):
         for name, function in functions.items():
+            function()
             start = time.perf_counter()
             function()
-            if repeat >= 2:  # the first calls warm caches up
-                times[name].append(time.perf_counter() - start)
+            times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def attention_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:
-    """Median seconds of the three ways to attend with one query to `seq_length` cached tokens."""
+    """Median seconds a layer of the three ways to attend with one query to `seq_length` cached tokens."""
     heads, head_dim, scaling = config.num_attention_heads, config.head_dim, config.head_dim**-0.5
     layouts = factor_layouts(config)
-    key_rows, value_rows = (torch.randn(1, 1, seq_length, layout.width).to(dtype) for layout in layouts)
+    bytes_per_layer = sum(layout.width for layout in layouts) * seq_length * dtype.itemsize
+    num_layers = max(1, LARGER_THAN_PROCESSOR_CACHES // bytes_per_layer)
     query = torch.randn(1, 1, heads, head_dim).to(dtype)
 
-    def heads_from_factors() -> tuple[torch.Tensor, torch.Tensor]:
-        (a_k, b_k), (a_v, b_v) = layouts[0].unpack(key_rows), layouts[1].unpack(value_rows)
-        return form_heads(a_k, b_k).transpose(1, 2), form_heads(a_v, b_v).transpose(1, 2)
+    def heads_from_factors(factors) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(form_heads(a, b).transpose(1, 2) for a, b in factors)
 
-    def sdpa(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return nn.functional.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=scaling)
+    def factor_space(factors) -> torch.Tensor:
+        return factor_space_attention(query, *factors, None, scaling)[0]
 
-    # A cached MHA holds [batch, heads, seq, head_dim], contiguous.
-    key, value = (states.contiguous() for states in heads_from_factors())
-    functions = {
-        "factor space": lambda: factor_space_attention(
-            query, layouts[0].unpack(key_rows), layouts[1].unpack(value_rows), None, scaling
-        )[0],
-        "rebuilt K, V": lambda: sdpa(*heads_from_factors()),
-        "cached MHA": lambda: sdpa(key, value),
-    }
-    expected = functions["cached MHA"]().transpose(1, 2)
-    error = (functions["factor space"]() - expected).abs().max() / expected.abs().max()
+    def sdpa(heads: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *heads, scale=scaling).transpose(1, 2)
+
+    layers_of_factors, layers_of_heads = [], []
+    for _ in range(num_layers):
+        factors = tuple(layout.unpack(torch.randn(1, 1, seq_length, layout.width).to(dtype)) for layout in layouts)
+        layers_of_factors.append(factors)
+        # A cached MHA holds [batch, heads, seq, head_dim], contiguous.
+        layers_of_heads.append(tuple(states.contiguous() for states in heads_from_factors(factors)))
+    expected = sdpa(layers_of_heads[0])
+    error = (factor_space(layers_of_factors[0]) - expected).abs().max() / expected.abs().max()
     assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"the paths disagree: relative error {error:.1e}"
-    return medians(functions, repeats)
+
+    times = medians(
+        {
+            "factor space": lambda: [factor_space(factors) for factors in layers_of_factors],
+            "cached MHA": lambda: [sdpa(heads) for heads in layers_of_heads],
+        },
+        repeats,
+    )
+    times = {name: seconds / num_layers for name, seconds in times.items()}
+    # Apart from the others: handing its large temporaries back to the system would slow down whatever comes next.
+    return times | medians({"rebuilt K, V": lambda: sdpa(heads_from_factors(layers_of_factors[0]))}, repeats)
 
 
 def append_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:
@@ -96,7 +110,7 @@ def main() -> None:
         f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, one query, h={args.num_heads}, "
         f"d={args.head_dim}, ranks {tuple(args.ranks)}; medians of {args.repeats}"
     )
-    print("cached tokens  factor space   rebuilt K, V           cached MHA (SDPA)")
+    print("cached tokens  factor space   cached MHA (SDPA)    rebuilt K, V")
     with torch.inference_mode():
         for seq_length in args.seq_lengths:
             row = attention_row(config, seq_length, args.repeats, dtype)

@@ -13,6 +13,8 @@
 # limitations under the License.
 """The two ways to compute T6's attention, and the choice between them (paper, sections 3.1 and 3.3)"""
 
+import math
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -21,16 +23,17 @@ from transformers.cache_utils import Cache
 # With this many query tokens or fewer, attention over the cache costs less in factor space than forming K and V.
 MAX_FACTOR_SPACE_QUERIES = 8
 # Cached tokens in one step of the online softmax: enough to amortise a dozen operations, few enough to stay in cache.
-FACTOR_SPACE_CHUNK = 8192
+FACTOR_SPACE_CHUNK = 16384
+LOG2_E = 1 / math.log(2)
 
 
-def attend_in_factor_space(query_length: int, past_key_values: Cache | None, training: bool) -> bool:
+def attend_in_factor_space(query_length: int, past_key_values: Cache | None) -> bool:
     """
-    Which path runs. Few query tokens over a cache: in factor space, K and V are never formed. Otherwise (training,
-    prefill, no cache): K and V are formed once and go through Transformers' attention interface. Depends on nothing
-    that changes from one decoded token to the next, so that a compiled decoding step stays one graph.
+    Which path runs. Few query tokens over a cache, and no gradient wanted: in factor space, K and V are never formed.
+    Otherwise (training, prefill, no cache): K and V are formed once and go through Transformers' attention interface.
+    Depends on nothing that changes from one decoded token to the next, so that a compiled decoding step stays one graph.
     """
-    return past_key_values is not None and query_length <= MAX_FACTOR_SPACE_QUERIES and not training
+    return past_key_values is not None and query_length <= MAX_FACTOR_SPACE_QUERIES and not torch.is_grad_enabled()
 
 
 def form_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -48,7 +51,7 @@ def factor_space_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     softmax(Q K^T * scaling) V without K and V: a head's score with a token is Q_i . B_K[s] weighted by A_K[s, i],
-    summed over the rank; its output is the sum of B_V[u] weighted by p_i A_V[u, i].
+    summed over the rank; its output is the sum of B_V[u] weighted by p_i A_V[u, i]. No gradient: works in place.
 
     Goes through the cache in chunks with an online softmax: nothing larger than [batch, FACTOR_SPACE_CHUNK,
     query_length, h] is formed, and the products with B are plain matrix products over the rows as they lie.
@@ -68,59 +71,65 @@ def factor_space_attention(
     batch_size, query_length, num_heads, head_dim = query.shape
     key_length, k_rank = key_factors[0].shape[1:3]
     v_rank = value_factors[0].shape[2]
-    dtype = torch.promote_types(query.dtype, torch.float32)  # of the softmax
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
 
     if attention_mask is None and query_length > 1:
         attention_mask = torch.ones(query_length, key_length, dtype=torch.bool, device=query.device)
         attention_mask = attention_mask.tril(key_length - query_length)[None, None]
 
-    # Keys come first, heads last: the layout of A in the cache.
-    flat_query = (query * (scaling / k_rank)).flatten(1, 2).transpose(1, 2)  # [batch, d, query_length * h]
+    # Keys come first, heads last: the layout of A in the cache. The softmax is one of powers of 2, which are faster.
+    flat_query = (query * (LOG2_E * scaling / k_rank)).flatten(1, 2).transpose(1, 2)  # [batch, d, query_length * h]
+    chunk_length = key_length if output_attentions else min(FACTOR_SPACE_CHUNK, key_length)
+    # Everything below writes into two buffers: on a CPU, fresh memory for each result costs as much as the arithmetic.
+    buffers = query.new_empty(2, batch_size * chunk_length * query_length * num_heads)
     maximum = output = normalizer = None
-    chunk_length = key_length if output_attentions else FACTOR_SPACE_CHUNK
     for start in range(0, key_length, chunk_length):
         a_k, b_k, a_v, b_v = (factor[:, start : start + chunk_length] for factor in (*key_factors, *value_factors))
+        shape = (batch_size, a_k.shape[1], query_length, num_heads)
+        scores, products = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
 
-        scores = _mix_heads(torch.matmul(b_k[:, :, 0], flat_query), a_k[:, :, 0])
+        torch.bmm(b_k[:, :, 0], flat_query, out=scores.flatten(2))
+        scores.mul_(a_k[:, :, 0, None])
         for rank in range(1, k_rank):
-            scores = scores + _mix_heads(torch.matmul(b_k[:, :, rank], flat_query), a_k[:, :, rank])
+            torch.bmm(b_k[:, :, rank], flat_query, out=products.flatten(2))
+            scores.addcmul_(products, a_k[:, :, rank, None])
         if attention_mask is not None:
             mask = attention_mask[..., start : start + chunk_length].permute(0, 3, 2, 1)
-            scores = scores.unflatten(-1, (query_length, num_heads))
             if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+                scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
             else:
-                scores = scores + mask
-            scores = scores.flatten(2)
-        scores = scores.to(dtype)  # [batch, chunk, query_length * h]
+                scores.add_((mask * LOG2_E).clamp(min=torch.finfo(scores.dtype).min))
 
-        previous, maximum = maximum, scores.amax(dim=1, keepdim=True)
+        weights = scores.to(softmax_dtype)
+        previous, maximum = maximum, weights.amax(dim=1, keepdim=True)
         if previous is not None:
             maximum = torch.maximum(previous, maximum)
-        weights = (scores - maximum).exp()
-        chunk_sum = weights.sum(dim=1, keepdim=True)
-        weights = weights.to(query.dtype)
+        weights = weights.sub_(maximum).exp2_()
+        chunk_normalizer = weights.sum(dim=1, keepdim=True)
         chunk_output = 0
         for rank in range(v_rank):
-            mixed = _mix_heads(weights, a_v[:, :, rank])
-            chunk_output = chunk_output + torch.matmul(mixed.transpose(1, 2), b_v[:, :, rank]).to(dtype)
+            torch.mul(weights, a_v[:, :, rank, None], out=products)
+            chunk_output = chunk_output + _sum_over_tokens(products.flatten(2), b_v[:, :, rank])
         if previous is None:
-            normalizer, output = chunk_sum, chunk_output
+            normalizer, output = chunk_normalizer, chunk_output.to(softmax_dtype)
         else:
-            decay = (previous - maximum).exp()
-            normalizer = normalizer * decay + chunk_sum
-            output = output * decay.transpose(1, 2) + chunk_output
+            decay = (previous - maximum).exp2()
+            normalizer = normalizer * decay + chunk_normalizer
+            output = output * decay.view(batch_size, -1, 1) + chunk_output
 
-    output = (output / (normalizer.transpose(1, 2) * v_rank)).to(query.dtype)
+    output = (output / (normalizer.view(batch_size, -1, 1) * v_rank)).to(query.dtype)
     probabilities = None
     if output_attentions:
-        probabilities = (weights / normalizer).unflatten(-1, (query_length, num_heads)).permute(0, 3, 2, 1)
-        probabilities = probabilities.to(query.dtype)
+        probabilities = (weights / normalizer).permute(0, 3, 2, 1).to(query.dtype)
     return output.unflatten(1, (query_length, num_heads)), probabilities
 
 
-def _mix_heads(products: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """Weights `products` [batch, seq, query_length * h] by the head factors `a` [batch, seq, h]."""
-    if products.shape[-1] == a.shape[-1]:  # one query
-        return products * a
-    return (products.unflatten(-1, (-1, a.shape[-1])) * a.unsqueeze(2)).flatten(2)
+def _sum_over_tokens(weights: torch.Tensor, features: torch.Tensor, blocks: int = 8) -> torch.Tensor:
+    """weights^T features: [batch, seq, n] and [batch, seq, d] to [batch, n, d]."""
+    if features.shape[0] > 1:
+        return torch.bmm(weights.transpose(1, 2), features)
+    # A long sum of a small matrix leaves cores idle: sum blocks of tokens side by side, then the blocks.
+    whole = features.shape[1] // blocks * blocks
+    block_weights, block_features = (x[0, :whole].unflatten(0, (blocks, -1)) for x in (weights, features))
+    total = torch.bmm(block_weights.transpose(1, 2), block_features).sum(dim=0, keepdim=True)
+    return total.baddbmm_(weights[:, whole:].transpose(1, 2), features[:, whole:])

@@ -380,7 +380,7 @@ class T6Model(T6PreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
-        factor_space = attend_in_factor_space(inputs_embeds.shape[1], past_key_values, self.training)
+        factor_space = attend_in_factor_space(inputs_embeds.shape[1], past_key_values)
         mask_config = self.config
         if factor_space and (self.config._attn_implementation != "sdpa" or past_key_values.is_compileable):
             # Factor space needs the mask as a tensor, whatever the attention interface would take; and over a static

@@ -16,7 +16,6 @@
 import math
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache
 
 

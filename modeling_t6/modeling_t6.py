@@ -44,6 +44,16 @@ from .configuration_t6 import T6Config
 
 logger = logging.get_logger(__name__)
 
+# What a saved model tells the Auto classes; it carries its code.
+AUTO_MAP = {
+    "AutoConfig": "configuration_t6.T6Config",
+    "AutoModel": "modeling_t6.T6Model",
+    "AutoModelForCausalLM": "modeling_t6.T6ForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_t6.T6ForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_t6.T6ForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_t6.T6ForTokenClassification",
+}
+
 
 class T6RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
@@ -315,12 +325,22 @@ class T6PreTrainedModel(PreTrainedModel):
         "attentions": T6Attention,
     }
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in every model; the `auto_map` written names all of T6's classes, not just the one that is saved."""
+        if self.is_remote_code():
+            self.config.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The paper's initialisation: Xavier uniform factors, output projections at zero; the rest as Llama."""
         super()._init_weights(module)
         if isinstance(module, T6Attention):
-            hidden_size, num_heads, head_dim = self.config.hidden_size, self.config.num_attention_heads, module.head_dim
+            hidden_size, num_heads, head_dim = (
+                self.config.hidden_size,
+                self.config.num_attention_heads,
+                module.head_dim,
+            )
             for name, rank in (("q", module.q_rank), ("k", module.k_rank), ("v", module.v_rank)):
                 if rank is None:
                     continue

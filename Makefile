@@ -1,0 +1,36 @@
+# `make run` and `make test` need Python 3.11 or newer and make their own environments.
+PYTHON ?= python3
+# Installed before the rest, so that pip does not choose another build of it.
+TORCH ?= torch==2.13.0
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: run test lint clean
+
+run: .venv/installed
+	.venv/bin/python examples/generate.py
+
+# The whole suite, on the oldest Transformers that is supported and on the newest.
+test: lint $(OLDEST)/installed
+	$(NEWEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest
+
+lint: $(NEWEST)/installed
+	$(NEWEST)/bin/ruff check
+	$(NEWEST)/bin/ruff format --check
+
+.venv/installed: EXTRAS :=
+$(NEWEST)/installed: EXTRAS := [test]
+$(OLDEST)/installed: EXTRAS := [test]
+$(OLDEST)/installed: PINS := "transformers==5.17.*"
+
+%/installed: pyproject.toml
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --upgrade pip
+	$*/bin/python -m pip install --quiet "$(TORCH)"
+	$*/bin/python -m pip install --quiet $(PINS) -e ".$(EXTRAS)"
+	touch $@
+
+clean:
+	rm -rf .venv $(OLDEST) $(NEWEST)

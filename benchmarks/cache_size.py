@@ -1,0 +1,50 @@
+"""
+Bytes of cache per token and layer of the published architectures, counted in caches that hold tokens.
+
+    python benchmarks/cache_size.py
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import configuration
+import modeling_t6  # noqa: F401  registers T6 with the Auto classes
+
+
+def bytes_per_token_and_layer(folder: Path, dtype: torch.dtype, num_tokens: int = 32) -> float:
+    """Bytes that one layer of the architecture in `folder` caches for a token."""
+    # One layer and a small vocabulary and MLP cache the same.
+    config = AutoConfig.from_pretrained(folder, num_hidden_layers=1, vocab_size=64, intermediate_size=64)
+    config.bos_token_id = config.eos_token_id = None
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.inference_mode():
+        layer = model(torch.arange(num_tokens)[None], use_cache=True).past_key_values.layers[0]
+    return (layer.keys.nbytes + layer.values.nbytes) / num_tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    args = parser.parse_args()
+    print(f"bytes of cache per token and layer, {args.dtype}; T6 beside MHA with T6's own number of heads")
+    print("| architecture | heads | T6 | MHA, same heads | smaller | MHA, same parameters | smaller |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    directory = Path(configuration.__file__).parent
+    dtype = getattr(torch, args.dtype)
+    for size in ("small", "medium", "large", "xl"):
+        matched = bytes_per_token_and_layer(directory / f"llama-mha-{size}", dtype)
+        for name in (f"t6-{size}", f"t6-{size}-kvonly"):
+            config = AutoConfig.from_pretrained(directory / name)
+            held = bytes_per_token_and_layer(directory / name, dtype)
+            same_heads = 2 * config.num_attention_heads * config.head_dim * dtype.itemsize
+            print(
+                f"| {name} | {config.num_attention_heads} | {held:,.0f} | {same_heads:,} | {same_heads / held:.1f}x "
+                f"| {matched:,.0f} | {matched / held:.1f}x |"
+            )
+
+
+if __name__ == "__main__":
+    main()

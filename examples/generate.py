@@ -1,0 +1,98 @@
+"""
+Generates text with a T6 model, and shows the size of its cache beside that of ordinary attention (MHA).
+
+    python examples/generate.py --prompt "ROMEO:"
+
+The model is loaded as any model of the Hub is, by the Auto classes and the code in its own folder. The MHA model has the
+same layers, hidden size, heads and head size, and random weights: it serves to measure its cache and its speed.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, set_seed
+
+
+def mha_of_same_shape(config) -> MistralForCausalLM:
+    """A Llama-like model with as many key/value heads as heads (Llama itself wants `hidden_size` to be a multiple of h)."""
+    mha_config = MistralConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        sliding_window=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return MistralForCausalLM(mha_config)
+
+
+@torch.inference_mode()
+def generate(model, input_ids: torch.Tensor, num_tokens: int, **kwargs) -> tuple[torch.Tensor, float, float]:
+    """
+    Generates `num_tokens` tokens.
+
+    Returns:
+        The token ids [1, seq], the new tokens per second, and the bytes of cache per token.
+    """
+    kwargs |= {"min_new_tokens": num_tokens, "max_new_tokens": num_tokens, "return_dict_in_generate": True}
+    attention_mask = torch.ones_like(input_ids)
+    model.generate(input_ids, attention_mask=attention_mask, **kwargs | {"min_new_tokens": 2, "max_new_tokens": 2})
+    start = time.perf_counter()
+    output = model.generate(input_ids, attention_mask=attention_mask, **kwargs)
+    seconds = time.perf_counter() - start
+    cache = output.past_key_values
+    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return output.sequences, num_tokens / seconds, cache_bytes / cache.get_seq_length()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default=str(Path(__file__).parent / "t6-tiny-shakespeare"), help="folder or Hub name"
+    )
+    parser.add_argument("--prompt", default="ROMEO:")
+    parser.add_argument("--max-new-tokens", type=int, default=250)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy decoding")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="auto", help="of the weights and the cache; auto: as the checkpoint")
+    args = parser.parse_args()
+    if args.max_new_tokens < 2:
+        parser.error(f"--max-new-tokens must be at least 2, got {args.max_new_tokens}")
+
+    # The code of the tokenizer is Transformers' own, but Transformers learns the model's type from the model's code.
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype).to(args.device)
+    input_ids = tokenizer(args.prompt, return_tensors="pt").input_ids.to(args.device)
+    if input_ids.numel() == 0:
+        parser.error("--prompt is empty: it must hold at least one token")
+
+    sampling = {"do_sample": args.temperature > 0, "pad_token_id": tokenizer.pad_token_id}
+    if args.temperature > 0:
+        sampling["temperature"] = args.temperature
+    set_seed(args.seed)
+    sequences, speed, cache_bytes = generate(model, input_ids, args.max_new_tokens, **sampling)
+    print(tokenizer.decode(sequences[0], skip_special_tokens=True))
+
+    mha = mha_of_same_shape(model.config).to(args.device, model.dtype)
+    _, mha_speed, mha_cache_bytes = generate(mha, input_ids, args.max_new_tokens, **sampling)
+    config = model.config
+    print(
+        f"\n{config.num_hidden_layers} layers, {config.num_attention_heads} heads of size {config.head_dim}, ranks "
+        f"{config.q_rank}, {config.k_rank}, {config.v_rank}; {model.dtype}, {args.device}, {torch.get_num_threads()} threads"
+    )
+    print("                        tokens per second   bytes of cache per token")
+    print(f"T6 (cache of factors)   {speed:17.1f}   {cache_bytes:24,.0f}")
+    print(f"MHA of the same shape   {mha_speed:17.1f}   {mha_cache_bytes:24,.0f}")
+    print(f"The cache is {mha_cache_bytes / cache_bytes:.1f} times smaller.")
+
+
+if __name__ == "__main__":
+    main()

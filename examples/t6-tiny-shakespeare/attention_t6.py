@@ -1,0 +1,1 @@
+../../modeling_t6/attention_t6.py

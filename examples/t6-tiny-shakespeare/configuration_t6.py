@@ -1,0 +1,1 @@
+../../modeling_t6/configuration_t6.py

@@ -1,0 +1,43 @@
+"""A small T6 whose every part matters: odd sizes, ranks that differ, and no weight at zero."""
+
+import torch
+
+from modeling_t6 import T6Config, T6ForCausalLM
+
+
+def tiny_config(**overrides) -> T6Config:
+    fields = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 60,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 5,
+        "head_dim": 16,
+        "q_rank": 3,
+        "k_rank": 2,
+        "v_rank": 1,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+    }
+    return T6Config(**fields | overrides)
+
+
+def random_model(config: T6Config, cls=T6ForCausalLM, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A model in eval mode. At initialisation `o_proj` and `down_proj` are zero: attention would not show."""
+    torch.manual_seed(seed)
+    model = cls(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            else:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+def random_ids(config: T6Config, *shape: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, config.vocab_size, shape, generator=generator)

@@ -1,0 +1,192 @@
+"""The cache: what it holds, how it grows, and the operations of generation on it."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from modeling_t6 import T6Cache
+from modeling_t6.cache_t6 import FactorLayout, cache_nbytes, factor_layouts, quantization_group_size
+
+from .common import random_ids, random_model, tiny_config
+
+
+@pytest.mark.parametrize(
+    "heads,rank,d,width", [(32, 2, 64, 192), (34, 2, 64, 200), (47, 2, 64, 224), (47, 1, 64, 112), (5, 1, 16, 24)]
+)
+def test_layout(heads, rank, d, width):
+    layout = FactorLayout(rank, heads, d)
+    assert layout.width == width and 2 * width % 16 == 0
+    assert width - rank * (heads + d) < rank * 8
+    a, b = torch.randn(2, 3, rank, heads), torch.randn(2, 3, rank, d)
+    rows = layout.pack(a, b)
+    assert rows.shape == (2, 1, 3, width)
+    for unpacked, original in zip(layout.unpack(rows), (a, b)):
+        assert torch.equal(unpacked, original)
+        assert unpacked.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_bytes_and_views(dtype):
+    config = tiny_config(num_attention_heads=8, v_rank=3)  # rows need no alignment
+    model = random_model(config, dtype=dtype)
+    with torch.no_grad():
+        cache = model(random_ids(config, 2, 7)).past_key_values
+    assert type(cache) is T6Cache
+    numbers = (config.k_rank + config.v_rank) * (config.num_attention_heads + config.head_dim)
+    assert cache.nbytes == cache_nbytes(cache) == 2 * 2 * 7 * numbers * dtype.itemsize  # layers, batch, tokens
+    layer = cache.layers[0]
+    shapes = {name: tuple(getattr(layer, name).shape) for name in ("a_k", "b_k", "a_v", "b_v")}
+    assert shapes == {"a_k": (2, 7, 2, 8), "b_k": (2, 7, 2, 16), "a_v": (2, 7, 3, 8), "b_v": (2, 7, 3, 16)}
+    layer.a_k[0, 0, 0, 0] = 42
+    assert (layer.keys == 42).any()
+
+
+def test_views_hold_the_factors_of_the_layer():
+    config = tiny_config()
+    model = random_model(config, dtype=torch.float64)
+    ids = random_ids(config, 1, 6)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+        attention = model.model.layers[0].self_attn
+        normed = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
+        a_v = attention.v_a_proj(normed).view(1, 6, 5, 1).transpose(2, 3)
+        b_v = attention.v_b_proj(normed).view(1, 6, 1, 16)
+    torch.testing.assert_close(cache.layers[0].a_v, a_v)
+    torch.testing.assert_close(cache.layers[0].b_v, b_v)
+
+
+def rows(length: int, batch: int = 2, widths=(12, 8), seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, 1, length, width, generator=generator) for width in widths)
+
+
+def filled(length: int, **kwargs) -> tuple[T6Cache, DynamicCache]:
+    """A `T6Cache`, and Transformers' own cache with the same rows as its oracle."""
+    caches = T6Cache(), DynamicCache()
+    for cache in caches:
+        cache.update(*rows(length, **kwargs), 0)
+        cache.update(*rows(1, seed=1, **kwargs), 0)
+    return caches
+
+
+def assert_equal(cache: T6Cache, oracle: DynamicCache) -> None:
+    assert cache.get_seq_length() == oracle.get_seq_length()
+    for layer, expected in zip(cache.layers, oracle.layers):
+        assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+
+
+def test_appending_copies_nothing():
+    cache = T6Cache()
+    cache.update(*rows(100), 0)
+    addresses = []
+    for i in range(900):
+        cache.update(*rows(1, seed=i), 0)
+        addresses.append(cache.layers[0].keys.data_ptr())
+    moves = sum(a != b for a, b in zip(addresses, addresses[1:]))
+    assert moves <= 3  # 200, 400, 800, 1600 rows
+    assert cache.layers[0]._storage[0].shape[-2] <= 2 * cache.get_seq_length()
+
+
+OPERATIONS = {
+    "crop": lambda cache: cache.crop(-3),
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+    "repeat": lambda cache: cache.batch_repeat_interleave(3),
+    "select": lambda cache: cache.batch_select_indices(torch.tensor([1])),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_operations(operation):
+    cache, oracle = filled(9)
+    operation(cache), operation(oracle)
+    assert_equal(cache, oracle)
+    batch = oracle.layers[0].keys.shape[0]
+    for each in (cache, oracle):  # and appending goes on
+        each.update(*rows(2, batch=batch, seed=5), 0)
+    assert_equal(cache, oracle)
+
+
+def test_cropped_rows_are_not_overwritten_in_views_taken_before():
+    cache, _ = filled(9)
+    keys = cache.layers[0].keys.clone()
+    cache.crop(-4)
+    cache.update(*rows(1, seed=7), 0)
+    assert torch.equal(cache.layers[0].keys[:, :, :6], keys[:, :, :6])
+    assert torch.equal(cache.layers[0].keys[:, :, 6:], rows(1, seed=7)[0])
+
+
+def test_reset():
+    cache, _ = filled(9)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+    cache.update(*rows(3, batch=1, seed=3), 0)
+    assert torch.equal(cache.layers[0].keys, rows(3, batch=1, seed=3)[0])
+
+
+def test_from_rows_of_other_processes():
+    cache = T6Cache([rows(4), rows(4, seed=1)])
+    assert len(cache.layers) == 2 and cache.get_seq_length() == 4
+    assert torch.equal(cache.layers[1].values, rows(4, seed=1)[1])
+
+
+def test_views_need_a_config():
+    cache, _ = filled(2)
+    with pytest.raises(ValueError, match=r"T6Cache\(config=...\)"):
+        cache.layers[0].a_k
+
+
+@pytest.mark.parametrize("implementation", [None, "static", "offloaded", "offloaded_static", "quantized"])
+def test_caches_of_generate_hold_factors_only(implementation):
+    config = tiny_config(num_attention_heads=24, head_dim=16, v_rank=2)
+    model = random_model(config)
+    new, kwargs = 12, {}
+    if implementation == "quantized":
+        kwargs = {"cache_config": {"backend": "hqq", "nbits": 4, "residual_length": 4}}
+    output = model.generate(
+        random_ids(config, 2, 30), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+        cache_implementation=implementation, return_dict_in_generate=True, disable_compile=True, **kwargs,
+    )  # fmt: skip
+    cache = output.past_key_values
+    widths = sum(layout.width for layout in factor_layouts(config))
+    assert widths == (config.k_rank + config.v_rank) * (config.num_attention_heads + config.head_dim)
+    tokens = 41  # the last token's factors are not computed
+    full = 2 * 2 * tokens * widths * 4  # layers, batch, tokens, numbers, bytes
+    heads = 2 * 2 * tokens * 2 * config.num_attention_heads * config.head_dim * 4
+    held = cache_nbytes(cache)
+    if implementation in ("static", "offloaded_static"):
+        allocated = cache.layers[0].keys.shape[-2]
+        assert held == full / tokens * allocated and tokens <= allocated <= tokens + 1
+    elif implementation == "quantized":
+        # 4 bits in place of 32, scales and zeros of groups, and a few tokens as they are.
+        assert 0.1 * full < held < 0.5 * full
+    else:
+        assert held == full
+    assert held < heads / 4
+    for layer in cache.layers:
+        assert layer.keys.shape[1] == layer.values.shape[1] == 1  # rows of factors, no heads
+
+
+def test_quantization_group_divides_rows():
+    for heads in (5, 24, 34, 47, 61, 78):
+        config = tiny_config(num_attention_heads=heads, head_dim=64)
+        group = quantization_group_size(config)
+        assert group % 8 == 0 and all(layout.width % group == 0 for layout in factor_layouts(config))
+
+
+def test_gradients_through_the_cache():
+    config = tiny_config()
+    model = random_model(config, dtype=torch.float64)
+    ids = random_ids(config, 2, 8)
+    gradients = []
+    for split in (None, 5):
+        model.zero_grad()
+        if split is None:
+            logits = model(ids, use_cache=False).logits
+        else:
+            first = model(ids[:, :split], use_cache=True)
+            second = model(ids[:, split:], past_key_values=first.past_key_values)
+            logits = torch.cat([first.logits, second.logits], dim=1)
+        logits.square().mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-12, rtol=1e-9, msg=name)

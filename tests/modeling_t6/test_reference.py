@@ -1,0 +1,159 @@
+"""The model against the paper's equations, and decoding against the full forward pass, with every cache."""
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
+
+from .common import random_ids, random_model, tiny_config
+from .reference import t6_logits
+
+
+VARIANTS = {
+    "tpa": {},
+    "kvonly": {"q_rank": None},
+    "h34-ranks622": {"num_attention_heads": 34, "q_rank": 6, "k_rank": 2, "v_rank": 2},
+    "h47-kvonly": {"num_attention_heads": 47, "q_rank": None, "v_rank": 2},
+    "rank1": {"q_rank": 1, "k_rank": 1, "v_rank": 1},
+    "v_rank-above-k_rank": {"k_rank": 1, "v_rank": 4},
+    "partial-rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+    "bias": {"attention_bias": True},
+    "untied": {"tie_word_embeddings": False},
+}
+variants = pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+
+
+def reference(model: T6ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    config = model.config
+    return t6_logits(
+        model.state_dict(),
+        ids.tolist(),
+        num_layers=config.num_hidden_layers,
+        h=config.num_attention_heads,
+        d=config.head_dim,
+        ranks=(config.q_rank, config.k_rank, config.v_rank),
+        rotary_dim=int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)),
+        theta=config.rope_parameters["rope_theta"],
+        eps=config.rms_norm_eps,
+    )
+
+
+def left_padded(config, lengths: tuple[int, ...]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Rows of the given lengths, alone and as one left-padded batch with its mask."""
+    rows = [random_ids(config, length, seed=length) for length in lengths]
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, -len(row) :], mask[i, -len(row) :] = row, 1
+    return rows, ids, mask
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@variants
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_full_forward(overrides, implementation):
+    model = random_model(tiny_config(attn_implementation=implementation, **overrides), dtype=torch.float64)
+    rows, ids, mask = left_padded(model.config, (9, 4))
+    expected = [reference(model, row) for row in rows]
+    assert expected[0].std() > 0.1  # logits large enough for the tolerance to mean something
+    with torch.no_grad():
+        alone = [model(row[None], use_cache=False).logits[0] for row in rows]
+        batch = model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+    for i, row in enumerate(rows):
+        # float64 has 16 digits; a few hundred additions of numbers near 1 leave 13.
+        torch.testing.assert_close(alone[i], expected[i], atol=1e-10, rtol=0)
+        torch.testing.assert_close(batch[i, -len(row) :], expected[i], atol=1e-10, rtol=0)
+
+
+@variants
+@pytest.mark.parametrize("step", [1, 3])
+def test_decoding_in_factor_space(overrides, step):
+    model = random_model(tiny_config(**overrides), dtype=torch.float64)
+    ids = random_ids(model.config, 10)
+    cache, logits = T6Cache(config=model.config), []
+    with torch.no_grad():
+        for start in range(0, len(ids), step):
+            logits.append(model(ids[None, start : start + step], past_key_values=cache).logits[0])
+    torch.testing.assert_close(torch.cat(logits), reference(model, ids), atol=1e-10, rtol=0)
+
+
+CACHES = {
+    "t6": lambda config: T6Cache(config=config),
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=24),
+}
+
+
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("q_rank", [3, None], ids=["tpa", "kvonly"])
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_token_by_token_equals_full_forward(make_cache, implementation, q_rank, padded):
+    config = tiny_config(q_rank=q_rank, attn_implementation=implementation)
+    model = random_model(config)
+    _, ids, mask = left_padded(config, (14, 9) if padded else (14, 14))
+    position_ids = positions(mask)
+    cache, logits = make_cache(config), []
+    with torch.no_grad():
+        full = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+        for t in range(ids.shape[1]):
+            output = model(
+                ids[:, t : t + 1],
+                attention_mask=mask[:, : t + 1],
+                position_ids=position_ids[:, t : t + 1],
+                past_key_values=cache,
+            )
+            logits.append(output.logits)
+    real = mask.bool()
+    # Logits are of order 1 and float32 has 7 digits.
+    torch.testing.assert_close(torch.cat(logits, dim=1)[real], full[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_groups", [6, 2, 1], ids=["mha", "gqa", "mqa"])
+def test_llama_is_a_t6(num_groups):
+    """Section 4 of the paper: with constant A factors, G at the heads of each group, T6 is Llama."""
+    h, d = 6, 8
+    llama_config = LlamaConfig(
+        vocab_size=97, hidden_size=h * d, intermediate_size=60, num_hidden_layers=2, num_attention_heads=h,
+        num_key_value_heads=num_groups, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    llama = random_model(llama_config, cls=LlamaForCausalLM, dtype=torch.float64)
+    config = T6Config(
+        vocab_size=97, hidden_size=h * d, intermediate_size=60, num_hidden_layers=2, num_attention_heads=h, head_dim=d,
+        q_rank=None, k_rank=num_groups, v_rank=num_groups, max_position_embeddings=64, tie_word_embeddings=False,
+        attention_bias=True,
+    )  # fmt: skip
+    model = T6ForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        state = {
+            name: tensor
+            for name, tensor in llama.state_dict().items()
+            if ".k_proj" not in name and ".v_proj" not in name
+        }
+        for layer in range(2):
+            for x in "kv":
+                prefix = f"model.layers.{layer}.self_attn.{x}"
+                state[f"{prefix}_b_proj.weight"] = llama.state_dict()[f"{prefix}_proj.weight"]
+                groups = torch.arange(h) // (h // num_groups)
+                mask = (groups[:, None] == torch.arange(num_groups)).double()
+                state[f"{prefix}_a_proj.bias"] = (num_groups * mask).flatten()
+        assert not model.load_state_dict(state, strict=False).unexpected_keys
+    # LlamaRMSNorm computes in float32 whatever its input: give both the wider one.
+    for module in llama.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = lambda x, m=module: (
+                m.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon)
+            )
+    ids = random_ids(config, 2, 11)
+    with torch.no_grad():
+        expected = llama(ids, use_cache=False).logits
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-10, rtol=0)
+        cache = T6Cache(config=config)
+        steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(11)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-10, rtol=0)

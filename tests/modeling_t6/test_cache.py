@@ -132,10 +132,10 @@ def test_from_rows_of_other_processes():
 def test_views_need_a_config():
     cache, _ = filled(2)
     with pytest.raises(ValueError, match=r"T6Cache\(config=...\)"):
-        cache.layers[0].a_k
+        print(cache.layers[0].a_k)
 
 
-@pytest.mark.parametrize("implementation", [None, "static", "offloaded", "offloaded_static", "quantized"])
+@pytest.mark.parametrize("implementation", [None, "static", "offloaded", "quantized"])
 def test_caches_of_generate_hold_factors_only(implementation):
     config = tiny_config(num_attention_heads=24, head_dim=16, v_rank=2)
     model = random_model(config)
@@ -153,7 +153,7 @@ def test_caches_of_generate_hold_factors_only(implementation):
     full = 2 * 2 * tokens * widths * 4  # layers, batch, tokens, numbers, bytes
     heads = 2 * 2 * tokens * 2 * config.num_attention_heads * config.head_dim * 4
     held = cache_nbytes(cache)
-    if implementation in ("static", "offloaded_static"):
+    if implementation == "static":
         allocated = cache.layers[0].keys.shape[-2]
         assert held == full / tokens * allocated and tokens <= allocated <= tokens + 1
     elif implementation == "quantized":

@@ -1,0 +1,166 @@
+"""Bad input gives one clear error, or what Transformers documents: never a wrong answer."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
+
+from .common import random_ids, random_model, tiny_config
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(tiny_config())
+
+
+def test_empty_prompt(model):
+    empty = torch.zeros(1, 0, dtype=torch.long)
+    for function in (model, model.generate):
+        with pytest.raises(ValueError, match="empty|input_ids|inputs_embeds"):
+            function(empty)
+
+
+def test_ids_and_embeddings(model):
+    ids = random_ids(model.config, 1, 4)
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(ids, inputs_embeds=model.get_input_embeddings()(ids))
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model()
+
+
+def test_unknown_token(model):
+    with pytest.raises(IndexError):
+        model(torch.tensor([[97]]))
+
+
+def test_longer_than_max_position_embeddings():
+    """Positions go on beyond it, as in Llama: the answer is that of a model that was made for more."""
+    short, long = (random_model(tiny_config(max_position_embeddings=size)) for size in (16, 64))
+    ids = random_ids(short.config, 1, 40)
+    with torch.no_grad():
+        assert torch.equal(short(ids).logits, long(ids).logits)
+    assert torch.equal(short.generate(ids, max_new_tokens=5), long.generate(ids, max_new_tokens=5))
+
+
+MASKS = {
+    "batch": (torch.ones(3, 6), r"\[2, 6\], got \[3, 6\]"),
+    "too-short": (torch.ones(2, 5), r"\[2, 6\], got \[2, 5\]"),
+    "3d": (torch.ones(2, 6, 6), r"must be \[batch, key_length\]"),
+    "additive-2d": (torch.full((2, 6), -1e9), "1 for tokens and 0 for padding"),
+    "4d-integer": (torch.ones(2, 1, 6, 6, dtype=torch.long), "boolean"),
+    "4d-queries": (torch.ones(2, 1, 5, 6, dtype=torch.bool), r"\[2, 1, 6, key_length\]"),
+}
+
+
+@pytest.mark.parametrize("mask,message", MASKS.values(), ids=MASKS)
+def test_wrong_masks(model, mask, message):
+    with pytest.raises(ValueError, match=message):
+        model(random_ids(model.config, 2, 6), attention_mask=mask)
+
+
+def test_mask_must_cover_the_cache(model):
+    ids = random_ids(model.config, 2, 6)
+    cache = T6Cache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="6 cached and 1 new tokens"):
+        model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_any_dtype(model, dtype):
+    ids = random_ids(model.config, 2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids, attention_mask=mask.to(dtype)).logits, model(ids, attention_mask=mask).logits
+        )
+
+
+def test_cache_of_another_model(model):
+    other = random_model(tiny_config(num_attention_heads=7, k_rank=3))
+    ids = random_ids(model.config, 1, 6)
+    with torch.no_grad():
+        cache = other(ids).past_key_values
+        with pytest.raises(RuntimeError, match="size"):
+            model(ids[:, :1], past_key_values=cache)
+
+
+def test_labels_of_another_shape(model):
+    with pytest.raises((ValueError, RuntimeError)):
+        model(random_ids(model.config, 2, 6), labels=torch.zeros(2, 9, dtype=torch.long))
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, 0.5, 0.999], ids=str)
+def test_truncated_weights(folder, keep):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(Exception, match="(?i)safetensors|header|incomplete|metadata|deserializ"):
+        T6ForCausalLM.from_pretrained(folder)
+
+
+def test_missing_tensor_is_reported(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.self_attn.k_b_proj.weight"
+    tensors.pop(name)
+    save_file(tensors, path, metadata={"format": "pt"})
+    _, info = T6ForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert name in info["missing_keys"]
+
+
+def test_tensor_of_another_shape(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.self_attn.k_b_proj.weight"
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="mismatch|size"):
+        T6ForCausalLM.from_pretrained(folder)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name, value in changes.items():
+        if value is ...:
+            config.pop(name)
+        else:
+            config[name] = value
+    path.write_text(json.dumps(config))
+
+
+def test_unknown_field_is_kept(folder):
+    edit_config(folder, invented="field")
+    assert T6Config.from_pretrained(folder).invented == "field"
+
+
+@pytest.mark.parametrize("field", ["num_attention_heads", "k_rank", "hidden_size"])
+def test_missing_field_does_not_load_other_shapes(folder, field):
+    """A missing field takes its default; weights of other shapes are then refused."""
+    edit_config(folder, **{field: ...} if field != "k_rank" else {"k_rank": ..., "v_rank": ...})
+    with pytest.raises(RuntimeError, match="mismatch|size"):
+        T6ForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("field,value", [("k_rank", "two"), ("k_rank", -2), ("head_dim", None)])
+def test_wrong_field(folder, field, value):
+    edit_config(folder, **{field: value})
+    with pytest.raises(Exception, match=field):
+        T6ForCausalLM.from_pretrained(folder)
+
+
+def test_config_that_is_not_json(folder):
+    (folder / "config.json").write_text('{"model_type": "t6"')
+    with pytest.raises(OSError, match="config.json"):
+        T6ForCausalLM.from_pretrained(folder)

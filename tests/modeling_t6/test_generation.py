@@ -1,0 +1,207 @@
+"""Every way in which `generate()` works, against greedy decoding that recomputes the whole sequence for each token."""
+
+import pytest
+import torch
+from transformers import CompileConfig, DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_t6 import T6Cache
+
+from .common import random_ids, random_model, tiny_config
+
+
+NEW = 10
+
+
+@pytest.fixture(scope="module", params=[3, None], ids=["tpa", "kvonly"])
+def model(request):
+    return random_model(tiny_config(q_rank=request.param))
+
+
+@torch.no_grad()
+def greedy(model, ids: torch.Tensor, new: int = NEW) -> torch.Tensor:
+    for _ in range(new):
+        logits = model(ids, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+def generate(model, ids: torch.Tensor | None = None, **kwargs):
+    kwargs = {"max_new_tokens": NEW, "do_sample": False, "disable_compile": True} | kwargs
+    return model.generate(ids, **kwargs)
+
+
+MODES = {
+    "default": {},
+    "no-cache": {"use_cache": False},
+    "dynamic": {"cache_implementation": "dynamic"},
+    "static": {"cache_implementation": "static"},
+    "offloaded": {"cache_implementation": "offloaded"},
+    "prompt-lookup": {"prompt_lookup_num_tokens": 3},
+    "chunked-prefill": {"prefill_chunk_size": 5},
+    "chunked-prefill-static": {"prefill_chunk_size": 5, "cache_implementation": "static"},
+    "one-beam-group": {"num_beams": 1},
+}
+
+
+@pytest.mark.parametrize("kwargs", MODES.values(), ids=MODES)
+def test_greedy(model, kwargs):
+    ids = random_ids(model.config, 1 if "prompt_lookup_num_tokens" in kwargs else 2, 13)
+    assert torch.equal(generate(model, ids, **kwargs), greedy(model, ids))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+def test_attention_implementations(implementation):
+    model = random_model(tiny_config(attn_implementation=implementation))
+    ids = random_ids(model.config, 2, 9)
+    assert torch.equal(generate(model, ids), greedy(random_model(tiny_config()), ids))
+
+
+def test_static_cache_with_compile(model):
+    """`generate()` compiles on accelerators only, unless it is told to compile here too."""
+    ids = random_ids(model.config, 2, 9)
+    compile_config = CompileConfig(backend="aot_eager", fullgraph=True, dynamic=False, mode=None)
+    compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    output = generate(model, ids, cache_implementation="static", compile_config=compile_config, disable_compile=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch.equal(output, greedy(model, ids))
+
+
+@pytest.mark.parametrize("nbits", [4, 8])
+def test_quantized(model, nbits):
+    ids = random_ids(model.config, 2, 20)
+    cache_config = {"backend": "hqq", "nbits": nbits, "residual_length": 4}
+    output = generate(
+        model, ids, cache_implementation="quantized", cache_config=cache_config, return_dict_in_generate=True,
+        output_logits=True,
+    )  # fmt: skip
+    assert type(output.past_key_values).__name__ == "QuantizedCache"
+    with torch.no_grad():
+        exact = model(output.sequences, use_cache=False).logits[:, 19:-1]
+    error = (torch.stack(output.logits, dim=1) - exact).abs().max() / exact.std()
+    # An error of half a step, 1/30 of a group's range with 4 bits and 1/510 with 8, in every factor of every layer.
+    assert 0 < error < {4: 1.5, 8: 0.1}[nbits]
+
+
+@pytest.mark.parametrize(
+    "make_cache",
+    [lambda config: T6Cache(config=config), lambda config: DynamicCache(config=config)],
+    ids=["t6", "dynamic"],
+)
+def test_continues_from_a_returned_cache(model, make_cache):
+    ids = random_ids(model.config, 2, 9)
+    cache = make_cache(model.config)
+    first = generate(model, ids, max_new_tokens=4, past_key_values=cache, return_dict_in_generate=True)
+    assert first.past_key_values is cache
+    second = generate(model, first.sequences, max_new_tokens=NEW - 4, past_key_values=cache)
+    assert torch.equal(second, greedy(model, ids))
+
+
+def test_default_cache(model):
+    output = generate(model, random_ids(model.config, 1, 5), return_dict_in_generate=True)
+    assert type(output.past_key_values) is T6Cache
+
+
+def test_inputs_embeds(model):
+    ids = random_ids(model.config, 2, 9)
+    output = generate(model, inputs_embeds=model.get_input_embeddings()(ids).detach())
+    assert torch.equal(output, greedy(model, ids)[:, 9:])
+
+
+def test_assisted_decoding(model):
+    assistant = random_model(tiny_config(num_hidden_layers=1, num_attention_heads=3), seed=3)
+    ids = random_ids(model.config, 1, 9)
+    assert torch.equal(generate(model, ids, assistant_model=assistant), greedy(model, ids))
+    # A perfect assistant has all its tokens taken: more than one query a step, and crops of none.
+    assert torch.equal(generate(model, ids, assistant_model=model), greedy(model, ids))
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_beam_search(model, implementation):
+    ids = random_ids(model.config, 2, 7)
+    kwargs = {"num_beams": 4, "num_return_sequences": 3, "return_dict_in_generate": True, "output_scores": True}
+    expected = generate(model, ids, use_cache=False, **kwargs)
+    output = generate(model, ids, cache_implementation=implementation, **kwargs)
+    assert torch.equal(output.sequences, expected.sequences)
+    torch.testing.assert_close(output.sequences_scores, expected.sequences_scores, atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_several_sequences(model):
+    ids = random_ids(model.config, 2, 7)
+    outputs = []
+    for kwargs in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
+        torch.manual_seed(5)
+        outputs.append(
+            generate(model, ids, do_sample=True, temperature=0.8, top_k=20, num_return_sequences=3, **kwargs)
+        )
+    assert outputs[0].shape[0] == 6 and len(outputs[0].unique(dim=0)) > 2
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+PADDED = {
+    "default": {},
+    "static": {"cache_implementation": "static"},
+    "beam": {"num_beams": 3},
+    "no-cache": {"use_cache": False},
+    "chunked-prefill": {"prefill_chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("kwargs", PADDED.values(), ids=PADDED)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+def test_left_padded_batch_equals_its_rows(kwargs, implementation):
+    model = random_model(tiny_config(attn_implementation=implementation))
+    rows = [random_ids(model.config, 1, length, seed=length) for length in (3, 11, 40)]
+    ids = torch.zeros(3, 40, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, -row.shape[1] :], mask[i, -row.shape[1] :] = row, 1
+    batch = generate(model, ids, attention_mask=mask, **kwargs)[:, 40:]
+    alone = torch.cat([generate(model, row, **kwargs)[:, row.shape[1] :] for row in rows])
+    assert torch.equal(batch, alone)
+
+
+def test_streaming(model):
+    class Collect(BaseStreamer):
+        tokens, ended = [], False
+
+        def put(self, value):
+            self.tokens = self.tokens + value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer, ids = Collect(), random_ids(model.config, 1, 6)
+    output = generate(model, ids, streamer=streamer)
+    assert streamer.ended and streamer.tokens == output[0].tolist()
+
+
+def test_stops_at_the_end_token(model):
+    ids = random_ids(model.config, 1, 9)
+    tokens = greedy(model, ids)[0]
+    end = tokens[12].item()
+    stop = tokens[9:].tolist().index(end)
+    assert generate(model, ids, eos_token_id=end)[0].tolist() == tokens[: 9 + stop + 1].tolist()
+
+
+def test_outputs(model):
+    model.set_attn_implementation("eager")
+    output = generate(
+        model, random_ids(model.config, 2, 6), max_new_tokens=3, return_dict_in_generate=True, output_attentions=True,
+        output_hidden_states=True, output_scores=True,
+    )  # fmt: skip
+    model.set_attn_implementation("sdpa")
+    assert [step[0].shape for step in output.attentions] == [(2, 5, 6, 6), (2, 5, 1, 7), (2, 5, 1, 8)]
+    assert all(torch.allclose(layer.sum(-1), torch.tensor(1.0)) for step in output.attentions for layer in step)
+    assert [step[-1].shape for step in output.hidden_states] == [(2, 6, 48), (2, 1, 48), (2, 1, 48)]
+
+
+def test_bfloat16_and_train_mode():
+    model = random_model(tiny_config(), dtype=torch.bfloat16)
+    ids = random_ids(model.config, 2, 9)
+    output = generate(model, ids, return_dict_in_generate=True, output_logits=True)
+    assert all(logits.isfinite().all() for logits in output.logits)
+    assert torch.equal(generate(model.train(), ids), output.sequences)

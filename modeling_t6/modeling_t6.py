@@ -143,6 +143,7 @@ class T6MLP(nn.Module):
         self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
         self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
         self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
+        self.down_proj.initializer_bound = 0.0
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -194,13 +195,21 @@ class T6Attention(nn.Module):
         if self.q_rank is None:
             self.q_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=bias)
         else:
-            self.q_a_proj = nn.Linear(config.hidden_size, num_heads * self.q_rank, bias=bias)
-            self.q_b_proj = nn.Linear(config.hidden_size, self.q_rank * self.head_dim, bias=bias)
-        self.k_a_proj = nn.Linear(config.hidden_size, num_heads * self.k_rank, bias=bias)
-        self.k_b_proj = nn.Linear(config.hidden_size, self.k_rank * self.head_dim, bias=bias)
-        self.v_a_proj = nn.Linear(config.hidden_size, num_heads * self.v_rank, bias=bias)
-        self.v_b_proj = nn.Linear(config.hidden_size, self.v_rank * self.head_dim, bias=bias)
+            self.q_a_proj = self._factor_proj(num_heads, self.q_rank)
+            self.q_b_proj = self._factor_proj(self.q_rank, self.head_dim)
+        self.k_a_proj = self._factor_proj(num_heads, self.k_rank)
+        self.k_b_proj = self._factor_proj(self.k_rank, self.head_dim)
+        self.v_a_proj = self._factor_proj(num_heads, self.v_rank)
+        self.v_b_proj = self._factor_proj(self.v_rank, self.head_dim)
         self.o_proj = nn.Linear(num_heads * self.head_dim, config.hidden_size, bias=bias)
+        self.o_proj.initializer_bound = 0.0
+
+    def _factor_proj(self, n1: int, n2: int) -> nn.Linear:
+        """The projection to a factor [n1, n2], initialised as Xavier's of the weight viewed as [hidden, n1, n2]."""
+        hidden_size = self.config.hidden_size
+        proj = nn.Linear(hidden_size, n1 * n2, bias=self.config.attention_bias)
+        proj.initializer_bound = (6 / ((hidden_size + n1) * n2)) ** 0.5  # fans: hidden * n2 and n1 * n2
+        return proj
 
     def forward(
         self,
@@ -335,22 +344,9 @@ class T6PreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """The paper's initialisation: Xavier uniform factors, output projections at zero; the rest as Llama."""
         super()._init_weights(module)
-        if isinstance(module, T6Attention):
-            hidden_size, num_heads, head_dim = (
-                self.config.hidden_size,
-                self.config.num_attention_heads,
-                module.head_dim,
-            )
-            for name, rank in (("q", module.q_rank), ("k", module.k_rank), ("v", module.v_rank)):
-                if rank is None:
-                    continue
-                # Xavier's fans of a weight viewed as [hidden, n1, n2] are hidden * n2 and n1 * n2.
-                for factor, n1, n2 in (("a", num_heads, rank), ("b", rank, head_dim)):
-                    bound = (6 / ((hidden_size + n1) * n2)) ** 0.5
-                    init.uniform_(getattr(module, f"{name}_{factor}_proj").weight, -bound, bound)
-            init.zeros_(module.o_proj.weight)
-        elif isinstance(module, T6MLP):
-            init.zeros_(module.down_proj.weight)
+        # By Linear, not by attention layer: in remote code, modules without parameters of their own are passed over.
+        if hasattr(module, "initializer_bound"):
+            init.uniform_(module.weight, -module.initializer_bound, module.initializer_bound)
 
 
 @auto_docstring

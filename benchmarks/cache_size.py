@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import configuration
-import modeling_t6  # noqa: F401  registers T6 with the Auto classes
+from modeling_t6.cache_t6 import CACHE_NAME
 
 
 def bytes_per_token_and_layer(folder: Path, dtype: torch.dtype, num_tokens: int = 32) -> float:
@@ -21,7 +21,8 @@ def bytes_per_token_and_layer(folder: Path, dtype: torch.dtype, num_tokens: int 
     config.bos_token_id = config.eos_token_id = None
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.inference_mode():
-        layer = model(torch.arange(num_tokens)[None], use_cache=True).past_key_values.layers[0]
+        output = model(torch.arange(num_tokens)[None], use_cache=True)
+    layer = getattr(output, CACHE_NAME).layers[0]
     return (layer.keys.nbytes + layer.values.nbytes) / num_tokens
 
 

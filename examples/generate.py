@@ -47,7 +47,7 @@ def generate(model, input_ids: torch.Tensor, num_tokens: int, **kwargs) -> tuple
     start = time.perf_counter()
     output = model.generate(input_ids, attention_mask=attention_mask, **kwargs)
     seconds = time.perf_counter() - start
-    cache = output.past_key_values
+    cache = output.cache if hasattr(output, "cache") else output.past_key_values  # renamed in Transformers 5.24
     cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     return output.sequences, num_tokens / seconds, cache_bytes / cache.get_seq_length()
 

@@ -26,13 +26,13 @@ FACTOR_SPACE_CHUNK = 16384
 LOG2_E = 1 / math.log(2)
 
 
-def attend_in_factor_space(query_length: int, past_key_values: Cache | None) -> bool:
+def attend_in_factor_space(query_length: int, cache: Cache | None) -> bool:
     """
     Which path runs. Few query tokens over a cache, and no gradient wanted: in factor space, K and V are never formed.
     Otherwise (training, prefill, no cache): K and V are formed once and go through Transformers' attention interface.
     Depends on nothing that changes from one decoded token to the next, so that a compiled decoding step stays one graph.
     """
-    return past_key_values is not None and query_length <= MAX_FACTOR_SPACE_QUERIES and not torch.is_grad_enabled()
+    return cache is not None and query_length <= MAX_FACTOR_SPACE_QUERIES and not torch.is_grad_enabled()
 
 
 def form_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,18 @@ import math
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
+
+
+# Transformers 5.24 renamed `past_key_values` to `cache` everywhere. The code here says `cache`; this is what the
+# installed Transformers says.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+# Takes the older name of an argument too: where it is the current one, without a warning.
+rename_past_key_values = deprecate_kwarg(
+    "past_key_values", "5.40.0" if CACHE_NAME == "cache" else "5.0.0", new_name="cache"
+)
 
 
 class FactorLayout:

@@ -38,7 +38,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_t6 import attend_in_factor_space, factor_space_attention, form_heads
-from .cache_t6 import T6Cache, factor_layouts, quantization_group_size
+from .cache_t6 import CACHE_NAME, T6Cache, factor_layouts, quantization_group_size, rename_past_key_values
 from .configuration_t6 import T6Config
 
 
@@ -211,12 +211,13 @@ class T6Attention(nn.Module):
         proj.initializer_bound = (6 / ((hidden_size + n1) * n2)) ** 0.5  # fans: hidden * n2 and n1 * n2
         return proj
 
+    @rename_past_key_values
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         factor_space: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -236,8 +237,8 @@ class T6Attention(nn.Module):
         a_v = self.v_a_proj(hidden_states).view(*input_shape, -1, self.v_rank).transpose(-1, -2)
         b_v = self.v_b_proj(hidden_states).view(*input_shape, self.v_rank, self.head_dim)
 
-        if past_key_values is not None:
-            key_rows, value_rows = past_key_values.update(
+        if cache is not None:
+            key_rows, value_rows = cache.update(
                 self.key_layout.pack(a_k, b_k), self.value_layout.pack(a_v, b_v), self.layer_idx
             )
             a_k, b_k = self.key_layout.unpack(key_rows)
@@ -283,12 +284,13 @@ class T6DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = T6RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = T6RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    @rename_past_key_values
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -300,7 +302,7 @@ class T6DecoderLayer(GradientCheckpointingLayer):
             hidden_states=hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             position_embeddings=position_embeddings,
             **kwargs,
@@ -322,7 +324,7 @@ class T6PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["T6DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -367,6 +369,7 @@ class T6Model(T6PreTrainedModel):
         # Initialize weights and apply final processing
         self.post_init()
 
+    @rename_past_key_values
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
@@ -375,7 +378,7 @@ class T6Model(T6PreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -386,19 +389,19 @@ class T6Model(T6PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds: torch.Tensor = self.embed_tokens(input_ids)
 
-        if use_cache and past_key_values is None:
-            past_key_values = T6Cache(config=self.config)
+        if use_cache and cache is None:
+            cache = T6Cache(config=self.config)
 
-        _validate_inputs(inputs_embeds, attention_mask, past_key_values)
+        _validate_inputs(inputs_embeds, attention_mask, cache)
 
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
-        factor_space = attend_in_factor_space(inputs_embeds.shape[1], past_key_values)
+        factor_space = attend_in_factor_space(inputs_embeds.shape[1], cache)
         mask_config = self.config
-        if factor_space and (self.config._attn_implementation != "sdpa" or past_key_values.is_compileable):
+        if factor_space and (self.config._attn_implementation != "sdpa" or cache.is_compileable):
             # Factor space needs the mask as a tensor, whatever the attention interface would take; and over a static
             # cache always, since only a mask tells which of its rows are filled.
             mask_config = copy.copy(self.config)
@@ -408,8 +411,8 @@ class T6Model(T6PreTrainedModel):
             config=mask_config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: cache},
         )
 
         hidden_states = inputs_embeds
@@ -421,22 +424,20 @@ class T6Model(T6PreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 factor_space=factor_space,
+                **{CACHE_NAME: cache},  # the name by which gradient checkpointing drops it
                 **kwargs,
             )
 
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
         )
 
 
-def _validate_inputs(
-    inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
-) -> None:
+def _validate_inputs(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None) -> None:
     """Refuses an empty prompt, and masks that would be misread rather than fail."""
     batch_size, query_length = inputs_embeds.shape[:2]
     if query_length == 0:
@@ -455,7 +456,7 @@ def _validate_inputs(
             )
     elif attention_mask.dim() == 2:
         # A static cache counts its tokens in a tensor: reading it once a step costs less than a wrong answer.
-        past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        past_length = int(cache.get_seq_length()) if cache is not None else 0
         if mask_shape[0] != batch_size or mask_shape[1] < past_length + query_length:
             raise ValueError(
                 f"`attention_mask` must cover {past_length} cached and {query_length} new tokens of {batch_size} "
@@ -487,6 +488,7 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
         # Initialize weights and apply final processing
         self.post_init()
 
+    @rename_past_key_values
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -494,7 +496,7 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -518,7 +520,7 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -536,7 +538,7 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -550,17 +552,19 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
         `generate()`'s dynamic caches become `T6Cache`s, its static ones are allocated for rows of factors, and its
         quantised ones group numbers by a size that divides a row.
         """
-        user_defined = model_kwargs.get("past_key_values") is not None
+        if "cache" in model_kwargs:  # the user's, under the name of `forward`
+            model_kwargs[CACHE_NAME] = model_kwargs.pop("cache")
+        user_defined = model_kwargs.get(CACHE_NAME) is not None
         if generation_config.cache_implementation == "quantized":
             cache_config = generation_config.cache_config or {}
             generation_config.cache_config = {"q_group_size": quantization_group_size(self.config), **cache_config}
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if user_defined:
             return
         if type(cache) is DynamicCache:
             offloading = cache.offloading and self.device.type != "cpu"  # on the CPU there is nowhere to offload to
-            model_kwargs["past_key_values"] = T6Cache(config=self.config, offloading=offloading)
+            model_kwargs[CACHE_NAME] = T6Cache(config=self.config, offloading=offloading)
         elif isinstance(cache, StaticCache) and len(set(getattr(self, "hf_device_map", {}).values())) <= 1:
             batch_size = args[1] if len(args) > 1 else kwargs["batch_size"]
             batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from configuration import make_configs
+from modeling_t6.cache_t6 import CACHE_NAME
 
 
 DIRECTORY = Path(make_configs.__file__).parent
@@ -183,7 +184,7 @@ def test_forward_pass_and_cache_of_one_layer(folder):
     assert outputs.logits.isfinite().all()
     assert outputs.logits.std() > 0
 
-    layer = outputs.past_key_values.layers[0]
+    layer = getattr(outputs, CACHE_NAME).layers[0]
     needed, stored = make_configs.cache_numbers(config)
     assert (layer.keys.numel() + layer.values.numel()) / input_ids.numel() == stored
     if config.model_type == "t6":

@@ -3,6 +3,7 @@
 import torch
 
 from modeling_t6 import T6Config, T6ForCausalLM
+from modeling_t6.cache_t6 import CACHE_NAME
 
 
 def tiny_config(**overrides) -> T6Config:
@@ -41,3 +42,8 @@ def random_model(config: T6Config, cls=T6ForCausalLM, dtype: torch.dtype = torch
 def random_ids(config: T6Config, *shape: int, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, config.vocab_size, shape, generator=generator)
+
+
+def cached(output):
+    """The cache in a model's output, whose name depends on the version of Transformers."""
+    return getattr(output, CACHE_NAME)

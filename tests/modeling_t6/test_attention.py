@@ -147,12 +147,12 @@ def test_decoding_never_forms_keys_or_values(implementation):
     heads_numel = (seq + 1) * config.num_attention_heads * config.head_dim
     with torch.no_grad():
         with LargestResult() as prefill:
-            model(random_ids(config, 1, seq), past_key_values=cache)
+            model(random_ids(config, 1, seq), cache=cache)
         assert (
             prefill.numel >= heads_numel - config.num_attention_heads * config.head_dim
         )  # what is looked for is found
         # Room for the next tokens, which is a copy of the cache once in a while.
-        model(random_ids(config, 1, 1), past_key_values=cache)
+        model(random_ids(config, 1, 1), cache=cache)
         with LargestResult() as decoding:
-            model(random_ids(config, 1, 1), past_key_values=cache)
+            model(random_ids(config, 1, 1), cache=cache)
     assert decoding.numel < heads_numel / 4

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 
-from .common import random_ids, random_model, tiny_config
+from .common import cached, random_ids, random_model, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,9 @@ def test_mask_must_cover_the_cache(model):
     ids = random_ids(model.config, 2, 6)
     cache = T6Cache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     with pytest.raises(ValueError, match="6 cached and 1 new tokens"):
-        model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1))
+        model(ids[:, :1], cache=cache, attention_mask=torch.ones(2, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16], ids=str)
@@ -84,9 +84,9 @@ def test_cache_of_another_model(model):
     other = random_model(tiny_config(num_attention_heads=7, k_rank=3))
     ids = random_ids(model.config, 1, 6)
     with torch.no_grad():
-        cache = other(ids).past_key_values
+        cache = cached(other(ids))
         with pytest.raises(RuntimeError, match="size"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], cache=cache)
 
 
 def test_labels_of_another_shape(model):

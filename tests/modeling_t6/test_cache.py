@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from modeling_t6 import T6Cache
 from modeling_t6.cache_t6 import FactorLayout, cache_nbytes, factor_layouts, quantization_group_size
 
-from .common import random_ids, random_model, tiny_config
+from .common import cached, random_ids, random_model, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_bytes_and_views(dtype):
     config = tiny_config(num_attention_heads=8, v_rank=3)  # rows need no alignment
     model = random_model(config, dtype=dtype)
     with torch.no_grad():
-        cache = model(random_ids(config, 2, 7)).past_key_values
+        cache = cached(model(random_ids(config, 2, 7)))
     assert type(cache) is T6Cache
     numbers = (config.k_rank + config.v_rank) * (config.num_attention_heads + config.head_dim)
     assert cache.nbytes == cache_nbytes(cache) == 2 * 2 * 7 * numbers * dtype.itemsize  # layers, batch, tokens
@@ -46,7 +46,7 @@ def test_views_hold_the_factors_of_the_layer():
     model = random_model(config, dtype=torch.float64)
     ids = random_ids(config, 1, 6)
     with torch.no_grad():
-        cache = model(ids).past_key_values
+        cache = cached(model(ids))
         attention = model.model.layers[0].self_attn
         normed = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
         a_v = attention.v_a_proj(normed).view(1, 6, 5, 1).transpose(2, 3)
@@ -146,7 +146,7 @@ def test_caches_of_generate_hold_factors_only(implementation):
         random_ids(config, 2, 30), max_new_tokens=new, min_new_tokens=new, do_sample=False,
         cache_implementation=implementation, return_dict_in_generate=True, disable_compile=True, **kwargs,
     )  # fmt: skip
-    cache = output.past_key_values
+    cache = cached(output)
     widths = sum(layout.width for layout in factor_layouts(config))
     assert widths == (config.k_rank + config.v_rank) * (config.num_attention_heads + config.head_dim)
     tokens = 41  # the last token's factors are not computed
@@ -184,7 +184,7 @@ def test_gradients_through_the_cache():
             logits = model(ids, use_cache=False).logits
         else:
             first = model(ids[:, :split], use_cache=True)
-            second = model(ids[:, split:], past_key_values=first.past_key_values)
+            second = model(ids[:, split:], cache=cached(first))
             logits = torch.cat([first.logits, second.logits], dim=1)
         logits.square().mean().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})

@@ -7,7 +7,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_t6 import T6Cache
 
-from .common import random_ids, random_model, tiny_config
+from .common import cached, random_ids, random_model, tiny_config
 
 
 NEW = 10
@@ -78,7 +78,7 @@ def test_quantized(model, nbits):
         model, ids, cache_implementation="quantized", cache_config=cache_config, return_dict_in_generate=True,
         output_logits=True,
     )  # fmt: skip
-    assert type(output.past_key_values).__name__ == "QuantizedCache"
+    assert type(cached(output)).__name__ == "QuantizedCache"
     with torch.no_grad():
         exact = model(output.sequences, use_cache=False).logits[:, 19:-1]
     error = (torch.stack(output.logits, dim=1) - exact).abs().max() / exact.std()
@@ -94,15 +94,15 @@ def test_quantized(model, nbits):
 def test_continues_from_a_returned_cache(model, make_cache):
     ids = random_ids(model.config, 2, 9)
     cache = make_cache(model.config)
-    first = generate(model, ids, max_new_tokens=4, past_key_values=cache, return_dict_in_generate=True)
-    assert first.past_key_values is cache
-    second = generate(model, first.sequences, max_new_tokens=NEW - 4, past_key_values=cache)
+    first = generate(model, ids, max_new_tokens=4, cache=cache, return_dict_in_generate=True)
+    assert cached(first) is cache
+    second = generate(model, first.sequences, max_new_tokens=NEW - 4, cache=cache)
     assert torch.equal(second, greedy(model, ids))
 
 
 def test_default_cache(model):
     output = generate(model, random_ids(model.config, 1, 5), return_dict_in_generate=True)
-    assert type(output.past_key_values) is T6Cache
+    assert type(cached(output)) is T6Cache
 
 
 def test_inputs_embeds(model):
@@ -150,8 +150,9 @@ PADDED = {
 }
 
 
+# Not flex_attention: on a CPU, Transformers' own Llama gives NaN for the padding, and for the rows, of such a batch.
 @pytest.mark.parametrize("kwargs", PADDED.values(), ids=PADDED)
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_left_padded_batch_equals_its_rows(kwargs, implementation):
     model = random_model(tiny_config(attn_implementation=implementation))
     rows = [random_ids(model.config, 1, length, seed=length) for length in (3, 11, 40)]

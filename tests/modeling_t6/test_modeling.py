@@ -13,7 +13,7 @@ from modeling_t6 import (
     T6Model,
 )
 
-from .common import random_ids, random_model, tiny_config
+from .common import cached, random_ids, random_model, tiny_config
 
 
 HEADS = {
@@ -168,8 +168,8 @@ def test_rope_types(rope_type):
     ids = random_ids(model.config, 1, 12)
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
-        cache = model(ids[:, :8], use_cache=True).past_key_values
-        torch.testing.assert_close(model(ids[:, 8:], past_key_values=cache).logits, full[:, 8:], atol=1e-5, rtol=1e-5)
+        cache = cached(model(ids[:, :8], use_cache=True))
+        torch.testing.assert_close(model(ids[:, 8:], cache=cache).logits, full[:, 8:], atol=1e-5, rtol=1e-5)
 
 
 WRONG_FIELDS = {

@@ -77,7 +77,7 @@ def test_decoding_in_factor_space(overrides, step):
     cache, logits = T6Cache(config=model.config), []
     with torch.no_grad():
         for start in range(0, len(ids), step):
-            logits.append(model(ids[None, start : start + step], past_key_values=cache).logits[0])
+            logits.append(model(ids[None, start : start + step], cache=cache).logits[0])
     torch.testing.assert_close(torch.cat(logits), reference(model, ids), atol=1e-10, rtol=0)
 
 
@@ -105,7 +105,7 @@ def test_token_by_token_equals_full_forward(make_cache, implementation, q_rank, 
                 ids[:, t : t + 1],
                 attention_mask=mask[:, : t + 1],
                 position_ids=position_ids[:, t : t + 1],
-                past_key_values=cache,
+                cache=cache,
             )
             logits.append(output.logits)
     real = mask.bool()
@@ -155,5 +155,5 @@ def test_llama_is_a_t6(num_groups):
         expected = llama(ids, use_cache=False).logits
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-10, rtol=0)
         cache = T6Cache(config=config)
-        steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(11)]
+        steps = [model(ids[:, t : t + 1], cache=cache).logits for t in range(11)]
         torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-10, rtol=0)

@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 folder, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 result = {"module": type(model).__module__, "tokens": model.generate(ids, max_new_tokens=6, do_sample=False).tolist()}
-result["cache"] = type(model(ids).past_key_values).__name__
+result["cache"] = type(model(ids)[1]).__name__
 generator = pipeline("text-generation", model=folder, trust_remote_code=True, device="cpu")
 result["text"] = generator("t5 t6 t7", max_new_tokens=4, do_sample=False)[0]["generated_text"]
 result["base"] = type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__

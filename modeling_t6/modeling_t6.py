@@ -383,6 +383,11 @@ class T6Model(T6PreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        r"""
+        cache (`Cache`, *optional*):
+            The factors of the tokens seen before, as returned by an earlier step: a `T6Cache`, or any cache of
+            Transformers. Called `past_key_values` before Transformers 5.24; both names are taken.
+        """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
 
@@ -504,6 +509,10 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
+        cache (`Cache`, *optional*):
+            The factors of the tokens seen before, as returned by an earlier step: a `T6Cache`, or any cache of
+            Transformers. Called `past_key_values` before Transformers 5.24; both names are taken.
+
         Example:
 
         ```python

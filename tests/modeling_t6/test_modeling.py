@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from modeling_t6 import (
+    T6Cache,
     T6Config,
     T6ForCausalLM,
     T6ForQuestionAnswering,
@@ -91,6 +92,39 @@ def test_gradient_checkpointing():
         gradients.append([parameter.grad for parameter in model.parameters()])
     for gradient, expected in zip(*gradients):
         torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+def test_both_names_of_the_cache(name):
+    """Transformers 5.24 renamed `past_key_values`; generate() and forward() take either name on every version."""
+    model = random_model(tiny_config())
+    ids = random_ids(model.config, 2, 9)
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+        cache = T6Cache(config=model.config)
+        model(ids[:, :5], **{name: cache})
+        torch.testing.assert_close(model(ids[:, 5:], **{name: cache}).logits, full[:, 5:], atol=1e-5, rtol=1e-5)
+        hidden_states = model.model(ids[:, :1], **{name: cache}).last_hidden_state
+    assert hidden_states.shape == (2, 1, 48) and cache.get_seq_length() == 10
+    cache.crop(9)
+    kwargs = {"max_new_tokens": 6, "do_sample": False}
+    tokens = model.generate(torch.cat([ids, ids[:, :1]], dim=1), **{name: cache}, **kwargs)
+    assert torch.equal(tokens, model.generate(torch.cat([ids, ids[:, :1]], dim=1), **kwargs))
+    assert cache.get_seq_length() == 15
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+def test_gradient_checkpointing_does_not_fill_a_cache(name):
+    """A layer that is run again for the backward pass would append its factors twice."""
+    model = random_model(tiny_config()).train()
+    model.gradient_checkpointing_enable()
+    ids, cache = random_ids(model.config, 2, 8), T6Cache(config=model.config)
+    loss = model(ids, labels=ids, **{name: cache}).loss
+    loss.backward()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(loss, random_model(tiny_config())(ids, labels=ids).loss)
 
 
 def test_resize_embeddings():

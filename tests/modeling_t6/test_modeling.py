@@ -107,7 +107,7 @@ def test_both_names_of_the_cache(name):
         torch.testing.assert_close(model(ids[:, 5:], **{name: cache}).logits, full[:, 5:], atol=1e-5, rtol=1e-5)
         hidden_states = model.model(ids[:, :1], **{name: cache}).last_hidden_state
     assert hidden_states.shape == (2, 1, 48) and cache.get_seq_length() == 10
-    cache.crop(9)
+    cache.crop(-1)
     kwargs = {"max_new_tokens": 6, "do_sample": False}
     tokens = model.generate(torch.cat([ids, ids[:, :1]], dim=1), **{name: cache}, **kwargs)
     assert torch.equal(tokens, model.generate(torch.cat([ids, ids[:, :1]], dim=1), **kwargs))

@@ -1,9 +1,15 @@
 """A small T6 whose every part matters: odd sizes, ranks that differ, and no weight at zero."""
 
+import os
+
 import torch
 
 from modeling_t6 import T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
+
+
+# `T6_TEST_DEVICE=cuda pytest tests/modeling_t6/test_generation.py tests/modeling_t6/test_reference.py` tests a GPU.
+DEVICE = os.environ.get("T6_TEST_DEVICE", "cpu")
 
 
 def tiny_config(**overrides) -> T6Config:
@@ -36,12 +42,12 @@ def random_model(config: T6Config, cls=T6ForCausalLM, dtype: torch.dtype = torch
                 parameter.normal_(std=0.3)
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model
+    return model.to(DEVICE)
 
 
 def random_ids(config: T6Config, *shape: int, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, config.vocab_size, shape, generator=generator)
+    return torch.randint(2, config.vocab_size, shape, generator=generator).to(DEVICE)
 
 
 def cached(output):

@@ -7,7 +7,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_t6 import T6Cache
 
-from .common import cached, random_ids, random_model, tiny_config
+from .common import DEVICE, cached, random_ids, random_model, tiny_config
 
 
 NEW = 10
@@ -40,8 +40,9 @@ MODES = {
     "prompt-lookup": {"prompt_lookup_num_tokens": 3},
     "chunked-prefill": {"prefill_chunk_size": 5},
     "chunked-prefill-static": {"prefill_chunk_size": 5, "cache_implementation": "static"},
-    "one-beam-group": {"num_beams": 1},
 }
+if DEVICE == "cuda":  # a stream copies the layers
+    MODES["offloaded-static"] = {"cache_implementation": "offloaded_static"}
 
 
 @pytest.mark.parametrize("kwargs", MODES.values(), ids=MODES)
@@ -150,13 +151,13 @@ PADDED = {
 }
 
 
-# Not flex_attention: on a CPU, Transformers' own Llama gives NaN for the padding, and for the rows, of such a batch.
+# Not flex_attention on a CPU, where Transformers' own Llama gives NaN for such a batch, its rows without padding too.
 @pytest.mark.parametrize("kwargs", PADDED.values(), ids=PADDED)
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"] + ["flex_attention"] * (DEVICE == "cuda"))
 def test_left_padded_batch_equals_its_rows(kwargs, implementation):
     model = random_model(tiny_config(attn_implementation=implementation))
     rows = [random_ids(model.config, 1, length, seed=length) for length in (3, 11, 40)]
-    ids = torch.zeros(3, 40, dtype=torch.long)
+    ids = torch.zeros(3, 40, dtype=torch.long, device=DEVICE)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, -row.shape[1] :], mask[i, -row.shape[1] :] = row, 1
@@ -196,7 +197,9 @@ def test_outputs(model):
     )  # fmt: skip
     model.set_attn_implementation("sdpa")
     assert [step[0].shape for step in output.attentions] == [(2, 5, 6, 6), (2, 5, 1, 7), (2, 5, 1, 8)]
-    assert all(torch.allclose(layer.sum(-1), torch.tensor(1.0)) for step in output.attentions for layer in step)
+    assert all(
+        torch.allclose(layer.sum(-1), torch.ones_like(layer[..., 0])) for step in output.attentions for layer in step
+    )
     assert [step[-1].shape for step in output.hidden_states] == [(2, 6, 48), (2, 1, 48), (2, 1, 48)]
 
 

@@ -6,7 +6,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 
-from .common import random_ids, random_model, tiny_config
+from .common import DEVICE, random_ids, random_model, tiny_config
 from .reference import t6_logits
 
 
@@ -42,7 +42,7 @@ def reference(model: T6ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def left_padded(config, lengths: tuple[int, ...]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Rows of the given lengths, alone and as one left-padded batch with its mask."""
     rows = [random_ids(config, length, seed=length) for length in lengths]
-    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long, device=DEVICE)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, -len(row) :], mask[i, -len(row) :] = row, 1
@@ -86,6 +86,9 @@ CACHES = {
     "dynamic": lambda config: DynamicCache(config=config),
     "static": lambda config: StaticCache(config=config, max_cache_len=24),
 }
+if DEVICE == "cuda":  # on a CPU there is nowhere to offload to
+    CACHES["offloaded"] = lambda config: T6Cache(config=config, offloading=True)
+    CACHES["offloaded-static"] = lambda config: StaticCache(config=config, max_cache_len=24, offloading=True)
 
 
 @pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)

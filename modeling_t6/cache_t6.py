@@ -139,11 +139,18 @@ class T6DynamicLayer(DynamicLayer):
             self._set_storage(tuple(function(tensor) for tensor in self._storage), self.keys.shape[-2])
 
     def offload(self):
-        self._map_storage(lambda tensor: tensor.to("cpu", non_blocking=True))
+        # Blocks, unlike `DynamicLayer`'s: the next prefetch reads the copy from another stream.
+        self._map_storage(lambda tensor: tensor.to("cpu"))
 
     def prefetch(self):
         if self.is_initialized and self.keys.device != self.device:
-            self._map_storage(lambda tensor: tensor.to(self.device, non_blocking=True))
+            self._map_storage(self._to_device)
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.device, non_blocking=True)
+        if tensor.is_cuda:  # its memory belongs to the prefetch stream, and may only be used again after ours
+            tensor.record_stream(torch.cuda.default_stream(tensor.device))
+        return tensor
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map_storage(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))

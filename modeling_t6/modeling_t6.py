@@ -366,6 +366,10 @@ class T6Model(T6PreTrainedModel):
         self.rotary_emb = T6RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
 
+        # Asks for masks as tensors. Made here because torch.compile does not trace a copy on every version.
+        self.tensor_mask_config = copy.copy(config)
+        self.tensor_mask_config._attn_implementation = "eager"
+
         # Initialize weights and apply final processing
         self.post_init()
 
@@ -405,20 +409,7 @@ class T6Model(T6PreTrainedModel):
             position_ids = position_ids.unsqueeze(0)
 
         factor_space = attend_in_factor_space(inputs_embeds.shape[1], cache)
-        mask_config = self.config
-        if factor_space and (self.config._attn_implementation != "sdpa" or cache.is_compileable):
-            # Factor space needs the mask as a tensor, whatever the attention interface would take; and over a static
-            # cache always, since only a mask tells which of its rows are filled.
-            mask_config = copy.copy(self.config)
-            mask_config._attn_implementation = "eager"
-
-        causal_mask = create_causal_mask(
-            config=mask_config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE_NAME: cache},
-        )
+        causal_mask = self.create_causal_mask(inputs_embeds, attention_mask, cache, position_ids)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -438,6 +429,31 @@ class T6Model(T6PreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
+            **{CACHE_NAME: cache},
+        )
+
+    def create_causal_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        position_ids: torch.LongTensor | None,
+    ):
+        """The causal mask as the path that runs reads it: what the attention interface takes, or a tensor."""
+        implementation = self.config._attn_implementation
+        is_static = cache is not None and cache.is_compileable
+        if attend_in_factor_space(inputs_embeds.shape[1], cache):
+            # Factor space reads tensors, and over a static cache always one: only it tells which rows are filled.
+            as_tensor = implementation != "sdpa" or is_static
+        else:
+            # The functions that flex_attention takes are read late, when a static cache has moved its length in place.
+            as_tensor = implementation == "flex_attention" and is_static
+        config = self.tensor_mask_config if as_tensor else self.config
+        return create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
             **{CACHE_NAME: cache},
         )
 
@@ -551,6 +567,17 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def create_masks_for_generate(
+        self,
+        config: T6Config,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ):
+        """The mask that `generate()` makes ahead of a step over a static cache."""
+        return self.model.create_causal_mask(inputs_embeds, attention_mask, kwargs[CACHE_NAME], position_ids)
 
     def _get_static_cache_init_shape(self) -> None:
         # Key and value rows may differ in width, which this hook cannot say: see `_prepare_cache_for_generation`.

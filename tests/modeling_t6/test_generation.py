@@ -51,11 +51,13 @@ def test_greedy(model, kwargs):
     assert torch.equal(generate(model, ids, **kwargs), greedy(model, ids))
 
 
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
-def test_attention_implementations(implementation):
+def test_attention_implementations(implementation, cache_implementation):
     model = random_model(tiny_config(attn_implementation=implementation))
     ids = random_ids(model.config, 2, 9)
-    assert torch.equal(generate(model, ids), greedy(random_model(tiny_config()), ids))
+    output = generate(model, ids, cache_implementation=cache_implementation)
+    assert torch.equal(output, greedy(random_model(tiny_config()), ids))
 
 
 def test_static_cache_with_compile(model):

@@ -26,8 +26,8 @@ variants = pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
 
 def reference(model: T6ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     config = model.config
-    return t6_logits(
-        model.state_dict(),
+    logits = t6_logits(
+        {name: tensor.cpu() for name, tensor in model.state_dict().items()},
         ids.tolist(),
         num_layers=config.num_hidden_layers,
         h=config.num_attention_heads,
@@ -37,6 +37,7 @@ def reference(model: T6ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
         theta=config.rope_parameters["rope_theta"],
         eps=config.rms_norm_eps,
     )
+    return logits.to(model.device)
 
 
 def left_padded(config, lengths: tuple[int, ...]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -130,7 +131,7 @@ def test_llama_is_a_t6(num_groups):
         q_rank=None, k_rank=num_groups, v_rank=num_groups, max_position_embeddings=64, tie_word_embeddings=False,
         attention_bias=True,
     )  # fmt: skip
-    model = T6ForCausalLM(config).double().eval()
+    model = T6ForCausalLM(config).double().to(DEVICE).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -143,8 +144,8 @@ def test_llama_is_a_t6(num_groups):
             for x in "kv":
                 prefix = f"model.layers.{layer}.self_attn.{x}"
                 state[f"{prefix}_b_proj.weight"] = llama.state_dict()[f"{prefix}_proj.weight"]
-                groups = torch.arange(h) // (h // num_groups)
-                mask = (groups[:, None] == torch.arange(num_groups)).double()
+                groups = torch.arange(h, device=DEVICE) // (h // num_groups)
+                mask = (groups[:, None] == torch.arange(num_groups, device=DEVICE)).double()
                 state[f"{prefix}_a_proj.bias"] = (num_groups * mask).flatten()
         assert not model.load_state_dict(state, strict=False).unexpected_keys
     # LlamaRMSNorm computes in float32 whatever its input: give both the wider one.

@@ -440,15 +440,18 @@ class T6Model(T6PreTrainedModel):
         position_ids: torch.LongTensor | None,
     ):
         """The causal mask as the path that runs reads it: what the attention interface takes, or a tensor."""
-        implementation = self.config._attn_implementation
+        config, implementation = self.config, self.config._attn_implementation
         is_static = cache is not None and cache.is_compileable
         if attend_in_factor_space(inputs_embeds.shape[1], cache):
             # Factor space reads tensors, and over a static cache always one: only it tells which rows are filled.
-            as_tensor = implementation != "sdpa" or is_static
-        else:
-            # The functions that flex_attention takes are read late, when a static cache has moved its length in place.
-            as_tensor = implementation == "flex_attention" and is_static
-        config = self.tensor_mask_config if as_tensor else self.config
+            if implementation != "sdpa" or is_static:
+                config = self.tensor_mask_config
+        elif implementation == "flex_attention" and is_static:
+            # flex_attention asks the mask late, when the cache has moved its length in place: show it another.
+            cache = copy.copy(cache)
+            cache.layers = [copy.copy(layer) for layer in cache.layers]
+            for layer in cache.layers:
+                layer.cumulative_length = layer.cumulative_length.clone()
         return create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,

@@ -40,7 +40,7 @@ def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
 def attention_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:
     """Median seconds a layer of the three ways to attend with one query to `seq_length` cached tokens."""
     heads, head_dim, scaling = config.num_attention_heads, config.head_dim, config.head_dim**-0.5
-    layouts = factor_layouts(config)
+    layouts = factor_layouts(config, 0)
     bytes_per_layer = sum(layout.width for layout in layouts) * seq_length * dtype.itemsize
     num_layers = max(1, LARGER_THAN_PROCESSOR_CACHES // bytes_per_layer)
     query = torch.randn(1, 1, heads, head_dim).to(dtype)
@@ -80,7 +80,7 @@ def append_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dty
     """Median seconds of appending one token to a cache of `seq_length` tokens of one layer."""
     row = {}
     for name, cache in (("T6Cache", T6Cache()), ("DynamicCache", DynamicCache())):
-        rows = tuple(torch.randn(1, 1, seq_length, layout.width).to(dtype) for layout in factor_layouts(config))
+        rows = tuple(torch.randn(1, 1, seq_length, layout.width).to(dtype) for layout in factor_layouts(config, 0))
         new = tuple(tensor[:, :, :1].clone() for tensor in rows)
         cache.update(*rows, 0)
         cache.update(*new, 0)  # the first append after a prompt makes room for as many tokens again

@@ -154,7 +154,7 @@ def cache_numbers(config: PreTrainedConfig) -> tuple[int, int]:
     """Numbers to cache per token over all layers: those the architecture needs, and those that are stored."""
     if config.model_type == "t6":
         needed = (config.k_rank + config.v_rank) * (config.num_attention_heads + config.head_dim)
-        stored = sum(layout.width for layout in factor_layouts(config))
+        stored = sum(layout.width for layout in factor_layouts(config, 0))
     elif config.model_type == "deepseek_v3":
         needed = stored = config.kv_lora_rank + config.qk_rope_head_dim
     else:

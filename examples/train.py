@@ -464,7 +464,8 @@ def replace_folder(new: Path, target: Path) -> None:
 def model_card(args: argparse.Namespace, model: T6ForCausalLM, facts: dict) -> str:
     config, perplexity = model.config, math.exp(facts["loss_per_token"])
     itemsize = model.dtype.itemsize
-    cache = sum(layout.width for layout in factor_layouts(config)) * config.num_hidden_layers * itemsize
+    layers = range(config.num_hidden_layers)
+    cache = sum(layout.width for layer in layers for layout in factor_layouts(config, layer)) * itemsize
     mha_cache = 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * itemsize
     # A resumed run equals the command without these.
     words = [shlex.quote(word) for word in args.command if word not in ("--resume", "--overwrite")]

@@ -36,7 +36,7 @@ def attend_in_factor_space(query_length: int, cache: Cache | None) -> bool:
 
 
 def form_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(1 / R) A^T B: A [batch, seq, R, h] and B [batch, seq, R, d] to heads [batch, seq, h, d]."""
+    """(1 / R) A^T B: A [batch, seq, R, h], or constant [R, h], and B [batch, seq, R, d] to heads [batch, seq, h, d]."""
     return torch.matmul(a.transpose(-1, -2), b) / a.shape[-2]
 
 
@@ -58,7 +58,8 @@ def factor_space_attention(
     Args:
         query: [batch, query_length, h, d], rotated.
         key_factors: A_K [batch, key_length, R_K, h] and B_K [batch, key_length, R_K, d], rotated.
-        value_factors: A_V [batch, key_length, R_V, h] and B_V [batch, key_length, R_V, d].
+        value_factors: A_V [batch, key_length, R_V, h] and B_V [batch, key_length, R_V, d]. Constant A factors are
+            [R, h]: those of the keys then act on the query, those of the values on the output, once for all tokens.
         attention_mask: boolean (True: attend) or additive, broadcastable to [batch, h, query_length, key_length].
             `None` is causal, the last query being aligned with the last key.
         scaling: the factor of Q K^T, usually 1 / sqrt(d).
@@ -68,8 +69,10 @@ def factor_space_attention(
         Output [batch, query_length, h, d], and probabilities [batch, h, query_length, key_length] or `None`.
     """
     batch_size, query_length, num_heads, head_dim = query.shape
-    key_length, k_rank = key_factors[0].shape[1:3]
-    v_rank = value_factors[0].shape[2]
+    (all_a_k, all_b_k), (all_a_v, all_b_v) = key_factors, value_factors
+    key_length, k_rank = all_b_k.shape[1:3]
+    v_rank = all_b_v.shape[2]
+    constant_a = all_a_k.dim() == 2
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
 
     if attention_mask is None and query_length > 1:
@@ -77,21 +80,29 @@ def factor_space_attention(
         attention_mask = attention_mask.tril(key_length - query_length)[None, None]
 
     # Keys come first, heads last: the layout of A in the cache. The softmax is one of powers of 2, which are faster.
-    flat_query = (query * (LOG2_E * scaling / k_rank)).flatten(1, 2).transpose(1, 2)  # [batch, d, query_length * h]
+    flat_query = query * (LOG2_E * scaling / k_rank)
+    if constant_a:
+        flat_query = torch.einsum("bqhd,rh->bqhrd", flat_query, all_a_k).flatten(3)
+    flat_query = flat_query.flatten(1, 2).transpose(1, 2)  # [batch, d or R_K * d, query_length * h]
     chunk_length = key_length if output_attentions else min(FACTOR_SPACE_CHUNK, key_length)
     # Everything below writes into two buffers: on a CPU, fresh memory for each result costs as much as the arithmetic.
     buffers = query.new_empty(2, batch_size * chunk_length * query_length * num_heads)
     maximum = output = normalizer = None
     for start in range(0, key_length, chunk_length):
-        a_k, b_k, a_v, b_v = (factor[:, start : start + chunk_length] for factor in (*key_factors, *value_factors))
-        shape = (batch_size, a_k.shape[1], query_length, num_heads)
+        chunk = slice(start, start + chunk_length)
+        b_k, b_v = all_b_k[:, chunk], all_b_v[:, chunk]
+        shape = (batch_size, b_k.shape[1], query_length, num_heads)
         scores, products = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
 
-        torch.bmm(b_k[:, :, 0], flat_query, out=scores.flatten(2))
-        scores.mul_(a_k[:, :, 0, None])
-        for rank in range(1, k_rank):
-            torch.bmm(b_k[:, :, rank], flat_query, out=products.flatten(2))
-            scores.addcmul_(products, a_k[:, :, rank, None])
+        if constant_a:
+            torch.bmm(b_k.flatten(2), flat_query, out=scores.flatten(2))
+        else:
+            a_k, a_v = all_a_k[:, chunk], all_a_v[:, chunk]
+            torch.bmm(b_k[:, :, 0], flat_query, out=scores.flatten(2))
+            scores.mul_(a_k[:, :, 0, None])
+            for rank in range(1, k_rank):
+                torch.bmm(b_k[:, :, rank], flat_query, out=products.flatten(2))
+                scores.addcmul_(products, a_k[:, :, rank, None])
         if attention_mask is not None:
             mask = attention_mask[..., start : start + chunk_length].permute(0, 3, 2, 1)
             if mask.dtype == torch.bool:
@@ -106,9 +117,12 @@ def factor_space_attention(
         weights = weights.sub_(maximum).exp2_()
         chunk_normalizer = weights.sum(dim=1, keepdim=True)
         chunk_output = 0
-        for rank in range(v_rank):
-            torch.mul(weights, a_v[:, :, rank, None], out=products)
-            chunk_output = chunk_output + _sum_over_tokens(products.flatten(2), b_v[:, :, rank])
+        if constant_a:
+            chunk_output = _sum_over_tokens(weights.flatten(2).to(b_v.dtype), b_v.flatten(2))
+        else:
+            for rank in range(v_rank):
+                torch.mul(weights, a_v[:, :, rank, None], out=products)
+                chunk_output = chunk_output + _sum_over_tokens(products.flatten(2), b_v[:, :, rank])
         if previous is None:
             normalizer, output = chunk_normalizer, chunk_output.to(softmax_dtype)
         else:
@@ -117,6 +131,9 @@ def factor_space_attention(
             output = output * decay.view(batch_size, -1, 1) + chunk_output
 
     output = (output / (normalizer.view(batch_size, -1, 1) * v_rank)).to(query.dtype)
+    if constant_a:
+        output = torch.einsum("bqhrd,rh->bqhd", output.view(batch_size, query_length, num_heads, v_rank, -1), all_a_v)
+        output = output.flatten(1, 2)
     probabilities = None
     if output_attentions:
         probabilities = (weights / normalizer).permute(0, 3, 2, 1).to(query.dtype)

@@ -16,7 +16,7 @@
 import math
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
@@ -39,7 +39,7 @@ class FactorLayout:
 
     A's rows are padded by at most 7 numbers each, so that a row starts on 16 bytes in half precision: kernels lose
     half their speed on rows that do not. A row has `width` numbers, `rank * (num_heads + head_dim)` where that is
-    already a multiple of 8.
+    already a multiple of 8. With constant A factors, `num_heads` is 0: a row holds B alone.
     """
 
     def __init__(self, rank: int, num_heads: int, head_dim: int):
@@ -47,8 +47,10 @@ class FactorLayout:
         self.padded_heads = next(n for n in range(num_heads, num_heads + 8) if rank * (n + head_dim) % 8 == 0)
         self.width = rank * (self.padded_heads + head_dim)
 
-    def pack(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def pack(self, a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
         """A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim] as rows [batch, 1, seq, width]."""
+        if a is None:
+            a = b[..., :0]
         a = torch.nn.functional.pad(a, (0, self.padded_heads - self.num_heads))
         return torch.cat([b.flatten(-2), a.flatten(-2)], dim=-1).unsqueeze(1)
 
@@ -59,12 +61,11 @@ class FactorLayout:
         return a, b.unflatten(-1, (self.rank, self.head_dim))
 
 
-def factor_layouts(config: PreTrainedConfig) -> tuple[FactorLayout, FactorLayout]:
-    """The layouts of the key rows and of the value rows of a T6 model."""
-    return (
-        FactorLayout(config.k_rank, config.num_attention_heads, config.head_dim),
-        FactorLayout(config.v_rank, config.num_attention_heads, config.head_dim),
-    )
+def factor_layouts(config: PreTrainedConfig, layer_idx: int) -> tuple[FactorLayout, FactorLayout]:
+    """The layouts of the key rows and of the value rows of one layer."""
+    num_heads = 0 if config.noncontextual_a else config.num_attention_heads
+    k_rank, v_rank = config.ranks(layer_idx)
+    return FactorLayout(k_rank, num_heads, config.head_dim), FactorLayout(v_rank, num_heads, config.head_dim)
 
 
 def quantization_group_size(config: PreTrainedConfig) -> int:
@@ -72,20 +73,62 @@ def quantization_group_size(config: PreTrainedConfig) -> int:
     The `q_group_size` for a `QuantizedCache` of this model: the multiple of 8 nearest to Transformers' default of 64
     that divides every row of factors (64 itself divides the rows of few models, and then quantising fails).
     """
-    common_width = math.gcd(*(layout.width for layout in factor_layouts(config)))
+    layouts = (layout for layer_idx in range(config.num_hidden_layers) for layout in factor_layouts(config, layer_idx))
+    common_width = math.gcd(*(layout.width for layout in layouts))
     divisors = [size for size in range(8, common_width + 1, 8) if common_width % size == 0]
     return min(divisors, key=lambda size: abs(size - 64))
 
 
-class T6DynamicLayer(DynamicLayer):
+class FactorViewsMixin:
+    """What a cache layer shows of the factors that it holds. `layouts` are those of its rows."""
+
+    layouts: tuple[FactorLayout, FactorLayout] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors held: (R_K + R_V)(h + d) numbers per token, plus the alignment of a row."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+
+    def _factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.layouts is None or not self.is_initialized:
+            raise ValueError("Factor views need a cache built as `T6Cache(config=...)` that holds at least one token.")
+        return self.layouts[index].unpack((self.keys, self.values)[index])
+
+    def _head_factors(self, index: int) -> torch.Tensor:
+        a = self._factors(index)[0]
+        if a.shape[-1] == 0:
+            raise ValueError("The A factors of this model are constants, parameters of its layers: none are cached.")
+        return a
+
+    @property
+    def a_k(self) -> torch.Tensor:
+        """View [batch, seq, R_K, h] of the keys' head factors."""
+        return self._head_factors(0)
+
+    @property
+    def b_k(self) -> torch.Tensor:
+        """View [batch, seq, R_K, d] of the keys' feature factors, already rotated."""
+        return self._factors(0)[1]
+
+    @property
+    def a_v(self) -> torch.Tensor:
+        """View [batch, seq, R_V, h] of the values' head factors."""
+        return self._head_factors(1)
+
+    @property
+    def b_v(self) -> torch.Tensor:
+        """View [batch, seq, R_V, d] of the values' feature factors."""
+        return self._factors(1)[1]
+
+
+class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
     """
     Factors of one layer: `keys` [batch, 1, seq, R_K (h + d)] and `values` [batch, 1, seq, R_V (h + d)] are views of
     storage that doubles when it is full, so that appending a token writes one row and copies nothing else.
     """
 
-    def __init__(self, config: PreTrainedConfig | None = None, **kwargs):
+    def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.layouts = None if config is None else factor_layouts(config)
         self._storage: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -161,40 +204,15 @@ class T6DynamicLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map_storage(lambda tensor: tensor[indices, ...])
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the factors held: (R_K + R_V)(h + d) numbers per token, plus the alignment of a row."""
-        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
-    def _factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.layouts is None or not self.is_initialized:
-            raise ValueError("Factor views need a cache built as `T6Cache(config=...)` that holds at least one token.")
-        return self.layouts[index].unpack((self.keys, self.values)[index])
-
-    @property
-    def a_k(self) -> torch.Tensor:
-        """View [batch, seq, R_K, h] of the keys' head factors."""
-        return self._factors(0)[0]
-
-    @property
-    def b_k(self) -> torch.Tensor:
-        """View [batch, seq, R_K, d] of the keys' feature factors, already rotated."""
-        return self._factors(0)[1]
-
-    @property
-    def a_v(self) -> torch.Tensor:
-        """View [batch, seq, R_V, h] of the values' head factors."""
-        return self._factors(1)[0]
-
-    @property
-    def b_v(self) -> torch.Tensor:
-        """View [batch, seq, R_V, d] of the values' feature factors."""
-        return self._factors(1)[1]
+class T6DynamicSlidingWindowLayer(FactorViewsMixin, DynamicSlidingWindowLayer):
+    """Factors of the last tokens of one layer, as many as its window shows."""
 
 
 class T6Cache(DynamicCache):
     """
-    The default cache of a T6 model, a `DynamicCache` whose layers are [`T6DynamicLayer`]s. It takes `DynamicCache`'s
+    The default cache of a T6 model, a `DynamicCache` whose layers are [`T6DynamicLayer`]s, or
+    [`T6DynamicSlidingWindowLayer`]s where the model has a window. It takes `DynamicCache`'s
     arguments; with `config` its layers show their factors as `cache.layers[i].a_k`, `.b_k`, `.a_v` and `.b_v`.
 
     Transformers' own `DynamicCache`, `StaticCache` and `QuantizedCache` hold the same rows for a T6 model.
@@ -202,8 +220,12 @@ class T6Cache(DynamicCache):
 
     def __init__(self, ddp_cache_data=None, config: PreTrainedConfig | None = None, **kwargs):
         super().__init__(config=config, **kwargs)
-        decoder_config = None if config is None else config.get_text_config(decoder=True)
-        self.layers = [T6DynamicLayer(decoder_config) for _ in self.layers]
+        self.layers = [
+            T6DynamicSlidingWindowLayer(layer.sliding_window) if layer.is_sliding else T6DynamicLayer()
+            for layer in self.layers
+        ]
+        for layer_idx, layer in enumerate(self.layers):
+            layer.layouts = factor_layouts(config.get_text_config(decoder=True), layer_idx)
         if self.layer_class_to_replicate is not None:
             self.layer_class_to_replicate = T6DynamicLayer
         for layer_idx, rows in enumerate(ddp_cache_data or ()):

@@ -35,8 +35,12 @@ class T6Config(PreTrainedConfig):
         head_dim (`int`, defaults to 64): Size of a head (d), independent of `hidden_size`.
         q_rank (`int`, *optional*, defaults to 6):
             Rank of the queries (R_Q). `None` is TPA-KVonly: the queries come from one ordinary projection.
-        k_rank (`int`, defaults to 2): Rank of the keys (R_K).
-        v_rank (`int`, defaults to 2): Rank of the values (R_V).
+        k_rank (`int` or `list[int]`, defaults to 2): Rank of the keys (R_K), one for all layers or one for each.
+        v_rank (`int` or `list[int]`, defaults to 2): Rank of the values (R_V), one for all layers or one for each.
+        noncontextual_a (`bool`, defaults to `False`):
+            Whether the A factors are learned constants [R, h] instead of projections of the token ("TPA with
+            non-contextual A", section 3.4 of the paper). The cache then holds B alone. Llama's MHA, GQA and MQA are of
+            this kind (section 4).
         hidden_act (`str`, defaults to `"silu"`): Activation of the gated MLP.
         max_position_embeddings (`int`, defaults to 1024): Longest sequence the model was made for.
         initializer_range (`float`, defaults to 0.02):
@@ -45,6 +49,16 @@ class T6Config(PreTrainedConfig):
         rope_parameters (`dict`, *optional*):
             As in every Transformers model: `rope_theta`, `rope_type`, `partial_rotary_factor` and what the type needs.
         attention_bias (`bool`, defaults to `False`): Whether the attention projections have biases.
+        attention_out_bias (`bool`, *optional*): Whether `o_proj` has one; `attention_bias` if `None`.
+        mlp_bias (`bool`, defaults to `False`): Whether the projections of the MLP have biases.
+        qk_norm (`bool`, defaults to `False`):
+            Whether RMS norms of size d act on every head of the queries and on every row of B_K before RoPE, as in Qwen3.
+        head_norm (`bool`, defaults to `False`):
+            Whether an RMS norm (epsilon 1e-5) of size d acts on every head's output before `o_proj` ("groupnorm" in the
+            research code).
+        sliding_window (`int`, *optional*): Tokens that a query of a `"sliding_attention"` layer sees, its own included.
+        layer_types (`list[str]`, *optional*):
+            `"full_attention"` or `"sliding_attention"` for each layer. `None`: sliding if there is a `sliding_window`.
         attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities.
 
     ```python
@@ -69,8 +83,9 @@ class T6Config(PreTrainedConfig):
     num_attention_heads: int = 34
     head_dim: int = 64
     q_rank: int | None = 6
-    k_rank: int = 2
-    v_rank: int = 2
+    k_rank: int | list[int] = 2
+    v_rank: int | list[int] = 2
+    noncontextual_a: bool = False
     hidden_act: str = "silu"
     max_position_embeddings: int = 1024
     initializer_range: float = 0.02
@@ -82,17 +97,31 @@ class T6Config(PreTrainedConfig):
     tie_word_embeddings: bool = True
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
+    attention_out_bias: bool | None = None
     attention_dropout: int | float = 0.0
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    head_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None and isinstance(self.hidden_size, int):
             self.intermediate_size = 8 * self.hidden_size // 3
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
+        if self.layer_types is None and self.sliding_window is not None and isinstance(self.num_hidden_layers, int):
+            self.layer_types = ["sliding_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
     @property
     def num_key_value_heads(self) -> int:
         """Number of heads of the keys and values that the factors form: all of them."""
         return self.num_attention_heads
+
+    def ranks(self, layer_idx: int) -> tuple[int, int]:
+        """R_K and R_V of a layer."""
+        return tuple(rank if isinstance(rank, int) else rank[layer_idx] for rank in (self.k_rank, self.v_rank))
 
     @property
     def rotary_dim(self) -> int:
@@ -108,8 +137,6 @@ class T6Config(PreTrainedConfig):
             "num_hidden_layers",
             "num_attention_heads",
             "head_dim",
-            "k_rank",
-            "v_rank",
             "max_position_embeddings",
         ):
             if getattr(self, field) < 1:
@@ -118,6 +145,22 @@ class T6Config(PreTrainedConfig):
             raise ValueError(
                 f"`q_rank` must be a positive integer, or None for queries without factors (TPA-KVonly), got {self.q_rank}."
             )
+        for field in ("k_rank", "v_rank"):
+            rank = getattr(self, field)
+            ranks = [rank] if isinstance(rank, int) else rank
+            if min(ranks, default=0) < 1 or isinstance(rank, list) and len(rank) != self.num_hidden_layers:
+                raise ValueError(
+                    f"`{field}` must be a positive integer, or a list of one for each of the {self.num_hidden_layers} "
+                    f"layers, got {rank}."
+                )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"`sliding_window` must be a positive integer or None, got {self.sliding_window}.")
+        if not set(self.layer_types or ()) <= {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"`layer_types` must be 'full_attention' or 'sliding_attention' for each layer, got {self.layer_types}."
+            )
+        if "sliding_attention" in (self.layer_types or ()) and self.sliding_window is None:
+            raise ValueError("`layer_types` has 'sliding_attention', which needs a `sliding_window`, got None.")
         if self.rms_norm_eps <= 0:
             raise ValueError(f"`rms_norm_eps` must be positive, got {self.rms_norm_eps}.")
         if self.initializer_range < 0:

@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -140,9 +140,9 @@ class T6MLP(nn.Module):
         self.config = config
         self.hidden_size = config.hidden_size
         self.intermediate_size = config.intermediate_size
-        self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(self.hidden_size, self.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(self.intermediate_size, self.hidden_size, bias=config.mlp_bias)
         self.down_proj.initializer_bound = 0.0
         self.act_fn = ACT2FN[config.hidden_act]
 
@@ -175,6 +175,10 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
+def _layer_type(config: T6Config, layer_idx: int) -> str:
+    return "full_attention" if config.layer_types is None else config.layer_types[layer_idx]
+
+
 class T6Attention(nn.Module):
     """Tensor product attention from 'Tensor Product Attention Is All You Need' paper"""
 
@@ -183,26 +187,35 @@ class T6Attention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.q_rank, self.k_rank, self.v_rank = config.q_rank, config.k_rank, config.v_rank
+        self.q_rank = config.q_rank
+        self.k_rank, self.v_rank = config.ranks(layer_idx)
         self.num_key_value_groups = 1
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.key_layout, self.value_layout = factor_layouts(config)
+        self.sliding_window = config.sliding_window if _layer_type(config, layer_idx) == "sliding_attention" else None
+        self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
 
-        num_heads, bias = config.num_attention_heads, config.attention_bias
+        num_heads = config.num_attention_heads
         # The outputs of an A projection are head-major, [h, R]; those of a B projection rank-major, [R, d].
         if self.q_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=bias)
+            self.q_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=config.attention_bias)
         else:
-            self.q_a_proj = self._factor_proj(num_heads, self.q_rank)
             self.q_b_proj = self._factor_proj(self.q_rank, self.head_dim)
-        self.k_a_proj = self._factor_proj(num_heads, self.k_rank)
         self.k_b_proj = self._factor_proj(self.k_rank, self.head_dim)
-        self.v_a_proj = self._factor_proj(num_heads, self.v_rank)
         self.v_b_proj = self._factor_proj(self.v_rank, self.head_dim)
-        self.o_proj = nn.Linear(num_heads * self.head_dim, config.hidden_size, bias=bias)
+        for name, rank in (("q", self.q_rank), ("k", self.k_rank), ("v", self.v_rank)):
+            if rank is not None and config.noncontextual_a:
+                setattr(self, f"{name}_a", nn.Parameter(torch.empty(rank, num_heads)))
+            elif rank is not None:
+                setattr(self, f"{name}_a_proj", self._factor_proj(num_heads, rank))
+        self.o_proj = nn.Linear(num_heads * self.head_dim, config.hidden_size, bias=config.attention_out_bias)
         self.o_proj.initializer_bound = 0.0
+        if config.qk_norm:
+            self.q_norm = T6RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = T6RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        if config.head_norm:
+            self.head_norm = T6RMSNorm(self.head_dim, eps=1e-5)
 
     def _factor_proj(self, n1: int, n2: int) -> nn.Linear:
         """The projection to a factor [n1, n2], initialised as Xavier's of the weight viewed as [hidden, n1, n2]."""
@@ -210,6 +223,13 @@ class T6Attention(nn.Module):
         proj = nn.Linear(hidden_size, n1 * n2, bias=self.config.attention_bias)
         proj.initializer_bound = (6 / ((hidden_size + n1) * n2)) ** 0.5  # fans: hidden * n2 and n1 * n2
         return proj
+
+    def _head_factors(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """A_Q, A_K or A_V of the tokens [batch, seq, R, h], or constant [R, h]."""
+        if self.config.noncontextual_a:
+            return getattr(self, f"{name}_a")
+        a = getattr(self, f"{name}_a_proj")(hidden_states)
+        return a.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(-1, -2)
 
     @rename_past_key_values
     def forward(
@@ -226,18 +246,23 @@ class T6Attention(nn.Module):
 
         if self.q_rank is None:
             query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)
-            query_states = apply_rotary_pos_emb(query_states, cos, sin)
         else:
-            a_q = self.q_a_proj(hidden_states).view(*input_shape, -1, self.q_rank).transpose(-1, -2)
             b_q = self.q_b_proj(hidden_states).view(*input_shape, self.q_rank, self.head_dim)
-            query_states = form_heads(a_q, apply_rotary_pos_emb(b_q, cos, sin))
-        a_k = self.k_a_proj(hidden_states).view(*input_shape, -1, self.k_rank).transpose(-1, -2)
+            query_states = form_heads(self._head_factors("q", hidden_states), b_q)
+        a_k, a_v = self._head_factors("k", hidden_states), self._head_factors("v", hidden_states)
         b_k = self.k_b_proj(hidden_states).view(*input_shape, self.k_rank, self.head_dim)
-        b_k = apply_rotary_pos_emb(b_k, cos, sin)
-        a_v = self.v_a_proj(hidden_states).view(*input_shape, -1, self.v_rank).transpose(-1, -2)
         b_v = self.v_b_proj(hidden_states).view(*input_shape, self.v_rank, self.head_dim)
+        if self.config.qk_norm:
+            query_states, b_k = self.q_norm(query_states), self.k_norm(b_k)
+        query_states = apply_rotary_pos_emb(query_states, cos, sin)
+        b_k = apply_rotary_pos_emb(b_k, cos, sin)
 
-        if cache is not None:
+        if cache is not None and self.config.noncontextual_a:
+            key_rows, value_rows = cache.update(
+                self.key_layout.pack(None, b_k), self.value_layout.pack(None, b_v), self.layer_idx
+            )
+            b_k, b_v = self.key_layout.unpack(key_rows)[1], self.value_layout.unpack(value_rows)[1]
+        elif cache is not None:
             key_rows, value_rows = cache.update(
                 self.key_layout.pack(a_k, b_k), self.value_layout.pack(a_v, b_v), self.layer_idx
             )
@@ -265,9 +290,12 @@ class T6Attention(nn.Module):
                 attention_mask,
                 dropout=0.0 if not self.training else self.attention_dropout,
                 scaling=self.scaling,
+                sliding_window=self.sliding_window,
                 **kwargs,
             )
 
+        if self.config.head_norm:
+            attn_output = self.head_norm(attn_output)
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         attn_output = self.o_proj(attn_output)
         return attn_output, attn_weights
@@ -349,6 +377,9 @@ class T6PreTrainedModel(PreTrainedModel):
         # By Linear, not by attention layer: in remote code, modules without parameters of their own are passed over.
         if hasattr(module, "initializer_bound"):
             init.uniform_(module.weight, -module.initializer_bound, module.initializer_bound)
+        if isinstance(module, T6Attention):
+            for parameter in module.parameters(recurse=False):  # constant A factors
+                init.normal_(parameter)
 
 
 @auto_docstring
@@ -409,15 +440,15 @@ class T6Model(T6PreTrainedModel):
             position_ids = position_ids.unsqueeze(0)
 
         factor_space = attend_in_factor_space(inputs_embeds.shape[1], cache)
-        causal_mask = self.create_causal_mask(inputs_embeds, attention_mask, cache, position_ids)
+        causal_masks = self.create_causal_masks(inputs_embeds, attention_mask, cache, position_ids)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
-        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+        for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states = decoder_layer(
                 hidden_states,
-                attention_mask=causal_mask,
+                attention_mask=causal_masks[_layer_type(self.config, layer_idx)],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 use_cache=use_cache,
@@ -432,19 +463,21 @@ class T6Model(T6PreTrainedModel):
             **{CACHE_NAME: cache},
         )
 
-    def create_causal_mask(
+    def create_causal_masks(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict | None,
         cache: Cache | None,
         position_ids: torch.LongTensor | None,
-    ):
-        """The causal mask as the path that runs reads it: what the attention interface takes, or a tensor."""
+    ) -> dict:
+        """By layer type, the mask as the path that runs reads it: what the attention interface takes, or a tensor."""
+        if isinstance(attention_mask, dict):  # made ahead by `generate()`
+            return attention_mask
         config, implementation = self.config, self.config._attn_implementation
         is_static = cache is not None and cache.is_compileable
         if attend_in_factor_space(inputs_embeds.shape[1], cache):
-            # Factor space reads tensors, and over a static cache always one: only it tells which rows are filled.
-            if implementation != "sdpa" or is_static:
+            # Factor space reads tensors, and over a static or sliding cache always one: only it tells which rows to read.
+            if implementation != "sdpa" or is_static or config.sliding_window is not None:
                 config = self.tensor_mask_config
         elif implementation == "flex_attention" and is_static:
             # flex_attention asks the mask late, when the cache has moved its length in place: show it another.
@@ -452,13 +485,17 @@ class T6Model(T6PreTrainedModel):
             cache.layers = [copy.copy(layer) for layer in cache.layers]
             for layer in cache.layers:
                 layer.cumulative_length = layer.cumulative_length.clone()
-        return create_causal_mask(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE_NAME: cache},
-        )
+        functions = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {
+            layer_type: functions[layer_type](
+                config=config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **{CACHE_NAME: cache},
+            )
+            for layer_type in set(config.layer_types or ["full_attention"])
+        }
 
 
 def _validate_inputs(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None) -> None:
@@ -579,8 +616,8 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
-        """The mask that `generate()` makes ahead of a step over a static cache."""
-        return self.model.create_causal_mask(inputs_embeds, attention_mask, kwargs[CACHE_NAME], position_ids)
+        """The masks that `generate()` makes ahead of a step over a static cache."""
+        return self.model.create_causal_masks(inputs_embeds, attention_mask, kwargs[CACHE_NAME], position_ids)
 
     def _get_static_cache_init_shape(self) -> None:
         # Key and value rows may differ in width, which this hook cannot say: see `_prepare_cache_for_generation`.
@@ -607,8 +644,8 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
         elif isinstance(cache, StaticCache) and len(set(getattr(self, "hf_device_map", {}).values())) <= 1:
             batch_size = args[1] if len(args) > 1 else kwargs["batch_size"]
             batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
-            key_layout, value_layout = factor_layouts(self.config)
-            for layer in cache.layers:
+            for layer_idx, layer in enumerate(cache.layers):
+                key_layout, value_layout = factor_layouts(self.config, layer_idx)
                 if not layer.is_initialized:
                     layer.lazy_initialization(
                         torch.empty((batch_size, 1, 0, key_layout.width), dtype=self.dtype, device=self.device),

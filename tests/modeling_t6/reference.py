@@ -30,25 +30,29 @@ def t6_logits(
     num_layers: int,
     h: int,
     d: int,
-    ranks: tuple[int | None, int, int],
     rotary_dim: int,
     theta: float = 10000.0,
     eps: float = 1e-6,
+    windows: list[int | None] | None = None,
 ) -> torch.Tensor:
-    """Logits [seq, vocab] of one sequence without padding."""
+    """Logits [seq, vocab] of one sequence without padding. What the model has is read off the names and shapes."""
     w = {name: tensor.double() for name, tensor in weights.items()}
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0.0)
 
-    def factors(x: torch.Tensor, name: str, rank: int, position: int | None) -> torch.Tensor:
+    def norm_if_any(x: torch.Tensor, name: str, eps: float) -> torch.Tensor:
+        return rms_norm(x, w[f"{name}.weight"], eps) if f"{name}.weight" in w else x
+
+    def factors(x: torch.Tensor, name: str, row_norm: str | None = None, position: int | None = None) -> torch.Tensor:
         """[h, d] = (1 / R) sum_r a_r (x) b_r, with b_r rotated at `position` unless that is None."""
-        a = linear(x, f"{name}_a_proj").view(h, rank)  # head-major
-        b = linear(x, f"{name}_b_proj").view(rank, d)
+        b = linear(x, f"{name}_b_proj").view(-1, d)
+        rank = len(b)
+        a = w[f"{name}_a"].T if f"{name}_a" in w else linear(x, f"{name}_a_proj").view(h, rank)  # head-major
         total = torch.zeros(h, d, dtype=torch.float64)
         for r in range(rank):
-            b_r = b[r] if position is None else rotate(b[r], position, theta, rotary_dim)
-            total += torch.outer(a[:, r], b_r)
+            b_r = b[r] if row_norm is None else norm_if_any(b[r], row_norm, eps)
+            total += torch.outer(a[:, r], b_r if position is None else rotate(b_r, position, theta, rotary_dim))
         return total / rank
 
     x = [w["model.embed_tokens.weight"][token] for token in ids]
@@ -58,20 +62,24 @@ def t6_logits(
         for t, x_t in enumerate(x):
             normed = rms_norm(x_t, w[f"{prefix}.input_layernorm.weight"], eps)
             name = f"{prefix}.self_attn"
-            if ranks[0] is None:
+            if f"{name}.q_proj.weight" in w:
                 heads = linear(normed, f"{name}.q_proj").view(h, d)
-                queries.append(torch.stack([rotate(head, t, theta, rotary_dim) for head in heads]))
             else:
-                queries.append(factors(normed, f"{name}.q", ranks[0], t))
-            keys.append(factors(normed, f"{name}.k", ranks[1], t))
-            values.append(factors(normed, f"{name}.v", ranks[2], None))
+                heads = factors(normed, f"{name}.q")
+            heads = [norm_if_any(head, f"{name}.q_norm", eps) for head in heads]
+            queries.append(torch.stack([rotate(head, t, theta, rotary_dim) for head in heads]))
+            keys.append(factors(normed, f"{name}.k", row_norm=f"{name}.k_norm", position=t))
+            values.append(factors(normed, f"{name}.v"))
+        window = len(x) if windows is None or windows[layer] is None else windows[layer]
         for t in range(len(x)):
             heads = []
             for i in range(h):
-                scores = torch.stack([queries[t][i] @ keys[s][i] / math.sqrt(d) for s in range(t + 1)])
+                seen = range(max(0, t + 1 - window), t + 1)
+                scores = torch.stack([queries[t][i] @ keys[s][i] / math.sqrt(d) for s in seen])
                 probabilities = torch.exp(scores - scores.max())
                 probabilities = probabilities / probabilities.sum()
-                heads.append(sum(p * values[s][i] for s, p in enumerate(probabilities)))
+                head = sum(p * values[s][i] for s, p in zip(seen, probabilities))
+                heads.append(norm_if_any(head, f"{prefix}.self_attn.head_norm", 1e-5))
             x[t] = x[t] + linear(torch.cat(heads), f"{prefix}.self_attn.o_proj")
         for t in range(len(x)):
             normed = rms_norm(x[t], w[f"{prefix}.post_attention_layernorm.weight"], eps)

@@ -147,7 +147,7 @@ def test_caches_of_generate_hold_factors_only(implementation):
         cache_implementation=implementation, return_dict_in_generate=True, disable_compile=True, **kwargs,
     )  # fmt: skip
     cache = cached(output)
-    widths = sum(layout.width for layout in factor_layouts(config))
+    widths = sum(layout.width for layout in factor_layouts(config, 0))
     assert widths == (config.k_rank + config.v_rank) * (config.num_attention_heads + config.head_dim)
     tokens = 41  # the last token's factors are not computed
     full = 2 * 2 * tokens * widths * 4  # layers, batch, tokens, numbers, bytes
@@ -170,7 +170,7 @@ def test_quantization_group_divides_rows():
     for heads in (5, 24, 34, 47, 61, 78):
         config = tiny_config(num_attention_heads=heads, head_dim=64)
         group = quantization_group_size(config)
-        assert group % 8 == 0 and all(layout.width % group == 0 for layout in factor_layouts(config))
+        assert group % 8 == 0 and all(layout.width % group == 0 for layout in factor_layouts(config, 0))
 
 
 def test_gradients_through_the_cache():

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
+from modeling_t6.cache_t6 import factor_layouts
 
 from .common import DEVICE, random_ids, random_model, tiny_config
 from .reference import t6_logits
@@ -18,7 +19,16 @@ VARIANTS = {
     "rank1": {"q_rank": 1, "k_rank": 1, "v_rank": 1},
     "v_rank-above-k_rank": {"k_rank": 1, "v_rank": 4},
     "partial-rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
-    "bias": {"attention_bias": True},
+    "bias": {"attention_bias": True, "mlp_bias": True},
+    "bias-but-o": {"attention_bias": True, "attention_out_bias": False, "q_rank": None},
+    "rank-by-layer": {"k_rank": [1, 3], "v_rank": [2, 1]},
+    "noncontextual-a": {"noncontextual_a": True},
+    "noncontextual-a-kvonly": {"noncontextual_a": True, "q_rank": None, "k_rank": 3, "v_rank": [1, 5]},
+    "qk-norm": {"qk_norm": True},
+    "qk-norm-noncontextual-a": {"qk_norm": True, "noncontextual_a": True, "q_rank": None},
+    "head-norm": {"head_norm": True},
+    "sliding": {"sliding_window": 3},
+    "sliding-and-full": {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
     "untied": {"tie_word_embeddings": False},
 }
 variants = pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
@@ -32,10 +42,11 @@ def reference(model: T6ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
         num_layers=config.num_hidden_layers,
         h=config.num_attention_heads,
         d=config.head_dim,
-        ranks=(config.q_rank, config.k_rank, config.v_rank),
         rotary_dim=int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)),
         theta=config.rope_parameters["rope_theta"],
         eps=config.rms_norm_eps,
+        windows=[config.sliding_window if t == "sliding_attention" else None for t in config.layer_types or []]
+        or None,
     )
     return logits.to(model.device)
 
@@ -117,6 +128,31 @@ def test_token_by_token_equals_full_forward(make_cache, implementation, q_rank, 
     torch.testing.assert_close(torch.cat(logits, dim=1)[real], full[real], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize(
+    "overrides",
+    [{"sliding_window": 4}, {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+     {"noncontextual_a": True, "k_rank": [2, 3]}],
+    ids=["sliding", "sliding-and-full", "noncontextual-a"],
+)  # fmt: skip
+@pytest.mark.parametrize("prompt", [1, 5, 11])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_variants_with_every_cache(make_cache, overrides, prompt, implementation):
+    config = tiny_config(attn_implementation=implementation, **overrides)
+    model = random_model(config)
+    _, ids, mask = left_padded(config, (14, 9))
+    position_ids = positions(mask)
+    cache, logits, bounds = make_cache(config), [], [0, *range(prompt, 15)]
+    with torch.no_grad():
+        full = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+        for start, end in zip(bounds, bounds[1:]):
+            span = slice(start, end)
+            output = model(ids[:, span], attention_mask=mask[:, :end], position_ids=position_ids[:, span], cache=cache)
+            logits.append(output.logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(logits, dim=1)[real], full[real], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("num_groups", [6, 2, 1], ids=["mha", "gqa", "mqa"])
 def test_llama_is_a_t6(num_groups):
     """Section 4 of the paper: with constant A factors, G at the heads of each group, T6 is Llama."""
@@ -129,25 +165,18 @@ def test_llama_is_a_t6(num_groups):
     config = T6Config(
         vocab_size=97, hidden_size=h * d, intermediate_size=60, num_hidden_layers=2, num_attention_heads=h, head_dim=d,
         q_rank=None, k_rank=num_groups, v_rank=num_groups, max_position_embeddings=64, tie_word_embeddings=False,
-        attention_bias=True,
+        noncontextual_a=True,
     )  # fmt: skip
     model = T6ForCausalLM(config).double().to(DEVICE).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        state = {
-            name: tensor
-            for name, tensor in llama.state_dict().items()
-            if ".k_proj" not in name and ".v_proj" not in name
-        }
-        for layer in range(2):
-            for x in "kv":
-                prefix = f"model.layers.{layer}.self_attn.{x}"
-                state[f"{prefix}_b_proj.weight"] = llama.state_dict()[f"{prefix}_proj.weight"]
-                groups = torch.arange(h, device=DEVICE) // (h // num_groups)
-                mask = (groups[:, None] == torch.arange(num_groups, device=DEVICE)).double()
-                state[f"{prefix}_a_proj.bias"] = (num_groups * mask).flatten()
-        assert not model.load_state_dict(state, strict=False).unexpected_keys
+    state = llama.state_dict()
+    groups = torch.arange(h, device=DEVICE) // (h // num_groups)
+    mask = (groups == torch.arange(num_groups, device=DEVICE)[:, None]).double()
+    for layer in range(2):
+        for x in "kv":
+            prefix = f"model.layers.{layer}.self_attn.{x}"
+            state[f"{prefix}_b_proj.weight"] = state.pop(f"{prefix}_proj.weight")
+            state[f"{prefix}_a"] = num_groups * mask
+    model.load_state_dict(state)
     # LlamaRMSNorm computes in float32 whatever its input: give both the wider one.
     for module in llama.modules():
         if type(module).__name__ == "LlamaRMSNorm":
@@ -159,5 +188,6 @@ def test_llama_is_a_t6(num_groups):
         expected = llama(ids, use_cache=False).logits
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-10, rtol=0)
         cache = T6Cache(config=config)
+        assert sum(layout.width for layout in factor_layouts(config, 0)) == 2 * num_groups * d
         steps = [model(ids[:, t : t + 1], cache=cache).logits for t in range(11)]
         torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-10, rtol=0)

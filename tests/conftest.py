@@ -1,0 +1,8 @@
+"""Settings of every test process, made before torch is imported."""
+
+import os
+
+
+# Each of the suite's processes computes on one core: with torch's default, a thread for each core in each process,
+# they spend most of their time waiting for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

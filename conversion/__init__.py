@@ -1,0 +1,1 @@
+"""Checkpoints in: `python -m conversion --help`."""

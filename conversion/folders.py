@@ -1,0 +1,54 @@
+"""Folders that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import ConversionError
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """
+    A temporary folder beside `target` that takes its place when the block ends, and is removed when it fails.
+
+    Raises:
+        ConversionError: if `target` holds something and is not to be overwritten, or cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not target.is_dir():
+        raise ConversionError(f"{target} is a file: the output is a folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ConversionError(f"{target} is not empty: --overwrite replaces it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise ConversionError(f"cannot write beside {target}: {error}") from error
+    try:
+        yield folder
+        folder.chmod(0o755)  # `mkdtemp` makes folders that only their owner reads
+        replace_folder(folder, target)
+    except OSError as error:
+        raise ConversionError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Puts the complete folder `new` in the place of `target`, or leaves `target` as it was."""
+    if not target.exists():
+        new.rename(target)
+        return
+    # Two renames, since a folder that is not empty cannot be renamed over.
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

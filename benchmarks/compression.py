@@ -128,7 +128,7 @@ def train(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     """Every run in a process of its own, as many at a time as there are GPUs."""
     facts = json.loads((args.work / "training.json").read_text())
-    steps = int(HEALED_PART * facts["tokens"] / (args.heal_windows * WINDOW))
+    steps = max(1, int(HEALED_PART * facts["tokens"] / (args.heal_windows * WINDOW)))
     config = json.loads((args.work / "llama" / "config.json").read_text())
     waiting, running = list(args.runs or RUNS), {}
     free = list(range(max(1, torch.cuda.device_count())))

@@ -102,6 +102,7 @@ def heal(
         save_steps=max(1, min(500, steps // 4)),
         save_total_limit=2,
         logging_steps=max(1, steps // 20),
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
         remove_unused_columns=False,
         seed=seed,
         report_to="none",

@@ -247,7 +247,7 @@ def fit_keys(moments: Moments, selection: torch.Tensor, rank: int) -> KeyFit:
     root = group_weights.sqrt()
     whitened = root[..., None] * c * root[:, None]
     size = whitened.diagonal(dim1=1, dim2=2).real.sum(0)
-    similarity = whitened.abs().sum(0) / (size[:, None] * size).sqrt()
+    similarity = whitened.abs().sum(0) / (size[:, None] * size).sqrt().clamp(min=1e-300)
 
     starts = []
     for labels in (contiguous_groups(len(size), rank), similar_groups(similarity, rank)):
@@ -300,7 +300,7 @@ def fit_values(moments: Moments, selection: torch.Tensor, output: torch.Tensor, 
     root, inverse = matrix_power(group_metric, 0.5), matrix_power(group_metric, -0.5)
     whitened = torch.einsum("gde,gekf,khf->gdkh", root, c, root)
     norms = whitened.square().sum((1, 3)).sqrt()
-    similarity = norms / (norms.diagonal()[:, None] * norms.diagonal()).sqrt()
+    similarity = norms / (norms.diagonal()[:, None] * norms.diagonal()).sqrt().clamp(min=1e-300)
 
     starts = []
     for labels in (contiguous_groups(num_groups, rank), similar_groups(similarity, rank)):

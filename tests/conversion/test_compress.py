@@ -275,6 +275,17 @@ def test_normalised_keys_are_not_mixed():
     assert torch.equal(attention.q_proj.weight, before)
 
 
+@torch.no_grad()
+def test_heads_that_do_nothing():
+    """A head without power takes no part, and makes no number that is none."""
+    model = exact_model("llama", "mha")
+    attention = model.model.layers[0].self_attn
+    for projection in (attention.q_proj, attention.k_b_proj, attention.v_b_proj):
+        projection.weight[16:32] = 0
+    small = compress.compress(model, random_ids(4, 40), [2], [3], quiet=True)
+    assert small(random_ids(2, 30)).logits.isfinite().all()
+
+
 def test_every_family_is_compressed():
     """Whatever an exact model can be, its values can be compressed, and its keys unless they are normalised."""
     for family in FAMILIES:

@@ -74,14 +74,15 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 TEXTS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes")
+CONVERSION = ("conversion.json", "conversion.png")  # the report of `python -m conversion`
 PICKLES = (
     "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.npz", "*.msgpack",
     "*.h5", "*.dill",
 )  # fmt: skip
 # What other tools leave in a folder; not uploaded, and not worth an error.
-LEFT_OUT = (".git", ".cache", "__pycache__", ".DS_Store", ".ipynb_checkpoints", "conversion.json")
+LEFT_OUT = (".git", ".cache", "__pycache__", ".DS_Store", ".ipynb_checkpoints")
 # A push replaces these: what the repository held of them and the folder does not have, would be loaded in its place.
-REPLACED = (*WEIGHTS, *TOKENIZER_FILES, *PICKLES, "*.py", "config.json", "generation_config.json")
+REPLACED = (*WEIGHTS, *TOKENIZER_FILES, *CONVERSION, *PICKLES, "*.py", "config.json", "generation_config.json")
 GITATTRIBUTES = "*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.model filter=lfs diff=lfs merge=lfs -text\n"
 
 PIPELINE_TAGS = {
@@ -162,7 +163,7 @@ def collect(folder: Path) -> dict[str, Path]:
     """The files of a model folder by name; raises an `UploadError` that lists what has no place on the Hub."""
     if not folder.is_dir():
         raise UploadError(f"{folder} is no folder")
-    kept = (*WEIGHTS, *TOKENIZER_FILES, *TEXTS, "config.json", "generation_config.json", *code_files())
+    kept = (*WEIGHTS, *TOKENIZER_FILES, *TEXTS, *CONVERSION, "config.json", "generation_config.json", *code_files())
     files, pickles, strays = {}, [], []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -417,7 +418,8 @@ def read_results(paths: list[Path], task_type: str) -> list[EvalResult]:
 
 def read_card(path: Path | None) -> ModelCard:
     try:
-        return ModelCard(path.read_text(encoding="utf-8") if path else "", ignore_metadata_errors=False)
+        text = path.read_text(encoding="utf-8") if path else ""
+        return ModelCard(text if text.startswith("---") else f"---\n{{}}\n---\n{text}")
     except Exception as error:  # YAML's errors, and those of malformed results
         raise UploadError(f"README.md: the metadata cannot be read: {' '.join(str(error).split())}") from error
 
@@ -467,8 +469,8 @@ def model_card(
     }
     versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "huggingface_hub")}
     provenance = {
-        "made from": conversion.get("base_model") or without_folders(conversion.get("source")) or base_model,
-        "converted by": conversion.get("command") and f"`{without_folders(conversion['command'])}`",
+        "made from": conversion.get("source") or base_model,
+        "converted by": conversion.get("command") and f"`{conversion['command']}`",
         "converted with": ", ".join(f"{k} {v}" for k, v in (conversion.get("versions") or {}).items()),
         "code": (commit := code_commit()) and f"commit {commit} of T6 for Transformers",
         "loaded and compared with": ", ".join(f"{name} {version}" for name, version in versions.items()),
@@ -498,6 +500,7 @@ def model_card(
             [(r.dataset_name, r.metric_name or r.metric_type, f"{r.metric_value:.4f}") for r in results.values()],
         )
         + "\n",
+        conversion=conversion_results(conversion),
         provenance=table(("", ""), [(name, value) for name, value in provenance.items() if value]),
     )
     text = old.text.strip()
@@ -509,6 +512,16 @@ def model_card(
         head, tail = (text[: section.start()], text[section.start() :]) if section else (text, "")
         text = f"{head.strip() or '# ' + repo_id.split('/')[-1]}\n\n{part}\n\n{tail}"
     return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def conversion_results(conversion: dict) -> str:
+    """What the conversion cost, as it measured it on held-out text."""
+    rows = conversion.get("perplexity") or []
+    if not rows:
+        return ""
+    cells = [(row["model"], f"{row['cache_bytes_per_token']:,.0f}", f"{row['perplexity']:.4f}") for row in rows]
+    text = table(("held-out text", "cache, bytes per token", "perplexity"), cells)
+    return f"\n{text}\n\n![Perplexity against cache size](conversion.png)\n"
 
 
 def license_of(args: argparse.Namespace, data: dict, base_model: str | None, converted: bool) -> dict[str, str]:
@@ -530,11 +543,6 @@ def license_of(args: argparse.Namespace, data: dict, base_model: str | None, con
     raise UploadError(
         "the license of converted weights is that of their source: pass --license (as in the source's card) or --base-model"
     )
-
-
-def without_folders(text: str | None) -> str | None:
-    """Paths of this machine are of no use to a reader of the card: their last part stays."""
-    return text and re.sub(r"(?<![\w.:])(?:~|\.{1,2})?/(?:[^\s'\"/]+/)+", "", text)
 
 
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -587,21 +595,21 @@ Cache, beside that of ordinary attention with the same layers, heads and head si
 ## Provenance
 
 {provenance}
-
+{conversion}
 {end}"""
 
 
 # A process that knows nothing of this package
 
 
-# Loads as a stranger does. Arguments: source, revision or "", Auto class, whether there is a tokenizer, result.
+# Loads as a stranger does. Arguments: source, revision or "", Auto class, what to do beside, result.
 LOAD = """
 import sys
 import torch
 import transformers
 from safetensors.torch import save_file
 
-source, revision, auto_class, tokenizer, result = sys.argv[1:]
+source, revision, auto_class, tasks, result = sys.argv[1:]
 options = {"trust_remote_code": True}
 if revision:
     options |= {"revision": revision, "code_revision": revision}
@@ -613,12 +621,12 @@ ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().
 with torch.no_grad():
     output = model(input_ids=ids, use_cache=False)
 tensors = {name: value.contiguous() for name, value in output.items() if isinstance(value, torch.Tensor)}
-if auto_class == "AutoModelForCausalLM":
+if "generate" in tasks:
     prompt = ids[:1, : max(1, length - 8)]
     tensors["generated"] = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=length - prompt.shape[1] or 1
     )
-if tokenizer == "yes":
+if "tokenize" in tasks:
     loaded = transformers.AutoTokenizer.from_pretrained(source, **options)
     tensors["token_ids"] = torch.tensor(loaded("To be, or not to be: \\u00e9\\u6728 1234").input_ids or [-1])
 save_file(tensors, result)
@@ -626,13 +634,14 @@ save_file(tensors, result)
 
 
 def load_in_clean_process(
-    source: str, revision: str, auto_class: str, tokenizer: bool, home: Path, environment: dict[str, str]
+    source: str, revision: str, auto_class: str, tasks: list[str], home: Path, environment: dict[str, str]
 ) -> dict[str, torch.Tensor]:
     """
     What a process computes that loads the model by the Auto classes, with nothing in its caches but those in `home`.
 
     Returns:
-        The model's outputs for random tokens, a greedy continuation, and token ids of a sentence.
+        The model's outputs for random tokens; with the tasks "generate" and "tokenize", a greedy continuation and the
+        token ids of a sentence.
     """
     result = home / "result.safetensors"
     inherited = {
@@ -646,7 +655,7 @@ def load_in_clean_process(
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     } | environment  # fmt: skip
-    arguments = [source, revision, auto_class, "yes" if tokenizer else "no", str(result)]
+    arguments = [source, revision, auto_class, ",".join(tasks), str(result)]
     process = subprocess.run(
         [sys.executable, "-c", LOAD, *arguments], cwd=home, env=environment, capture_output=True, text=True
     )
@@ -685,7 +694,7 @@ def cause(error: BaseException) -> BaseException:
 
 def explain(error: BaseException, repo_id: str) -> str:
     """One line on why the Hub did not do what it was asked."""
-    error = cause(error)
+    outer, error = error, cause(error)
     endpoint = constants.ENDPOINT
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set: nothing can be uploaded"
@@ -694,6 +703,8 @@ def explain(error: BaseException, repo_id: str) -> str:
     if not isinstance(error, HfHubHTTPError):
         return " ".join(str(error).split()) or type(error).__name__
     status = error.response.status_code
+    if status == 400 and isinstance(outer, ValueError):  # huggingface_hub has put it into words
+        return " ".join(str(outer).split())
     server = f" ({error.server_message})" if getattr(error, "server_message", None) else ""
     if isinstance(error, RevisionNotFoundError):
         return f"404: {repo_id} has no such revision{server}"
@@ -971,7 +982,10 @@ def upload(args: argparse.Namespace) -> None:
         remote = {} if api is None else remote_texts(api, args, home / "texts")
         files, content, digest = stage(args, remote, folder)
         auto_class = auto_class_of(content)
-        load = {"auto_class": auto_class, "tokenizer": not args.no_tokenizer and not args.code_only}
+        # With --code-only, tokenizer and generation config are the repository's own.
+        tasks = ["generate"] if auto_class == "AutoModelForCausalLM" and not args.code_only else []
+        tasks += [] if args.no_tokenizer or args.code_only else ["tokenize"]
+        load = {"auto_class": auto_class, "tasks": tasks}
         size = sum(path.stat().st_size for name, path in files.items() if matches(name, WEIGHTS))
         fits = size < 0.8 * available_memory()
         expected = {}
@@ -994,6 +1008,8 @@ def upload(args: argparse.Namespace) -> None:
         if args.dry_run:
             print(files["README.md"].read_text(encoding="utf-8"))
             return
+        card = ModelCard.load(files["README.md"])
+        patiently("checking README.md", args.repo_id, card.validate)
         commit, pull_request = push(api, args, files, find_or_create(api, args))
         print(f"commit {commit}: {pull_request or f'{constants.ENDPOINT}/{args.repo_id}/tree/{commit}'}")
         try:

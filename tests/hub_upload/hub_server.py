@@ -81,6 +81,15 @@ class Repository:
         self.commits[commit.sha] = commit
         self.refs[ref] = commit.sha
 
+    def change(self, **files: bytes | None) -> None:
+        """Commits these files to main as another user would; `None` removes one."""
+        head = self.resolve("main")
+        blobs = head.files | {path: Blob(data, False) for path, data in files.items() if data is not None}
+        self.add(
+            "refs/heads/main",
+            Commit({p: b for p, b in blobs.items() if files.get(p, b"") is not None}, head.sha, "a change"),
+        )
+
     def ref(self, revision: str) -> str | None:
         """The full name of a branch, tag or pull request."""
         return next(
@@ -108,6 +117,7 @@ class Fault:
         drop: "request": the connection closes when half of the request's body has been read; "response": when half of
             the answer's body has been sent; "answer": the request takes effect, and its answer never comes.
         corrupt: one bit in the middle of the answer's body is another.
+        action: called before the request takes effect.
     """
 
     method: str
@@ -117,6 +127,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     drop: str | None = None
     corrupt: bool = False
+    action: Callable[[], None] | None = None
     count: int = 0
 
 
@@ -236,6 +247,8 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 if fault is not None and fault.status is not None:
                     raise error(fault.status, "", "an error that the test asked for")
+                if fault is not None and fault.action is not None:
+                    fault.action()
                 self.route()
             except Answer as answer:
                 if fault is not None:
@@ -371,6 +384,8 @@ class Handler(BaseHTTPRequestHandler):
     def validate_yaml(self) -> None:
         content = self.json()["content"]
         errors = card_errors(content)
+        if errors and self.headers["Accept"] == "text/plain":
+            raise Answer(400, "\n".join(errors).encode(), Content_Type="text/plain")
         raise Answer(400 if errors else 200, {"errors": [{"message": text} for text in errors], "warnings": []})
 
     def info(self, name: str, revision: str | None = None) -> None:

@@ -3,6 +3,10 @@ Turns checkpoints into T6 folders that `from_pretrained` loads.
 
     python -m conversion official SRC DST    a checkpoint of the paper's research code: its folder, or a ckpt.pt
     python -m conversion hf SRC DST          a Llama-shaped model of Transformers, exactly: a folder, or a name on the Hub
+
+With ranks below the source's number of key/value heads, `hf` makes the cache smaller, and can heal what that costs:
+
+    python -m conversion hf SRC DST --cache-ratio 4 --calibration TEXT --heal TEXT --heal-steps 500
 """
 
 import argparse
@@ -10,6 +14,7 @@ import re
 import shutil
 import sys
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +23,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from . import hf, official, verify
+from . import hf, official, smaller, verify
 from .checkpoint import Checkpoint, read_json
+from .compress import check_options
 from .errors import ConversionError
 from .folders import new_folder
 from .plan import Plan, write_model
+from .report import PLOT, REPORT, provenance, table
+from .report import write as write_report
 
 
 # What comes along beside the weights.
@@ -63,7 +71,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
         if name == "hf":
             command.add_argument("--revision", help="of a source on the Hub")
-    return parser.parse_args(argv)
+            smaller.add_arguments(command)
+    args = parser.parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
+    return args
 
 
 def local_folder(source: str, revision: str | None) -> Path:
@@ -87,17 +98,18 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def weights_dtype(args: argparse.Namespace, plan: Plan, checkpoint: Checkpoint) -> torch.dtype | None:
+def weights_dtype(args: argparse.Namespace, plan: Plan, checkpoint: Checkpoint, inexact: bool) -> torch.dtype | None:
     dtypes = {info.dtype for info in checkpoint.tensors.values()}
     if args.dtype is not None:
         return getattr(torch, args.dtype)
-    if plan.rounds and dtypes != {torch.float32}:
+    if plan.rounds and not inexact and dtypes != {torch.float32}:
         print("the weights are written in float32: what is folded into them would be rounded in half precision")
         return torch.float32
     return None
 
 
 def convert(args: argparse.Namespace) -> None:
+    smaller_wanted = args.command == "hf" and smaller.wanted(args)
     if args.command == "hf":
         source = local_folder(args.source, args.revision)
         read_json(source / "config.json")
@@ -110,25 +122,52 @@ def convert(args: argparse.Namespace) -> None:
         source = Path(args.source)
         arguments, checkpoint = official.load(source)
         plan = official.make_plan(arguments, checkpoint)
-    dtype = weights_dtype(args, plan, checkpoint)
+    dtype = weights_dtype(args, plan, checkpoint, smaller_wanted)
     rounded = dtype is not None and any(info.dtype.itemsize > dtype.itemsize for info in checkpoint.tensors.values())
     rounded |= plan.rounds and dtype in (torch.bfloat16, torch.float16)
+    numbers = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
+    report = provenance(
+        args.words, args.source, "t6" if args.command == "official" else config.model_type,
+        None if Path(args.source).exists() else args.source,
+    )  # fmt: skip
 
-    with new_folder(args.target, args.overwrite) as folder:
+    def write_exact(folder: Path) -> None:
         write_model(plan, checkpoint, folder, dtype, args.max_shard_size)
         if source.is_dir():
             copy_companions(source, folder)
-        numbers = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
+        if args.command == "hf":
+            compare = partial(verify.compare_with_transformers, source, folder, rounded)
+        else:
+            compare = partial(verify.compare_with_research_code, arguments, checkpoint, folder, rounded)
         if args.verify or (args.verify is None and verify.fits_in_memory(numbers)):
-            if args.command == "hf":
-                print("verified:", verify.compare_with_transformers(source, folder, rounded))
-            else:
-                print("verified:", verify.compare_with_research_code(arguments, checkpoint, folder, rounded))
+            print("verified:", compare())
         else:
             print(
                 "not verified" + ("" if args.verify is False else ": source and result do not fit in memory together")
             )
-    print(f"{args.target}: {numbers:,} weights")
+
+    if not smaller_wanted:
+        with new_folder(args.target, args.overwrite) as folder:
+            write_exact(folder)
+            write_report(folder, report)
+        print(f"{args.target}: {numbers:,} weights")
+        return
+
+    check_options(plan.config, args.k_rank, args.v_rank, args.cache_ratio)
+    texts = smaller.Texts(args, source, plan.config)
+    with new_folder(args.target, args.overwrite) as folder:
+        working = smaller.working_folder(args)
+        exact_folder = working / "exact"
+        if not exact_folder.exists():
+            with new_folder(exact_folder) as new:
+                write_exact(new)
+        common = dtype or next(iter(checkpoint.tensors.values())).dtype
+        rows = smaller.make_smaller(args, source, exact_folder, working, texts, folder, common)
+        copy_companions(source, folder)
+        write_report(folder, report, rows)
+    shutil.rmtree(working)
+    print(table(rows))
+    print(f"{args.target}: the table is in {REPORT} and {PLOT}, too")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 
 from modeling_t6 import T6Cache, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME, cache_nbytes
@@ -52,6 +52,14 @@ def random_ids(vocab_size: int, length: int) -> torch.Tensor:
 
 def relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return ((logits - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+def cache_bytes_per_token(model: PreTrainedModel, cache: Cache, itemsize: int) -> float:
+    """Bytes that an empty `cache` takes for each of some tokens, with numbers of `itemsize` bytes."""
+    ids = random_ids(model.config.vocab_size, min(48, model.config.max_position_embeddings)).to(model.device)
+    model(ids, use_cache=True, **{CACHE_NAME: cache})
+    return cache_nbytes(cache) / ids.numel() * itemsize / model.dtype.itemsize
 
 
 @torch.no_grad()

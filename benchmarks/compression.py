@@ -1,0 +1,248 @@
+"""
+What a smaller cache costs: a Llama trained from scratch, converted to smaller caches, before and after healing.
+
+    python benchmarks/compression.py prepare WORK --sources DIR [DIR ...]    texts and a tokenizer
+    torchrun --nproc-per-node N benchmarks/compression.py train WORK         the Llama, with 8 key/value heads
+    python benchmarks/compression.py convert WORK                            every method and size, side by side on the GPUs
+    python benchmarks/compression.py report WORK [--output DIR]              table, JSON and picture
+
+Each conversion is a call of `python -m conversion hf`, healed on at most a twentieth of the tokens of the training.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+
+SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst")
+WINDOW = 1024
+HEALED_PART = 0.05
+RUNS = [(method, ratio) for ratio in (4, 2, 8) for method in ("fit", "mean-pool")]
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Distinct files, one in a hundred held out by the hash of its content; tokens of the rest."""
+    seen, training, held_out = set(), [], []
+    paths = sorted(path for source in args.sources for path in source.rglob("*") if path.suffix in SUFFIXES)
+    for path in tqdm(paths, desc="reading", unit="file"):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        digest = hashlib.sha256("".join(text.split()).encode()).digest()  # files that differ in blanks are the same
+        if digest not in seen and 200 <= len(text) <= 1_000_000:
+            (held_out if digest[0] == 0 else training).append(text)
+        seen.add(digest)
+    random.Random(0).shuffle(training)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.vocab_size, special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(training[: max(1, len(training) // 10)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    args.work.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(args.work / "tokenizer")
+    with open(args.work / "train.bin", "wb") as file:
+        for start in tqdm(range(0, len(training), 1000), desc="tokens", unit="thousand files"):
+            for encoding in tokenizer.encode_batch(training[start : start + 1000]):
+                file.write(np.array([0, *encoding.ids], dtype=np.uint16).tobytes())
+    count = (args.work / "train.bin").stat().st_size // 2
+    size = sum(map(len, training))
+    healing = training[: max(1, int(1.2 * HEALED_PART * args.passes * len(training)))]
+    (args.work / "heal.txt").write_text("\n".join(healing), encoding="utf-8")
+    (args.work / "held_out.txt").write_text("\n".join(held_out)[: args.held_out_characters], encoding="utf-8")
+    print(
+        f"{len(training):,} files, {size:,} characters, {count:,} tokens to train on; {len(held_out):,} files held out"
+    )
+
+
+class RandomWindows(Dataset):
+    """Windows at random places of the tokens; which, the index says."""
+
+    def __init__(self, path: Path, count: int):
+        self.tokens, self.count = np.memmap(path, dtype=np.uint16, mode="r"), count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        start = random.Random(index).randrange(len(self.tokens) - WINDOW)
+        ids = torch.from_numpy(self.tokens[start : start + WINDOW].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+def train(args: argparse.Namespace) -> None:
+    """A Llama with as many key/value heads as heads: 8, of size 64."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=args.hidden_size, intermediate_size=8 * args.hidden_size // 3,
+        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.heads,
+        max_position_embeddings=WINDOW, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    on_gpu = torch.cuda.is_available()
+    training = TrainingArguments(
+        output_dir=str(args.work / "trainer"), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=max(1, args.steps // 20), weight_decay=0.1, adam_beta2=0.95, bf16=on_gpu, torch_compile=on_gpu,
+        optim="adamw_torch_fused", logging_steps=max(1, args.steps // 20), save_strategy="no", report_to="none",
+        dataloader_num_workers=4 if on_gpu else 0, dataloader_drop_last=True, remove_unused_columns=False, tf32=on_gpu or None,
+    )  # fmt: skip
+    world = training.world_size
+    data = RandomWindows(args.work / "train.bin", args.steps * args.batch_size * world)
+    trainer = Trainer(model=model, args=training, train_dataset=data)
+    start = time.time()
+    trainer.train()
+    if trainer.is_world_process_zero():
+        seconds = time.time() - start
+        tokens = args.steps * args.batch_size * world * WINDOW
+        model.to(torch.bfloat16).save_pretrained(args.work / "llama")
+        tokenizer.save_pretrained(args.work / "llama")
+        facts = {
+            "parameters": model.num_parameters(), "tokens": tokens, "steps": args.steps, "seconds": seconds,
+            "distinct_tokens": len(data.tokens), "devices": world,
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu", "learning_rate": args.learning_rate,
+        }  # fmt: skip
+        (args.work / "training.json").write_text(json.dumps(facts, indent=2))
+        print(json.dumps(facts))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Every run in a process of its own, as many at a time as there are GPUs."""
+    facts = json.loads((args.work / "training.json").read_text())
+    steps = max(1, int(HEALED_PART * facts["tokens"] / (args.heal_windows * WINDOW)))
+    config = json.loads((args.work / "llama" / "config.json").read_text())
+    waiting, running = list(args.runs or RUNS), {}
+    free = list(range(max(1, torch.cuda.device_count())))
+    while waiting or running:
+        while waiting and free:
+            method, ratio = waiting.pop(0)
+            rank = max(1, round(config["num_key_value_heads"] / ratio))
+            ranks = (
+                ["--cache-ratio", str(ratio)] if method == "fit" else ["--k-rank", str(rank), "--v-rank", str(rank)]
+            )
+            device, target = free.pop(0), args.work / f"{method}-{ratio}"
+            command = [
+                sys.executable, "-m", "conversion", "hf", str(args.work / "llama"), str(target), "--overwrite",
+                "--method", method, *ranks, "--calibration", str(args.work / "heal.txt"),
+                "--held-out", str(args.work / "held_out.txt"), "--heal", str(args.work / "heal.txt"),
+                "--heal-steps", str(steps), "--batch-size", str(args.heal_windows),
+                "--heal-learning-rate", str(args.learning_rate), *args.options,
+            ]  # fmt: skip
+            log = open(args.work / f"{target.name}.log", "w")  # noqa: SIM115  the process writes to it
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(device)}
+            running[device] = target, time.time(), subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        for device, (target, start, process) in list(running.items()):
+            if process.poll() is not None:
+                del running[device]
+                free.append(device)
+                print(f"{target.name}: exit code {process.returncode} after {time.time() - start:.0f} s", flush=True)
+        time.sleep(0.5)
+
+
+def report(args: argparse.Namespace) -> None:
+    facts = json.loads((args.work / "training.json").read_text())
+    results = {}
+    for method, ratio in RUNS:
+        path = args.work / f"{method}-{ratio}" / "conversion.json"
+        if path.exists():
+            results[f"{method}-{ratio}"] = json.loads(path.read_text())
+    if not results:
+        raise SystemExit(f"{args.work} holds no finished conversion")
+    rows = {name: {row["model"]: row for row in result["perplexity"]} for name, result in results.items()}
+    source = next(iter(rows.values()))["source"]
+    base = source["perplexity"]
+    print(json.dumps(facts))
+    print(f"{'':<14}{'bytes per token':>16}{'compressed':>22}{'healed':>22}")
+    print(f"{'source':<14}{source['cache_bytes_per_token']:>16,.0f}{base:>13.4f}")
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["compressed"]["cache_bytes_per_token"]):
+        columns = "".join(
+            f"{row[stage]['perplexity']:>13.4f} {100 * (row[stage]['perplexity'] / base - 1):>+7.2f}%"
+            for stage in ("compressed", "healed")
+        )
+        print(f"{name:<14}{row['compressed']['cache_bytes_per_token']:>16,.0f}{columns}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"training": facts, "conversions": results}, indent=2)
+    (args.output / "compression.json").write_text(content + "\n", encoding="utf-8")
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method, color in (("fit", "C0"), ("mean-pool", "C1")):
+        for stage, style in (("compressed", "--"), ("healed", "-")):
+            points = sorted(
+                (row[stage]["cache_bytes_per_token"], row[stage]["perplexity"])
+                for name, row in rows.items()
+                if name.startswith(method)
+            )
+            axes.plot(*zip(*points), f"o{style}", color=color, label=f"{method}, {stage}") if points else None
+    axes.axhline(base, color="black", lw=1, label=f"source ({source['cache_bytes_per_token']:,.0f} bytes per token)")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({row["compressed"]["cache_bytes_per_token"] for row in rows.values()})
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.set_xlabel("cache, bytes per token")
+    axes.set_ylabel("perplexity on held-out text")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(args.output / "compression.png", dpi=150)
+
+
+def run_name(text: str) -> tuple[str, int]:
+    method, ratio = text.rsplit("-", 1)
+    return method, int(ratio)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for function in (prepare, train, convert, report):
+        command = commands.add_parser(function.__name__)
+        command.add_argument("work", type=Path, metavar="WORK")
+        command.set_defaults(function=function)
+        if function is prepare:
+            command.add_argument("--sources", nargs="+", type=Path, required=True, metavar="DIR")
+            command.add_argument("--vocab-size", type=int, default=4096)
+            command.add_argument("--passes", type=float, default=3, help="over the text that `train` will make")
+            command.add_argument("--held-out-characters", type=int, default=2_000_000)
+        if function is train:
+            command.add_argument("--hidden-size", type=int, default=512)
+            command.add_argument("--layers", type=int, default=8)
+            command.add_argument("--heads", type=int, default=8)
+            command.add_argument("--steps", type=int, default=2000)
+            command.add_argument("--batch-size", type=int, default=64, help="windows of 1024 tokens a device")
+            command.add_argument("--learning-rate", type=float, default=1e-3)
+        if function is convert:
+            command.add_argument("--runs", nargs="+", type=run_name, metavar="METHOD-RATIO")
+            command.add_argument("--heal-windows", type=int, default=32, help="windows of 1024 tokens in a step")
+            command.add_argument("--learning-rate", type=float, default=6e-4, help="of the healing")
+            command.add_argument(
+                "--options", nargs=argparse.REMAINDER, default=[], help="of `python -m conversion hf`"
+            )
+        if function is report:
+            command.add_argument("--output", type=Path, default=Path("docs"), metavar="DIR")
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()

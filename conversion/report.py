@@ -1,0 +1,78 @@
+"""What a conversion reports: the provenance, the table of perplexity against cache size, and its picture."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+
+REPORT = "conversion.json"
+PLOT = "conversion.png"
+
+
+@dataclass
+class Row:
+    model: str
+    cache_bytes_per_token: float
+    perplexity: float
+
+
+def provenance(command: list[str], source: str, model_type: str, base_model: str | None) -> dict:
+    """Where a converted model comes from; paths are cut to names, for the report is made to be published."""
+    words = [Path(word).name if Path(word).is_absolute() or Path(word).exists() else word for word in command]
+    return {
+        "command": " ".join(["python -m conversion", *words]),
+        "source": base_model or Path(source).resolve().name,
+        "source_model_type": model_type,
+        "base_model": base_model,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text, with what each loses against the first."""
+    first = rows[0]
+    lines = [f"{'':<12}{'cache, bytes per token':>24}{'':>10}{'perplexity':>12}"]
+    for row in rows:
+        smaller = f"1/{first.cache_bytes_per_token / row.cache_bytes_per_token:.3g}"
+        change = 100 * (row.perplexity / first.perplexity - 1)
+        lines.append(
+            f"{row.model:<12}{row.cache_bytes_per_token:>24,.0f}{smaller:>10}{row.perplexity:>12.4f}{change:>+9.2f}%"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """A picture of perplexity against cache size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for row, marker in zip(rows, "osv^"):
+        axes.plot(
+            row.cache_bytes_per_token, row.perplexity, marker, markersize=9, fillstyle="none", mew=2, label=row.model
+        )
+    axes.set_xscale("log", base=2)
+    ticks = sorted({row.cache_bytes_per_token for row in rows})
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("cache, bytes per token")
+    axes.set_ylabel("perplexity on held-out text")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def write(folder: Path, content: dict, rows: list[Row] | None = None) -> None:
+    """Writes the report, and the picture if there are rows, into a model folder."""
+    if rows is not None:
+        content = content | {"perplexity": [asdict(row) for row in rows]}
+        plot(rows, folder / PLOT)
+    (folder / REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,202 @@
+"""From an exact T6 model to one with a smaller cache: compression, healing, and the measurement of both."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
+
+from . import text
+from .compress import METHODS, compress
+from .errors import ConversionError
+from .folders import new_folder
+from .heal import heal
+from .report import Row
+from .verify import cache_bytes_per_token
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def positive(kind):
+        def convert(value: str):
+            number = kind(value)
+            if not number > 0:
+                raise ValueError
+            return number
+
+        convert.__name__ = f"positive {kind.__name__}"  # argparse's message names the type
+        return convert
+
+    group = parser.add_argument_group("a smaller cache", "below the source's number of key/value heads")
+    group.add_argument("--k-rank", type=int, metavar="N", help="rank of the keys in every layer")
+    group.add_argument("--v-rank", type=int, metavar="N", help="rank of the values in every layer")
+    group.add_argument(
+        "--cache-ratio", type=positive(float), metavar="X",
+        help="X times smaller in all, with ranks by layer where that loses less",
+    )  # fmt: skip
+    group.add_argument(
+        "--calibration", type=Path, metavar="TEXT", help="a UTF-8 file on whose activations to lose least"
+    )
+    group.add_argument(
+        "--calibration-tokens", type=positive(int), default=131072, metavar="N", help="read of it (%(default)s)"
+    )
+    group.add_argument("--method", choices=METHODS, default="fit", help="mean-pool: the GQA paper's (%(default)s)")
+    group.add_argument(
+        "--held-out", type=Path, metavar="TEXT",
+        help="for perplexity (the last tenth of the calibration text; a tenth of the healing text is left out, too)",
+    )  # fmt: skip
+    group.add_argument(
+        "--window", type=positive(int), metavar="N", help="tokens of a window of text (1024, or the context)"
+    )
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    group.add_argument(
+        "--batch-size", type=positive(int), default=8, metavar="N", help="windows of text at a time (%(default)s)"
+    )
+    group.add_argument(
+        "--compute-dtype", choices=("float32", "bfloat16"), default="float32",
+        help="in which models are calibrated and measured (%(default)s)",
+    )  # fmt: skip
+    group = parser.add_argument_group("healing", "a compressed model learns the source's predictions")
+    group.add_argument("--heal", type=Path, metavar="TEXT", help="a UTF-8 file")
+    group.add_argument("--heal-steps", type=positive(int), metavar="N")
+    group.add_argument("--heal-accumulation", type=positive(int), default=1, metavar="N", help="batches a step (1)")
+    group.add_argument("--heal-learning-rate", type=positive(float), default=3e-4, metavar="X", help="(%(default)s)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+
+
+def wanted(args: argparse.Namespace) -> bool:
+    """Whether the cache is to be smaller. Raises a `ConversionError` for options that do not go together."""
+    smaller = any(value is not None for value in (args.k_rank, args.v_rank, args.cache_ratio))
+    for option in ("calibration", "heal", "held_out"):
+        if getattr(args, option) is not None and not smaller:
+            raise ConversionError(f"--{option.replace('_', '-')} needs --k-rank, --v-rank or --cache-ratio")
+    if not smaller:
+        return False
+    if args.cache_ratio is not None and (args.k_rank, args.v_rank) != (None, None):
+        raise ConversionError("--cache-ratio chooses the ranks itself: expected it, or --k-rank and --v-rank")
+    if args.calibration is None:
+        raise ConversionError("a smaller cache needs --calibration TEXT")
+    if (args.heal is None) != (args.heal_steps is None):
+        raise ConversionError("--heal and --heal-steps go together")
+    if args.method == "mean-pool" and args.cache_ratio is not None:
+        raise ConversionError("--method mean-pool has one rank for all layers: expected --k-rank and --v-rank")
+    return True
+
+
+class Texts:
+    """The token windows of all texts that a run reads; a text that cannot be used is found before any work."""
+
+    def __init__(self, args: argparse.Namespace, source: Path, config: T6Config):
+        tokenizer = text.load_tokenizer(source)
+        length = args.window or min(1024, config.max_position_embeddings)
+        if not 2 <= length <= config.max_position_embeddings:
+            raise ConversionError(f"--window {length}: expected 2 to {config.max_position_embeddings}")
+        calibration = text.read_text(args.calibration)
+        if args.held_out is not None:
+            held_out, name = text.read_text(args.held_out), str(args.held_out)
+        else:
+            (calibration, held_out), name = text.split_held_out(calibration), f"the last tenth of {args.calibration}"
+        self.held_out = text.windows(tokenizer, held_out, length, name)
+        self.calibration = text.windows(tokenizer, calibration, length, str(args.calibration))
+        count = min(len(self.calibration), max(1, args.calibration_tokens // length))
+        self.calibration = self.calibration[torch.linspace(0, len(self.calibration) - 1, count).long()]
+        self.healing = None
+        if args.heal is not None:
+            healing = text.read_text(args.heal)
+            if args.held_out is None:
+                healing = text.split_held_out(healing)[0]
+            self.healing = text.windows(tokenizer, healing, length, str(args.heal))
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What a run must have in common with the interrupted one that it continues."""
+    names = (
+        "source", "revision", "k_rank", "v_rank", "cache_ratio", "calibration", "calibration_tokens", "method", "held_out",
+        "window", "compute_dtype", "heal", "heal_steps", "batch_size", "heal_accumulation", "heal_learning_rate", "seed",
+    )  # fmt: skip
+    return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
+
+
+def working_folder(args: argparse.Namespace) -> Path:
+    """The folder beside DST from which an interrupted run goes on."""
+    target = args.target.absolute()
+    folder = target.with_name(f".{target.name}.unfinished")
+    new = settings(args)
+    if (folder / "settings.json").exists():
+        old = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        changed = [name for name in new if old.get(name) != new[name]]
+        if not changed:
+            return folder
+        if not args.overwrite:
+            option = changed[0].replace("_", "-")
+            raise ConversionError(
+                f"{folder} is an unfinished run with --{option} {old.get(changed[0])}, this one has {new[changed[0]]}: "
+                "--overwrite starts anew"
+            )
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConversionError(f"cannot write {folder}: {error}") from error
+    return folder
+
+
+def make_smaller(
+    args: argparse.Namespace,
+    source: Path,
+    exact_folder: Path,
+    working: Path,
+    texts: Texts,
+    folder: Path,
+    dtype: torch.dtype,
+) -> list[Row]:
+    """
+    Compresses and heals the exact model in `exact_folder`, and saves the result in `folder`, its weights in `dtype`.
+    What is finished in `working` is not done again.
+
+    Returns:
+        Cache size and perplexity of the source, the exact, the compressed and the healed model, each as it is saved.
+    """
+    compute_dtype = getattr(torch, args.compute_dtype)
+    rows: list[Row] = []
+
+    def load(cls, path: Path, dtype: torch.dtype = compute_dtype) -> PreTrainedModel:
+        return cls.from_pretrained(path, dtype=dtype).eval().to(args.device)
+
+    def measure(name: str, model: PreTrainedModel) -> PreTrainedModel:
+        cache_class = T6Cache if isinstance(model, T6ForCausalLM) else DynamicCache
+        size = cache_bytes_per_token(model, cache_class(config=model.config), dtype.itemsize)
+        rows.append(Row(name, size, text.perplexity(model, texts.held_out, args.batch_size, name)))
+        return model
+
+    def save(model: T6ForCausalLM, path: Path) -> None:
+        model.to(dtype).save_pretrained(path, max_shard_size=args.max_shard_size)
+
+    source_model = measure("source", load(AutoModelForCausalLM, source))
+    compressed_folder = working / "compressed"
+    exact_model = measure("exact", load(T6ForCausalLM, exact_folder))
+    if not compressed_folder.exists():
+        calibration = texts.calibration.to(args.device)
+        ranks = args.k_rank, args.v_rank, args.cache_ratio
+        model = compress(exact_model, calibration, *ranks, args.method, args.batch_size)
+        with new_folder(compressed_folder) as new:
+            save(model, new)
+    del exact_model
+    model = measure("compressed", load(T6ForCausalLM, compressed_folder))
+    print(f"ranks of the keys {model.config.k_rank}, of the values {model.config.v_rank}")
+    if texts.healing is None:
+        save(model, folder)
+        return rows
+
+    model = model.float()
+    heal(
+        model, source_model, texts.healing, working / "checkpoints", args.heal_steps, args.batch_size,
+        args.heal_accumulation, args.heal_learning_rate, args.seed, args.device,
+    )  # fmt: skip
+    save(model, folder)
+    measure("healed", load(T6ForCausalLM, folder))
+    return rows

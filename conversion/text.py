@@ -1,0 +1,65 @@
+"""Text for calibration, healing and measurement."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import ConversionError
+
+
+PIECE = 100_000  # characters: a tokenizer works on many pieces side by side, and slowly on one long text
+HELD_OUT = 0.1
+
+
+def read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConversionError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not text.strip():
+        raise ConversionError(f"{path} is empty: expected text")
+    return text
+
+
+def split_held_out(text: str) -> tuple[str, str]:
+    """The text but its last tenth, and that; cut between lines."""
+    cut = text.find("\n", int(len(text) * (1 - HELD_OUT))) + 1
+    return (text[:cut], text[cut:]) if 0 < cut < len(text) else (text, "")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{folder} has no tokenizer to read text with: {str(error).splitlines()[0]}") from error
+
+
+def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str) -> torch.Tensor:
+    """Token ids [n, length] of a text, without the rest that fills no window; `name` is what errors call the text."""
+    pieces = []
+    for line in text.splitlines(keepends=True):
+        if pieces and len(pieces[-1]) + len(line) <= PIECE:
+            pieces[-1] += line
+        else:
+            pieces.append(line)
+    ids = [i for piece in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for i in piece]
+    if len(ids) < length:
+        raise ConversionError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int, name: str, quiet: bool = False) -> float:
+    """exp of the mean loss of each token of the windows `ids` [n, length] after those before it in its window."""
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in tqdm(ids.split(batch_size), desc=f"perplexity, {name}", unit="batch", disable=quiet):
+        batch = batch.to(model.device)
+        logits = model(batch, use_cache=False).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").double().cpu()
+    return math.exp(total.item() / (ids.shape[0] * (ids.shape[1] - 1)))

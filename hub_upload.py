@@ -253,10 +253,9 @@ def check_weights(checkpoint: Checkpoint, content: dict, config: T6Config) -> to
             )
         if str(info.dtype) != f"torch.{dtype}":
             raise UploadError(f"{name} in {info.file.name} has dtype {info.dtype}, by config.json it is torch.{dtype}")
-    progress = tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="checking weights")
-    for _, tensor in checkpoint:  # raises on a number that is not finite
-        progress.update(tensor.nbytes)
-    progress.close()
+    with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc="checking weights") as progress:
+        for _, tensor in checkpoint:  # raises on a number that is not finite
+            progress.update(tensor.nbytes)
     return getattr(torch, dtype)
 
 
@@ -850,14 +849,11 @@ def push(api: HfApi, args: argparse.Namespace, files: dict[str, Path], head: str
     operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
     revision = args.revision or "main"
     options = {"revision": revision, "create_pr": args.create_pr}
-    # huggingface_hub itself tries uploads again, from where they stopped.
-    patiently(
-        "uploading", repo_id, lambda: api.preupload_lfs_files(repo_id, additions, free_memory=False, **options), 1
-    )
     message = args.commit_message or f"{'Code of a' if args.code_only else 'A'} T6 model, by hub_upload.py"
 
     def commit() -> tuple[str, str | None]:
         try:
+            # Has the Hub check the card, uploads what it does not have yet, and makes the commit.
             info = api.create_commit(repo_id, operations, commit_message=message, parent_commit=head, **options)
         except HfHubHTTPError as error:
             # The commit may be ours, made by a request whose answer was lost.
@@ -870,7 +866,7 @@ def push(api: HfApi, args: argparse.Namespace, files: dict[str, Path], head: str
         return info.oid, info.pr_url
 
     # Asked twice, a pull request would be opened twice.
-    return patiently("committing", repo_id, commit, attempts=1 if args.create_pr else 5)
+    return patiently("uploading", repo_id, commit, attempts=1 if args.create_pr else 5)
 
 
 def download(api: HfApi, repo_id: str, commit: str, files: dict[str, Path], cache: Path) -> None:
@@ -957,9 +953,10 @@ def stage(args: argparse.Namespace, remote: dict[str, Path], folder: Path) -> tu
         files["LICENSE" if is_apache and "LICENSE" not in files else "LICENSE-CODE"] = ROOT / "LICENSE"
     # The Hub's lines stay: by them, it keeps the other files that it holds.
     texts = [
-        where[".gitattributes"].read_text(encoding="utf-8") for where in (remote, files) if ".gitattributes" in where
+        known[".gitattributes"].read_text(encoding="utf-8") for known in (remote, files) if ".gitattributes" in known
     ]
-    write(".gitattributes", "\n".join(dict.fromkeys("\n".join([*texts, GITATTRIBUTES]).split("\n"))).strip() + "\n")
+    lines = "\n".join([*texts, GITATTRIBUTES]).splitlines()
+    write(".gitattributes", "\n".join(dict.fromkeys(line for line in lines if line.strip())) + "\n")
     for name, path in files.items():
         if path != folder / name:
             (folder / name).parent.mkdir(exist_ok=True)
@@ -1008,8 +1005,6 @@ def upload(args: argparse.Namespace) -> None:
         if args.dry_run:
             print(files["README.md"].read_text(encoding="utf-8"))
             return
-        card = ModelCard.load(files["README.md"])
-        patiently("checking README.md", args.repo_id, card.validate)
         commit, pull_request = push(api, args, files, find_or_create(api, args))
         print(f"commit {commit}: {pull_request or f'{constants.ENDPOINT}/{args.repo_id}/tree/{commit}'}")
         try:

@@ -82,12 +82,12 @@ def test_passing_faults_end_in_success(hub, uploader, folder, fault):
         (Fault("POST", "/api/repos/create", status=404), "creating someone/t6: 404: "),
         (Fault("GET", "/api/models/", status=404), "looking at someone/t6: 404: "),
         (Fault("POST", "/preupload/", status=403), "uploading: 403: the token may not do this with someone/t6"),
-        (Fault("POST", COMMIT, status=401), "committing: 401: "),
-        (Fault("POST", COMMIT, status=403), "committing: 403: "),
-        (Fault("POST", COMMIT, status=409), "committing: 409: someone/t6 was changed by another"),
+        (Fault("POST", COMMIT, status=401), "uploading: 401: "),
+        (Fault("POST", COMMIT, status=403), "uploading: 403: "),
+        (Fault("POST", COMMIT, status=409), "uploading: 409: someone/t6 was changed by another"),
         (
             Fault("POST", COMMIT, status=429, headers={"Retry-After": "3600"}),
-            "committing: 429: .* wants fewer requests",
+            "uploading: 429: .* wants fewer requests",
         ),
     ],
     ids=lambda value: f"{value.method} {value.path} {value.status}" if isinstance(value, Fault) else "",
@@ -106,7 +106,7 @@ def test_lasting_faults_end_in_one_clear_error(hub, uploader, folder, fault, mes
 
 def test_a_card_that_the_hub_refuses(hub, uploader, folder):
     error = one_line_error(uploader(folder, "someone/t6", "--license", "none-at-all"))
-    assert 'checking README.md: "license" must be one of' in error
+    assert 'Invalid metadata in README.md. - "license" must be one of' in error
     assert is_empty(hub)
 
 
@@ -148,7 +148,7 @@ def test_two_at_once(hub, uploader, folder):
 
     hub.faults.append(Fault("POST", "/objects/batch", action=push_theirs))
     error = one_line_error(uploader(folder, "someone/t6"))
-    assert "committing: 412: someone/t6 was changed by another at the same time: run again" in error
+    assert "uploading: 412: someone/t6 was changed by another at the same time: run again" in error
     assert set(hub.repositories["someone/t6"].files()) == {".gitattributes", "theirs.txt"}
     assert uploader(folder, "someone/t6").code == 0
     assert is_whole(hub, folder) and "theirs.txt" in hub.repositories["someone/t6"].files()
@@ -170,9 +170,9 @@ def test_a_pull_that_breaks_leaves_nothing_that_loads(hub, uploader, folder, tmp
     hub.faults.append(Fault("GET", DOWNLOAD, times=10_000, drop="response"))
     outcome = run(code, env=env, cwd=tmp_path)
     assert outcome.code == 1 and "the model is there" not in outcome.output
-    cached = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
-    sizes = {path.stat().st_size for path in folder.glob("*.safetensors")}
-    assert not [path for path in cached if path.suffix == ".safetensors" or path.stat().st_size in sizes]
+    shards = {hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+    cached = {path.name for path in (tmp_path / "home").rglob("blobs/*")}
+    assert cached and not [name for name in cached if name in shards or "incomplete" in name]
 
     offline = run(code, env=env | {"HF_HUB_OFFLINE": "1"}, cwd=tmp_path)
     assert (
@@ -181,3 +181,21 @@ def test_a_pull_that_breaks_leaves_nothing_that_loads(hub, uploader, folder, tmp
 
     hub.faults[0].times = 2
     assert run(code, env=env, cwd=tmp_path).output.strip().endswith("the model is there")
+
+
+def test_a_damaged_pull_is_found_by_the_command_in_the_card(hub, uploader, folder, tmp_path):
+    """The client compares sizes, not hashes: a card says how to compare those."""
+    assert uploader(folder, "someone/t6").code == 0
+    card = hub.repositories["someone/t6"].files()["README.md"].decode()
+    assert "hf cache verify someone/t6 --revision REVISION" in card
+    commit = hub.repositories["someone/t6"].refs["refs/heads/main"]
+    code = """if True:
+        import subprocess, sys
+        from huggingface_hub import snapshot_download
+        snapshot_download("someone/t6", revision=sys.argv[1])
+        hf = sys.executable.rpartition("/")[0] + "/hf"
+        sys.exit(subprocess.run([hf, "cache", "verify", "someone/t6", "--revision", sys.argv[1]]).returncode)"""
+    assert run(code, commit, env=environment(hub, tmp_path / "whole"), cwd=tmp_path).code == 0
+    hub.faults.append(Fault("GET", DOWNLOAD, corrupt=True))
+    outcome = run(code, commit, env=environment(hub, tmp_path / "damaged"), cwd=tmp_path)
+    assert outcome.code != 0 and ".safetensors" in outcome.output, outcome.output

@@ -77,6 +77,7 @@ def test_code_that_is_not_trusted_does_not_run(hub, uploader, tmp_path):
     # Were any of it run, it would leave a file.
     repository, trap = hub.repositories["someone/t6"], f"open({str(tmp_path / 'ran')!r}, 'w')\n".encode()
     repository.change(**{name: trap + data for name, data in repository.files().items() if name.endswith(".py")})
+    hub.log.clear()
     code = """if True:
         import sys
         from transformers import AutoConfig, AutoModelForCausalLM

@@ -113,29 +113,43 @@ def make_llama(folder):
     return model.eval()
 
 
-def test_converted_llama(hub, uploader, tmp_path):
-    """In private repositories, with four shards; what is pulled computes what the Llama does."""
+def test_converted_and_compressed_llama(hub, uploader, tmp_path):
+    """In private repositories, one with four shards; what is pulled computes what the Llama does."""
     llama = make_llama(tmp_path / "llama")
-    assert (
-        convert(["hf", str(tmp_path / "llama"), str(tmp_path / "t6"), "--no-verify", "--max-shard-size", "140KB"]) == 0
-    )
-    assert "the license of converted weights" in uploader(tmp_path / "t6", "someone/llama", "--private").output
+    exact, small = tmp_path / "exact", tmp_path / "small"
+    assert convert(["hf", str(tmp_path / "llama"), str(exact), "--no-verify", "--max-shard-size", "140KB"]) == 0
+    (tmp_path / "text").write_text((ROOT / "LICENSE").read_text()[:4000])
+    compression = ["--k-rank", "1", "--v-rank", "1", "--calibration", str(tmp_path / "text"), "--window", "32"]
+    assert convert(["hf", str(tmp_path / "llama"), str(small), "--no-verify", *compression]) == 0
+    assert "the license of converted weights" in uploader(exact, "someone/exact", "--private").output
     assert not hub.repositories
-    options = ["--private", "--license", "llama3.2", "--base-model", "meta-llama/Llama-3.2-1B"]
-    outcome = uploader(tmp_path / "t6", "someone/llama", *options)
+    options = ["--private", "--license", "llama3.2"]
+    outcome = uploader(exact, "someone/exact", *options, "--base-model", "meta-llama/Llama-3.2-1B")
     assert outcome.code == 0, outcome.output
-    repository = hub.repositories["someone/llama"]
+    repository = hub.repositories["someone/exact"]
     assert repository.private and "LICENSE-CODE" in repository.files()
     card = repository.files()["README.md"].decode()
     assert "license: llama3.2\n" in card and "base_model: meta-llama/Llama-3.2-1B\n" in card
+    assert "| converted by | `python -m conversion hf llama exact " in card
+    outcome = uploader(small, "someone/small", *options)
+    assert outcome.code == 0, outcome.output
+    card = hub.repositories["someone/small"].files()["README.md"].decode()
+    report = json.loads((small / "conversion.json").read_text())
+    assert len(report["perplexity"]) > 1
+    for row in report["perplexity"]:
+        assert f"| {row['model']} | {row['cache_bytes_per_token']:,.0f} | {row['perplexity']:.4f} |" in card
+    assert "conversion.png" in hub.repositories["someone/small"].files()
 
-    found = pull(hub, tmp_path, "someone/llama@main", HF_TOKEN="hf_someone")["someone/llama@main"]
-    assert torch.equal(found, expected_logits(tmp_path / "t6"))
+    found = pull(hub, tmp_path, "someone/exact@main", "someone/small@main", HF_TOKEN="hf_someone")
+    for name, folder in (("exact", exact), ("small", small)):
+        assert torch.equal(found[f"someone/{name}@main"], expected_logits(folder))
     inputs = AutoTokenizer.from_pretrained(SHIPPED)("ROMEO: what light", return_tensors="pt")
     with torch.no_grad():
         expected = llama(**inputs).logits
     # Float32 has 7 digits, and the model adds up hundreds of numbers.
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    limits = {"rtol": 1e-4, "atol": 1e-5 * expected.abs().max().item()}
+    torch.testing.assert_close(found["someone/exact@main"], expected, **limits)
+    assert not torch.allclose(found["someone/small@main"], expected, **limits)
 
 
 def test_shards_to_an_existing_repository(hub, uploader, tmp_path):

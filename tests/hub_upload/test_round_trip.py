@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conversion.__main__ import main as convert
 
 from .common import ROOT, SHIPPED, environment, make_model, run
+from .hub_server import Fault
 
 
 # Arguments: the file for the result, then repositories with a revision each. Loads them by every Auto class.
@@ -32,8 +33,8 @@ PULL = """if True:
         assert type(config).__name__ == "T6Config" and model.config.k_rank == config.k_rank
         with torch.no_grad():
             tensors[source] = model(**tokenizer("ROMEO: what light", return_tensors="pt")).logits
-        generate = pipeline("text-generation", model=name, revision=revision, trust_remote_code=True)
-        assert len(generate("ROMEO:", max_new_tokens=8, do_sample=False)[0]["generated_text"]) > 6
+    generate = pipeline("text-generation", model=name, revision=revision, trust_remote_code=True)
+    assert len(generate("ROMEO:", max_new_tokens=8, do_sample=False)[0]["generated_text"]) > 6
     save_file(tensors, result)"""
 
 
@@ -77,23 +78,24 @@ def test_code_that_is_not_trusted_does_not_run(hub, uploader, tmp_path):
     # Were any of it run, it would leave a file.
     repository, trap = hub.repositories["someone/t6"], f"open({str(tmp_path / 'ran')!r}, 'w')\n".encode()
     repository.change(**{name: trap + data for name, data in repository.files().items() if name.endswith(".py")})
-    hub.log.clear()
     code = """if True:
-        import sys
+        import os
         from transformers import AutoConfig, AutoModelForCausalLM
         for auto_class in (AutoConfig, AutoModelForCausalLM):
             try:
-                auto_class.from_pretrained("someone/t6", trust_remote_code=sys.argv[1] == "yes")
+                auto_class.from_pretrained("someone/t6", trust_remote_code=False)
             except ValueError as error:
-                print("refused:", error)"""
-    env = environment(hub, tmp_path / "home")
-    outcome = run(code, "no", env=env, cwd=tmp_path)
-    assert outcome.code == 0 and not (tmp_path / "ran").exists()
-    assert outcome.output.count("refused:") == 2, outcome.output
-    assert "trust_remote_code=True" in outcome.output and "someone/t6" in outcome.output
-    assert not hub.requests("GET", r"\.py$")  # it was not even downloaded
-    run(code, "yes", env=env, cwd=tmp_path)
-    assert (tmp_path / "ran").exists()  # the trap works
+                print("refused:", error)
+        print("asked for code:", os.path.exists("asked"), "ran:", os.path.exists("ran"))
+        AutoConfig.from_pretrained("someone/t6", trust_remote_code=True)
+        print("asked for code:", os.path.exists("asked"), "ran:", os.path.exists("ran"))"""
+    hub.faults.append(Fault("GET", r"\.py$", times=99, action=(tmp_path / "asked").touch))
+    outcome = run(code, env=environment(hub, tmp_path / "home"), cwd=tmp_path)
+    assert outcome.code == 0, outcome.output
+    assert outcome.output.count("refused: The repository someone/t6 contains custom code") == 2, outcome.output
+    assert "pass the argument `trust_remote_code=True`" in outcome.output
+    states = [line for line in outcome.output.splitlines() if line.startswith("asked for code:")]
+    assert states == ["asked for code: False ran: False", "asked for code: True ran: True"]  # the trap works
 
 
 def make_llama(folder):

@@ -430,8 +430,27 @@ def read_card(path: Path | None) -> ModelCard:
         raise UploadError(f"README.md: the metadata cannot be read: {' '.join(str(error).split())}") from error
 
 
+def card_metadata(old: ModelCard, auto_class: str, conversion: dict, args: argparse.Namespace) -> ModelCardData:
+    """What the author's card says, completed; options go before it."""
+    task = PIPELINE_TAGS[auto_class]
+    data = {key: value for key, value in old.data.to_dict().items() if key not in ("model-index", "model_name")}
+    base_model = args.base_model or conversion.get("base_model") or data.get("base_model")
+    license_fields = license_of(args, data, base_model, bool(conversion))
+    for key in ("license", "license_name", "license_link"):
+        data.pop(key, None)
+    data |= {"library_name": "transformers", "pipeline_tag": task, **license_fields}
+    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), "t6", "tensor-product-attention"]))
+    data |= {"base_model": base_model} if base_model else {}
+    data |= {"datasets": args.datasets} if args.datasets else {}
+    results = {}
+    for result in [*(old.data.eval_results or []), *read_results(args.eval_results or [], task)]:
+        results[result.task_type, result.dataset_type, result.metric_name or result.metric_type] = result
+    if results:
+        data |= {"model_name": args.repo_id.split("/")[-1], "eval_results": list(results.values())}
+    return ModelCardData(**data)
+
+
 def model_card(
-    repo_id: str,
     old: ModelCard,
     content: dict,
     config: T6Config,
@@ -441,24 +460,9 @@ def model_card(
     args: argparse.Namespace,
 ) -> str:
     """The text of README.md: metadata, and a part of its own in what the author wrote."""
-    auto_class = auto_class_of(content)
-    task = PIPELINE_TAGS[auto_class]
-    data = {key: value for key, value in old.data.to_dict().items() if key not in ("model-index", "model_name")}
-    base_model = args.base_model or conversion.get("base_model") or data.get("base_model")
-    license_fields = license_of(args, data, base_model, bool(conversion))
-    for key in ("license", "license_name", "license_link"):
-        data.pop(key, None)
-    results = {}
-    for result in [*(old.data.eval_results or []), *read_results(args.eval_results or [], task)]:
-        results[result.task_type, result.dataset_type, result.metric_name or result.metric_type] = result
-    data |= {"library_name": "transformers", "pipeline_tag": task, **license_fields}
-    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), "t6", "tensor-product-attention"]))
-    data |= {"base_model": base_model} if base_model else {}
-    data |= {"datasets": args.datasets} if args.datasets else {}
-    if results:
-        data |= {"model_name": repo_id.split("/")[-1], "eval_results": list(results.values())}
-    data = ModelCardData(**data)
-
+    auto_class, repo_id = auto_class_of(content), args.repo_id
+    data = card_metadata(old, auto_class, conversion, args)
+    results = [(r.dataset_name, r.metric_name, f"{r.metric_value:.4f}") for r in data.eval_results or []]
     dtype = getattr(torch, content["dtype"])
     sizes = cache_bytes(config, dtype)
     parameters = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
@@ -475,11 +479,11 @@ def model_card(
     }
     versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "huggingface_hub")}
     provenance = {
-        "made from": conversion.get("source") or base_model,
+        "made from": conversion.get("source") or data.base_model,
         "converted by": conversion.get("command") and f"`{conversion['command']}`",
         "converted with": ", ".join(f"{k} {v}" for k, v in (conversion.get("versions") or {}).items()),
         "code": (commit := code_commit()) and f"commit {commit} of T6 for Transformers",
-        "loaded and compared with": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "pushed with": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
     part = CARD.format(
         begin=BEGIN,
@@ -488,9 +492,7 @@ def model_card(
         repo_id=repo_id,
         endpoint=constants.ENDPOINT,
         auto_class=auto_class,
-        tokenizer=""
-        if args.no_tokenizer
-        else "\ntokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=True)",
+        tokenizer="" if args.no_tokenizer else LOAD_TOKENIZER,
         imports=auto_class if args.no_tokenizer else f"{auto_class}, AutoTokenizer",
         architecture=table(("", ""), [(name, value) for name, value in rows.items() if value]),
         cache=table(
@@ -498,14 +500,7 @@ def model_card(
             [(name, f"{size:,}", f"{size / sizes['T6, this model']:.2f}x") for name, size in sizes.items()],
         ),
         digest=digest,
-        results=""
-        if not results
-        else "\n## Evaluation\n\n"
-        + table(
-            ("task", "metric", "value"),
-            [(r.dataset_name, r.metric_name or r.metric_type, f"{r.metric_value:.4f}") for r in results.values()],
-        )
-        + "\n",
+        results=f"\n## Evaluation\n\n{table(('task', 'metric', 'value'), results)}\n" if results else "",
         conversion=conversion_results(conversion),
         provenance=table(("", ""), [(name, value) for name, value in provenance.items() if value]),
     )
@@ -556,6 +551,7 @@ def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
+LOAD_TOKENIZER = "\ntokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=True)"
 CARD = """{begin}
 
 A T6 model: a Llama-like decoder with [tensor product attention]({paper}).
@@ -935,7 +931,7 @@ def stage(args: argparse.Namespace, remote: dict[str, Path], folder: Path) -> tu
     write("config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
     if "generation_config.json" in files:
         try:
-            GenerationConfig.from_pretrained(args.folder).validate(strict=True)
+            GenerationConfig.from_pretrained(args.folder).validate()
         except (OSError, ValueError, TypeError) as error:
             raise UploadError(f"generation_config.json: {' '.join(str(error).split())}") from error
     elif content["architectures"] == ["T6ForCausalLM"]:
@@ -949,7 +945,7 @@ def stage(args: argparse.Namespace, remote: dict[str, Path], folder: Path) -> tu
     # A card that was edited on the Hub is kept where the folder has none.
     first, second = (remote, files) if args.code_only else (files, remote)
     old_card = read_card(first.get("README.md") or second.get("README.md"))
-    card = model_card(args.repo_id, old_card, content, config, checkpoint, digest, conversion, args)
+    card = model_card(old_card, content, config, checkpoint, digest, conversion, args)
     write("README.md", card)
     # The license of this code, which is not always that of the weights.
     is_apache = ModelCard(card).data.license == "apache-2.0"

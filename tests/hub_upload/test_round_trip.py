@@ -119,7 +119,8 @@ def test_converted_and_compressed_llama(hub, uploader, tmp_path):
     """In private repositories, one with four shards; what is pulled computes what the Llama does."""
     llama = make_llama(tmp_path / "llama")
     exact, small = tmp_path / "exact", tmp_path / "small"
-    assert convert(["hf", str(tmp_path / "llama"), str(exact), "--no-verify", "--max-shard-size", "140KB"]) == 0
+    assert convert(["hf", str(tmp_path / "llama"), str(exact), "--no-verify", "--max-shard-size", "100KB"]) == 0
+    assert len(list(exact.glob("*.safetensors"))) == 4
     (tmp_path / "text").write_text((ROOT / "LICENSE").read_text()[:4000])
     compression = ["--k-rank", "1", "--v-rank", "1", "--calibration", str(tmp_path / "text"), "--window", "32"]
     assert convert(["hf", str(tmp_path / "llama"), str(small), "--no-verify", *compression]) == 0
@@ -171,7 +172,6 @@ def test_shards_to_an_existing_repository(hub, uploader, tmp_path):
     assert len([name for name in files if name.endswith(".safetensors")]) == 4
     assert {"model.safetensors.index.json", *kept} <= set(files) and not stale & set(files)
     assert hub.requests("POST", "^/complete/") and len(repository.commits) == 4
-    assert torch.equal(pull(hub, tmp_path, "someone/t6@main")["someone/t6@main"], expected_logits(tmp_path / "new"))
 
     again = uploader(tmp_path / "new", "someone/t6", "--max-shard-size", f"{size / 2000:.3f}KB")
     assert again.code == 0 and len(repository.commits) == 4  # nothing changed: no empty commit

@@ -39,10 +39,10 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -710,7 +710,7 @@ def explain(error: BaseException, repo_id: str) -> str:
     server = f" ({error.server_message})" if getattr(error, "server_message", None) else ""
     if isinstance(error, RevisionNotFoundError):
         return f"404: {repo_id} has no such revision{server}"
-    if isinstance(error, EntryNotFoundError):
+    if isinstance(error, RemoteEntryNotFoundError):
         return f"404: {repo_id} has no such file{server}"
     if isinstance(error, RepositoryNotFoundError) and status == 404:
         return f"404: there is no {repo_id} at {endpoint}, or the token may not see it"
@@ -775,13 +775,17 @@ def same_file(path: Path, entry: RepoFile | None) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == entry.blob_id
 
 
-def find_token(args: argparse.Namespace) -> str:
+def sign_in(args: argparse.Namespace) -> HfApi:
+    """The client, with a token that the Hub knows."""
     token = args.token or get_token()
     if not token:
         raise UploadError("there is no token: pass --token, set HF_TOKEN, or run `hf auth login`")
     if not re.fullmatch(r"[!-~]+", token):  # the HTTP library would repeat it in its error
         raise UploadError("the token has blanks or other characters that no token has")
-    return token
+    api = HfApi(token=token, library_name="t6-transformers")
+    user = patiently("signing in", args.repo_id, api.whoami)
+    print(f"signed in as {user['name']} at {constants.ENDPOINT}")
+    return api
 
 
 def remote_texts(api: HfApi, args: argparse.Namespace, folder: Path) -> dict[str, Path]:
@@ -792,7 +796,7 @@ def remote_texts(api: HfApi, args: argparse.Namespace, folder: Path) -> dict[str
             return Path(hf_hub_download(args.repo_id, name, revision=revision, cache_dir=folder, token=api.token))
         except RevisionNotFoundError:
             return fetch(name, None) if revision else None  # a new branch starts from main
-        except (RepositoryNotFoundError, EntryNotFoundError):
+        except (RepositoryNotFoundError, RemoteEntryNotFoundError):
             return None
 
     what = f"looking at {args.repo_id}"
@@ -806,8 +810,6 @@ def remote_texts(api: HfApi, args: argparse.Namespace, folder: Path) -> dict[str
 def find_or_create(api: HfApi, args: argparse.Namespace) -> str:
     """Makes the repository and the branch where they are missing; returns the commit at the head of the branch."""
     repo_id, branch = args.repo_id, args.revision or "main"
-    user = patiently("signing in", repo_id, api.whoami)
-    print(f"signed in as {user['name']} at {constants.ENDPOINT}")
     if not args.create_pr and not args.code_only:
         patiently(
             f"creating {repo_id}",
@@ -896,17 +898,9 @@ def download(api: HfApi, repo_id: str, commit: str, files: dict[str, Path], cach
 # All of it
 
 
-def stage(args: argparse.Namespace, remote: dict[str, Path], folder: Path) -> tuple[dict[str, Path], dict, str]:
-    """
-    Checks MODEL_DIR and completes a copy of it in `folder`; files that are taken as they are, are not copied.
-
-    Args:
-        remote: README.md and .gitattributes of the repository, if it has them.
-
-    Returns:
-        The files by name, the content of config.json, and the digest of the code.
-    """
-    files, code = collect(args.folder), code_files()
+def check_folder(args: argparse.Namespace) -> tuple[dict[str, Path], dict, T6Config, Checkpoint]:
+    """The files of MODEL_DIR by name, the completed content of config.json, and what configuration and weights say."""
+    files = collect(args.folder)
     content, config = check_config(args.folder)
     checkpoint = Checkpoint(args.folder)
     # Transformers prefers model.safetensors to an index.
@@ -916,12 +910,40 @@ def stage(args: argparse.Namespace, remote: dict[str, Path], folder: Path) -> tu
     check_weights(checkpoint, content, config)
     if not args.no_tokenizer:
         check_tokenizer(args.folder, files, config)
+    if "generation_config.json" in files:
+        try:
+            GenerationConfig.from_pretrained(args.folder).validate()
+        except (OSError, ValueError, TypeError) as error:
+            raise UploadError(f"generation_config.json: {' '.join(str(error).split())}") from error
+    read_card(files.get("README.md"))
+    return files, content, config, checkpoint
+
+
+def complete(
+    args: argparse.Namespace,
+    files: dict[str, Path],
+    content: dict,
+    config: T6Config,
+    checkpoint: Checkpoint,
+    remote: dict[str, Path],
+    folder: Path,
+) -> tuple[dict[str, Path], str]:
+    """
+    Makes a whole T6 folder of `files` in `folder`; those that are taken as they are, are not copied.
+
+    Args:
+        remote: README.md and .gitattributes of the repository, if it has them.
+
+    Returns:
+        The files by name, and the digest of the code.
+    """
+    code = code_files()
     for name, path in code.items():
         if problems := unsafe_code(path.read_text(encoding="utf-8")):
             raise UploadError(f"modeling_t6/{name} is not safe to push: {'; '.join(problems)}")
         if name in files and files[name].read_bytes() != path.read_bytes():
             print(f"{name}: the one in {args.folder} is replaced by this package's")
-    files |= code
+    files = files | code
     digest = code_digest(files)
 
     def write(name: str, text: str) -> None:
@@ -929,12 +951,7 @@ def stage(args: argparse.Namespace, remote: dict[str, Path], folder: Path) -> tu
         files[name] = folder / name
 
     write("config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
-    if "generation_config.json" in files:
-        try:
-            GenerationConfig.from_pretrained(args.folder).validate()
-        except (OSError, ValueError, TypeError) as error:
-            raise UploadError(f"generation_config.json: {' '.join(str(error).split())}") from error
-    elif content["architectures"] == ["T6ForCausalLM"]:
+    if "generation_config.json" not in files and content["architectures"] == ["T6ForCausalLM"]:
         GenerationConfig.from_model_config(config).save_pretrained(folder)
         files["generation_config.json"] = folder / "generation_config.json"
     if args.max_shard_size and any(file.stat().st_size > args.max_shard_size for file in checkpoint.files):
@@ -961,7 +978,7 @@ def stage(args: argparse.Namespace, remote: dict[str, Path], folder: Path) -> tu
         if path != folder / name:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).symlink_to(path.resolve())
-    return dict(sorted(files.items())), content, digest
+    return dict(sorted(files.items())), digest
 
 
 def upload(args: argparse.Namespace) -> None:
@@ -975,9 +992,12 @@ def upload(args: argparse.Namespace) -> None:
         home, folder = Path(temporary), Path(temporary) / "model"
         for name in ("model", "before", "after"):
             (home / name).mkdir()
-        api = None if args.dry_run else HfApi(token=find_token(args), library_name="t6-transformers")
-        remote = {} if api is None else remote_texts(api, args, home / "texts")
-        files, content, digest = stage(args, remote, folder)
+        files, content, config, checkpoint = check_folder(args)
+        api, remote = None, {}
+        if not args.dry_run:
+            api = sign_in(args)
+            remote = remote_texts(api, args, home / "texts")
+        files, digest = complete(args, files, content, config, checkpoint, remote, folder)
         auto_class = auto_class_of(content)
         # With --code-only, tokenizer and generation config are the repository's own.
         tasks = ["generate"] if auto_class == "AutoModelForCausalLM" and not args.code_only else []

@@ -131,6 +131,21 @@ def test_downloads_that_stay_damaged(hub, uploader, folder, how):
     assert is_whole(hub, folder)  # what the Hub holds is complete
 
 
+def test_a_card_that_cannot_be_read_is_not_replaced(hub, uploader, folder):
+    """One that was edited on the Hub: it is asked for again, and if it cannot be had, nothing is pushed."""
+    assert uploader(folder, "someone/t6").code == 0
+    repository = hub.repositories["someone/t6"]
+    repository.change(**{"README.md": repository.files()["README.md"].replace(b"# t6\n", b"# t6\n\nEdited.\n")})
+    before = repository.files()
+    hub.faults.append(Fault("HEAD", "README.md", times=1000, drop="request"))
+    assert "looking at someone/t6: no connection to" in one_line_error(uploader(folder, "someone/t6"))
+    assert repository.files() == before
+    hub.faults[0].times = 1
+    assert uploader(folder, "someone/t6", "--license", "mit").code == 0 and hub.faults[0].times == 0
+    card = repository.files()["README.md"]
+    assert b"Edited." in card and b"license: mit" in card
+
+
 def test_an_existing_model_stays_until_the_new_one_is_complete(hub, uploader, folder, tmp_path):
     make_model(tmp_path, seed=1)
     assert uploader(tmp_path, "someone/t6").code == 0

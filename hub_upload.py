@@ -563,7 +563,8 @@ Its queries, keys and values are products of small factors, and only the factors
 from transformers import {imports}
 
 repo = "{repo_id}"
-revision = "..."  # the 40 digits of a commit that you have looked at: {endpoint}/{repo_id}/commits/main
+# The 40 digits of a commit that you have looked at: {endpoint}/{repo_id}/commits/main
+revision = "..."
 {tokenizer}
 model = {auto_class}.from_pretrained(repo, revision=revision, trust_remote_code=True)
 ```

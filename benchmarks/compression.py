@@ -233,7 +233,7 @@ def main() -> None:
             command.add_argument("--learning-rate", type=float, default=1e-3)
         if function is convert:
             command.add_argument("--runs", nargs="+", type=run_name, metavar="METHOD-RATIO")
-            command.add_argument("--heal-windows", type=int, default=32, help="windows of 1024 tokens in a step")
+            command.add_argument("--heal-windows", type=int, default=8, help="windows of 1024 tokens in a step")
             command.add_argument("--learning-rate", type=float, default=6e-4, help="of the healing")
             command.add_argument(
                 "--options", nargs=argparse.REMAINDER, default=[], help="of `python -m conversion hf`"

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from . import hf, official, smaller, verify
 from .checkpoint import Checkpoint, read_json
 from .compress import check_options
-from .errors import ConversionError
+from .errors import ConversionError, reason
 from .folders import new_folder
 from .plan import Plan, write_model
 from .report import PLOT, REPORT, provenance, table
@@ -88,7 +88,7 @@ def local_folder(source: str, revision: str | None) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConversionError(
-            f"{source} is no folder here, and could not be had from the Hub: {str(error).splitlines()[0]}"
+            f"{source} is no folder here, and could not be had from the Hub: {reason(error)}"
         ) from error
 
 
@@ -115,9 +115,12 @@ def convert(args: argparse.Namespace) -> None:
         read_json(source / "config.json")
         try:
             config = AutoConfig.from_pretrained(source)
+            plan = hf.make_plan(config)
+        except ConversionError:
+            raise
         except Exception as error:  # whatever a configuration's validation raises
-            raise ConversionError(f"{source / 'config.json'}: {str(error).splitlines()[0]}") from error
-        plan, checkpoint = hf.make_plan(config), Checkpoint(source)
+            raise ConversionError(f"{source / 'config.json'}: {reason(error)}") from error
+        checkpoint = Checkpoint(source)
     else:
         source = Path(args.source)
         arguments, checkpoint = official.load(source)

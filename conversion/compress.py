@@ -35,6 +35,7 @@ from .errors import ConversionError
 
 
 METHODS = ("fit", "mean-pool")
+Ranks = list[int] | None
 ITERATIONS = 50
 CONVERGED = 1e-4  # relative gain of an iteration below which a fit ends
 RIDGE = 1e-9  # relative to the mean of a diagonal: moments of few tokens are singular
@@ -212,6 +213,7 @@ def descend(
     return min(ends, key=lambda end: end[0])
 
 
+@torch.no_grad()
 def fit_keys(moments: Moments, selection: torch.Tensor, rank: int) -> KeyFit:
     """
     The best of several descents for keys of one layer.
@@ -260,6 +262,7 @@ def fit_keys(moments: Moments, selection: torch.Tensor, rank: int) -> KeyFit:
     return KeyFit(a, z, m, loss)
 
 
+@torch.no_grad()
 def fit_values(moments: Moments, selection: torch.Tensor, output: torch.Tensor, rank: int) -> ValueFit:
     """
     The best of several descents for values of one layer.
@@ -464,15 +467,19 @@ def choose_ranks(costs: list[dict[int, float]], budget: int) -> list[int]:
         ranks[part] = higher
 
 
-def check_options(config: T6Config, k_rank: int | None, v_rank: int | None, cache_ratio: float | None) -> None:
+def check_options(config: T6Config, k_ranks: Ranks, v_ranks: Ranks, cache_ratio: float | None) -> None:
     """Raises a `ConversionError` for ranks that the model cannot have."""
-    for option, rank, field in (("--k-rank", k_rank, "k_rank"), ("--v-rank", v_rank, "v_rank")):
-        full = getattr(config, field)
-        if rank is not None and not 1 <= rank <= full:
-            raise ConversionError(f"{option} {rank}: expected 1 to {full}, the source's number of key/value heads")
-    if config.qk_norm and k_rank not in (None, config.k_rank):
+    for option, ranks, full in (("--k-rank", k_ranks, config.k_rank), ("--v-rank", v_ranks, config.v_rank)):
+        if ranks is not None and len(ranks) not in (1, config.num_hidden_layers):
+            raise ConversionError(
+                f"{option} has {len(ranks)} ranks: expected 1, or {config.num_hidden_layers} for the layers"
+            )
+        for rank in ranks or ():
+            if not 1 <= rank <= full:
+                raise ConversionError(f"{option} {rank}: expected 1 to {full}, the source's number of key/value heads")
+    if config.qk_norm and k_ranks is not None and set(k_ranks) != {config.k_rank}:
         raise ConversionError(
-            f"--k-rank {k_rank}: this model normalises each key, which does not commute with mixing heads; its values "
+            "--k-rank: this model normalises each key, which does not commute with mixing heads; its values "
             "alone can be compressed, by --v-rank"
         )
     if cache_ratio is not None:
@@ -481,11 +488,12 @@ def check_options(config: T6Config, k_rank: int | None, v_rank: int | None, cach
             raise ConversionError(f"--cache-ratio {cache_ratio:g}: expected 1 to {full / least:g} for this model")
 
 
+@torch.no_grad()
 def compress(
     model: T6ForCausalLM,
     calibration: torch.Tensor,
-    k_rank: int | None = None,
-    v_rank: int | None = None,
+    k_ranks: Ranks = None,
+    v_ranks: Ranks = None,
     cache_ratio: float | None = None,
     method: str = "fit",
     batch_size: int = 8,
@@ -497,7 +505,7 @@ def compress(
     Args:
         model: with constant A factors and queries of full rank, as `python -m conversion hf` makes them.
         calibration: token ids [n, seq] of the text on whose activations little is to be lost.
-        k_rank, v_rank: for every layer; `None` keeps the model's.
+        k_ranks, v_ranks: one for all layers or one for each; `None` keeps the model's.
         cache_ratio: in place of ranks, how many times smaller the cache is to be; the ranks then differ from layer to
             layer, and between keys and values, where the predictions change less so than with equal ranks.
         batch_size: rows of `calibration` that go through the model at a time.
@@ -506,7 +514,7 @@ def compress(
     Raises:
         ConversionError: for ranks that the model cannot have.
     """
-    check_options(model.config, k_rank, v_rank, cache_ratio)
+    check_options(model.config, k_ranks, v_ranks, cache_ratio)
     attentions = [layer.self_attn for layer in model.model.layers]
     batches = calibration.split(batch_size)
     moments = None
@@ -538,7 +546,11 @@ def compress(
         return result
 
     if cache_ratio is None:
-        return build([rank or whole for whole, rank in zip(full, len(attentions) * [k_rank, v_rank])])
+        chosen = []
+        for layer, side in parts:
+            ranks = (k_ranks if side == "k" else v_ranks) or [getattr(model.config, f"{side}_rank")]
+            chosen.append(ranks[layer] if len(ranks) > 1 else ranks[0])
+        return build(chosen)
 
     budget = int(sum(full) / cache_ratio)
     ids = calibration[: max(1, SENSITIVITY_TOKENS // calibration.shape[1])]

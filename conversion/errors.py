@@ -1,5 +1,13 @@
 """What the command line reports in one line instead of a traceback."""
 
+from huggingface_hub.errors import StrictDataclassError
+
 
 class ConversionError(Exception):
     """The input, or the place for the output, is not what a conversion needs; the message says what and where."""
+
+
+def reason(error: Exception) -> str:
+    """One line of an error's message: the first, or of a configuration's validation the last, which says what is wrong."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip()

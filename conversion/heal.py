@@ -1,4 +1,4 @@
-"""Healing: a compressed model learns its source's predictions (knowledge distillation, KL on logits)."""
+"""Healing: a compressed model learns its source's predictions and hidden states (knowledge distillation)."""
 
 from pathlib import Path
 
@@ -22,7 +22,10 @@ class Windows(Dataset):
 
 
 class DistillationTrainer(Trainer):
-    """The loss is KL(teacher || model), in nats per token."""
+    """
+    The loss is KL(teacher || model), in nats per token, plus the error of the hidden states behind each layer as a part
+    of their power: with it, the same number of tokens heals more than by KL alone.
+    """
 
     def __init__(self, *args, teacher: PreTrainedModel, **kwargs):
         super().__init__(*args, **kwargs)
@@ -30,11 +33,17 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean already
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        options = {"input_ids": inputs["input_ids"], "use_cache": False, "output_hidden_states": True}
         with torch.no_grad():
-            expected = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits.float().log_softmax(-1)
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
-        log_probs = outputs.logits.float().log_softmax(-1)
-        loss = F.kl_div(log_probs, expected, log_target=True, reduction="sum") / inputs["input_ids"].numel()
+            expected = self.teacher(**options)
+        outputs = model(**options)
+        log_probs, expected_log_probs = (x.logits.float().log_softmax(-1) for x in (outputs, expected))
+        loss = F.kl_div(log_probs, expected_log_probs, log_target=True, reduction="sum") / inputs["input_ids"].numel()
+        errors = [
+            F.mse_loss(state.float(), target.float()) / target.float().square().mean()
+            for state, target in zip(outputs.hidden_states[1:], expected.hidden_states[1:])
+        ]
+        loss = loss + sum(errors) / len(errors)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -66,7 +75,7 @@ def heal(
     learning_rate: float,
     seed: int,
     device: str,
-) -> list[dict]:
+) -> None:
     """
     Trains all weights of `model` in place, from the last checkpoint in `folder` if there is one.
 
@@ -74,10 +83,8 @@ def heal(
         ids: token ids [n, length], in passes of random order.
         folder: of checkpoints, which stay there.
         batch_size: windows in a batch; a step takes `accumulation` of them.
-        learning_rate: the highest, after a warm-up of a twentieth of the steps; a cosine leads to a tenth of it.
-
-    Returns:
-        `Trainer`'s log.
+        learning_rate: the highest, after a warm-up of a twentieth of the steps; a cosine leads to zero. It is that of
+            attention; the rest, which compression left as it was, has a third of it.
     """
     on_gpu = device == "cuda"
     args = TrainingArguments(
@@ -86,11 +93,8 @@ def heal(
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         learning_rate=learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 20),
-        weight_decay=0.0,
-        adam_beta2=0.95,
         max_grad_norm=1.0,
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         use_cpu=not on_gpu,
@@ -98,14 +102,28 @@ def heal(
         save_steps=max(1, min(500, steps // 4)),
         save_total_limit=2,
         logging_steps=max(1, steps // 20),
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
         remove_unused_columns=False,
         seed=seed,
         report_to="none",
     )
     args._n_gpu = min(1, args.n_gpu)  # the teacher is on one device: without a launcher, no DataParallel
     use_cache = model.config.use_cache
+    groups: dict[float, list[torch.nn.Parameter]] = {learning_rate: [], learning_rate / 3: []}
+    for name, parameter in model.named_parameters():
+        groups[learning_rate if ".self_attn." in name else learning_rate / 3].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
     trainer = DistillationTrainer(
-        model=model, args=args, train_dataset=Windows(ids), teacher=teacher, callbacks=[FiniteLoss()]
+        model=model,
+        args=args,
+        train_dataset=Windows(ids),
+        teacher=teacher,
+        callbacks=[FiniteLoss()],
+        optimizers=(optimizer, None),
     )
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
@@ -113,4 +131,3 @@ def heal(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache  # Trainer turns it off
     model.eval()
-    return trainer.state.log_history

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from modeling_t6 import T6Config
 
 from .checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, read_json
-from .errors import ConversionError
+from .errors import ConversionError, reason
 from .plan import Plan, Transform
 
 
@@ -56,14 +56,11 @@ def load_pickle(file: Path) -> dict:
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
         raise ConversionError(
-            f"{file} holds more than tensors and plain values and is not loaded: {reason}"
+            f"{file} holds more than tensors and plain values and is not loaded: {reason(error)}"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise ConversionError(
-            f"{file} cannot be read as a checkpoint of torch: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConversionError(f"{file} cannot be read as a checkpoint of torch: {reason(error)}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{file} must hold a dict, got a {type(content).__name__}")
     return content

@@ -30,9 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         convert.__name__ = f"positive {kind.__name__}"  # argparse's message names the type
         return convert
 
+    def ranks(value: str) -> list[int]:
+        return [int(rank) for rank in value.split(",")]
+
     group = parser.add_argument_group("a smaller cache", "below the source's number of key/value heads")
-    group.add_argument("--k-rank", type=int, metavar="N", help="rank of the keys in every layer")
-    group.add_argument("--v-rank", type=int, metavar="N", help="rank of the values in every layer")
+    group.add_argument("--k-rank", type=ranks, metavar="N[,N...]", help="rank of the keys, of all layers or of each")
+    group.add_argument("--v-rank", type=ranks, metavar="N[,N...]", help="rank of the values, of all layers or of each")
     group.add_argument(
         "--cache-ratio", type=positive(float), metavar="X",
         help="X times smaller in all, with ranks by layer where that loses less",
@@ -63,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--heal", type=Path, metavar="TEXT", help="a UTF-8 file")
     group.add_argument("--heal-steps", type=positive(int), metavar="N")
     group.add_argument("--heal-accumulation", type=positive(int), default=1, metavar="N", help="batches a step (1)")
-    group.add_argument("--heal-learning-rate", type=positive(float), default=3e-4, metavar="X", help="(%(default)s)")
+    group.add_argument("--heal-learning-rate", type=positive(float), default=6e-4, metavar="X", help="(%(default)s)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
 
 

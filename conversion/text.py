@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import ConversionError
+from .errors import ConversionError, reason
 
 
 PIECE = 100_000  # characters: a tokenizer works on many pieces side by side, and slowly on one long text
@@ -37,7 +37,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{folder} has no tokenizer to read text with: {str(error).splitlines()[0]}") from error
+        raise ConversionError(f"{folder} has no tokenizer to read text with: {reason(error)}") from error
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str) -> torch.Tensor:

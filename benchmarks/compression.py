@@ -190,18 +190,17 @@ def report(args: argparse.Namespace) -> None:
     for method, color in (("fit", "C0"), ("mean-pool", "C1")):
         for stage, style in (("compressed", "--"), ("healed", "-")):
             points = sorted(
-                (row[stage]["cache_bytes_per_token"], row[stage]["perplexity"])
+                (row[stage]["cache_bytes_per_token"], 100 * (row[stage]["perplexity"] / base - 1))
                 for name, row in rows.items()
                 if name.startswith(method)
             )
             axes.plot(*zip(*points), f"o{style}", color=color, label=f"{method}, {stage}") if points else None
-    axes.axhline(base, color="black", lw=1, label=f"source ({source['cache_bytes_per_token']:,.0f} bytes per token)")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = sorted({row["compressed"]["cache_bytes_per_token"] for row in rows.values()})
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-    axes.set_xlabel("cache, bytes per token")
-    axes.set_ylabel("perplexity on held-out text")
+    axes.set_xlabel(f"cache, bytes per token (source: {source['cache_bytes_per_token']:,.0f})")
+    axes.set_ylabel(f"held-out perplexity above the source's {base:.3f}, %")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(args.output / "compression.png", dpi=150)

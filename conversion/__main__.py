@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("official", "a checkpoint of the paper's research code"),
-        ("hf", "a Llama-shaped model of Transformers, exactly"),
+        ("hf", "a Llama-shaped model of Transformers, exactly or with a smaller cache"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("source", metavar="SRC")

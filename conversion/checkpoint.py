@@ -105,17 +105,17 @@ class Checkpoint:
             raise ConversionError(f"{file} is not a readable safetensors file: {error}") from error
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors, file by file; no more than one file is mapped into memory at a time."""
-        for file in self.files:
-            with self._open(file) as shard:
-                for name in shard.keys():  # noqa: SIM118
-                    try:
-                        tensor = shard.get_tensor(name)
-                    except (SafetensorError, OSError) as error:
-                        raise ConversionError(f"{name} in {file} cannot be read: {error}") from error
-                    if not all(piece.isfinite().all() for piece in tensor.flatten().split(2**24)):
-                        raise ConversionError(f"{name} in {file} has values that are not finite")
-                    yield name, tensor
+        """All tensors, file by file. Each has a mapping of its own: what was read of its file leaves memory with it."""
+        for name, info in self.tensors.items():
+            with self._open(info.file) as shard:
+                try:
+                    tensor = shard.get_tensor(name)
+                except (SafetensorError, OSError) as error:
+                    raise ConversionError(f"{name} in {info.file} cannot be read: {error}") from error
+            if not all(piece.isfinite().all() for piece in tensor.flatten().split(2**24)):
+                raise ConversionError(f"{name} in {info.file} has values that are not finite")
+            yield name, tensor
+            del tensor
 
     @property
     def nbytes(self) -> int:

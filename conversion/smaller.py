@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -86,6 +87,9 @@ def wanted(args: argparse.Namespace) -> bool:
         raise ConversionError("--heal and --heal-steps go together")
     if args.method == "mean-pool" and args.cache_ratio is not None:
         raise ConversionError("--method mean-pool has one rank for all layers: expected --k-rank and --v-rank")
+    for package in ["matplotlib"] + ["accelerate"] * (args.heal is not None):
+        if find_spec(package) is None:
+            raise ConversionError(f"a smaller cache needs {package}: pip install 't6-transformers[compress]'")
     return True
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from conversion import text
+from conversion import smaller, text
 from conversion.__main__ import main
 from conversion.compress import divergence, log_probabilities
 from conversion.heal import DistillationTrainer
@@ -160,6 +160,14 @@ def test_needs_calibration_and_a_tokenizer(folder, tmp_path, capsys):
     arguments[1] = str(tmp_path / "bare")
     assert main(arguments) == 1
     assert "has no tokenizer" in last_error(capsys)
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "accelerate"])
+def test_a_missing_package_is_named_before_any_work(package, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(smaller, "find_spec", lambda name: None if name == package else True)
+    assert main(options(folder, tmp_path / "t6", "--k-rank", "1", *healing(folder, 40))) == 1
+    assert f"needs {package}: pip install" in last_error(capsys)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_no_number(folder, tmp_path, capsys, monkeypatch):

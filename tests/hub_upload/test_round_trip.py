@@ -54,7 +54,7 @@ def expected_logits(folder) -> torch.Tensor:
 
 
 def test_shipped_model_from_the_shell(hub, tmp_path):
-    """The command as a user gives it, then a stranger's process: at a branch, a tag, a commit, and by a pipeline."""
+    """The command as a user gives it; then one who was let through a gate: at a branch, a tag, a commit, by a pipeline."""
     env = environment(hub, tmp_path / "home", HF_TOKEN="hf_someone", HF_DEBUG="1", TRANSFORMERS_VERBOSITY="debug")
     command = [sys.executable, "hub_upload.py", str(SHIPPED), "someone/t6"]
     process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -68,7 +68,8 @@ def test_shipped_model_from_the_shell(hub, tmp_path):
     repository.refs["refs/tags/v1"] = commit
 
     sources = [f"someone/t6@{revision}" for revision in ("main", "v1", commit)]
-    found, expected = pull(hub, tmp_path, *sources), expected_logits(SHIPPED)
+    repository.gated, repository.allowed = "manual", {"reader"}
+    found, expected = pull(hub, tmp_path, *sources, HF_TOKEN="hf_reader"), expected_logits(SHIPPED)
     assert set(found) == set(sources) and all(torch.equal(logits, expected) for logits in found.values())
 
 

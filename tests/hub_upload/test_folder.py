@@ -1,0 +1,261 @@
+"""What is checked in a folder before anything is sent, and what it is completed with."""
+
+import json
+import pickle
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hub_upload
+from modeling_t6.modeling_t6 import AUTO_MAP
+
+from .common import ROOT, make_model
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch):
+    """As on a machine on which the model does not fit into memory: loading is for the tests of the round trip."""
+    monkeypatch.setattr(hub_upload, "available_memory", lambda: 0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_model(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_json(path, **changes) -> None:
+    content = json.loads(path.read_text())
+    content = {key: value for key, value in (content | changes).items() if value is not None}
+    path.write_text(json.dumps(content))
+
+
+def change_tensors(folder, function) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    function(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def set_value(tensors, name, value) -> None:
+    tensors[name].view(-1)[-1] = value
+
+
+K_B = "model.layers.1.self_attn.k_b_proj.weight"
+BROKEN = {
+    "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "is no folder"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read as JSON"),
+    "config no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+    "other model": (lambda f: change_json(f / "config.json", model_type="llama"), "`model_type` must be 't6', got 'llama'"),
+    "bad field": (lambda f: change_json(f / "config.json", k_rank=0), "`k_rank` must be a positive integer"),
+    "foreign code": (
+        lambda f: change_json(f / "config.json", auto_map=AUTO_MAP | {"AutoModel": "evil.Model"}),
+        "AutoModel is 'evil.Model', this package has 'modeling_t6.T6Model'",
+    ),
+    "foreign class": (
+        lambda f: change_json(f / "config.json", architectures=["LlamaForCausalLM"]),
+        "`architectures` must be one of T6ForCausalLM, .*got \\['LlamaForCausalLM'\\]",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+    "weights no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "not a readable safetensors"),
+    "weights cut off": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-8]),
+        "not a readable safetensors",
+    ),
+    "tensor missing": (lambda f: change_tensors(f, lambda t: t.pop(K_B)), f"{K_B} are missing from the weights"),
+    "tensor unknown": (
+        lambda f: change_tensors(f, lambda t: t.update(extra=torch.ones(1))),
+        "extra are unknown to config.json, but in the weights",
+    ),
+    "shape": (
+        lambda f: change_tensors(f, lambda t: t.update({K_B: t[K_B][:, :-1].contiguous()})),
+        f"{K_B} in model.safetensors has shape \\[8, 15\\], by config.json it is \\[8, 16\\]",
+    ),
+    "shapes by config": (lambda f: change_json(f / "config.json", v_rank=1), "has shape .* by config.json it is"),
+    "dtype": (
+        lambda f: change_tensors(f, lambda t: t.update({K_B: t[K_B].half()})),
+        f"{K_B} in model.safetensors has dtype torch.float16, by config.json it is torch.float32",
+    ),
+    "dtype by config": (lambda f: change_json(f / "config.json", dtype="bfloat16"), "by config.json it is torch.bfloat16"),
+    "not a number": (
+        lambda f: change_tensors(f, lambda t: set_value(t, K_B, torch.nan)),
+        f"{K_B} in .* has values that are not finite",
+    ),
+    "infinity": (lambda f: change_tensors(f, lambda t: set_value(t, K_B, -torch.inf)), "has values that are not finite"),
+    "pickle": (lambda f: torch.save({}, f / "pytorch_model.bin"), "pytorch_model.bin: pickles run code"),
+    "pickle of a trainer": (lambda f: torch.save({}, f / "training_args.bin"), "training_args.bin: pickles run code"),
+    "pickle below": (
+        lambda f: ((f / "old").mkdir(), (f / "old" / "optimizer.pt").write_bytes(b"")),
+        "old/optimizer.pt: pickles run code",
+    ),
+    "zip in disguise": (lambda f: torch.save({}, f / "tokenizer.model"), "tokenizer.model: pickles run code"),
+    "pickle in disguise": (
+        lambda f: (f / "vocab.txt").write_bytes(pickle.dumps(["a"], protocol=4)),
+        "vocab.txt: pickles run code",
+    ),
+    "strays": (
+        lambda f: ((f / "notes.txt").write_text("x"), (f / "evil.py").write_text("")),
+        "no part of a T6 model: evil.py, notes.txt",
+    ),
+    "weights below": (
+        lambda f: ((f / "checkpoint-1").mkdir(), save_file({"a": torch.ones(1)}, f / "checkpoint-1" / "model.safetensors")),
+        "no part of a T6 model: checkpoint-1/model.safetensors",
+    ),
+    "weights beside": (
+        lambda f: save_file({"a": torch.ones(1)}, f / "adapter_model.safetensors"),
+        "weights that would not be loaded: adapter_model.safetensors",
+    ),
+    "index beside": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}'),
+        "would not be loaded: model.safetensors.index.json|does not put there",
+    ),
+    "no tokenizer": (
+        lambda f: [path.unlink() for path in f.glob("tokenizer*")],
+        "has no tokenizer: save it there, or pass --no-tokenizer",
+    ),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "the tokenizer does not load"),
+    "tokenizer with code": (
+        lambda f: change_json(f / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.X", None]}),
+        "tokenizer_config.json: `auto_map` names code of its own",
+    ),
+    "generation config": (
+        lambda f: change_json(f / "generation_config.json", max_new_tokens=-3),
+        "generation_config.json: .*max_new_tokens",
+    ),
+    "card": (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "README.md: the metadata cannot be read"),
+    "shard missing": (
+        lambda f: (
+            (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
+            (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'),
+        ),
+        "model-00002-of-00002.safetensors is missing",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_one_line_errors(folder, capsys, case):
+    change, message = BROKEN[case]
+    change(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.exists() else {}
+    assert hub_upload.main([str(folder), "someone/t6", "--dry-run"]) == 1
+    captured = capsys.readouterr()
+    error = captured.err.splitlines()[-1]
+    assert error.startswith("error: ") and "---\n" not in captured.out
+    assert re.search(message, error), error
+    assert before == (
+        {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.exists() else {}
+    )
+
+
+def test_tokens_beyond_the_vocabulary(tmp_path, capsys):
+    make_model(tmp_path, vocab_size=1000)
+    assert hub_upload.main([str(tmp_path), "someone/t6", "--dry-run"]) == 1
+    assert "the tokenizer has token 1023, by config.json `vocab_size` is 1000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["t6", "a/b/c", "some one/t6", "someone/", "someone/a--b", "x" * 200 + "/y"])
+def test_names_of_repositories(folder, capsys, name):
+    assert hub_upload.main([str(folder), name, "--dry-run"]) == 1
+    assert "is no name of a repository" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--create-pr", "--revision", "x"], ["--create-pr", "--private"], ["--commit-message", " "],
+                ["--token", ""], ["--max-shard-size", "0"], ["--max-shard-size", "big"]]
+)  # fmt: skip
+def test_bad_options(folder, capsys, options):
+    with pytest.raises(SystemExit) as caught:
+        hub_upload.main([str(folder), "someone/t6", *options])
+    assert caught.value.code == 2 and options[0] in capsys.readouterr().err
+
+
+def test_tokens(hub, uploader, folder):
+    assert "there is no token: pass --token" in uploader(folder, "someone/t6", token=None).output
+    outcome = uploader(folder, "someone/t6", token="hf_some one")
+    assert outcome.code == 1 and "the token has blanks" in outcome.output and "hf_some one" not in outcome.output
+    outcome = uploader(folder, "someone/t6", token="hf_nobody")
+    assert outcome.code == 1 and "does not accept the token" in outcome.output and "hf_nobody" not in outcome.output
+    assert not hub.repositories
+
+
+def test_dry_run_contacts_nobody_and_shows_all(hub, uploader, folder):
+    outcome = uploader(folder, "someone/t6", "--dry-run")
+    assert outcome.code == 0 and hub.log == []
+    for path in folder.iterdir():
+        assert f"  {path.name}\n" in outcome.output
+    assert "LICENSE\n" in outcome.output and f"{(folder / 'model.safetensors').stat().st_size:,}" in outcome.output
+    assert "library_name: transformers" in outcome.output and "SHA-256 of the code files: " in outcome.output
+
+
+def test_what_a_folder_lacks_is_added(hub, uploader, folder):
+    """The folder itself stays as it is."""
+    for path in (*folder.glob("*.py"), folder / "generation_config.json"):
+        path.unlink()
+    change_json(folder / "config.json", auto_map=None, dtype=None, architectures=None)
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "left.bin").write_bytes(b"by a download")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert uploader(folder, "someone/t6").code == 0
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = hub.repositories["someone/t6"].files()
+    code = {path.name for path in (ROOT / "modeling_t6").glob("*.py")} - {"__init__.py"}
+    expected = {".gitattributes", "README.md", "LICENSE", "config.json", "generation_config.json", "model.safetensors"}
+    assert set(files) == expected | code | {"tokenizer.json", "tokenizer_config.json"}
+    config = json.loads(files["config.json"])
+    assert (config["auto_map"], config["dtype"], config["architectures"]) == (AUTO_MAP, "float32", ["T6ForCausalLM"])
+    assert json.loads(files["generation_config.json"])["eos_token_id"] == 0
+    assert b"*.safetensors filter=lfs" in files[".gitattributes"]
+
+
+def test_old_code_in_the_folder_is_replaced(hub, uploader, folder):
+    (folder / "cache_t6.py").write_text("raise SystemExit")
+    change_json(folder / "config.json", auto_map={"AutoConfig": f"someone/t6--{AUTO_MAP['AutoConfig']}"})
+    outcome = uploader(folder, "someone/t6")
+    assert outcome.code == 0 and f"cache_t6.py: the one in {folder} is replaced by this package's" in outcome.output
+    files = hub.repositories["someone/t6"].files()
+    assert files["cache_t6.py"] == (ROOT / "modeling_t6" / "cache_t6.py").read_bytes()
+    assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP
+
+
+def test_lines_of_gitattributes_stay(hub, uploader, folder):
+    assert uploader(folder, "someone/t6").code == 0
+    repository = hub.repositories["someone/t6"]
+    repository.change(**{".gitattributes": b"*.mp4 filter=lfs diff=lfs merge=lfs -text\n"})
+    (folder / ".gitattributes").write_text("*.txt text\n")
+    assert uploader(folder, "someone/t6").code == 0
+    lines = repository.files()[".gitattributes"].decode().splitlines()
+    assert lines[:2] == ["*.mp4 filter=lfs diff=lfs merge=lfs -text", "*.txt text"]
+    assert any(line.startswith("*.safetensors filter=lfs") for line in lines)
+
+
+def test_other_heads(hub, uploader, tmp_path):
+    """A classifier without a tokenizer: task and Auto class follow."""
+    from modeling_t6 import T6Config, T6ForSequenceClassification
+
+    config = T6Config(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=8,
+        num_labels=3,
+        pad_token_id=0,
+    )
+    T6ForSequenceClassification(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    outcome = uploader(tmp_path, "someone/classifier", "--no-tokenizer")
+    assert outcome.code == 0, outcome.output
+    assert 'AutoModelForSequenceClassification.from_pretrained("someone/classifier"' in outcome.output
+    card = hub.repositories["someone/classifier"].files()["README.md"].decode()
+    assert "pipeline_tag: text-classification\n" in card and "AutoTokenizer" not in card
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        hub_upload.main(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for option in ("--private", "--revision", "--create-pr", "--commit-message", "--dry-run", "--code-only",
+                   "--max-shard-size", "--token"):  # fmt: skip
+        assert option in text

@@ -36,8 +36,10 @@ from .errors import ConversionError
 
 METHODS = ("fit", "mean-pool")
 Ranks = list[int] | None
-ITERATIONS = 50
-CONVERGED = 1e-4  # relative gain of an iteration below which a fit ends
+ITERATIONS = 200
+TRIAL_ITERATIONS = 30  # enough to compare ranks
+PERTURBATION = 0.3
+CONVERGED = 1e-5  # relative gain of an iteration below which a fit ends
 RIDGE = 1e-9  # relative to the mean of a diagonal: moments of few tokens are singular
 CANDIDATE_RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 SENSITIVITY_TOKENS = 4096
@@ -195,26 +197,39 @@ def similar_groups(similarity: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def descend(
-    step, starts: list[tuple[torch.Tensor, torch.Tensor]]
+    step, starts: list[tuple[torch.Tensor, torch.Tensor]], iterations: int
 ) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The lowest end of the descents from several starts. A `step` from (A, transforms of the heads) gives the loss, both
-    of them anew, and M; it never raises the loss, and is repeated until it no longer gains.
+    Where the best of several descents ends. `step` makes the loss, A, the transforms of the heads and M from A and the
+    transforms, and lowers the loss; between steps stands Nesterov's extrapolation, begun anew where it would raise it.
     """
-    ends = []
-    for start in starts:
-        loss, a, transforms, m = step(*start)
-        for _ in range(ITERATIONS):
-            previous = loss
-            loss, a, transforms, m = step(a, transforms)
-            if previous - loss <= CONVERGED * previous:
+
+    def go_on(state, previous, count, iterations):
+        for _ in range(iterations):
+            count += 1
+            momentum = (count - 1) / (count + 2)
+            new = step(*(now + momentum * (now - before) for now, before in zip(state[1:3], previous[1:3])))
+            if new[0] > state[0]:
+                count, new = 0, step(*state[1:3])
+            gain = state[0] - new[0]
+            previous, state = state, new
+            if gain <= CONVERGED * state[0]:
                 break
-        ends.append((loss, a, transforms, m))
-    return min(ends, key=lambda end: end[0])
+        return state, previous, count
+
+    firsts = [step(*start) for start in starts]
+    runs = [go_on(first, first, 0, iterations // 5) for first in firsts]
+    return go_on(*min(runs, key=lambda run: run[0][0]), iterations)[0]
+
+
+def perturbed(a: torch.Tensor) -> torch.Tensor:
+    """Factors of ones and zeros are a saddle: each head stays where it was put."""
+    noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(0), dtype=a.dtype)
+    return a + PERTURBATION * a.abs().max() * noise.to(a.device)
 
 
 @torch.no_grad()
-def fit_keys(moments: Moments, selection: torch.Tensor, rank: int) -> KeyFit:
+def fit_keys(moments: Moments, selection: torch.Tensor, rank: int, iterations: int = ITERATIONS) -> KeyFit:
     """
     The best of several descents for keys of one layer.
 
@@ -251,19 +266,21 @@ def fit_keys(moments: Moments, selection: torch.Tensor, rank: int) -> KeyFit:
 
     starts = []
     for labels in (contiguous_groups(len(size), rank), similar_groups(similarity, rank)):
-        # In a part, the best single key of each feature pair; A is one or zero.
+        # In a part, the best single key of each feature pair.
         member = membership(labels, rank).to(selection)
         top = torch.stack([torch.linalg.eigh(whitened * x * x[:, None])[1][..., -1] for x in member])  # [R, F, G]
         z = (top * member[:, None]).sum(0) / root.clamp(min=1e-300)  # [F, G]
-        starts.append((member @ selection.T, (z @ s.T).T))
+        starts.append((perturbed(member @ selection.T), (z @ s.T).T))
     mixture = torch.linalg.eigh(whitened.real.sum(0))[1][:, -rank:]  # plain mixtures of heads
     starts.append((mixture.T @ selection.T, torch.ones_like(starts[0][1])))
-    loss, a, z, m = descend(step, starts)
+    loss, a, z, m = descend(step, starts, iterations)
     return KeyFit(a, z, m, loss)
 
 
 @torch.no_grad()
-def fit_values(moments: Moments, selection: torch.Tensor, output: torch.Tensor, rank: int) -> ValueFit:
+def fit_values(
+    moments: Moments, selection: torch.Tensor, output: torch.Tensor, rank: int, iterations: int = ITERATIONS
+) -> ValueFit:
     """
     The best of several descents for values of one layer.
 
@@ -292,8 +309,9 @@ def fit_values(moments: Moments, selection: torch.Tensor, output: torch.Tensor, 
         a = solve(left, right[..., None])[..., 0].T
         a = a / a.square().sum(0).sqrt().clamp(min=1e-300)  # its scale is free
         product = torch.einsum("hdre,rh->hde", cross, a)
-        u = solve(torch.einsum("rh,rekf,kh->hef", a, c_b, a), product.mT).mT
-        explained = (metric * (u @ product.mT)).sum()
+        energy = torch.einsum("rh,rekf,kh->hef", a, c_b, a)
+        u = solve(energy, product.mT).mT
+        explained = (metric * (2 * u @ product.mT - u @ energy @ u.mT)).sum()
         return (1 - explained / power).item(), a, u, m
 
     group_metric = torch.einsum("hg,hde->gde", selection.square(), metric)
@@ -310,10 +328,10 @@ def fit_values(moments: Moments, selection: torch.Tensor, output: torch.Tensor, 
         for part in (labels == r for r in range(rank)):
             block = whitened[part][:, :, part].flatten(2).flatten(0, 1)
             u[part] = torch.linalg.eigh(block)[1][:, -d:].unflatten(0, (-1, d))
-        starts.append((member @ selection.T, torch.einsum("hg,gde->hde", selection, inverse @ u)))
+        starts.append((perturbed(member @ selection.T), torch.einsum("hg,gde->hde", selection, inverse @ u)))
     mixture = torch.linalg.eigh(torch.einsum("gdkd->gk", whitened))[1][:, -rank:]
     starts.append((mixture.T @ selection.T, torch.eye(d).to(metric).repeat(num_heads, 1, 1)))
-    loss, a, u, m = descend(step, starts)
+    loss, a, u, m = descend(step, starts, iterations)
     return ValueFit(a, u, m, loss)
 
 
@@ -522,7 +540,7 @@ def compress(
         moments = collect_moments(model, tqdm(batches, desc="calibrating", unit="batch", disable=quiet))
 
     @functools.cache
-    def fit(layer: int, side: str, rank: int) -> KeyFit | ValueFit | None:
+    def fit(layer: int, side: str, rank: int, iterations: int = ITERATIONS) -> KeyFit | ValueFit | None:
         attention = attentions[layer]
         if rank == getattr(attention, f"{side}_rank"):
             return None
@@ -530,9 +548,9 @@ def compress(
         if method == "mean-pool":
             return mean_pool(selection, attention.head_dim, rank)["kv".index(side)]
         if side == "k":
-            return fit_keys(moments[layer], selection, rank)
+            return fit_keys(moments[layer], selection, rank, iterations)
         output = attention.o_proj.weight.double().unflatten(1, (-1, attention.head_dim))
-        return fit_values(moments[layer], selection, output, rank)
+        return fit_values(moments[layer], selection, output, rank, iterations)
 
     parts = [(layer, side) for layer in range(len(attentions)) for side in "kv"]
     full = [getattr(model.config, f"{side}_rank") for _, side in parts]
@@ -566,7 +584,7 @@ def compress(
         for (layer, side), ranks in zip(parts, candidates):
             costs.append({})
             for rank in ranks:
-                fitted = fit(layer, side, rank)
+                fitted = fit(layer, side, rank, TRIAL_ITERATIONS)
                 if fitted is None:
                     costs[-1][rank] = 0.0
                 else:

@@ -128,7 +128,7 @@ def test_what_has_low_rank_is_found():
     moments = Moments(
         torch.einsum("tgf,tkf->fgk", keys, keys.conj()), torch.ones(groups, d // 2).double(), torch.empty(0)
     )
-    assert fit_keys(moments, torch.eye(groups).double(), rank).loss < 0.02
+    assert fit_keys(moments, torch.eye(groups).double(), rank).loss < 1e-3
 
     # Heads that come in pairs: one of each pair suffices, whichever the pairs are.
     base = randn(tokens, 3, d)

@@ -40,6 +40,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_t6 import attend_in_factor_space, factor_space_attention, form_heads
 from .cache_t6 import CACHE_NAME, T6Cache, factor_layouts, quantization_group_size, rename_past_key_values
 from .configuration_t6 import T6Config
+from .flash_tpa_t6 import cached_lengths, decode_with_flash_tpa, flash_tpa, padding_mask
 
 
 logger = logging.get_logger(__name__)
@@ -239,6 +240,7 @@ class T6Attention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         factor_space: bool = False,
+        use_flash_tpa: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -248,28 +250,48 @@ class T6Attention(nn.Module):
             query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)
         else:
             b_q = self.q_b_proj(hidden_states).view(*input_shape, self.q_rank, self.head_dim)
+            if not self.config.qk_norm:
+                b_q = apply_rotary_pos_emb(b_q, cos, sin)
             query_states = form_heads(self._head_factors("q", hidden_states), b_q)
         a_k, a_v = self._head_factors("k", hidden_states), self._head_factors("v", hidden_states)
         b_k = self.k_b_proj(hidden_states).view(*input_shape, self.k_rank, self.head_dim)
         b_v = self.v_b_proj(hidden_states).view(*input_shape, self.v_rank, self.head_dim)
         if self.config.qk_norm:
             query_states, b_k = self.q_norm(query_states), self.k_norm(b_k)
-        query_states = apply_rotary_pos_emb(query_states, cos, sin)
+        if self.config.qk_norm or self.q_rank is None:
+            query_states = apply_rotary_pos_emb(query_states, cos, sin)
         b_k = apply_rotary_pos_emb(b_k, cos, sin)
 
-        if cache is not None and self.config.noncontextual_a:
+        constant_a = self.config.noncontextual_a
+        if cache is not None:
             key_rows, value_rows = cache.update(
-                self.key_layout.pack(None, b_k), self.value_layout.pack(None, b_v), self.layer_idx
+                self.key_layout.pack(None if constant_a else a_k, b_k),
+                self.value_layout.pack(None if constant_a else a_v, b_v),
+                self.layer_idx,
             )
-            b_k, b_v = self.key_layout.unpack(key_rows)[1], self.value_layout.unpack(value_rows)[1]
-        elif cache is not None:
-            key_rows, value_rows = cache.update(
-                self.key_layout.pack(a_k, b_k), self.value_layout.pack(a_v, b_v), self.layer_idx
-            )
-            a_k, b_k = self.key_layout.unpack(key_rows)
-            a_v, b_v = self.value_layout.unpack(value_rows)
+            if not use_flash_tpa:  # which reads rows as they are stored
+                key_rows, value_rows = key_rows.to(b_k.dtype), value_rows.to(b_v.dtype)
+                cached_a_k, b_k = self.key_layout.unpack(key_rows)
+                cached_a_v, b_v = self.value_layout.unpack(value_rows)
+                a_k, a_v = (a_k, a_v) if constant_a else (cached_a_k, cached_a_v)
 
-        if factor_space:
+        if use_flash_tpa:
+            attn_weights = None
+            attn_output = flash_tpa(
+                query_states,
+                key_rows,
+                value_rows,
+                self.k_rank,
+                self.v_rank,
+                self.scaling,
+                key_a=a_k if constant_a else None,
+                value_a=a_v if constant_a else None,
+                mask=attention_mask,
+                lengths=cached_lengths(cache, self.layer_idx),
+                # A mask with a row for each query says all that there is to say.
+                causal=attention_mask is None or attention_mask.shape[2] == 1,
+            )
+        elif factor_space:
             attn_output, attn_weights = factor_space_attention(
                 query_states,
                 (a_k, b_k),
@@ -370,6 +392,11 @@ class T6PreTrainedModel(PreTrainedModel):
             self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        if attn_implementation == "flash_tpa":  # its name would send Transformers looking for FlashAttention
+            return attn_implementation
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The paper's initialisation: Xavier uniform factors, output projections at zero; the rest as Llama."""
@@ -439,7 +466,8 @@ class T6Model(T6PreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
-        factor_space = attend_in_factor_space(inputs_embeds.shape[1], cache)
+        use_flash_tpa = decode_with_flash_tpa(self.config, inputs_embeds, cache)
+        factor_space = use_flash_tpa or attend_in_factor_space(inputs_embeds.shape[1], cache)
         causal_masks = self.create_causal_masks(inputs_embeds, attention_mask, cache, position_ids)
 
         hidden_states = inputs_embeds
@@ -453,6 +481,7 @@ class T6Model(T6PreTrainedModel):
                 position_ids=position_ids,
                 use_cache=use_cache,
                 factor_space=factor_space,
+                use_flash_tpa=use_flash_tpa,
                 **{CACHE_NAME: cache},  # the name by which gradient checkpointing drops it
                 **kwargs,
             )
@@ -475,7 +504,10 @@ class T6Model(T6PreTrainedModel):
             return attention_mask
         config, implementation = self.config, self.config._attn_implementation
         is_static = cache is not None and cache.is_compileable
-        if attend_in_factor_space(inputs_embeds.shape[1], cache):
+        use_flash_tpa = decode_with_flash_tpa(config, inputs_embeds, cache)
+        if use_flash_tpa and config.sliding_window is None:
+            return {"full_attention": padding_mask(attention_mask, cache, inputs_embeds.shape[1])}
+        if use_flash_tpa or attend_in_factor_space(inputs_embeds.shape[1], cache):
             # Factor space reads tensors, and over a static or sliding cache always one: only it tells which rows to read.
             if implementation != "sdpa" or is_static or config.sliding_window is not None:
                 config = self.tensor_mask_config

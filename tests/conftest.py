@@ -6,3 +6,7 @@ import os
 # Each of the suite's processes computes on one core: with torch's default, a thread for each core in each process,
 # they spend most of their time waiting for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Without a GPU to test on, Triton's kernels are interpreted. Triton reads this when a kernel is defined.
+if os.environ.get("T6_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,0 +1,158 @@
+"""
+Attention of one decoding step on a GPU: FlashTPA against torch's SDPA over cached keys and values.
+
+    python benchmarks/decode_attention_gpu.py --output decode.json     # measure
+    python benchmarks/decode_attention_gpu.py --plot decode.json decode.png
+
+Every time is one call out of a CUDA graph of calls that read different caches. MHA, GQA and MQA get the fastest of
+cuDNN's, FlashAttention's and the memory-efficient kernel, with the queries of a group of heads as its query tokens
+where that is faster. Shares are of the bandwidth of copies, measured in the same run, each cached number counted once.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+
+BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+CACHES = ((1, 4096), (8, 8192), (8, 32768), (8, 131072), (16, 131072))
+MODELS = {  # heads, head_dim, rank, dtype of the cache
+    "T6 rank 1": (32, 64, 1, "bfloat16"),
+    "T6 rank 2": (32, 64, 2, "bfloat16"),
+    "T6 rank 1, FP8": (32, 64, 1, "float8_e4m3fn"),
+    "T6 rank 2, FP8": (32, 64, 2, "float8_e4m3fn"),
+    "T6 rank 2, h 34": (34, 64, 2, "bfloat16"),
+    "T6 rank 2, h 47": (47, 64, 2, "bfloat16"),
+    "T6 rank 2, h 78": (78, 64, 2, "bfloat16"),
+    "T6 rank 2, d 128": (32, 128, 2, "bfloat16"),
+}
+KEY_VALUE_HEADS = {"MHA": 32, "GQA-8": 8, "GQA-4": 4, "MQA": 1}
+HEADS, HEAD_DIM = 32, 64
+MAX_BYTES = 60e9
+
+
+def time_t6(batch: int, tokens: int, heads: int, head_dim: int, rank: int, dtype: str) -> dict:
+    from gpu import LARGER_THAN_L2, graph_seconds
+
+    from modeling_t6.attention_t6 import factor_space_attention
+    from modeling_t6.cache_t6 import FactorLayout
+    from modeling_t6.flash_tpa_t6 import flash_tpa
+
+    layout, scaling = FactorLayout(rank, heads, head_dim), head_dim**-0.5
+    shape = (batch, 1, tokens, layout.width)
+    num_bytes = 2 * batch * tokens * layout.width * getattr(torch, dtype).itemsize
+    copies = min(16, -(-LARGER_THAN_L2 // num_bytes))
+    make = lambda: torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(getattr(torch, dtype))  # noqa: E731
+    rows = [(make(), make()) for _ in range(copies)]
+    query = torch.randn(batch, 1, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    factors = [layout.unpack(x[:1].float()) for x in rows[0]]
+    expected = factor_space_attention(query[:1].float(), *factors, None, scaling)[0]
+    output = flash_tpa(query, *rows[0], rank, rank, scaling)[:1]
+    error = ((output - expected).norm() / expected.norm()).item()
+    assert error < 1e-2, f"FlashTPA and the PyTorch path disagree: {error}"
+    del factors
+    calls = [lambda pair=pair: flash_tpa(query, *pair, rank, rank, scaling) for pair in rows]
+    seconds = graph_seconds(calls * max(1, 8 // copies))
+    return {"seconds": seconds, "bytes": num_bytes, "error": error}
+
+
+def time_sdpa(batch: int, tokens: int, heads: int) -> dict:
+    from gpu import LARGER_THAN_L2, graph_seconds
+
+    num_bytes = 2 * batch * tokens * heads * HEAD_DIM * 2
+    copies = min(16, -(-LARGER_THAN_L2 // num_bytes))
+    shape = (batch, heads, tokens, HEAD_DIM)
+    states = [tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)) for _ in range(copies)]
+    query = torch.randn(batch, HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    best = None
+    for backend, folded in itertools.product(BACKENDS, (False, True)):
+        if folded and heads == HEADS:
+            continue
+        q = query.view(batch, heads, HEADS // heads, HEAD_DIM) if folded else query
+        attend = functools.partial(scaled_dot_product_attention, q, enable_gqa=not folded and heads < HEADS)
+        try:
+            with sdpa_kernel(backend):
+                seconds = graph_seconds([functools.partial(attend, *s) for s in states] * max(1, 8 // copies))
+        except RuntimeError:  # the back end does not take this shape
+            continue
+        if best is None or seconds < best["seconds"]:
+            best = {
+                "seconds": seconds,
+                "bytes": num_bytes,
+                "backend": f"{backend.name.split('_')[0].lower()}{' folded' * folded}",
+            }
+    return best
+
+
+def measure(caches) -> dict:
+    from gpu import copy_bandwidth, machine
+
+    bandwidth = copy_bandwidth()
+    print(f"{machine()}; bfloat16, one query token; copies move {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'batch x tokens':16}{'model':20}{'time':>10}  {'cache':>10}  {'of copies':>9}")
+    results = []
+    for batch, tokens in caches:
+        jobs = {name: lambda m=model, b=batch, t=tokens: time_t6(b, t, *m) for name, model in MODELS.items()}
+        jobs |= {name: lambda h=h, b=batch, t=tokens: time_sdpa(b, t, h) for name, h in KEY_VALUE_HEADS.items()}
+        for name, job in jobs.items():
+            if name in KEY_VALUE_HEADS and 4 * batch * tokens * KEY_VALUE_HEADS[name] * HEAD_DIM > MAX_BYTES:
+                continue
+            row = {"batch": batch, "tokens": tokens, "model": name} | job()
+            row["share"] = row["bytes"] / row["seconds"] / bandwidth
+            results.append(row)
+            print(
+                f"{f'{batch} x {tokens:,}':16}{name:20}{row['seconds'] * 1e6:7.1f} us  {row['bytes'] / 1e6:7,.0f} MB  "
+                f"{row['share']:9.0%}  {row.get('backend', '')}",
+                flush=True,
+            )
+            torch.cuda.empty_cache()
+    return {"machine": machine(), "copy_bandwidth": bandwidth, "results": results}
+
+
+def plot(data: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    shown = ("MHA", "GQA-8", "GQA-4", "MQA", "T6 rank 2", "T6 rank 1", "T6 rank 2, FP8", "T6 rank 1, FP8")
+    for name in shown:
+        rows = [row for row in data["results"] if row["model"] == name and row["batch"] == 8]
+        style = "-o" if name.startswith("T6") else "--s"
+        tokens = [row["tokens"] for row in rows]
+        axes[0].plot(tokens, [row["seconds"] * 1e6 for row in rows], style, label=name)
+        axes[1].plot(tokens, [row["bytes"] / 2**30 for row in rows], style, label=name)
+    for axis, label in zip(axes, ("decoding attention, one layer (us)", "cache of one layer (GiB)")):
+        axis.set(xscale="log", yscale="log", xlabel="cached tokens of each of 8 sequences", ylabel=label)
+        axis.set_xticks([8192, 32768, 131072], ["8k", "32k", "128k"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"h = 32, d = 64, bfloat16: {data['machine']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", metavar="JSON")
+    parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="draw what an earlier run wrote")
+    args = parser.parse_args()
+    if args.plot:
+        with open(args.plot[0]) as file:
+            plot(json.load(file), args.plot[1])
+        return
+    data = measure(CACHES)
+    if args.output:
+        with open(args.output, "w") as file:
+            json.dump(data, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

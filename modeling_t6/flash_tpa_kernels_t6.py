@@ -1,0 +1,418 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Triton kernels of FlashTPA: attention of a few query tokens over a cache of factors (paper, section 3.2)"""
+
+try:  # the remote-code loader passes over packages that are imported here
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+
+# A block of tokens is a tile's rows; its columns are pairs of a query token and a head, `BLOCK_T * BLOCK_H` of them.
+# Heads come last, as A lies in the cache: a score tile is weighted by A as it was loaded, and B's products are plain
+# matrix products.
+
+
+@triton.jit
+def _load_query(
+    query_ptr,
+    queries,
+    heads,
+    stride_t,
+    stride_h,
+    NUM_QUERIES: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    features = tl.arange(0, BLOCK_D)
+    return tl.load(
+        query_ptr + (queries * stride_t + heads * stride_h)[None, :] + features[:, None],
+        mask=((queries < NUM_QUERIES) & (heads < NUM_HEADS))[None, :] & (features < HEAD_DIM)[:, None],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _load_a(
+    rows_ptr,
+    constant_ptr,
+    first_head,
+    is_row,
+    rank,
+    ROW: tl.constexpr,
+    A_START: tl.constexpr,
+    A_HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    CONSTANT_A: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """A of one rank, float32: [BLOCK_N, BLOCK_H] from the cache, or [1, BLOCK_H] of the constants."""
+    heads = first_head + tl.arange(0, BLOCK_H)
+    if CONSTANT_A:
+        a = tl.load(constant_ptr + rank * NUM_HEADS + heads, mask=heads < NUM_HEADS, other=0.0)[None, :]
+    else:
+        offsets = (tl.arange(0, BLOCK_N) * ROW)[:, None] + heads[None, :]
+        is_a = is_row[:, None] & (heads < A_HEADS)[None, :]
+        a = tl.load(rows_ptr + (offsets + A_START + rank * A_HEADS), mask=is_a, other=0.0)
+    return a.to(tl.float32)
+
+
+@triton.jit
+def _weigh(columns, a, BLOCK_T: tl.constexpr):
+    """Columns [BLOCK_N, BLOCK_T * BLOCK_H], for each of the BLOCK_T queries times A [BLOCK_N or 1, BLOCK_H]."""
+    if BLOCK_T == 1:
+        return columns * a
+    N: tl.constexpr = columns.shape[0]
+    C: tl.constexpr = columns.shape[1]
+    return tl.reshape(tl.reshape(columns, [N, BLOCK_T, C // BLOCK_T]) * a[:, None, :], [N, C])
+
+
+@triton.jit
+def _hide(
+    scores,
+    mask_ptr,
+    queries,
+    heads,
+    tokens,
+    is_row,
+    last_token,
+    scale,
+    log2_e,
+    mask_stride_h,
+    mask_stride_t,
+    mask_stride_n,
+    NUM_QUERIES: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BY_COLUMN: tl.constexpr,
+):
+    """Scores times `scale`, -inf where a query must not look."""
+    visible = is_row[:, None]
+    if CAUSAL and NUM_QUERIES > 1:
+        visible = visible & (tokens[:, None] <= (last_token + queries)[None, :])
+    scores *= scale
+    if MASK != "none":
+        if MASK_BY_COLUMN:
+            columns = heads * mask_stride_h + queries * mask_stride_t
+            is_column = (queries < NUM_QUERIES) & (heads < NUM_HEADS)
+            offsets = columns[None, :] + (tokens * mask_stride_n)[:, None]
+            mask = tl.load(mask_ptr + offsets, mask=is_row[:, None] & is_column[None, :], other=0)
+        else:
+            mask = tl.load(mask_ptr + tokens * mask_stride_n, mask=is_row, other=0)[:, None]
+        if MASK == "boolean":
+            visible = visible & (mask != 0)
+        else:
+            scores += mask.to(tl.float32) * log2_e
+    return tl.where(visible, scores, -float("inf"))
+
+
+@triton.jit
+def _rescale(scores, maximum, normalizer, output):
+    new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+    decay = tl.exp2(maximum - new_maximum)
+    return new_maximum, normalizer * decay[None, None, :], output * decay[None, :]
+
+
+@triton.jit
+def _sum_pairs(weights):
+    """Sums rows i and i + 8 of every 16, which one thread holds. The rest of the sum waits until the end."""
+    return tl.sum(tl.reshape(weights, [weights.shape[0] // 16, 2, 8, weights.shape[1]]), 1)
+
+
+@triton.jit
+def _add_scores(
+    scores,
+    query,
+    b,
+    rows_ptr,
+    constant_ptr,
+    first_head,
+    is_row,
+    rank,
+    ROW: tl.constexpr,
+    A_START: tl.constexpr,
+    A_HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    CONSTANT_A: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    a = _load_a(
+        rows_ptr, constant_ptr, first_head, is_row, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H
+    )  # fmt: skip
+    return scores + _weigh(tl.dot(b, query, input_precision=PRECISION), a, BLOCK_T)
+
+
+@triton.jit
+def _add_output(
+    output,
+    weights,
+    b,
+    rows_ptr,
+    constant_ptr,
+    first_head,
+    is_row,
+    rank,
+    ROW: tl.constexpr,
+    A_START: tl.constexpr,
+    A_HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    CONSTANT_A: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    a = _load_a(
+        rows_ptr, constant_ptr, first_head, is_row, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H
+    )  # fmt: skip
+    return tl.dot(tl.trans(b), _weigh(weights, a, BLOCK_T).to(b.dtype), output, input_precision=PRECISION)
+
+
+@triton.jit
+def _store_partial(
+    output,
+    normalizer,
+    maximum,
+    partial_ptr,
+    lse_ptr,
+    row,
+    queries,
+    heads,
+    NUM_QUERIES: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    normalizer = tl.sum(tl.sum(normalizer, 0), 0)
+    is_empty = normalizer == 0.0
+    normalizer = tl.where(is_empty, 1.0, normalizer)
+    lse = tl.where(is_empty, -float("inf"), maximum + tl.log2(normalizer))
+    row = (row * NUM_QUERIES + queries) * NUM_HEADS + heads
+    is_column = (queries < NUM_QUERIES) & (heads < NUM_HEADS)
+    features = tl.arange(0, BLOCK_D)
+    tl.store(
+        partial_ptr + row[None, :] * HEAD_DIM + features[:, None],
+        output / normalizer[None, :],
+        mask=is_column[None, :] & (features < HEAD_DIM)[:, None],
+    )
+    tl.store(lse_ptr + row, lse, mask=is_column)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "key_stride_b",
+        "value_stride_b",
+        "mask_stride_b",
+        "mask_stride_h",
+        "mask_stride_t",
+        "mask_stride_n",
+        "length_stride_b",
+        "key_length",
+        "num_splits",
+    ]
+)
+def decode_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    key_a_ptr,
+    value_a_ptr,
+    mask_ptr,
+    length_ptr,
+    partial_ptr,
+    lse_ptr,
+    query_stride_b,
+    query_stride_t,
+    query_stride_h,
+    key_stride_b,
+    value_stride_b,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_t,
+    mask_stride_n,
+    length_stride_b,
+    key_length,
+    num_splits,
+    scale,
+    log2_e,
+    NUM_QUERIES: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    K_RANK: tl.constexpr,
+    V_RANK: tl.constexpr,
+    K_ROW: tl.constexpr,
+    V_ROW: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    V_HEADS: tl.constexpr,
+    CONSTANT_A: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_BY_COLUMN: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """
+    Attention over one of `num_splits` pieces of the cache, for one block of columns of one sequence.
+
+    Writes the output normalised within the piece [batch, split, query, head, d] and the log2 of its sum of
+    exponentials [batch, split, query, head], both float32. The pieces divide the length that is on the device: the
+    grid depends on the room in the cache alone. Batch strides of the rows count `STRIDE_UNIT` numbers, which tells the
+    compiler that rows start on 16 bytes.
+    """
+    HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
+    QUERY_BLOCKS: tl.constexpr = (NUM_QUERIES + BLOCK_T - 1) // BLOCK_T
+    BLOCK_C: tl.constexpr = BLOCK_T * BLOCK_H
+    K_A_START: tl.constexpr = K_RANK * HEAD_DIM
+    V_A_START: tl.constexpr = V_RANK * HEAD_DIM
+    # Blocks of columns read the same rows: side by side, they find them in the L2 cache.
+    column_block = tl.program_id(0) % (HEAD_BLOCKS * QUERY_BLOCKS)
+    split = tl.program_id(0) // (HEAD_BLOCKS * QUERY_BLOCKS)
+    batch = tl.program_id(1).to(tl.int64)
+
+    length = key_length
+    if HAS_LENGTHS:
+        length = tl.minimum(tl.load(length_ptr + batch * length_stride_b).to(tl.int32), key_length)
+    piece = tl.cdiv(tl.cdiv(length, num_splits), 16) * 16
+    start = split * piece
+    end = tl.minimum(start + piece, length)
+
+    first_head = (column_block % HEAD_BLOCKS) * BLOCK_H
+    first_query = (column_block // HEAD_BLOCKS) * BLOCK_T
+    heads = first_head + tl.arange(0, BLOCK_C) % BLOCK_H
+    queries = first_query + tl.arange(0, BLOCK_C) // BLOCK_H
+    query_ptr += batch * query_stride_b
+    query = _load_query(
+        query_ptr, queries, heads, query_stride_t, query_stride_h, NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D
+    )  # fmt: skip
+    # Finite, so that -inf less it is -inf: a block in which a column sees nothing adds nothing.
+    maximum = tl.full([BLOCK_C], -1e30, tl.float32)
+    normalizer = tl.zeros([BLOCK_N // 16, 8, BLOCK_C], tl.float32)
+    output = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
+
+    key_ptr += batch * key_stride_b * STRIDE_UNIT
+    value_ptr += batch * value_stride_b * STRIDE_UNIT
+    mask_ptr += batch * mask_stride_b
+    features = tl.arange(0, BLOCK_D)
+    block_rows = tl.arange(0, BLOCK_N)
+    key_b_offsets = (block_rows * K_ROW)[:, None] + features[None, :]
+    value_b_offsets = (block_rows * V_ROW)[:, None] + features[None, :]
+    for first in tl.range(start, end, BLOCK_N, num_stages=STAGES if UNROLL else 1):
+        key_rows = key_ptr + first * tl.full((), K_ROW, tl.int64)
+        value_rows = value_ptr + first * tl.full((), V_ROW, tl.int64)
+        tokens = first + block_rows
+        is_row = tokens < end
+        is_b = is_row[:, None] & (features < HEAD_DIM)[None, :]
+
+        # Loads of every rank are in flight at once if there is room for them, else those of a few ranks.
+        scores = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        if UNROLL:
+            for r in tl.static_range(K_RANK):
+                b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_b, other=0.0).to(query.dtype)
+                scores = _add_scores(
+                    scores, query, b, key_rows, key_a_ptr, first_head, is_row, r, K_ROW, K_A_START, K_HEADS,
+                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
+                )  # fmt: skip
+        else:
+            for r in tl.range(0, K_RANK, num_stages=STAGES):
+                b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_b, other=0.0).to(query.dtype)
+                scores = _add_scores(
+                    scores, query, b, key_rows, key_a_ptr, first_head, is_row, r, K_ROW, K_A_START, K_HEADS,
+                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
+                )  # fmt: skip
+
+        scores = _hide(
+            scores, mask_ptr, queries, heads, tokens, is_row, length - NUM_QUERIES, scale, log2_e,
+            mask_stride_h, mask_stride_t, mask_stride_n, NUM_QUERIES, NUM_HEADS, CAUSAL, MASK, MASK_BY_COLUMN,
+        )  # fmt: skip
+        # The maximum may lag by 2^8 before it is worth a reduction over tokens for each column: a power of 2 changes
+        # no digit, and is undone at the end.
+        if tl.max(tl.max(scores - maximum[None, :], 1), 0) > 8.0:
+            maximum, normalizer, output = _rescale(scores, maximum, normalizer, output)
+        weights = tl.exp2(scores - maximum[None, :])
+        normalizer += _sum_pairs(weights)
+
+        if UNROLL:
+            for r in tl.static_range(V_RANK):
+                b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_b, other=0.0).to(query.dtype)
+                output = _add_output(
+                    output, weights, b, value_rows, value_a_ptr, first_head, is_row, r, V_ROW, V_A_START, V_HEADS,
+                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
+                )  # fmt: skip
+        else:
+            for r in tl.range(0, V_RANK, num_stages=STAGES):
+                b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_b, other=0.0).to(query.dtype)
+                output = _add_output(
+                    output, weights, b, value_rows, value_a_ptr, first_head, is_row, r, V_ROW, V_A_START, V_HEADS,
+                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
+                )  # fmt: skip
+
+    row = batch * num_splits + split
+    _store_partial(
+        output, normalizer, maximum, partial_ptr, lse_ptr, row, queries, heads,
+        NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def combine_kernel(
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    num_splits,
+    COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_RANK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):
+    """The pieces of one column (a query token's head) into its output: their mean, weighted by exponentials."""
+    column = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    first = batch * num_splits * COLUMNS + column
+    all_splits = tl.arange(0, MAX_SPLITS)
+    all_lse = tl.load(lse_ptr + first + all_splits * COLUMNS, mask=all_splits < num_splits, other=-float("inf"))
+    maximum = tl.max(all_lse, 0)
+    maximum = tl.where(maximum == -float("inf"), 0.0, maximum)
+    normalizer = tl.sum(tl.exp2(all_lse - maximum), 0)
+    normalizer = tl.where(normalizer == 0.0, 1.0, normalizer)
+
+    features = tl.arange(0, BLOCK_D)
+    output = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for start in tl.range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        is_split = splits < num_splits
+        lse = tl.load(lse_ptr + first + splits * COLUMNS, mask=is_split, other=-float("inf"))
+        piece = tl.load(
+            partial_ptr + (first + splits * COLUMNS)[:, None] * HEAD_DIM + features[None, :],
+            mask=is_split[:, None] & (features < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        output += piece * tl.exp2(lse - maximum)[:, None]
+    output = tl.sum(output, 0) / (normalizer * V_RANK)
+    tl.store(out_ptr + (batch * COLUMNS + column) * HEAD_DIM + features, output, mask=features < HEAD_DIM)

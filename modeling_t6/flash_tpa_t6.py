@@ -1,0 +1,312 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""FlashTPA: decoding attention that reads the cached factors once. Works without Triton by not being there."""
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+try:
+    import triton
+
+    from .flash_tpa_kernels_t6 import combine_kernel, decode_kernel
+except ImportError:
+    triton = None
+
+
+LOG2_E = 1 / math.log(2)
+MAX_QUERIES = 16
+MAX_HEAD_DIM = 256
+MAX_SPLITS = 1024
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Triton's interpreter runs the kernels on a CPU, to test them.
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Sizes with which the kernels are compiled and started."""
+
+    block_n: int  # tokens in a block
+    block_t: int  # query tokens in a block of columns
+    block_h: int  # heads in it
+    block_d: int  # features of a head, padded
+    unroll: bool  # whether the loads of every rank are in flight at once
+    stages: int  # blocks (of a rank, if not unrolled) in flight
+    warps: int
+    programs_per_sm: int  # that fit side by side
+
+    def column_blocks(self, num_queries: int, num_heads: int) -> int:
+        return -(-num_queries // self.block_t) * -(-num_heads // self.block_h)
+
+
+def _power_of_2(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@functools.cache
+def choose_launch(
+    num_queries: int,
+    num_heads: int,
+    head_dim: int,
+    k_rank: int,
+    v_rank: int,
+    constant_a: bool,
+    itemsize: int,
+    shared_memory: int,
+) -> Launch:
+    """
+    The sizes for one shape of model, from a sweep on an H200 such as `benchmarks/flash_tpa_sweep.py` makes: two or
+    three blocks of cached rows in flight in each program, 140 to 230 kB on each multiprocessor.
+
+    Args:
+        itemsize: bytes of a number of the cache.
+        shared_memory: bytes that a program may have.
+    """
+    block_d = _power_of_2(head_dim, least=16)
+    max_columns = 64 if block_d <= 64 and itemsize <= 2 else 32  # more would not fit the registers
+    # Weights times B from tiles of 16 columns or fewer (a warp group's share) came out wrong on an H200, compiled by
+    # Triton 3.6: none are narrower than 32, and two warp groups run only where they share out features.
+    block_h = min(_power_of_2(num_heads, least=32), max_columns)
+    block_t = min(max_columns // block_h, 1 << (num_queries - 1).bit_length())
+
+    def bytes_used(block_n: int, stages: int, ranks: int = k_rank + v_rank) -> int:
+        """Shared memory of a program: B, A with one buffer less, the query, and the weights of a block."""
+        a_columns = 0 if constant_a else block_h
+        buffers = block_n * ranks * (stages * block_d + (stages - 1) * a_columns)
+        return (buffers + (block_n + block_d) * block_t * block_h) * itemsize
+
+    if itemsize == 4:
+        block_n = 32
+    else:
+        block_n = 128 if k_rank + v_rank == 2 and bytes_used(128, stages=3) <= 150_000 else 64
+    unroll = k_rank + v_rank <= 6 and bytes_used(block_n, stages=2) <= shared_memory
+    ranks = k_rank + v_rank if unroll else 1
+    stages = 3 if bytes_used(block_n, 3, ranks) <= min(150_000, shared_memory) else 2
+    programs_per_sm = 2 if 2 * (bytes_used(block_n, stages, ranks) + 1024) <= shared_memory + 1024 else 1
+    warps = 8 if block_d >= 128 and not unroll else 4
+    return Launch(block_n, block_t, block_h, block_d, unroll, stages, warps, programs_per_sm)
+
+
+@functools.cache
+def _device_limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return 4, 232448
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def _rows_as_read(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Rows whose numbers are contiguous, and the largest power of 2 that divides every offset of one, to 16 bytes."""
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    unit = 16 // rows.element_size()
+    while rows.stride(0) % unit:
+        unit //= 2
+    return rows, unit
+
+
+def _flash_tpa(
+    query: torch.Tensor,
+    key_rows: torch.Tensor,
+    value_rows: torch.Tensor,
+    key_a: torch.Tensor | None,
+    value_a: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    k_rank: int,
+    v_rank: int,
+    scaling: float,
+    causal: bool,
+) -> torch.Tensor:
+    batch_size, num_queries, num_heads, head_dim = query.shape
+    key_length = key_rows.shape[2]
+    num_sms, shared_memory = _device_limits(query.device)
+    launch = choose_launch(
+        num_queries, num_heads, head_dim, k_rank, v_rank, key_a is not None, key_rows.element_size(), shared_memory
+    )
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    key_rows, key_unit = _rows_as_read(key_rows)
+    value_rows, value_unit = _rows_as_read(value_rows)
+    unit = min(key_unit, value_unit)
+    mask_strides = (0, 0, 0, 0)
+    if mask is not None:
+        mask_strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
+    length_stride = lengths.stride(0) if lengths is not None and lengths.shape[0] > 1 else 0
+
+    columns = launch.column_blocks(num_queries, num_heads)
+    num_splits = num_sms * launch.programs_per_sm // (batch_size * columns)
+    num_splits = max(1, min(num_splits, -(-key_length // launch.block_n), MAX_SPLITS))
+    partial = query.new_empty((batch_size, num_splits, num_queries, num_heads, head_dim), dtype=torch.float32)
+    lse = query.new_empty((batch_size, num_splits, num_queries, num_heads), dtype=torch.float32)
+    output = query.new_empty(query.shape)
+    with torch.cuda.device_of(query):
+        decode_kernel[(columns * num_splits, batch_size)](
+            query,
+            key_rows,
+            value_rows,
+            query if key_a is None else key_a.contiguous(),
+            query if value_a is None else value_a.contiguous(),
+            query if mask is None else mask,
+            query if lengths is None else lengths,
+            partial,
+            lse,
+            *query.stride()[:3],
+            key_rows.stride(0) // unit,
+            value_rows.stride(0) // unit,
+            *mask_strides,
+            length_stride,
+            key_length,
+            num_splits,
+            LOG2_E * scaling / k_rank,
+            LOG2_E,
+            NUM_QUERIES=num_queries,
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            K_RANK=k_rank,
+            V_RANK=v_rank,
+            K_ROW=key_rows.stride(2),
+            V_ROW=value_rows.stride(2),
+            K_HEADS=key_rows.shape[-1] // k_rank - head_dim,
+            V_HEADS=value_rows.shape[-1] // v_rank - head_dim,
+            CONSTANT_A=key_a is not None,
+            CAUSAL=causal,
+            MASK="none" if mask is None else "boolean" if mask.dtype == torch.bool else "additive",
+            MASK_BY_COLUMN=mask_strides[1:3] != (0, 0),
+            HAS_LENGTHS=lengths is not None,
+            STRIDE_UNIT=unit,
+            BLOCK_N=launch.block_n,
+            BLOCK_T=launch.block_t,
+            BLOCK_H=launch.block_h,
+            BLOCK_D=launch.block_d,
+            UNROLL=launch.unroll,
+            STAGES=launch.stages,
+            # Three products of tf32 keep float32's digits; of half precision there is one way.
+            PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
+            num_warps=launch.warps,
+        )
+        combine_kernel[(num_queries * num_heads, batch_size)](
+            partial,
+            lse,
+            output,
+            num_splits,
+            COLUMNS=num_queries * num_heads,
+            HEAD_DIM=head_dim,
+            V_RANK=v_rank,
+            BLOCK_D=launch.block_d,
+            BLOCK_S=32,
+            MAX_SPLITS=MAX_SPLITS,
+            num_warps=2,
+        )
+    return output
+
+
+# torch.compile takes the operator whole; without it the function is called as it is, which costs the host less.
+_flash_tpa_op = torch.library.custom_op("t6::flash_tpa", _flash_tpa, mutates_args=())
+
+
+@_flash_tpa_op.register_fake
+def _(query, *args):
+    return query.new_empty(query.shape)
+
+
+def flash_tpa(
+    query: torch.Tensor,
+    key_rows: torch.Tensor,
+    value_rows: torch.Tensor,
+    k_rank: int,
+    v_rank: int,
+    scaling: float,
+    key_a: torch.Tensor | None = None,
+    value_a: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    causal: bool = True,
+) -> torch.Tensor:
+    """
+    Attention over a cache of factors without K and V (section 3.2 of the paper): what `factor_space_attention`
+    computes, in one pass over the rows as they lie. No gradient. Also the operator `torch.ops.t6.flash_tpa`.
+
+    Args:
+        query: [batch, query_length, h, d], rotated; bfloat16, float16 or float32; at most 16 tokens, d at most 256.
+        key_rows, value_rows: [batch, 1, key_length, width] as `FactorLayout` packs them, with any strides; the
+            query's dtype, or float8_e4m3fn.
+        key_a, value_a: constant A factors [R_K, h] and [R_V, h]; rows then hold B alone.
+        mask: boolean (True: attend) or additive, [batch or 1, h or 1, query_length or 1, as many as the rows that count].
+        lengths: int [batch] or [1], how many of the rows count. Read on the device. `None`: all.
+        causal: whether the last query sees the last row that counts, the one before it one row less, and so on.
+
+    Returns:
+        Output [batch, query_length, h, d]. Zero for a query that sees nothing.
+    """
+    function = _flash_tpa_op if torch.compiler.is_compiling() else _flash_tpa
+    return function(
+        query, key_rows, value_rows, key_a, value_a, mask, lengths, k_rank, v_rank, float(scaling), causal
+    )  # fmt: skip
+
+
+def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor, cache: Cache | None) -> bool:
+    """
+    Whether the kernels run: `attn_implementation="flash_tpa"`, few query tokens over a cache, no gradient, Triton and
+    an NVIDIA GPU from Ampere on. Depends on nothing that changes from one decoded token to the next.
+    """
+    if triton is None or cache is None or config._attn_implementation != "flash_tpa":
+        return False
+    return (
+        (_has_tensor_cores(hidden_states.device) if hidden_states.is_cuda else IS_INTERPRETED)
+        and hidden_states.shape[1] <= MAX_QUERIES
+        and config.head_dim <= MAX_HEAD_DIM
+        and hidden_states.dtype in DTYPES
+        and not torch.is_grad_enabled()
+    )
+
+
+@torch.compiler.assume_constant_result
+def _has_tensor_cores(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def cached_lengths(cache: Cache, layer_idx: int) -> torch.Tensor | None:
+    """The number of rows that count, on the device, of a layer that has room for more than it holds."""
+    layer = cache.layers[layer_idx]
+    is_static = isinstance(layer, StaticLayer) and not layer.is_sliding
+    return layer.cumulative_length.view(1) if is_static else None
+
+
+def padding_mask(attention_mask: torch.Tensor | None, cache: Cache, query_length: int) -> torch.Tensor | None:
+    """
+    The mask that `flash_tpa` reads beside causality: of padding only, [batch, 1, 1, key_length], `None` if there is
+    none. Over a static cache it is as long as the cache, so that its shape does not change from token to token.
+    A mask of four dimensions, which says more, stays as it is.
+    """
+    if attention_mask is None or attention_mask.dim() == 4:
+        return attention_mask
+    key_length = cache.get_mask_sizes(query_length, 0)[0]
+    mask = attention_mask[:, :key_length].to(torch.bool)
+    return torch.nn.functional.pad(mask, (0, key_length - mask.shape[1]))[:, None, None]
+
+
+# Prefill and training form K and V, and go through torch's attention.
+ALL_ATTENTION_FUNCTIONS.register("flash_tpa", ALL_ATTENTION_FUNCTIONS["sdpa"])
+ALL_MASK_ATTENTION_FUNCTIONS.register("flash_tpa", sdpa_mask)

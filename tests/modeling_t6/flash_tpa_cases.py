@@ -1,0 +1,133 @@
+"""
+Random cases of FlashTPA, and the reference in float64.
+
+    python -m tests.modeling_t6.flash_tpa_cases 0 500      # on a GPU: that many seeds, in as many processes as cores
+"""
+
+import math
+import random
+import sys
+
+import torch
+
+from modeling_t6.cache_t6 import FactorLayout
+from modeling_t6.flash_tpa_t6 import flash_tpa
+
+
+# float16 has 11 significant bits and bfloat16 8: the products' weights are rounded to them, and the sum averages that.
+TOLERANCES = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+HEADS = (1, 3, 12, 16, 22, 32, 34, 47, 61, 64, 78, 80, 97, 130)
+
+
+def random_case(seed: int, **fixed) -> dict:
+    """A shape from the ranges that the kernels cover; `fixed` sets some of its fields."""
+    choose = random.Random(seed)
+    case = {
+        "dtype": choose.choice(list(TOLERANCES)),
+        "batch": choose.choice((1, 2, 3)),
+        "heads": choose.choice(HEADS),
+        "head_dim": choose.choice((32, 48, 64, 80, 96, 128, 256)),
+        "k_rank": choose.randint(1, 8),
+        "v_rank": choose.randint(1, 8),
+        "queries": choose.choice((1, 1, 1, 2, 3, 5, 8, 16)),
+        "constant_a": choose.random() < 0.25,
+        "tokens": choose.choice((1, 17, 64, 100, 129, 500, 1000, 3000)),
+        "room": choose.choice((0, 0, 7, 100)),
+        "mask": choose.choice(("none", "none", "padding", "boolean", "additive")),
+        "wide_rows": choose.random() < 0.3,
+        "heads_first": choose.random() < 0.3,
+        "seed": seed,
+    }
+    if case["constant_a"]:
+        case["k_rank"], case["v_rank"] = choose.choice((1, 4, 8, 16)), choose.choice((1, 4, 8, 16))
+    case |= fixed
+    case["tokens"] = max(case["tokens"], case["queries"])
+    # The float64 reference forms K and V.
+    while case["batch"] * case["tokens"] * case["heads"] * case["head_dim"] > 2e7 and case["tokens"] > 100:
+        case["tokens"] //= 2
+    return case
+
+
+def relative_error(case: dict, device: str) -> float:
+    """‖out - ref‖ / ‖ref‖, with NaN in every cached row that does not count and beside the rows."""
+    choose = random.Random(case["seed"])
+    torch.manual_seed(case["seed"])
+    batch, heads, head_dim, queries = (case[name] for name in ("batch", "heads", "head_dim", "queries"))
+    dtype, room = case["dtype"], case["tokens"] + case["room"]
+    lengths = torch.tensor([case["tokens"], *(choose.randint(queries, case["tokens"]) for _ in range(batch - 1))])
+    if no_lengths := case["room"] == 0 and choose.random() < 0.5:
+        lengths[:] = room
+    scaling = choose.choice((1.0, 0.3)) * head_dim**-0.5
+
+    query = torch.randn(batch, queries, heads, head_dim).to(dtype)
+    if case["heads_first"]:
+        query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    all_rows, constants, states = [], [], []
+    for rank in (case["k_rank"], case["v_rank"]):
+        layout = FactorLayout(rank, 0 if case["constant_a"] else heads, head_dim)
+        a = torch.randn(rank, heads) if case["constant_a"] else torch.randn(batch, room, rank, heads)
+        a, b = a.to(dtype), torch.randn(batch, room, rank, head_dim).to(dtype)
+        states.append(torch.einsum("...rh,bnrd->bhnd" if a.dim() == 2 else "bnrh,bnrd->bhnd", a.double(), b.double()))
+        rows = layout.pack(None if case["constant_a"] else a, b)
+        for i, length in enumerate(lengths):
+            rows[i, :, length:] = math.nan
+        if case["wide_rows"]:
+            buffer = rows.new_full(
+                (batch, 1, room + 3, layout.width + choose.choice((0, 5, 8))), math.nan, device=device
+            )
+            buffer[:, :, :room, : layout.width] = rows.to(device)
+            rows = buffer[:, :, :room, : layout.width]
+        all_rows.append(rows.to(device))
+        constants.append(a.to(device) if case["constant_a"] else None)
+
+    token, last = torch.arange(room), (lengths[:, None] - queries + torch.arange(queries))[:, None, :, None]
+    visible, mask, bias = token <= last, None, 0.0
+    if case["mask"] == "padding":
+        hidden = torch.tensor([choose.randint(0, int(length) - queries) for length in lengths])
+        mask = (token >= hidden[:, None])[:, None, None]
+        visible = visible & mask
+    elif case["mask"] == "boolean":
+        mask = visible = visible & (
+            (torch.rand(batch, choose.choice((1, heads)), queries, room) < 0.8) | (token == last)
+        )
+    elif case["mask"] == "additive":
+        bias = torch.randn(batch, 1, queries, room).to(dtype)
+        mask = bias.masked_fill(~visible, torch.finfo(dtype).min)
+        bias = bias.double()
+
+    key, value = states[0] / case["k_rank"], states[1] / case["v_rank"]
+    scores = torch.einsum("bqhd,bhnd->bhqn", query.double(), key) * scaling + bias
+    probabilities = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    expected = torch.einsum("bhqn,bhnd->bqhd", probabilities, value)
+    output = flash_tpa(
+        query.to(device), *all_rows, case["k_rank"], case["v_rank"], scaling, *constants,
+        mask=None if mask is None else mask.to(device),
+        lengths=None if no_lengths else lengths.to(device),
+        causal=case["mask"] in ("none", "padding"),
+    )  # fmt: skip
+    assert output.dtype == dtype and output.shape == query.shape
+    return ((output.cpu().double() - expected).norm() / expected.norm()).item()
+
+
+def _run(seed: int) -> tuple[dict, float]:
+    torch.set_num_threads(1)
+    case = random_case(seed)
+    return case, relative_error(case, "cuda")
+
+
+def main() -> None:
+    first, last = int(sys.argv[1]), int(sys.argv[2])
+    worst, failures = {}, 0
+    with torch.multiprocessing.get_context("spawn").Pool(int(sys.argv[3]) if len(sys.argv) > 3 else None) as pool:
+        for case, error in pool.imap_unordered(_run, range(first, last), chunksize=4):
+            name = str(case["dtype"])
+            worst[name] = max(worst.get(name, 0.0), error)
+            if not error <= TOLERANCES[case["dtype"]]:
+                failures += 1
+                print(f"error {error:.2e}: {case}")
+    print(f"{last - first} random shapes, {failures} failures; worst errors {worst}")
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()

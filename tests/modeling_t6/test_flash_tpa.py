@@ -1,0 +1,448 @@
+"""The Triton kernels of FlashTPA, on a GPU or through Triton's interpreter, against float64 and the other paths."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from modeling_t6 import T6Cache, flash_tpa_t6
+from modeling_t6 import modeling_t6 as model_code
+from modeling_t6.attention_t6 import factor_space_attention
+from modeling_t6.cache_t6 import CACHE_NAME, FactorLayout
+from modeling_t6.flash_tpa_t6 import choose_launch, decode_with_flash_tpa, flash_tpa
+
+from .common import DEVICE, random_ids, random_model, tiny_config
+from .flash_tpa_cases import TOLERANCES, random_case, relative_error
+
+
+needs_triton = pytest.mark.skipif(flash_tpa_t6.triton is None, reason="Triton is for Linux")
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs and compiled kernels need a GPU")
+
+
+@pytest.fixture(autouse=True)
+def interpreted_bfloat16(monkeypatch):
+    """Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers: widen them first."""
+    if DEVICE != "cpu" or flash_tpa_t6.triton is None:
+        return
+    from triton.runtime import interpreter
+
+    plain_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(operand):
+        if operand.dtype.scalar != interpreter.tl.bfloat16:
+            return operand
+        return interpreter.TensorHandle(
+            (operand.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32
+        )
+
+    def create_dot(self, a, b, *args):
+        return plain_dot(self, widened(a), widened(b), *args)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    # Where a GPU rounds to bfloat16, the interpreter cuts digits off: twice the error.
+    return TOLERANCES[dtype] * (2 if DEVICE == "cpu" and dtype == torch.bfloat16 else 1)
+
+
+@needs_triton
+@pytest.mark.parametrize("seed", range(18))
+def test_random_shapes(seed):
+    """On a GPU, `flash_tpa_cases` runs as many shapes as one likes; the interpreter runs small ones."""
+    case = random_case(seed)
+    if DEVICE == "cpu":
+        case["tokens"] = max(case["queries"], min(case["tokens"], 80))
+        case["queries"] = min(case["queries"], max(1, 100 // case["heads"]))
+        case["head_dim"] = min(case["head_dim"], 96)
+    assert relative_error(case, DEVICE) < tolerance(case["dtype"])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads", [12, 34, 47, 78])
+def test_head_counts(heads, dtype):
+    """Those of the paper, one block of heads or two."""
+    case = random_case(3, heads=heads, dtype=dtype, tokens=90, queries=1, head_dim=64, k_rank=2, v_rank=3, batch=2)
+    assert relative_error(case, DEVICE) < tolerance(dtype)
+
+
+@needs_triton
+def test_pieces_divide_the_length_on_the_device(monkeypatch):
+    """More pieces than blocks of tokens, pieces that end within a block, pieces with nothing in them."""
+    monkeypatch.setattr(flash_tpa_t6, "_device_limits", lambda device: (37, 232448))
+    for tokens in (1, 16, 17, 300):
+        case = random_case(
+            5,
+            tokens=tokens,
+            room=300 - tokens,
+            heads=5,
+            head_dim=32,
+            mask="none",
+            dtype=torch.float32,
+            queries=1,
+            batch=2,
+        )
+        assert relative_error(case, DEVICE) < tolerance(torch.float32)
+
+
+@needs_triton
+def test_a_query_that_sees_nothing_is_zero():
+    query = torch.randn(1, 3, 5, 32, device=DEVICE)
+    rows = torch.randn(1, 1, 40, 2 * 37, device=DEVICE)
+    mask = torch.ones(1, 1, 3, 40, dtype=torch.bool, device=DEVICE)
+    mask[:, :, 1] = False
+    output = flash_tpa(query, rows, rows, 2, 2, 0.2, mask=mask, causal=False)
+    assert output.isfinite().all() and (output[:, 1] == 0).all() and (output[:, [0, 2]] != 0).all()
+    nothing = torch.zeros(1, dtype=torch.long, device=DEVICE)
+    assert (flash_tpa(query, rows, rows, 2, 2, 0.2, lengths=nothing) == 0).all()
+
+
+@needs_triton
+def test_scores_that_grow():
+    """Each block's largest score is far above the last one's: the running maximum has to follow."""
+    layout = FactorLayout(1, 4, 32)
+    a, b = torch.ones(1, 400, 1, 4), torch.randn(1, 400, 1, 32)
+    b[..., 0] = torch.linspace(-900, 900, 400)[:, None]
+    query = torch.zeros(1, 1, 4, 32)
+    query[..., 0] = torch.tensor([1.0, -1.0, 0.1, 0.0])
+    value_b = torch.randn(1, 400, 1, 32)
+    rows = [layout.pack(a, x).to(DEVICE) for x in (b, value_b)]
+    expected, _ = factor_space_attention(
+        query.double(), (a.double(), b.double()), (a.double(), value_b.double()), None, 1.0
+    )
+    output = flash_tpa(query.to(DEVICE), *rows, 1, 1, 1.0).cpu().double()
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_launches_fit_the_chip():
+    """Shared memory of Ampere, Ada and Hopper, for every shape; and column tiles that cover the heads."""
+    for heads in range(1, 140):
+        for shape in (
+            (1, 64, 2, 2, False, 2),
+            (1, 64, 1, 1, False, 1),
+            (5, 128, 8, 3, True, 2),
+            (16, 256, 8, 8, False, 4),
+        ):
+            queries, head_dim, k_rank, v_rank, constant_a, itemsize = shape
+            for shared_memory in (101376, 166912, 232448):
+                launch = choose_launch(queries, heads, head_dim, k_rank, v_rank, constant_a, itemsize, shared_memory)
+                ranks = k_rank + v_rank if launch.unroll else 1
+                a_buffers = 0 if constant_a else (launch.stages - 1) * launch.block_h
+                numbers = launch.block_n * ranks * (launch.stages * launch.block_d + a_buffers)
+                assert numbers * itemsize * launch.programs_per_sm <= shared_memory
+                assert heads <= launch.column_blocks(1, heads) * launch.block_h < heads + launch.block_h
+
+
+def operator_arguments(**changes):
+    query = torch.randn(2, 2, 5, 32, device=DEVICE)
+    rows = torch.randn(2, 1, 40, 2 * (8 + 32), device=DEVICE)
+    arguments = {
+        "query": query, "key_rows": rows, "value_rows": rows.clone(), "key_a": None, "value_a": None, "mask": None,
+        "lengths": torch.tensor([40, 31], device=DEVICE), "k_rank": 2, "v_rank": 2, "scaling": 0.2, "causal": True,
+    }  # fmt: skip
+    return tuple((arguments | changes).values())
+
+
+@needs_triton
+def test_operator():
+    """Schema, fake kernel and behaviour under torch.compile's tracing, as PyTorch checks them."""
+    operator = torch.ops.t6.flash_tpa.default
+    torch.library.opcheck(operator, operator_arguments())
+    query = torch.randn(2, 5, 2, 32, device=DEVICE).transpose(1, 2)
+    mask = torch.ones(2, 1, 1, 40, dtype=torch.bool, device=DEVICE)
+    torch.library.opcheck(operator, operator_arguments(query=query, mask=mask, lengths=None))
+
+
+# Through the model.
+
+
+class Calls:
+    """How often the kernels ran."""
+
+    def __init__(self, monkeypatch):
+        self.count = 0
+
+        def counted(*args, **kwargs):
+            self.count += 1
+            return flash_tpa(*args, **kwargs)
+
+        monkeypatch.setattr(model_code, "flash_tpa", counted)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return Calls(monkeypatch)
+
+
+def generate(model, ids, **kwargs):
+    return model.generate(ids, **{"max_new_tokens": 4, "do_sample": False, "disable_compile": True} | kwargs)
+
+
+MODELS = {
+    "tpa": {},
+    "kvonly": {"q_rank": None},
+    "ranks-by-layer": {"k_rank": [1, 3], "v_rank": [2, 1]},
+    "noncontextual-a": {"noncontextual_a": True, "q_rank": None, "k_rank": 3, "v_rank": [1, 5]},
+    "qk-norm-and-head-norm": {"qk_norm": True, "head_norm": True},
+    "sliding": {"sliding_window": 4},
+    "sliding-and-full": {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
+}
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "name,cache", [*((name, None) for name in MODELS), ("tpa", "static"), ("sliding-and-full", "static")]
+)
+def test_models(calls, name, cache):
+    fields = MODELS[name]
+    config = tiny_config(**fields)
+    ids = random_ids(config, 1, 17)
+    expected = generate(random_model(config), ids, use_cache=False)
+    model = random_model(tiny_config(**fields, attn_implementation="flash_tpa"))
+    assert torch.equal(generate(model, ids, cache_implementation=cache), expected)
+    assert calls.count == 3 * config.num_hidden_layers  # the first token comes from the prompt
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"cache_implementation": "quantized", "cache_config": {"backend": "hqq", "nbits": 8}}, {"num_beams": 2},
+     {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 5}],
+    ids=["quantized", "beams", "prompt-lookup", "chunked-prefill"],
+)  # fmt: skip
+def test_ways_to_generate(calls, kwargs):
+    ids = random_ids(tiny_config(), 1, 17)
+    expected = generate(random_model(tiny_config(attn_implementation="eager")), ids, **kwargs)
+    assert torch.equal(generate(random_model(tiny_config(attn_implementation="flash_tpa")), ids, **kwargs), expected)
+    assert calls.count > 0
+
+
+@needs_triton
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_left_padded_batch_equals_its_rows(calls, cache):
+    model = random_model(tiny_config(attn_implementation="flash_tpa"))
+    rows = [random_ids(model.config, 1, length, seed=length) for length in (3, 20)]
+    ids = torch.zeros(2, 20, dtype=torch.long, device=DEVICE)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, -row.shape[1] :], mask[i, -row.shape[1] :] = row, 1
+    batch = generate(model, ids, attention_mask=mask, cache_implementation=cache)[:, 20:]
+    plain = random_model(tiny_config())
+    assert torch.equal(batch, torch.cat([generate(plain, row, use_cache=False)[:, row.shape[1] :] for row in rows]))
+    assert calls.count
+
+
+@needs_triton
+@torch.no_grad()
+def test_several_query_tokens_and_masks_of_the_user(calls):
+    """Six tokens after twenty, with a mask that is causal, boolean by head, and additive."""
+    flash, plain = (random_model(tiny_config(attn_implementation=name)) for name in ("flash_tpa", "eager"))
+    ids = random_ids(flash.config, 2, 26)
+    causal = torch.ones(2, 1, 6, 26, dtype=torch.bool, device=DEVICE).tril(20)
+    by_head = (
+        causal & (torch.rand(2, 5, 6, 26, device=DEVICE) < 0.9) | torch.eye(26, dtype=torch.bool, device=DEVICE)[20:]
+    )
+    additive = torch.randn(2, 1, 6, 26, device=DEVICE).masked_fill(~causal, torch.finfo(torch.float32).min)
+    for mask in (None, by_head, additive):
+        logits = []
+        for model in (flash, plain):
+            cache = T6Cache(config=model.config)
+            model(ids[:, :20], cache=cache)
+            logits.append(model(ids[:, 20:], cache=cache, attention_mask=mask).logits)
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-3)
+    assert calls.count == 3 * 2
+
+
+@needs_triton
+@torch.no_grad()
+def test_compiled_step_over_a_static_cache():
+    """One graph without a break, and no other as the cache fills."""
+    model = random_model(tiny_config(attn_implementation="flash_tpa"))
+    ids = random_ids(model.config, 2, 24)
+    expected = random_model(tiny_config())(ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    model(ids[:, :18], **{CACHE_NAME: cache})
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    for position in range(18, 24):
+        logits = step(ids[:, position : position + 1], **{CACHE_NAME: cache}).logits
+        torch.testing.assert_close(logits[:, 0], expected[:, position], atol=1e-4, rtol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_which_path_runs():
+    cache, hidden = T6Cache(), torch.empty(1, 16, 8, device=DEVICE)
+    config = tiny_config(attn_implementation="flash_tpa")
+    assert not decode_with_flash_tpa(config, hidden, cache)  # gradients are wanted
+    with torch.no_grad():
+        assert decode_with_flash_tpa(config, hidden, cache) == (flash_tpa_t6.triton is not None)
+        assert not decode_with_flash_tpa(config, hidden, None)
+        assert not decode_with_flash_tpa(config, torch.empty(1, 17, 8, device=DEVICE), cache)
+        assert not decode_with_flash_tpa(config, hidden.double(), cache)
+        assert not decode_with_flash_tpa(tiny_config(attn_implementation="eager"), hidden, cache)
+        # Where it is asked for by name.
+        assert not decode_with_flash_tpa(tiny_config(attn_implementation="sdpa"), hidden, cache)
+
+
+def test_prefill_and_training_go_through_sdpa():
+    flash, sdpa = (random_model(tiny_config(attn_implementation=name)) for name in ("flash_tpa", "sdpa"))
+    ids = random_ids(flash.config, 2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    assert torch.equal(*(model(ids, attention_mask=mask).logits[mask.bool()] for model in (flash, sdpa)))
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize("make_cache", [T6Cache, DynamicCache, lambda config: StaticCache(config, max_cache_len=32)])
+def test_no_copy_of_the_cache(monkeypatch, make_cache):
+    """The kernel reads the rows where the cache has them."""
+    read = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda query, key_rows, value_rows, *args, **kwargs: read.append((key_rows, value_rows))
+
+    model = random_model(tiny_config(attn_implementation="flash_tpa"))
+    cache = make_cache(config=model.config)
+    model(random_ids(model.config, 2, 20), **{CACHE_NAME: cache})
+    monkeypatch.setattr(flash_tpa_t6, "decode_kernel", Kernel())
+    model(random_ids(model.config, 2, 1), **{CACHE_NAME: cache})
+    for (key_rows, value_rows), layer in zip(read, cache.layers, strict=True):
+        assert key_rows.data_ptr() == layer.keys.data_ptr() and value_rows.data_ptr() == layer.values.data_ptr()
+
+
+def test_without_triton(tmp_path):
+    """A machine without Triton imports, generates and falls back."""
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from tests.modeling_t6.common import *\n"
+        "model = random_model(tiny_config(attn_implementation='flash_tpa'))\n"
+        "ids = random_ids(model.config, 1, 9)\n"
+        "print(model.generate(ids, max_new_tokens=5, do_sample=False).tolist())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert result.returncode == 0, result.stderr
+    expected = generate(
+        random_model(tiny_config()), random_ids(tiny_config(), 1, 9), max_new_tokens=5, use_cache=False
+    )
+    assert result.stdout.strip() == str(expected.tolist())
+
+
+# On a GPU only.
+
+
+def number_of_compilations() -> int:
+    from modeling_t6.flash_tpa_kernels_t6 import combine_kernel, decode_kernel
+
+    return sum(len(cache[0]) for kernel in (combine_kernel, decode_kernel) for cache in kernel.device_caches.values())
+
+
+@needs_gpu
+def test_one_compilation_for_every_length():
+    query = torch.randn(2, 1, 32, 64, device=DEVICE, dtype=torch.bfloat16)
+    key_rows, value_rows = torch.randn(2, 2, 1, 131072, 96, device=DEVICE, dtype=torch.bfloat16)
+    flash_tpa(query, key_rows[:, :, :1], value_rows[:, :, :1], 1, 1, 0.1)
+    before = number_of_compilations()
+    for length in (*range(1, 70), 100, 127, 1000, 4096, 50001, 131072):
+        rows = key_rows[:, :, :length], value_rows[:, :, :length]
+        flash_tpa(query, *rows, 1, 1, 0.1)
+        flash_tpa(query, *(x.contiguous() for x in rows), 1, 1, 0.1)
+    assert number_of_compilations() == before
+    lengths = torch.tensor([1, 2], device=DEVICE)
+    flash_tpa(query, key_rows, value_rows, 1, 1, 0.1, lengths=lengths)
+    before = number_of_compilations()
+    for length in (1, 17, 4096, 131072):
+        flash_tpa(query, key_rows, value_rows, 1, 1, 0.1, lengths=lengths.fill_(length))
+    assert number_of_compilations() == before
+
+
+@needs_gpu
+@torch.no_grad()
+def test_decoding_step_in_a_cuda_graph():
+    """A captured step over a static cache, replayed as the cache grows, gives what the whole sequence gives."""
+    model = random_model(tiny_config(max_position_embeddings=4096))
+    ids = random_ids(model.config, 3, 300)
+    expected = model(ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=512)
+    model(ids[:, :100], **{CACHE_NAME: cache})
+    token = ids[:, 100:101].clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        model(token, **{CACHE_NAME: cache})  # compiles the kernels
+        for layer in cache.layers:
+            layer.cumulative_length.sub_(1)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            logits = model(token, **{CACHE_NAME: cache}).logits
+        for position in range(100, 300):
+            token.copy_(ids[:, position : position + 1])
+            graph.replay()
+            torch.testing.assert_close(logits[:, 0], expected[:, position], atol=1e-3, rtol=1e-2)
+
+
+# The FP8 cache.
+
+
+@needs_triton
+@pytest.mark.parametrize("heads", [5, 32, 34])
+def test_fp8_rows_are_read_as_they_are(heads):
+    """The kernel on float8 rows gives what it gives on those rows widened: nothing but storage is lost."""
+    torch.manual_seed(heads)
+    dtype = torch.float16 if DEVICE == "cpu" else torch.bfloat16
+    layout = FactorLayout(2, heads, 64)
+    query = torch.randn(2, 1, heads, 64, device=DEVICE, dtype=dtype)
+    exact = [torch.randn(2, 1, 100, layout.width, device=DEVICE) for _ in range(2)]
+    rows = [x.to(torch.float8_e4m3fn) for x in exact]
+    output = flash_tpa(query, *rows, 2, 2, 0.125).double()
+    factors = [layout.unpack(x.double()) for x in rows]
+    expected, _ = factor_space_attention(query.double(), *factors, None, 0.125)
+    assert (output - expected).norm() / expected.norm() < TOLERANCES[torch.bfloat16]
+    # What storage loses: steps of 1/16 to 1/8 of a factor, 2.6% of it at random, in two factors of K and two of V.
+    factors = [layout.unpack(x.double()) for x in exact]
+    expected, _ = factor_space_attention(query.double(), *factors, None, 0.125)
+    assert 0.01 < (output - expected).norm() / expected.norm() < 0.12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "implementation,fields",
+    [("flash_tpa", {}), ("sdpa", {}), ("sdpa", {"noncontextual_a": True}), ("sdpa", {"sliding_window": 6})],
+    ids=["flash_tpa", "sdpa", "noncontextual-a", "sliding"],
+)
+def test_fp8_cache(implementation, fields):
+    """A cache a quarter of float32's, whose logits are near the exact ones."""
+    config = tiny_config(**fields, attn_implementation=implementation)
+    model, ids = random_model(config), random_ids(config, 2, 24)
+    exact = model(ids, use_cache=False).logits[:, 20:]
+    cache, plain = T6Cache(config=config, dtype=torch.float8_e4m3fn), T6Cache(config=config)
+    model(ids[:, :20], **{CACHE_NAME: cache})
+    model(ids[:, :20], **{CACHE_NAME: plain})
+    assert cache.layers[0].keys.dtype == torch.float8_e4m3fn and cache.nbytes * 4 == plain.nbytes
+    logits = [model(ids[:, i : i + 1], **{CACHE_NAME: cache}).logits for i in range(20, 24)]
+    error = (torch.cat(logits, dim=1) - exact).norm() / exact.norm()
+    assert 0.001 < error < 0.25  # attention's 6% to 8%, through two layers of random weights
+
+
+def test_factors_beyond_the_range_of_fp8_do_not_become_nan():
+    cache = T6Cache(config=tiny_config(), dtype=torch.float8_e4m3fn)
+    keys, values = cache.update(torch.full((1, 1, 1, 8), 1e4), torch.full((1, 1, 1, 8), -1e4), 0)
+    assert (keys.float() == 448).all() and (values.float() == -448).all()
+
+
+def test_fp8_cache_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="float8_e4m3fn, got torch.int8"):
+        T6Cache(config=tiny_config(), dtype=torch.int8)
+    with pytest.raises(ValueError, match="needs `config`"):
+        T6Cache(dtype=torch.float8_e4m3fn)

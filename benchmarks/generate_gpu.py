@@ -151,7 +151,11 @@ def main() -> None:
     for name in args.models:
         torch.manual_seed(0)
         with torch.device("cuda"):
-            model = AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.bfloat16).eval()
+            config = MODELS[name]()
+            attention = "flash_tpa" if isinstance(config, T6Config) else "sdpa"
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, attn_implementation=attention
+            ).eval()
         model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
         for batch, tokens in RUNS[name]:
             torch.cuda.empty_cache()

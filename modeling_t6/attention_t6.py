@@ -14,6 +14,7 @@
 """The two ways to compute T6's attention, and the choice between them (paper, sections 3.1 and 3.3)"""
 
 import math
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache
@@ -36,7 +37,7 @@ def attend_in_factor_space(query_length: int, cache: Cache | None) -> bool:
 
 
 def form_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(1 / R) A^T B: A [batch, seq, R, h], or constant [R, h], and B [batch, seq, R, d] to heads [batch, seq, h, d]."""
+    """(1 / R) A^T B: A [batch, seq, R, h] and B [batch, seq, R, d], one of them possibly constant, [R, h] or [R, d]."""
     return torch.matmul(a.transpose(-1, -2), b) / a.shape[-2]
 
 
@@ -47,6 +48,8 @@ def factor_space_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     output_attentions: bool = False,
+    key_features: Callable[[torch.Tensor, slice], torch.Tensor] = lambda b, rows: b,
+    value_features: Callable[[torch.Tensor, slice], torch.Tensor] = lambda b, rows: b,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     softmax(Q K^T * scaling) V without K and V: a head's score with a token is Q_i . B_K[s] weighted by A_K[s, i],
@@ -60,19 +63,23 @@ def factor_space_attention(
         key_factors: A_K [batch, key_length, R_K, h] and B_K [batch, key_length, R_K, d], rotated.
         value_factors: A_V [batch, key_length, R_V, h] and B_V [batch, key_length, R_V, d]. Constant A factors are
             [R, h]: those of the keys then act on the query, those of the values on the output, once for all tokens.
+            Constant B factors are [R, d]: those of the values then act on the output, too.
         attention_mask: boolean (True: attend) or additive, broadcastable to [batch, h, query_length, key_length].
             `None` is causal, the last query being aligned with the last key.
         scaling: the factor of Q K^T, usually 1 / sqrt(d).
         output_attentions: whether to return the probabilities, which takes one chunk as long as the cache.
+        key_features, value_features: what makes B_K and B_V [batch or 1, rows, R, d] of the given B factors of these
+            rows, where they are not yet those (constants get all of themselves). By default nothing. Called for one
+            chunk at a time, so that no B is formed for the whole cache.
 
     Returns:
         Output [batch, query_length, h, d], and probabilities [batch, h, query_length, key_length] or `None`.
     """
     batch_size, query_length, num_heads, head_dim = query.shape
     (all_a_k, all_b_k), (all_a_v, all_b_v) = key_factors, value_factors
-    key_length, k_rank = all_b_k.shape[1:3]
-    v_rank = all_b_v.shape[2]
-    constant_a = all_a_k.dim() == 2
+    constant_a, constant_b = all_a_k.dim() == 2, all_b_k.dim() == 2
+    key_length = (all_b_k if constant_a else all_a_k).shape[1]
+    k_rank, v_rank = all_a_k.shape[-2], all_a_v.shape[-2]
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
 
     if attention_mask is None and query_length > 1:
@@ -90,7 +97,10 @@ def factor_space_attention(
     maximum = output = normalizer = None
     for start in range(0, key_length, chunk_length):
         chunk = slice(start, start + chunk_length)
-        b_k, b_v = all_b_k[:, chunk], all_b_v[:, chunk]
+        b_k = key_features(all_b_k if constant_b else all_b_k[:, chunk], chunk)
+        b_k = b_k.expand(batch_size, -1, -1, -1)
+        if not constant_b:
+            b_v = value_features(all_b_v[:, chunk], chunk)
         shape = (batch_size, b_k.shape[1], query_length, num_heads)
         scores, products = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
 
@@ -119,6 +129,9 @@ def factor_space_attention(
         chunk_output = 0
         if constant_a:
             chunk_output = _sum_over_tokens(weights.flatten(2).to(b_v.dtype), b_v.flatten(2))
+        elif constant_b:
+            sums = [weights.mul(a_v[:, :, rank, None]).sum(dim=1).flatten(1) for rank in range(v_rank)]
+            chunk_output = torch.stack(sums, dim=-1)  # [batch, query_length * h, R_V]
         else:
             for rank in range(v_rank):
                 torch.mul(weights, a_v[:, :, rank, None], out=products)
@@ -134,6 +147,8 @@ def factor_space_attention(
     if constant_a:
         output = torch.einsum("bqhrd,rh->bqhd", output.view(batch_size, query_length, num_heads, v_rank, -1), all_a_v)
         output = output.flatten(1, 2)
+    elif constant_b:
+        output = torch.matmul(output, all_b_v)
     probabilities = None
     if output_attentions:
         probabilities = (weights / normalizer).permute(0, 3, 2, 1).to(query.dtype)

@@ -39,7 +39,8 @@ class FactorLayout:
 
     A's rows are padded by at most 7 numbers each, so that a row starts on 16 bytes in half precision: kernels lose
     half their speed on rows that do not. A row has `width` numbers, `rank * (num_heads + head_dim)` where that is
-    already a multiple of 8. With constant A factors, `num_heads` is 0: a row holds B alone.
+    already a multiple of 8. Factors that need no caching have size 0: with constant A factors `num_heads` is 0 and a
+    row holds B alone, with constant or shared B factors `head_dim` is 0 and it holds A alone.
     """
 
     def __init__(self, rank: int, num_heads: int, head_dim: int):
@@ -47,10 +48,15 @@ class FactorLayout:
         self.padded_heads = next(n for n in range(num_heads, num_heads + 8) if rank * (n + head_dim) % 8 == 0)
         self.width = rank * (self.padded_heads + head_dim)
 
-    def pack(self, a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
-        """A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim] as rows [batch, 1, seq, width]."""
-        if a is None:
+    def pack(self, a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
+        """
+        A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim] as rows [batch, 1, seq, width]. The factor
+        whose size is 0 is not looked at.
+        """
+        if self.num_heads == 0:
             a = b[..., :0]
+        if self.head_dim == 0:
+            b = a[..., :0]
         a = torch.nn.functional.pad(a, (0, self.padded_heads - self.num_heads))
         return torch.cat([b.flatten(-2), a.flatten(-2)], dim=-1).unsqueeze(1)
 
@@ -63,9 +69,11 @@ class FactorLayout:
 
 def factor_layouts(config: PreTrainedConfig, layer_idx: int) -> tuple[FactorLayout, FactorLayout]:
     """The layouts of the key rows and of the value rows of one layer."""
-    num_heads = 0 if config.noncontextual_a else config.num_attention_heads
     k_rank, v_rank = config.ranks(layer_idx)
-    return FactorLayout(k_rank, num_heads, config.head_dim), FactorLayout(v_rank, num_heads, config.head_dim)
+    num_heads = 0 if config.noncontextual_a else config.num_attention_heads
+    k_dim = 0 if config.noncontextual_b else config.b_dim + (config.c_factor_dim or 0)
+    v_dim = 0 if config.shared_b else k_dim
+    return FactorLayout(k_rank, num_heads, k_dim), FactorLayout(v_rank, num_heads, v_dim)
 
 
 def quantization_group_size(config: PreTrainedConfig) -> int:
@@ -94,7 +102,10 @@ class FactorViewsMixin:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the factors held: (R_K + R_V)(h + d) numbers per token, plus the alignment of a row."""
+        """
+        Bytes of the factors held: (R_K + R_V)(h + d) numbers per token, less what a variant need not cache, plus the
+        alignment of a row.
+        """
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
     def _factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,6 +119,12 @@ class FactorViewsMixin:
             raise ValueError("The A factors of this model are constants, parameters of its layers: none are cached.")
         return a
 
+    def _feature_factors(self, index: int) -> torch.Tensor:
+        b = self._factors(index)[1]
+        if b.shape[-1] == 0:
+            raise ValueError("The B factors of this model are constants, parameters of its layers: none are cached.")
+        return b
+
     @property
     def a_k(self) -> torch.Tensor:
         """View [batch, seq, R_K, h] of the keys' head factors."""
@@ -115,8 +132,11 @@ class FactorViewsMixin:
 
     @property
     def b_k(self) -> torch.Tensor:
-        """View [batch, seq, R_K, d] of the keys' feature factors, already rotated."""
-        return self._factors(0)[1]
+        """
+        View [batch, seq, R_K, d] of the keys' feature factors, already rotated unless they are shared with the values.
+        Of third-order factors, b and c side by side: [batch, seq, R_K, d_b + d_c].
+        """
+        return self._feature_factors(0)
 
     @property
     def a_v(self) -> torch.Tensor:
@@ -125,8 +145,9 @@ class FactorViewsMixin:
 
     @property
     def b_v(self) -> torch.Tensor:
-        """View [batch, seq, R_V, d] of the values' feature factors."""
-        return self._factors(1)[1]
+        """View [batch, seq, R_V, d] of the values' feature factors, or [batch, seq, R_V, d_b + d_c]."""
+        is_shared = self.layouts is not None and self.layouts[1].head_dim == 0
+        return self._feature_factors(0 if is_shared else 1)
 
 
 class T6DynamicLayer(FactorViewsMixin, DynamicLayer):

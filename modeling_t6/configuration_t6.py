@@ -86,6 +86,10 @@ class T6Config(PreTrainedConfig):
     k_rank: int | list[int] = 2
     v_rank: int | list[int] = 2
     noncontextual_a: bool = False
+    noncontextual_b: bool = False
+    shared_b: bool = False
+    head_factor_act: str | None = None
+    c_factor_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 1024
     initializer_range: float = 0.02
@@ -124,9 +128,19 @@ class T6Config(PreTrainedConfig):
         return tuple(rank if isinstance(rank, int) else rank[layer_idx] for rank in (self.k_rank, self.v_rank))
 
     @property
+    def b_dim(self) -> int:
+        """Size of a B factor: d, or d_b if there is a third factor."""
+        return self.head_dim // (self.c_factor_dim or 1)
+
+    @property
+    def rotates_on_read(self) -> bool:
+        """Whether the keys' B factors are cached before RoPE, or not at all, and are rotated where they are read."""
+        return self.noncontextual_b or self.shared_b
+
+    @property
     def rotary_dim(self) -> int:
-        """Number of features of a head that RoPE rotates, as Transformers' RoPE functions count them."""
-        return int(self.head_dim * (self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+        """Number of features of a B factor that RoPE rotates, as Transformers' RoPE functions count them."""
+        return int(self.b_dim * (self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: refuses sizes that no T6 model can have."""
@@ -153,6 +167,7 @@ class T6Config(PreTrainedConfig):
                     f"`{field}` must be a positive integer, or a list of one for each of the {self.num_hidden_layers} "
                     f"layers, got {rank}."
                 )
+        self._validate_variants()
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"`sliding_window` must be a positive integer or None, got {self.sliding_window}.")
         if not set(self.layer_types or ()) <= {"full_attention", "sliding_attention"}:
@@ -174,11 +189,35 @@ class T6Config(PreTrainedConfig):
             raise ValueError(
                 f"`rope_parameters['rope_type']` must be 'default' or one of {sorted(ROPE_INIT_FUNCTIONS)}, got {rope_type!r}."
             )
-        if self.rotary_dim < 2 or self.rotary_dim > self.head_dim or self.rotary_dim % 2:
+        if self.rotary_dim < 2 or self.rotary_dim > self.b_dim or self.rotary_dim % 2:
+            size = "`head_dim`" if self.c_factor_dim is None else "`head_dim` / `c_factor_dim`"
             raise ValueError(
-                "RoPE rotates an even number of features, from 2 to `head_dim`: got "
-                f"int(`head_dim` * `partial_rotary_factor`) = {self.rotary_dim} with `head_dim`={self.head_dim}."
+                f"RoPE rotates an even number of features, from 2 to {size}: got int({size} * `partial_rotary_factor`) "
+                f"= {self.rotary_dim} with {size} = {self.b_dim}."
             )
+
+    def _validate_variants(self):
+        """Refuses variants of the factors that exclude each other."""
+        if self.head_factor_act not in (None, "sigmoid", "softmax"):
+            raise ValueError(f"`head_factor_act` must be 'sigmoid', 'softmax' or None, got {self.head_factor_act!r}.")
+        if self.c_factor_dim is not None and (self.c_factor_dim < 1 or self.head_dim % self.c_factor_dim):
+            raise ValueError(
+                f"`c_factor_dim` must be a divisor of `head_dim`={self.head_dim}, or None, got {self.c_factor_dim}."
+            )
+        if self.shared_b and any(len(set(self.ranks(i))) > 1 for i in range(self.num_hidden_layers)):
+            raise ValueError(
+                f"`shared_b` needs `k_rank` and `v_rank` to be equal, got {self.k_rank} and {self.v_rank}."
+            )
+        has_c = self.c_factor_dim is not None
+        for first, second, is_wrong, reason in (
+            ("noncontextual_b", "noncontextual_a", self.noncontextual_b and self.noncontextual_a, "no factor would depend on the token"),
+            ("shared_b", "noncontextual_a", self.shared_b and self.noncontextual_a, "nothing of the values would be left to cache"),
+            ("head_factor_act", "noncontextual_a", self.head_factor_act and self.noncontextual_a, "it acts on projected A factors"),
+            ("c_factor_dim", "noncontextual_b", has_c and self.noncontextual_b, "its factors are projections of the token"),
+            ("c_factor_dim", "qk_norm", has_c and self.qk_norm, "it has no rows of `head_dim` features to normalise"),
+        ):  # fmt: skip
+            if is_wrong:
+                raise ValueError(f"`{first}` and `{second}` exclude each other: {reason}.")
 
 
 __all__ = ["T6Config"]

@@ -269,9 +269,12 @@ def flash_tpa(
 def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor, cache: Cache | None) -> bool:
     """
     Whether the kernels run: `attn_implementation="flash_tpa"`, few query tokens over a cache, no gradient, Triton and
-    an NVIDIA GPU from Ampere on. Depends on nothing that changes from one decoded token to the next.
+    an NVIDIA GPU from Ampere on, and no variant whose cached B factors are not yet those that K and V are made of.
+    Depends on nothing that changes from one decoded token to the next.
     """
     if triton is None or cache is None or config._attn_implementation != "flash_tpa":
+        return False
+    if config.rotates_on_read or config.c_factor_dim is not None:
         return False
     return (
         (_has_tensor_cores(hidden_states.device) if hidden_states.is_cuda else IS_INTERPRETED)

@@ -14,6 +14,7 @@
 """PyTorch T6 model"""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,7 @@ from .attention_t6 import attend_in_factor_space, factor_space_attention, form_h
 from .cache_t6 import CACHE_NAME, T6Cache, factor_layouts, quantization_group_size, rename_past_key_values
 from .configuration_t6 import T6Config
 from .flash_tpa_t6 import cached_lengths, decode_with_flash_tpa, flash_tpa, padding_mask
+from .variants_t6 import activate_head_factors, row_positions, third_order_features, validate_positions
 
 
 logger = logging.get_logger(__name__)
@@ -80,6 +82,9 @@ class T6RotaryEmbedding(nn.Module):
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
 
+        if config.c_factor_dim is not None:  # RoPE's functions take `head_dim` for the size of what is rotated
+            config = copy.copy(config)
+            config.head_dim, config.c_factor_dim = config.b_dim, None
         self.config = config
 
         self.rope_type = self.config.rope_parameters["rope_type"]
@@ -127,12 +132,12 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
     Applies RoPE to the first `rotary_dim` features of `x` [batch, seq, n, head_dim], n factors or heads alike;
-    rotating the B factors rotates the heads that they form (Theorem 3.1).
+    rotating the B factors rotates the heads that they form (Theorem 3.1). Constant factors are [n, head_dim].
     """
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     x_rot, x_pass = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     x_rot = (x_rot * cos) + (rotate_half(x_rot) * sin)
-    return torch.cat((x_rot, x_pass), dim=-1) if x_pass.shape[-1] else x_rot
+    return torch.cat((x_rot, x_pass.expand(*x_rot.shape[:-1], -1)), dim=-1) if x_pass.shape[-1] else x_rot
 
 
 class T6MLP(nn.Module):
@@ -201,15 +206,19 @@ class T6Attention(nn.Module):
         # The outputs of an A projection are head-major, [h, R]; those of a B projection rank-major, [R, d].
         if self.q_rank is None:
             self.q_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=config.attention_bias)
-        else:
-            self.q_b_proj = self._factor_proj(self.q_rank, self.head_dim)
-        self.k_b_proj = self._factor_proj(self.k_rank, self.head_dim)
-        self.v_b_proj = self._factor_proj(self.v_rank, self.head_dim)
         for name, rank in (("q", self.q_rank), ("k", self.k_rank), ("v", self.v_rank)):
             if rank is not None and config.noncontextual_a:
                 setattr(self, f"{name}_a", nn.Parameter(torch.empty(rank, num_heads)))
             elif rank is not None:
                 setattr(self, f"{name}_a_proj", self._factor_proj(num_heads, rank))
+            if rank is None or (name == "v" and config.shared_b):
+                continue
+            if config.noncontextual_b:
+                setattr(self, f"{name}_b", nn.Parameter(torch.empty(rank, self.head_dim)))
+            else:
+                setattr(self, f"{name}_b_proj", self._factor_proj(rank, config.b_dim))
+            if config.c_factor_dim is not None:
+                setattr(self, f"{name}_c_proj", self._factor_proj(rank, config.c_factor_dim))
         self.o_proj = nn.Linear(num_heads * self.head_dim, config.hidden_size, bias=config.attention_out_bias)
         self.o_proj.initializer_bound = 0.0
         if config.qk_norm:
@@ -230,7 +239,33 @@ class T6Attention(nn.Module):
         if self.config.noncontextual_a:
             return getattr(self, f"{name}_a")
         a = getattr(self, f"{name}_a_proj")(hidden_states)
-        return a.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(-1, -2)
+        a = a.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(-1, -2)
+        return activate_head_factors(a, self.config.head_factor_act)
+
+    def _feature_factors(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """B_Q, B_K or B_V before RoPE, [batch, seq, R, d] or constant [R, d]; with a third factor, b and c side by side."""
+        if self.config.noncontextual_b:
+            return getattr(self, f"{name}_b")
+        b = getattr(self, f"{name}_b_proj")(hidden_states).unflatten(-1, (-1, self.config.b_dim))
+        if self.config.c_factor_dim is None:
+            return b
+        c = getattr(self, f"{name}_c_proj")(hidden_states).unflatten(-1, (-1, self.config.c_factor_dim))
+        return torch.cat([b, c], dim=-1)
+
+    def _features(
+        self,
+        b: torch.Tensor,
+        rows: slice = slice(None),
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """
+        What heads are made of, [batch, seq, R, d], of B factors as they are cached: for most models the same. `rotation`
+        is cos and sin for all rows of a cache that holds B_K before RoPE; `rows` are those that `b` is from.
+        """
+        if rotation is not None:
+            cos, sin = rotation
+            b = apply_rotary_pos_emb(b, cos[:, rows], sin[:, rows])
+        return b if self.config.c_factor_dim is None else third_order_features(b, self.config.b_dim)
 
     @rename_past_key_values
     def forward(
@@ -241,6 +276,7 @@ class T6Attention(nn.Module):
         cache: Cache | None = None,
         factor_space: bool = False,
         use_flash_tpa: bool = False,
+        key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -249,31 +285,37 @@ class T6Attention(nn.Module):
         if self.q_rank is None:
             query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)
         else:
-            b_q = self.q_b_proj(hidden_states).view(*input_shape, self.q_rank, self.head_dim)
+            b_q = self._feature_factors("q", hidden_states)
             if not self.config.qk_norm:
                 b_q = apply_rotary_pos_emb(b_q, cos, sin)
-            query_states = form_heads(self._head_factors("q", hidden_states), b_q)
+            query_states = form_heads(self._head_factors("q", hidden_states), self._features(b_q))
         a_k, a_v = self._head_factors("k", hidden_states), self._head_factors("v", hidden_states)
-        b_k = self.k_b_proj(hidden_states).view(*input_shape, self.k_rank, self.head_dim)
-        b_v = self.v_b_proj(hidden_states).view(*input_shape, self.v_rank, self.head_dim)
+        b_k = self._feature_factors("k", hidden_states)
         if self.config.qk_norm:
             query_states, b_k = self.q_norm(query_states), self.k_norm(b_k)
         if self.config.qk_norm or self.q_rank is None:
-            query_states = apply_rotary_pos_emb(query_states, cos, sin)
-        b_k = apply_rotary_pos_emb(b_k, cos, sin)
+            # In blocks of the rotated size: with a third factor a head has d_c of them (theorem C.1), else one.
+            blocks = query_states.unflatten(-1, (-1, self.config.b_dim)).flatten(2, 3)
+            query_states = apply_rotary_pos_emb(blocks, cos, sin).view_as(query_states)
+        b_v = b_k if self.config.shared_b else self._feature_factors("v", hidden_states)
+        key_rotation = None
+        if self.config.rotates_on_read:
+            key_rotation = position_embeddings if cache is None else key_position_embeddings
+        else:
+            b_k = apply_rotary_pos_emb(b_k, cos, sin)
 
         constant_a = self.config.noncontextual_a
         if cache is not None:
             key_rows, value_rows = cache.update(
-                self.key_layout.pack(None if constant_a else a_k, b_k),
-                self.value_layout.pack(None if constant_a else a_v, b_v),
-                self.layer_idx,
+                self.key_layout.pack(a_k, b_k), self.value_layout.pack(a_v, b_v), self.layer_idx
             )
             if not use_flash_tpa:  # which reads rows as they are stored
-                key_rows, value_rows = key_rows.to(b_k.dtype), value_rows.to(b_v.dtype)
-                cached_a_k, b_k = self.key_layout.unpack(key_rows)
-                cached_a_v, b_v = self.value_layout.unpack(value_rows)
-                a_k, a_v = (a_k, a_v) if constant_a else (cached_a_k, cached_a_v)
+                cached_a_k, cached_b_k = self.key_layout.unpack(key_rows.to(b_k.dtype))
+                cached_a_v, cached_b_v = self.value_layout.unpack(value_rows.to(b_k.dtype))
+                if not constant_a:
+                    a_k, a_v = cached_a_k, cached_a_v
+                if not self.config.noncontextual_b:
+                    b_k, b_v = cached_b_k, cached_b_k if self.config.shared_b else cached_b_v
 
         if use_flash_tpa:
             attn_weights = None
@@ -299,6 +341,8 @@ class T6Attention(nn.Module):
                 attention_mask,
                 scaling=self.scaling,
                 output_attentions=self.config._attn_implementation == "eager",
+                key_features=functools.partial(self._features, rotation=key_rotation),
+                value_features=self._features,
             )
         else:
             attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -307,8 +351,8 @@ class T6Attention(nn.Module):
             attn_output, attn_weights = attention_interface(
                 self,
                 query_states.transpose(1, 2),
-                form_heads(a_k, b_k).transpose(1, 2),
-                form_heads(a_v, b_v).transpose(1, 2),
+                form_heads(a_k, self._features(b_k, rotation=key_rotation)).transpose(1, 2),
+                form_heads(a_v, self._features(b_v)).transpose(1, 2),
                 attention_mask,
                 dropout=0.0 if not self.training else self.attention_dropout,
                 scaling=self.scaling,
@@ -405,8 +449,11 @@ class T6PreTrainedModel(PreTrainedModel):
         if hasattr(module, "initializer_bound"):
             init.uniform_(module.weight, -module.initializer_bound, module.initializer_bound)
         if isinstance(module, T6Attention):
-            for parameter in module.parameters(recurse=False):  # constant A factors
-                init.normal_(parameter)
+            for name, parameter in module.named_parameters(recurse=False):  # constant factors
+                if name.endswith("_a"):
+                    init.normal_(parameter)
+                else:  # the scale of projected B factors, about sqrt(2 / d)
+                    init.xavier_uniform_(parameter)
 
 
 @auto_docstring
@@ -471,6 +518,13 @@ class T6Model(T6PreTrainedModel):
         causal_masks = self.create_causal_masks(inputs_embeds, attention_mask, cache, position_ids)
 
         hidden_states = inputs_embeds
+        key_position_embeddings = {}
+        if self.config.rotates_on_read and cache is not None:
+            position_ids, key_positions = row_positions(
+                self.config, cache, inputs_embeds.shape[1], inputs_embeds.device
+            )
+            for layer_type, ids in key_positions.items():
+                key_position_embeddings[layer_type] = self.rotary_emb(hidden_states, position_ids=ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
@@ -478,6 +532,7 @@ class T6Model(T6PreTrainedModel):
                 hidden_states,
                 attention_mask=causal_masks[_layer_type(self.config, layer_idx)],
                 position_embeddings=position_embeddings,
+                key_position_embeddings=key_position_embeddings.get(_layer_type(self.config, layer_idx)),
                 position_ids=position_ids,
                 use_cache=use_cache,
                 factor_space=factor_space,
@@ -502,6 +557,9 @@ class T6Model(T6PreTrainedModel):
         """By layer type, the mask as the path that runs reads it: what the attention interface takes, or a tensor."""
         if isinstance(attention_mask, dict):  # made ahead by `generate()`
             return attention_mask
+        if self.config.rotates_on_read and cache is not None and position_ids is not None:
+            if not torch.compiler.is_compiling():
+                validate_positions(position_ids, attention_mask, cache)
         config, implementation = self.config, self.config._attn_implementation
         is_static = cache is not None and cache.is_compileable
         use_flash_tpa = decode_with_flash_tpa(config, inputs_embeds, cache)

@@ -1,0 +1,1 @@
+../../modeling_t6/variants_t6.py

@@ -1,5 +1,6 @@
 """
-The T6 model in plain float64, written from sections 2 and 3 of the paper, one token, one head and one rank at a time.
+The T6 model in plain float64, written from sections 2 and 3 and appendices C and G of the paper, one token, one head and
+one rank at a time.
 
 Shares nothing with `modeling_t6` but the names of the weights.
 """
@@ -34,6 +35,7 @@ def t6_logits(
     theta: float = 10000.0,
     eps: float = 1e-6,
     windows: list[int | None] | None = None,
+    head_factor_act: str | None = None,
 ) -> torch.Tensor:
     """Logits [seq, vocab] of one sequence without padding. What the model has is read off the names and shapes."""
     w = {name: tensor.double() for name, tensor in weights.items()}
@@ -46,14 +48,31 @@ def t6_logits(
 
     def factors(x: torch.Tensor, name: str, row_norm: str | None = None, position: int | None = None) -> torch.Tensor:
         """[h, d] = (1 / R) sum_r a_r (x) b_r, with b_r rotated at `position` unless that is None."""
-        b = linear(x, f"{name}_b_proj").view(-1, d)
-        rank = len(b)
-        a = w[f"{name}_a"].T if f"{name}_a" in w else linear(x, f"{name}_a_proj").view(h, rank)  # head-major
+        a = w[f"{name}_a"].T if f"{name}_a" in w else linear(x, f"{name}_a_proj").view(h, -1)  # head-major
+        if head_factor_act == "sigmoid":
+            a = 1 / (1 + torch.exp(-a))
+        elif head_factor_act == "softmax":
+            a = torch.exp(a) / torch.exp(a).sum(0)
+        rank = a.shape[1]
+        if f"{name}_b" not in w and f"{name}_b_proj.weight" not in w:  # the values' are the keys'
+            name = name[:-1] + "k"
+            row_norm = f"{name}_norm"
+        b = w[f"{name}_b"] if f"{name}_b" in w else linear(x, f"{name}_b_proj").view(rank, -1)
+        c = linear(x, f"{name}_c_proj").view(rank, -1) if f"{name}_c_proj.weight" in w else torch.ones(rank, 1)
         total = torch.zeros(h, d, dtype=torch.float64)
         for r in range(rank):
             b_r = b[r] if row_norm is None else norm_if_any(b[r], row_norm, eps)
-            total += torch.outer(a[:, r], b_r if position is None else rotate(b_r, position, theta, rotary_dim))
+            b_r = b_r if position is None else rotate(b_r, position, theta, rotary_dim)
+            total += torch.outer(a[:, r], torch.cat([c_rj * b_r for c_rj in c[r]]))  # the columns of b c^T
         return total / rank
+
+    def rotate_head(head: torch.Tensor, position: int, name: str) -> torch.Tensor:
+        """Third-order features are d_c vectors of size d_b, each of which RoPE rotates (theorem C.1)."""
+        d_b = d
+        if f"{name}.k_c_proj.weight" in w:
+            # Of R d_b and R d_c rows, with d_b d_c = d.
+            d_b = math.isqrt(d * len(w[f"{name}.k_b_proj.weight"]) // len(w[f"{name}.k_c_proj.weight"]))
+        return torch.cat([rotate(part, position, theta, rotary_dim) for part in head.split(d_b)])
 
     x = [w["model.embed_tokens.weight"][token] for token in ids]
     for layer in range(num_layers):
@@ -67,7 +86,7 @@ def t6_logits(
             else:
                 heads = factors(normed, f"{name}.q")
             heads = [norm_if_any(head, f"{name}.q_norm", eps) for head in heads]
-            queries.append(torch.stack([rotate(head, t, theta, rotary_dim) for head in heads]))
+            queries.append(torch.stack([rotate_head(head, t, name) for head in heads]))
             keys.append(factors(normed, f"{name}.k", row_norm=f"{name}.k_norm", position=t))
             values.append(factors(normed, f"{name}.v"))
         window = len(x) if windows is None or windows[layer] is None else windows[layer]

@@ -30,6 +30,32 @@ VARIANTS = {
     "sliding": {"sliding_window": 3},
     "sliding-and-full": {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
     "untied": {"tie_word_embeddings": False},
+    "sigmoid": {"head_factor_act": "sigmoid"},
+    "softmax-kvonly": {"head_factor_act": "softmax", "q_rank": None},
+    "noncontextual-b": {"noncontextual_b": True, "v_rank": 3},
+    "noncontextual-b-qk-norm-softmax": {"noncontextual_b": True, "qk_norm": True, "head_factor_act": "softmax"},
+    "noncontextual-b-kvonly-partial": {
+        "noncontextual_b": True,
+        "q_rank": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    },
+    "noncontextual-b-sliding": {
+        "noncontextual_b": True,
+        "sliding_window": 3,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "shared-b": {"shared_b": True, "v_rank": 2},
+    "shared-b-qk-norm-by-layer": {"shared_b": True, "qk_norm": True, "k_rank": [1, 3], "v_rank": [1, 3]},
+    "shared-b-bias-kvonly": {"shared_b": True, "v_rank": 2, "attention_bias": True, "q_rank": None},
+    "shared-noncontextual-b": {"shared_b": True, "noncontextual_b": True, "v_rank": 2},
+    "third-order": {"c_factor_dim": 4},
+    "third-order-kvonly-bias": {"c_factor_dim": 2, "q_rank": None, "attention_bias": True, "v_rank": 3},
+    "third-order-partial": {
+        "c_factor_dim": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    },
+    "third-order-noncontextual-a": {"c_factor_dim": 4, "noncontextual_a": True},
+    "third-order-shared-b-sigmoid": {"c_factor_dim": 4, "shared_b": True, "v_rank": 2, "head_factor_act": "sigmoid"},
 }
 variants = pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
 
@@ -42,9 +68,12 @@ def reference(model: T6ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
         num_layers=config.num_hidden_layers,
         h=config.num_attention_heads,
         d=config.head_dim,
-        rotary_dim=int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)),
+        rotary_dim=int(
+            config.head_dim // (config.c_factor_dim or 1) * config.rope_parameters.get("partial_rotary_factor", 1.0)
+        ),
         theta=config.rope_parameters["rope_theta"],
         eps=config.rms_norm_eps,
+        head_factor_act=config.head_factor_act,
         windows=[config.sliding_window if t == "sliding_attention" else None for t in config.layer_types or []]
         or None,
     )

@@ -61,6 +61,22 @@ SIZES = {
 }
 HEAD_DIM = 64
 Q_RANK, KV_RANK = 6, 2
+# The paper's variants of TPA, of the small size: heads, and the fields that differ. The paper does not state the heads;
+# these bring the parameters nearest to MHA's, or are TPA's where the variant has as many parameters.
+VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "noncontextual-a": (38, {"noncontextual_a": True}),
+    "noncontextual-b": (42, {"noncontextual_b": True}),
+    "shared-b": (35, {"shared_b": True}),
+    "sigmoid": (34, {"head_factor_act": "sigmoid"}),
+    "softmax": (34, {"head_factor_act": "softmax"}),
+    "third-order": (39, {"c_factor_dim": 4}),
+    "head-norm": (34, {"head_norm": True}),
+    # 20 of 64 features: a third, the research code's default, rounded down to an even number.
+    "partial-rope": (
+        34,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 20 / 64}},
+    ),
+}
 ROPE_HEAD_DIM = 32  # MLA: the rotated part of a head, beside HEAD_DIM unrotated features
 END_OF_TEXT = 50256  # of GPT-2's tokenizer, which the paper uses; the vocabulary is padded to a multiple of 64
 
@@ -81,9 +97,14 @@ def make_configs() -> dict[str, dict[str, Any]]:
             "bos_token_id": END_OF_TEXT,
             "eos_token_id": END_OF_TEXT,
         }
-        for folder, heads, q_rank in (
-            (f"t6-{name}", size.heads.t6, Q_RANK),
-            (f"t6-{name}-kvonly", size.heads.t6_kvonly, None),
+        for folder, heads, q_rank, variant in (
+            (f"t6-{name}", size.heads.t6, Q_RANK, {}),
+            (f"t6-{name}-kvonly", size.heads.t6_kvonly, None, {}),
+            *(
+                (f"t6-{name}-{suffix}", heads, Q_RANK, variant)
+                for suffix, (heads, variant) in VARIANTS.items()
+                if name == "small"
+            ),
         ):
             configs[folder] = {
                 "model_type": "t6",
@@ -94,6 +115,7 @@ def make_configs() -> dict[str, dict[str, Any]]:
                 "q_rank": q_rank,
                 "k_rank": KV_RANK,
                 "v_rank": KV_RANK,
+                **variant,
             }
         configs[f"llama-mha-{name}"] = {
             "model_type": "llama",
@@ -153,8 +175,9 @@ def count_parameters(config: PreTrainedConfig) -> int:
 def cache_numbers(config: PreTrainedConfig) -> tuple[int, int]:
     """Numbers to cache per token over all layers: those the architecture needs, and those that are stored."""
     if config.model_type == "t6":
-        needed = (config.k_rank + config.v_rank) * (config.num_attention_heads + config.head_dim)
-        stored = sum(layout.width for layout in factor_layouts(config, 0))
+        layouts = factor_layouts(config, 0)
+        needed = sum(layout.rank * (layout.num_heads + layout.head_dim) for layout in layouts)
+        stored = sum(layout.width for layout in layouts)
     elif config.model_type == "deepseek_v3":
         needed = stored = config.kv_lora_rank + config.qk_rope_head_dim
     else:

@@ -39,7 +39,7 @@ class T6Config(PreTrainedConfig):
         v_rank (`int` or `list[int]`, defaults to 2): Rank of the values (R_V), one for all layers or one for each.
         noncontextual_a (`bool`, defaults to `False`):
             Whether the A factors are learned constants [R, h] instead of projections of the token ("TPA with
-            non-contextual A", section 3.4 of the paper). The cache then holds B alone. Llama's MHA, GQA and MQA are of
+            non-contextual A", section 4.1 of the paper). The cache then holds B alone. Llama's MHA, GQA and MQA are of
             this kind (section 4).
         hidden_act (`str`, defaults to `"silu"`): Activation of the gated MLP.
         max_position_embeddings (`int`, defaults to 1024): Longest sequence the model was made for.

@@ -48,7 +48,26 @@ PAPER_TOTALS = {"small": 124e6, "medium": 353e6, "large": 773e6, "xl": 1.555e9}
 # The paper's heads and ranks of MLA do not give its totals: see `test_mla_parameters`.
 UNMATCHED = {"deepseek-mla-medium", "deepseek-mla-large", "deepseek-mla-xl"}
 
-FOLDERS = {pattern.format(size): (pattern, size) for size in SIZES for pattern in ARCHITECTURES}
+# The variants of the small TPA model: heads, fields, and the numbers that one of h heads caches per token and layer.
+VARIANTS = {
+    "t6-{}-noncontextual-a": (38, {"noncontextual_a": True}, lambda h: 4 * 64),
+    "t6-{}-noncontextual-b": (42, {"noncontextual_b": True}, lambda h: 4 * h),
+    "t6-{}-shared-b": (35, {"shared_b": True}, lambda h: 4 * h + 2 * 64),
+    "t6-{}-sigmoid": (34, {"head_factor_act": "sigmoid"}, lambda h: 4 * (h + 64)),
+    "t6-{}-softmax": (34, {"head_factor_act": "softmax"}, lambda h: 4 * (h + 64)),
+    "t6-{}-third-order": (39, {"c_factor_dim": 4}, lambda h: 4 * (h + 16 + 4)),
+    "t6-{}-head-norm": (34, {"head_norm": True}, lambda h: 4 * (h + 64)),
+    "t6-{}-partial-rope": (34, {"rotary_dim": 20}, lambda h: 4 * (h + 64)),
+}
+for pattern, (heads, fields, _) in VARIANTS.items():
+    ARCHITECTURES[pattern] = ("t6", (heads,), ARCHITECTURES["t6-{}"][2] | fields)
+
+FOLDERS = {
+    pattern.format(size): (pattern, size)
+    for size in SIZES
+    for pattern in ARCHITECTURES
+    if size == "small" or pattern not in VARIANTS
+}
 every_folder = pytest.mark.parametrize("folder", FOLDERS)
 
 
@@ -188,7 +207,8 @@ def test_forward_pass_and_cache_of_one_layer(folder):
     needed, stored = make_configs.cache_numbers(config)
     assert (layer.keys.numel() + layer.values.numel()) / input_ids.numel() == stored
     if config.model_type == "t6":
-        assert needed == (2 + 2) * (config.num_attention_heads + 64)
+        numbers = VARIANTS[FOLDERS[folder][0]][2] if FOLDERS[folder][0] in VARIANTS else lambda h: (2 + 2) * (h + 64)
+        assert needed == numbers(config.num_attention_heads)
         assert 0 <= stored - needed <= (2 + 2) * 7  # each row of an A factor is padded by 7 numbers at most
     else:
         assert needed == stored

@@ -1,11 +1,12 @@
 """Every variant of the paper in every way it is used: the cells of the table in `docs/variants.md`."""
 
+import random
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import AutoConfig, CompileConfig, DynamicCache, StaticCache
 
 from modeling_t6 import T6Cache, T6ForCausalLM, flash_tpa_t6
 from modeling_t6 import modeling_t6 as model_code
@@ -195,6 +196,21 @@ def test_generation(variant, kwargs, models):
 
 
 @every_variant
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_eager_generation(variant, implementation, models):
+    """`eager` returns probabilities, of the factor space too."""
+    model = random_model(config_of(variant, attn_implementation="eager"))
+    output = generate(
+        model, random_ids(model.config, 2, 13), cache_implementation=implementation, return_dict_in_generate=True,
+        output_attentions=True,
+    )  # fmt: skip
+    assert torch.equal(output.sequences, models(variant)[1][2])
+    for step in output.attentions:
+        for layer in step:
+            torch.testing.assert_close(layer.sum(-1), torch.ones_like(layer[..., 0]))
+
+
+@every_variant
 def test_compiled_generation(variant):
     model = random_model(config_of(variant, num_hidden_layers=1))
     ids = random_ids(model.config, 2, 13)
@@ -358,6 +374,49 @@ def test_save_and_load(variant, models, tmp_path):
     assert torch.equal(generate(loaded, random_ids(model.config, 2, 13)), expected[2])
 
 
+def random_fields(seed: int) -> dict:
+    """Variants combined at random, with ranks by layer, windows, biases and norms."""
+    rng = random.Random(seed)
+    a = rng.choice(["contextual", "contextual", "constant"])
+    b = "contextual" if a == "constant" else rng.choice(["contextual", "constant"])
+    has_c = b == "contextual" and rng.random() < 0.5
+    k_rank = [rng.randint(1, 3), rng.randint(1, 3)]
+    shared_b = a == "contextual" and rng.random() < 0.5
+    fields = {
+        "q_rank": rng.choice([None, 1, 4]),
+        "k_rank": k_rank,
+        "v_rank": k_rank if shared_b else [rng.randint(1, 3), rng.randint(1, 3)],
+        "noncontextual_a": a == "constant",
+        "noncontextual_b": b == "constant",
+        "shared_b": shared_b,
+        "c_factor_dim": rng.choice([1, 2, 4]) if has_c else None,
+        "head_factor_act": None if a == "constant" else rng.choice([None, "sigmoid", "softmax"]),
+        "qk_norm": not has_c and rng.random() < 0.3,
+        "head_norm": rng.random() < 0.3,
+        "attention_bias": rng.random() < 0.3,
+        "num_attention_heads": rng.randint(1, 9),
+    }
+    if rng.random() < 0.5:
+        fields["rope_parameters"] = HALF_ROPE
+    if rng.random() < 0.5:
+        fields |= {"sliding_window": 3, "layer_types": rng.sample(["full_attention", "sliding_attention"], 2)}
+    return fields
+
+
+@pytest.mark.parametrize("seed", range(40))
+@torch.no_grad()
+def test_random_combinations(seed):
+    model = random_model(tiny_config(**random_fields(seed)), dtype=torch.float64)
+    ids = random_ids(model.config, 8)
+    expected = reference(model, ids)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(model(ids[None], use_cache=False).logits[0], expected, atol=1e-10, rtol=0)
+    for make_cache in CACHES.values():
+        cache = make_cache(model.config)
+        steps = [model(ids[None, start:end], cache=cache).logits[0] for start, end in ((0, 3), (3, 4), (4, 6), (6, 8))]
+        torch.testing.assert_close(torch.cat(steps), expected, atol=1e-10, rtol=0)
+
+
 # Positions, which a cache of B before RoPE does not hold.
 
 
@@ -452,3 +511,42 @@ def test_initialisation():
     constant = T6ForCausalLM(tiny_config(noncontextual_b=True, k_rank=6)).model.layers[0].self_attn.k_b
     bound = (6 / (6 + 16)) ** 0.5
     assert constant.shape == (6, 16) and 0.9 * bound < constant.abs().max() <= bound
+
+
+def docs_table(first_column: str) -> list[dict[str, str]]:
+    """The rows of the table of `docs/variants.md` that has a column of this name."""
+    lines = DOCS.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| variant |") and first_column in line)
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [dict(zip(rows[0], row)) for row in rows[2:]]
+
+
+def test_docs_say_what_is_tested():
+    tests, *rows = docs_table("float64 reference")
+    named = {column: re.findall(r"`(test_\w+)`", cell) for column, cell in tests.items() if column != "variant"}
+    for names in named.values():
+        for name in names:
+            marks = globals()[name].pytestmark
+            assert every_variant.mark in marks, f"{name} does not go through every variant"
+    everywhere = {name for name, value in globals().items() if every_variant.mark in getattr(value, "pytestmark", [])}
+    assert everywhere == {name for names in named.values() for name in names}
+    assert [row["variant"] for row in rows] == list(VARIANTS)
+    assert {row["variant"] for row in rows if row["decoding"] == "FlashTPA"} == KERNEL
+
+
+@pytest.mark.parametrize("row", docs_table("published config"), ids=lambda row: row["variant"])
+def test_docs_table_of_configs(row):
+    """The published config has the field that is named, and caches the numbers that the formula says."""
+    config = AutoConfig.from_pretrained(DOCS.parents[1] / "configuration" / row["published config"].strip("`"))
+    if field := re.fullmatch(r"`(\w+)=(.+)`", row["field"]):
+        assert str(getattr(config, field[1])) == field[2].strip('"')
+    d_c = config.c_factor_dim or 1
+    symbols = {"R": config.k_rank, "R_K": config.k_rank, "R_V": config.v_rank, "h": config.num_attention_heads}
+    symbols |= {"d": config.head_dim, "d_b": config.head_dim // d_c, "d_c": d_c}
+    formula = re.sub(r"(?<=[\w)]) ?(?=\()|(?<=[\w)]) (?=\w)", "*", row["numbers cached per token and layer"])
+    layouts = factor_layouts(config, 0)
+    assert sum(layout.rank * (layout.num_heads + layout.head_dim) for layout in layouts) == eval(formula, {}, symbols)

@@ -56,7 +56,8 @@ def factor_space_attention(
     summed over the rank; its output is the sum of B_V[u] weighted by p_i A_V[u, i]. No gradient: works in place.
 
     Goes through the cache in chunks with an online softmax: nothing larger than [batch, FACTOR_SPACE_CHUNK,
-    query_length, h] is formed, and the products with B are plain matrix products over the rows as they lie.
+    query_length, h], or than a chunk's B, is formed, and the products with B are plain matrix products over the rows as
+    they lie.
 
     Args:
         query: [batch, query_length, h, d], rotated.

@@ -208,15 +208,14 @@ class T6Config(PreTrainedConfig):
             raise ValueError(
                 f"`shared_b` needs `k_rank` and `v_rank` to be equal, got {self.k_rank} and {self.v_rank}."
             )
-        has_c = self.c_factor_dim is not None
-        for first, second, is_wrong, reason in (
-            ("noncontextual_b", "noncontextual_a", self.noncontextual_b and self.noncontextual_a, "no factor would depend on the token"),
-            ("shared_b", "noncontextual_a", self.shared_b and self.noncontextual_a, "nothing of the values would be left to cache"),
-            ("head_factor_act", "noncontextual_a", self.head_factor_act and self.noncontextual_a, "it acts on projected A factors"),
-            ("c_factor_dim", "noncontextual_b", has_c and self.noncontextual_b, "its factors are projections of the token"),
-            ("c_factor_dim", "qk_norm", has_c and self.qk_norm, "it has no rows of `head_dim` features to normalise"),
-        ):  # fmt: skip
-            if is_wrong:
+        for first, second, reason in (
+            ("noncontextual_b", "noncontextual_a", "no factor would depend on the token"),
+            ("shared_b", "noncontextual_a", "nothing of the values would be left to cache"),
+            ("head_factor_act", "noncontextual_a", "it acts on projected A factors"),
+            ("c_factor_dim", "noncontextual_b", "its factors are projections of the token"),
+            ("c_factor_dim", "qk_norm", "it has no rows of `head_dim` features to normalise"),
+        ):
+            if getattr(self, first) and getattr(self, second):
                 raise ValueError(f"`{first}` and `{second}` exclude each other: {reason}.")
 
 

@@ -365,6 +365,22 @@ def test_gradient_checkpointing_and_bfloat16(variant):
 
 
 @every_variant
+def test_gradients_through_the_cache(variant):
+    model = random_model(config_of(variant), dtype=torch.float64)
+    ids, gradients = random_ids(model.config, 2, 8), []
+    for split in (8, 5):
+        model.zero_grad()
+        output = model(ids[:, :split], use_cache=True)
+        logits = [output.logits]
+        if split < 8:
+            logits.append(model(ids[:, split:], cache=cached(output)).logits)
+        torch.cat(logits, dim=1).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for whole, parts in zip(*gradients):
+        torch.testing.assert_close(parts, whole, atol=1e-12, rtol=1e-9)
+
+
+@every_variant
 def test_save_and_load(variant, models, tmp_path):
     model, expected = models(variant)
     model.save_pretrained(tmp_path)

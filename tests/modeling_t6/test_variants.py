@@ -526,7 +526,7 @@ def test_initialisation():
         assert 0.97 * bound < proj.weight.abs().max() <= bound
     constant = T6ForCausalLM(tiny_config(noncontextual_b=True, k_rank=6)).model.layers[0].self_attn.k_b
     bound = (6 / (6 + 16)) ** 0.5
-    assert constant.shape == (6, 16) and 0.9 * bound < constant.abs().max() <= bound
+    assert constant.shape == (6, 16) and 0.8 * bound < constant.abs().max() <= bound
 
 
 def docs_table(first_column: str) -> list[dict[str, str]]:

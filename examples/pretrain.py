@@ -454,6 +454,7 @@ class PackedTrainer(Trainer):
                     logs["mfu"] = speed * self.flops_per_token / self.peak / self.args.world_size
             if torch.cuda.is_available() and not self.args.use_cpu:
                 logs["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        logs.pop("eval_loss", None)  # a mean over batches, the last of which is smaller; ours is over tokens
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or "eval_loss_per_token" in logs):
             with self.log_file.open("a") as file:
@@ -656,8 +657,8 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         if trainer.is_world_process_zero():
             print(f"stopped at step {trainer.state.global_step:,} of {args.max_steps:,}: --resume goes on")
         return None
-    if args.max_steps % args.eval_steps:
-        trainer.evaluate()
+    if not any("eval_loss_per_token" in entry for entry in trainer.state.log_history[-2:]):
+        trainer.evaluate()  # versions of Trainer differ in whether they evaluate at the end
 
     model.config.use_cache = True
     # All processes take part in gathering sharded weights, and must agree on the name.

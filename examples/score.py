@@ -1,8 +1,8 @@
 """
 Evaluates a causal language model: the nine tasks of the T6 paper with lm-eval, and the perplexity of text files.
 
-    python examples/evaluate.py tasks runs/t6-medium --size medium --output-dir runs/t6-medium-scores
-    python examples/evaluate.py perplexity runs/t6-medium book.txt
+    python examples/score.py tasks runs/t6-medium --size medium --output-dir runs/t6-medium-scores
+    python examples/score.py perplexity runs/t6-medium book.txt
 
 `tasks` runs lm-eval's group t6_paper at 0 and at 2 shots and prints the scores beside the paper's; the same with lm-eval
 alone is `lm_eval --model hf --model_args pretrained=MODEL,trust_remote_code=True --include_path examples/tasks --tasks t6_paper`. `table`
@@ -129,7 +129,7 @@ def run_tasks(args: argparse.Namespace) -> list[dict]:
     lm_eval = import_lm_eval()
     include, group = (args.data, LOCAL) if args.data else (TASKS, "t6_paper")
     if args.data and not (args.data / f"{LOCAL}.yaml").exists():
-        raise InputError(f"{args.data} has no {LOCAL}.yaml: `evaluate.py local {args.data}` writes it")
+        raise InputError(f"{args.data} has no {LOCAL}.yaml: `score.py local {args.data}` writes it")
     manager = lm_eval.tasks.TaskManager(include_path=str(include))
     model = lm_eval.models.huggingface.HFLM(
         pretrained=args.model, device=args.device, batch_size=args.batch_size, dtype=args.dtype
@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None):
             print(f"{args.directory}: {', '.join(names)}")
             return names
     except InputError as error:
-        sys.exit(f"evaluate.py: error: {error}")
+        sys.exit(f"score.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import rmtree
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from transformers import AutoConfig
 
 import pretrain
 from configuration.make_configs import cache_numbers, count_parameters
-from language_modeling import InputError, load_tokenizer, number, read_text
+from language_modeling import InputError, last_checkpoint, load_tokenizer, number, read_text
 
 
 ROOT = Path(__file__).parents[1]
@@ -102,9 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # What is compared
 
 
-def architectures(
-    settings: dict, vocab: int, make_config: Callable[[Architecture], object]
-) -> dict[str, Architecture]:
+def architectures(settings: dict, make_config: Callable[[Architecture], object]) -> dict[str, Architecture]:
     """Every architecture by its name in the results."""
     hidden, layers, dim = settings["hidden_size"], settings["num_layers"], settings["head_dim"]
     common = {
@@ -278,15 +277,17 @@ class Runner:
                 self.changed.wait()  # what is needed next depends on a run that is going on
             return None
 
-    def folder(self, run: Run) -> Path:
-        return self.args.work_dir / run.key.replace(" ", "-").replace(",", "")
+    def paths(self, run: Run) -> tuple[Path, Path, Path]:
+        """The model folder, its checkpoints, and what the run prints."""
+        name = run.key.replace(" ", "-").replace(",", "")
+        return tuple(self.args.work_dir / f"{name}{end}" for end in ("", "-checkpoints", ".log"))
 
     def checkpointed(self, run: Run) -> bool:
-        return pretrain.last_checkpoint(self.folder(run).with_name(f"{self.folder(run).name}-checkpoints")) is not None
+        return last_checkpoint(self.paths(run)[1]) is not None
 
     def do(self, run: Run, device: str | None) -> None:
-        args, folder, architecture = self.args, self.folder(run), self.architectures[run.architecture]
-        checkpoints = folder.with_name(f"{folder.name}-checkpoints")
+        args, architecture = self.args, self.architectures[run.architecture]
+        folder, checkpoints, log_file = self.paths(run)
         command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--architecture", architecture.folder]
         command += ["--set", *(f"{name}={json.dumps(value)}" for name, value in architecture.overrides.items())]
         options = {
@@ -313,7 +314,7 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = device
         args.work_dir.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
-        with folder.with_suffix(".log").open("a") as log:
+        with log_file.open("a") as log:
             code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
         seconds = time.monotonic() - start
         with self.changed:
@@ -341,13 +342,19 @@ class Runner:
                 self.stopped = True
                 print(f"{run.key}: stopped, goes on with the next call", flush=True)
             else:
-                end = read_text(folder.with_suffix(".log")).splitlines()[-15:]
+                end = read_text(log_file).splitlines()[-15:]
                 self.failures.append("\n".join([f"{run.key}: exit code {code}", *end]))
             self.changed.notify_all()
 
     def work(self, device: str | None) -> None:
-        while (run := self.next_run()) is not None:
-            self.do(run, device)
+        try:
+            while (run := self.next_run()) is not None:
+                self.do(run, device)
+        except BaseException as error:
+            with self.changed:  # the others may be waiting for this run
+                self.failures.append(repr(error))
+                self.changed.notify_all()
+            raise
 
     def run(self) -> None:
         """
@@ -358,11 +365,8 @@ class Runner:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
         devices = names if use_gpus else [None]
-        threads = [threading.Thread(target=self.work, args=(device,)) for device in devices]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(devices)) as pool:
+            list(pool.map(self.work, devices))
         if self.failures:
             raise InputError("\n".join(self.failures))
         known = plan(self.results, list(self.architectures))

@@ -11,6 +11,7 @@ files, and `--data DIR` evaluates on them; `local` makes a folder of your own fi
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -124,13 +125,17 @@ def import_lm_eval():
     return lm_eval
 
 
+@functools.cache  # it reads some thousand files
+def task_manager(include_path: Path):
+    return import_lm_eval().tasks.TaskManager(include_path=str(include_path))
+
+
 def run_tasks(args: argparse.Namespace) -> list[dict]:
     """Evaluates at each number of shots; returns what was written."""
     lm_eval = import_lm_eval()
     include, group = (args.data, LOCAL) if args.data else (TASKS, "t6_paper")
     if args.data and not (args.data / f"{LOCAL}.yaml").exists():
         raise InputError(f"{args.data} has no {LOCAL}.yaml: `score.py local {args.data}` writes it")
-    manager = lm_eval.tasks.TaskManager(include_path=str(include))
     model = lm_eval.models.huggingface.HFLM(
         pretrained=args.model, device=args.device, batch_size=args.batch_size, dtype=args.dtype
     )
@@ -142,7 +147,7 @@ def run_tasks(args: argparse.Namespace) -> list[dict]:
             tasks=[group],
             num_fewshot=shots,
             limit=args.limit,
-            task_manager=manager,
+            task_manager=task_manager(include),
             log_samples=False,
         )
         results["model_name"] = args.model
@@ -280,12 +285,10 @@ def write_yaml(path: Path, content: dict) -> None:
 
 def export_data(args: argparse.Namespace) -> list[str]:
     """Writes the data of the tasks as TASK/SPLIT.jsonl, and their group."""
-    lm_eval = import_lm_eval()
     if args.directory.exists() and any(args.directory.iterdir()):
         raise InputError(f"{args.directory} is not empty")
-    manager = lm_eval.tasks.TaskManager(include_path=str(args.include_path))
     try:
-        tasks = manager.load([args.tasks])["tasks"]
+        tasks = task_manager(args.include_path).load([args.tasks])["tasks"]
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the data of {args.tasks}: {one_line(error)}") from error
     for name, task in tasks.items():

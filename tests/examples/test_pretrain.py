@@ -375,7 +375,7 @@ def test_two_processes(run, data, tmp_path, mode):
         [*launch, *T6, *RUN, "--data", str(data)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "stopped at step 1 of 6" in result.stdout
+    assert "on 2 x 2 x 2" in result.stdout and "stopped at step 1 of 6" in result.stdout
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert whole == parts
     for mine, others in zip(losses(run), whole, strict=True):

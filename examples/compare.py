@@ -320,7 +320,7 @@ class Runner:
         with self.changed:
             self.running.discard(run.key)
             if code == 0:
-                measured = json.loads(read_text(folder / "training.json"))
+                measured = json.loads(read_text(checkpoints / "training.json"))
                 # No path of this machine belongs to the results.
                 curve = [
                     {name: entry[name] for name in ("step", "eval_loss_per_token", "eval_bits_per_byte")}

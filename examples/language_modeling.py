@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +29,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 
 IGNORED = -100  # the label that Transformers' losses skip; in a window it marks what lies beyond the text
+
+# What `TrainingArguments` of every example have in common: the paper's optimizer and schedule (appendix H.1), held-out
+# loss and checkpoints by steps, the best checkpoint and the last.
+TRAINING = {
+    "optim": "adamw_torch_fused",
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "save_total_limit": 2,
+    "remove_unused_columns": False,
+}
 
 
 class InputError(ValueError):
@@ -238,19 +251,3 @@ def check_folders(args: argparse.Namespace) -> Path | None:
     if checkpoint is not None and not args.overwrite:
         raise InputError(f"{args.checkpoint_dir} holds checkpoints: --resume goes on, --overwrite starts anew")
     return None
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Puts the complete folder `new` in the place of `target`, or leaves `target` as it was."""
-    if not target.exists():
-        new.rename(target)
-        return
-    # Two renames, since a folder that is not empty cannot be renamed over.
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    target.rename(old)
-    try:
-        new.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from conversion.folders import replace_folder
 from language_modeling import (
     InputError,
     encode,
     load_tokenizer,
     number,
     read_text,
-    replace_folder,
     text_size,
     train_tokenizer,
 )

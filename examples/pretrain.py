@@ -48,7 +48,9 @@ from transformers import (
 
 import modeling_t6  # noqa: F401  (registers T6 with the Auto classes)
 from configuration.make_configs import DIRECTORY, SIZES
+from conversion.folders import replace_folder
 from language_modeling import (
+    TRAINING,
     InputError,
     RandomWindows,
     add_folder_arguments,
@@ -63,7 +65,6 @@ from language_modeling import (
     number,
     one_line,
     read_text,
-    replace_folder,
     text_size,
     window_losses,
 )
@@ -538,32 +539,24 @@ def pretrain(args: argparse.Namespace) -> dict | None:
 
     on_gpu = torch.cuda.is_available() and not args.cpu
     training_args = TrainingArguments(
+        **TRAINING,
         output_dir=str(args.checkpoint_dir),
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
         max_steps=args.max_steps,
-        optim="adamw_torch_fused",
         learning_rate=learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": min_learning_rate},
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         use_cpu=args.cpu,
         fsdp=True if args.fsdp else None,
         torch_compile=args.compile,
-        eval_strategy="steps",
         eval_steps=args.eval_steps,
-        save_strategy="steps",
         save_steps=args.save_steps or args.eval_steps,
-        save_total_limit=2,
         logging_steps=args.logging_steps,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
         ignore_data_skip=True,  # the data know their own state
-        remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
         seed=args.seed,
@@ -691,7 +684,8 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         "transformers": transformers.__version__,
         **settings,
     }
-    (new_folder / "training.json").write_text(json.dumps(measured, indent=2) + "\n")
+    # Beside the checkpoints: a model folder holds what the Hub's models hold.
+    (args.checkpoint_dir / "training.json").write_text(json.dumps(measured, indent=2) + "\n")
     (new_folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which the Hub warns of
     replace_folder(new_folder, args.output_dir)
     speed = f", {measured['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in measured else ""

@@ -42,7 +42,9 @@ from transformers import (
     set_seed,
 )
 
+from conversion.folders import replace_folder
 from language_modeling import (
+    TRAINING,
     InputError,
     RandomWindows,
     add_folder_arguments,
@@ -57,7 +59,6 @@ from language_modeling import (
     number,
     one_line,
     read_text,
-    replace_folder,
     text_size,
     total_loss,
     train_tokenizer,
@@ -394,33 +395,25 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
     on_gpu = torch.cuda.is_available()
     training_args = TrainingArguments(
+        **TRAINING,
         output_dir=str(args.checkpoint_dir),
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
         max_steps=args.max_steps,
-        optim="adamw_torch_fused",
         learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": args.min_lr_ratio},
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         torch_compile=args.compile,
-        eval_strategy="steps",
         eval_steps=args.eval_steps,
-        save_strategy="steps",
         save_steps=args.eval_steps,
-        save_total_limit=2,  # the best and the last
         load_best_model_at_end=True,
         metric_for_best_model="bits_per_byte",
         greater_is_better=False,
         logging_steps=args.logging_steps,
         train_sampling_strategy="sequential",  # the windows come in random order already
-        remove_unused_columns=False,
         dataloader_num_workers=args.num_workers,
         dataloader_pin_memory=on_gpu,
         seed=args.seed,

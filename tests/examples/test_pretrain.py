@@ -238,13 +238,22 @@ def test_recipe(monkeypatch):
 
 
 def test_model_folder(run, data):
-    measured = json.loads((run / "training.json").read_text())
+    measured = json.loads((run.with_name("model-checkpoints") / "training.json").read_text())
     log = pretrain.read_log(run.with_name("model-checkpoints"))
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert [entry["step"] for entry in log if "eval_loss_per_token" in entry] == [2, 4, 6]
     assert log[-1]["eval_loss_per_token"] == measured["loss_per_token"] < log[0]["loss"]
     assert all(entry["tokens"] == 256 * entry["step"] for entry in log if "loss" in entry)
     assert measured["tokens_per_second"] == pytest.approx(256 / measured["step_seconds"], rel=0.5)
+    # Nothing that is no part of a model of the Hub.
+    names = {path.name for path in run.iterdir() if path.suffix != ".py"}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     # What it reports is what the folder gives, one token at a time past the first.
     model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
     assert model.num_parameters() == measured["parameters"] and model.config.use_cache

@@ -1,5 +1,6 @@
 """Scores: lm-eval's tasks from local files, on the shipped and on converted models; the paper's table; perplexity."""
 
+import functools
 import json
 import math
 import os
@@ -9,19 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lm_eval
+import lm_eval.tasks
 import pytest
 import task_data
 import torch
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import score
 from conversion.__main__ import main as convert
 from modeling_t6 import modeling_t6 as t6
 from tests.conversion.common import save_source
-
-
-lm_eval = pytest.importorskip("lm_eval")
-from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +45,21 @@ def offline(tmp_path_factory):
     with pytest.MonkeyPatch.context() as context:
         context.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         context.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def index_of_nine(offline):
+    """lm-eval's index of the nine tasks alone; that of all its thousands is read in the test of its command line."""
+
+    @functools.cache
+    def task_manager(include_path: Path):
+        folders = ("arc", "hellaswag", "mmlu", "openbookqa", "piqa", "sciq", "super_glue/boolq", "winogrande")
+        known = [str(Path(lm_eval.tasks.__file__).parent / folder) for folder in folders]
+        return lm_eval.tasks.TaskManager(include_path=[*known, str(include_path)], include_defaults=False)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(score, "task_manager", task_manager)
         yield
 
 

@@ -379,6 +379,14 @@ class Data:
 # Training
 
 
+class Arguments(TrainingArguments):
+    @property
+    def device(self) -> torch.device:
+        # In several processes it is "cpu:0", onto which PyTorch loads nothing; Transformers 5.17 asks it to.
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
 class Stopping(TrainerCallback):
     """Stops all processes at the same step, and puts the state of the data beside each checkpoint."""
 
@@ -538,7 +546,7 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         raise InputError(f"--min-learning-rate {min_learning_rate} exceeds the learning rate {learning_rate}")
 
     on_gpu = torch.cuda.is_available() and not args.cpu
-    training_args = TrainingArguments(
+    training_args = Arguments(
         **TRAINING,
         output_dir=str(args.checkpoint_dir),
         per_device_train_batch_size=args.batch_size,

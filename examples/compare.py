@@ -438,6 +438,10 @@ def report(args: argparse.Namespace) -> str:
         main[f"TPA, its own rate {own_rate:g}"] = group(results, "TPA", own_rate)
     settings, one = results["settings"], main["MHA"][0]
     lines = [
+        "# Attention mechanisms, trained side by side",
+        "",
+        "Made by `python examples/compare.py report` from the runs of `python examples/compare.py run`.",
+        "",
         "## Equal parameters",
         "",
         f"{settings['num_layers']} layers of hidden size {settings['hidden_size']}, heads of size "

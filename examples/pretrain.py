@@ -83,7 +83,6 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "B200": 2250e12,
     "L40S": 362e12,
-    "L4": 121e12,
 }
 
 DOCUMENTS = 256  # of a stream that are tokenized at once
@@ -172,8 +171,8 @@ def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
         config = AutoConfig.for_model(model_type, **(fields | given))
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise InputError(f"no such architecture: {one_line(error)}") from error
-    known = set(config.to_dict()) | set(config.attribute_map)
-    if unknown := sorted(set(given) - known | {name for name in given if name not in vars(type(config)()) | fields}):
+    # A configuration takes any name without complaint.
+    if unknown := sorted(set(given) - {*vars(type(config)()), *fields}):
         raise InputError(f"{type(config).__name__} has no field {', '.join(unknown)}")
     if config.vocab_size < len(tokenizer):
         raise InputError(f"vocab_size={config.vocab_size} is less than the {len(tokenizer)} tokens of the tokenizer")
@@ -323,17 +322,23 @@ class Data:
         self.args = args
         if args.data:
             path = args.data / "data.json"
-            facts = json.loads(read_text(path))
             self.tokenizer = load_tokenizer(args.data)
-            # Copy on write: PyTorch has no tensors that cannot be written.
-            train, held_out = (
-                np.memmap(args.data / f"{name}.bin", dtype=facts["dtype"], mode="c") for name in ("train", "held_out")
-            )
+            try:
+                facts = json.loads(read_text(path))
+                # Copy on write: PyTorch has no tensors that cannot be written.
+                train, held_out = (
+                    np.memmap(args.data / f"{name}.bin", dtype=facts["dtype"], mode="c")
+                    for name in ("train", "held_out")
+                )
+                self.description = {"sha256": facts["sha256"], "data_seed": args.data_seed}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(f"{args.data} is no folder of prepare.py: {one_line(error)}") from error
             if [len(train), len(held_out)] != [facts["train_tokens"], facts["held_out_tokens"]]:
                 raise InputError(f"{args.data}: the sizes of its files are not those that data.json states")
             self.tokens, self.held_out = train, torch.as_tensor(held_out, dtype=torch.long)
             self.characters, self.bytes = facts["held_out_characters"], facts["held_out_bytes"]
-            self.description = {"sha256": facts["sha256"], "data_seed": args.data_seed}
         else:
             self.tokenizer = load_tokenizer(args.tokenizer)
             texts = [row["text"] for row in itertools.islice(self._stream(), args.held_out_documents) if row["text"]]

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -410,7 +411,10 @@ def test_two_processes(run, data, tmp_path, mode):
         (["--set", "head_dim=7"], "no such architecture: .*even number of features"),
         (["--set", "vocab_size=10"], "vocab_size=10 is less than the 300 tokens"),
         (["--architecture", "{data}/data.json"], "is no config.json of Transformers"),
-        (["--data", "{tmp}"], r"cannot read .*data.json"),
+        (["--data", "{tmp}"], "cannot load the tokenizer"),
+        (["--data", "{tmp}/cut"], "the sizes of its files are not those that data.json states"),
+        (["--data", "{tmp}/damaged"], "damaged is no folder of prepare.py"),
+        (["--data", "{tmp}/missing"], "missing is no folder of prepare.py: .*held_out.bin"),
         (["--batch-size", "3"], "--sequences-per-step 8 is no multiple of --batch-size 3 times 1 processes"),
         (["--block-length", "2000"], "--block-length 2000 exceeds max_position_embeddings=1024"),
         (["--min-learning-rate", "1"], "--min-learning-rate 1.0 exceeds the learning rate"),
@@ -418,6 +422,11 @@ def test_two_processes(run, data, tmp_path, mode):
     ],
 )
 def test_one_line_errors(data, tmp_path, options, message):
+    for name in ("cut", "damaged", "missing"):
+        shutil.copytree(data, tmp_path / name)
+    (tmp_path / "cut" / "train.bin").write_bytes((data / "train.bin").read_bytes()[:-2])
+    (tmp_path / "damaged" / "data.json").write_text("{")
+    (tmp_path / "missing" / "held_out.bin").unlink()
     options = [option.format(tmp=tmp_path, data=data) for option in options]
     common = [*RUN, "--data", str(data), "--batch-size", "4", "--output-dir", str(tmp_path / "model")]
     with pytest.raises(SystemExit) as caught:

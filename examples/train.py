@@ -28,30 +28,45 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
+from conversion.folders import replace_folder
+from language_modeling import (
+    TRAINING,
+    InputError,
+    RandomWindows,
+    add_folder_arguments,
+    check_folders,
+    collate,
+    complete_folders,
+    encode,
+    field_and_value,
+    held_out_windows,
+    load_tokenizer,
+    loss_report,
+    number,
+    one_line,
+    read_text,
+    text_size,
+    total_loss,
+    train_tokenizer,
+    window_losses,
+)
 from modeling_t6 import T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import factor_layouts
 
-
-IGNORED = -100  # the label that Transformers' losses skip; in a window it marks what lies beyond the text
 
 # The model that is trained where neither `--config` nor the options say otherwise.
 DEFAULT_ARCHITECTURE = {
@@ -66,30 +81,9 @@ DEFAULT_ARCHITECTURE = {
 }
 
 
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line."""
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
-        def convert(text: str) -> int | float:
-            value = kind(text)
-            if not low <= value <= high:
-                raise ValueError
-            return value
-
-        convert.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse's message names the type
-        return convert
-
     def rank_or_none(text: str) -> int | None:
         return None if text.lower() == "none" else count(text)
-
-    def field_and_value(text: str) -> tuple[str, object]:
-        field, value = text.split("=", 1)
-        try:
-            return field, json.loads(value)
-        except json.JSONDecodeError:
-            return field, value
 
     count = number(int, 1)
     rank_or_none.__name__ = "rank"
@@ -167,12 +161,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--num-workers", type=number(int, 0), default=0, metavar="N", help="of the loader (0)")
     training.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     training.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, metavar="N", help="(%(default)s)")
-    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
     output = parser.add_argument_group("output")
-    output.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the model folder to write")
-    output.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="(OUTPUT_DIR-checkpoints)")
-    output.add_argument("--overwrite", action="store_true", help="replace the model folder and any old checkpoints")
+    add_folder_arguments(output)
     output.add_argument(
         "--save-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)"
     )
@@ -182,23 +173,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     args.command = ["python", "examples/train.py", *(sys.argv[1:] if argv is None else argv)]
-    # Absolute, since checkpoints record where the best of them lies.
-    args.output_dir = Path(os.path.abspath(args.output_dir))
-    default_checkpoint_dir = args.output_dir.with_name(f"{args.output_dir.name}-checkpoints")
-    args.checkpoint_dir = Path(os.path.abspath(args.checkpoint_dir or default_checkpoint_dir))
+    complete_folders(args)
     return args
 
 
 # Text
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def read_dataset(args: argparse.Namespace) -> list[str]:
@@ -240,125 +219,6 @@ def load_documents(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         if not any(text.strip() for text in texts):
             raise InputError(f"the {name} text is empty")
     return training, held_out
-
-
-# Tokens
-
-
-def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: no text is out of its vocabulary, and decoding gives back every byte."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        # Padding has its own token: a collator that hides padding from the loss must not hide the end of a text.
-        special_tokens=["<|endoftext|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
-    )
-    tokenizer.train_from_iterator(documents, trainer, length=len(documents))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-        pad_token="<|pad|>",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the tokenizer {path}: {one_line(error)}") from error
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer {path} has neither a bos nor an eos token to set documents apart")
-    return tokenizer
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
-    """One stream of tokens: each document after a bos token, and before an eos token where that is another one."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    start = eos if bos is None else bos
-    end = [] if eos in (None, start) else [eos]
-    # `verbose=False`: documents are longer than the model's context, which is no mistake here.
-    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.cat([torch.tensor([start, *ids, *end]) for ids in encoded])
-
-
-class RandomWindows(Dataset):
-    """
-    Windows of `block_length` tokens at random places. A pass cuts the stream into windows from a random start and
-    shuffles them, so that it sees each token once and each pass cuts elsewhere.
-
-    A window depends only on the seed and its index, so that a resumed run goes on with the very windows that the
-    interrupted one would have had. The length covers the whole run: to `Trainer` it is one epoch.
-    """
-
-    def __init__(self, tokens: torch.Tensor, block_length: int, num_windows: int, seed: int):
-        self.tokens, self.block_length, self.num_windows, self.seed = tokens, block_length, num_windows, seed
-        self.windows_per_pass = max(1, len(tokens) // block_length - 1)
-        self._pass, self._starts = None, None
-
-    def __len__(self) -> int:
-        return self.num_windows
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        number, position = divmod(index, self.windows_per_pass)
-        if number != self._pass:
-            # PyTorch's CPU generator takes no more than 32 bits of a seed.
-            generator = torch.Generator().manual_seed((1_000_003 * self.seed + number) % 2**32)
-            spare = len(self.tokens) - self.windows_per_pass * self.block_length
-            first = torch.randint(spare + 1, (1,), generator=generator)
-            order = torch.randperm(self.windows_per_pass, generator=generator)
-            self._pass, self._starts = number, (first + order * self.block_length).tolist()
-        start = self._starts[position]
-        return self.tokens[start : start + self.block_length]
-
-
-def held_out_windows(tokens: torch.Tensor, block_length: int) -> list[torch.Tensor]:
-    """Consecutive windows that share one token, so that each token of the text but the first is predicted once."""
-    stride = block_length - 1
-    num_windows = math.ceil((len(tokens) - 1) / stride)
-    tokens = nn.functional.pad(tokens, (0, num_windows * stride + 1 - len(tokens)), value=IGNORED)
-    return list(tokens.unfold(0, block_length, stride))
-
-
-def collate(windows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    labels = torch.stack(windows)
-    return {"input_ids": labels.clamp(min=0), "labels": labels}  # causal: no token attends to padding after it
-
-
-# Loss
-
-
-def window_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each window [batch], in nats, summed over its tokens."""
-    losses = nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
-    )
-    return losses.sum(1)
-
-
-def loss_report(nats: float, num_tokens: int, documents: list[str]) -> dict[str, float]:
-    """The loss per token, and the two measures that compare across tokenizers."""
-    return {
-        "loss_per_token": nats / num_tokens,
-        "loss_per_character": nats / sum(map(len, documents)),
-        "bits_per_byte": nats / math.log(2) / sum(len(text.encode()) for text in documents),
-    }
-
-
-@torch.inference_mode()
-def total_loss(model: nn.Module, windows: list[torch.Tensor], batch_size: int) -> float:
-    model.eval()
-    nats = 0.0
-    for batch in DataLoader(windows, batch_size=batch_size, collate_fn=collate):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        nats += window_losses(model(batch["input_ids"], use_cache=False).logits, batch["labels"]).double().sum().item()
-    return nats
 
 
 # Model
@@ -407,55 +267,11 @@ def add_dropout(model: T6ForCausalLM, probability: float) -> None:
             module.register_forward_hook(drop)
 
 
-# Folders
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint: `trainer_state.json` is the file that Trainer writes last."""
-    checkpoints = {
-        int(path.parent.name.removeprefix("checkpoint-")): path.parent
-        for path in folder.glob("checkpoint-*/trainer_state.json")
-    }
-    return checkpoints[max(checkpoints)] if checkpoints else None
-
-
-def check_folders(args: argparse.Namespace) -> Path | None:
-    """Refuses to overwrite unasked; returns the checkpoint to resume from, if that is asked for."""
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise InputError(f"{args.output_dir} is a file")
-    if args.output_dir.is_dir() and any(args.output_dir.iterdir()) and not args.overwrite:
-        raise InputError(f"{args.output_dir} is not empty: --overwrite replaces it")
-    checkpoint = last_checkpoint(args.checkpoint_dir)
-    if args.resume:
-        if checkpoint is None:
-            raise InputError(f"--resume: there is no checkpoint in {args.checkpoint_dir}")
-        return checkpoint
-    if checkpoint is not None and not args.overwrite:
-        raise InputError(f"{args.checkpoint_dir} holds checkpoints: --resume goes on, --overwrite starts anew")
-    return None
-
-
 def check_same_model(config: T6Config, checkpoint: Path) -> None:
     old, new = json.loads(read_text(checkpoint / "config.json")), json.loads(config.to_json_string(use_diff=False))
     for field in T6Config.__annotations__:
         if old.get(field) != new.get(field) and field not in ("use_cache", "attention_dropout"):
             raise InputError(f"--resume: the checkpoint has {field}={old.get(field)}, this command {new.get(field)}")
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Puts the complete folder `new` in the place of `target`, or leaves `target` as it was."""
-    if not target.exists():
-        new.rename(target)
-        return
-    # Two renames, since a folder that is not empty cannot be renamed over.
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    target.rename(old)
-    try:
-        new.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # Model card
@@ -556,10 +372,6 @@ def sample_text(model: T6ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Trains and writes the model folder; returns the held-out losses of what was written."""
     checkpoint = check_folders(args)
@@ -583,33 +395,25 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
     on_gpu = torch.cuda.is_available()
     training_args = TrainingArguments(
+        **TRAINING,
         output_dir=str(args.checkpoint_dir),
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation,
         max_steps=args.max_steps,
-        optim="adamw_torch_fused",
         learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": args.min_lr_ratio},
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         torch_compile=args.compile,
-        eval_strategy="steps",
         eval_steps=args.eval_steps,
-        save_strategy="steps",
         save_steps=args.eval_steps,
-        save_total_limit=2,  # the best and the last
         load_best_model_at_end=True,
         metric_for_best_model="bits_per_byte",
         greater_is_better=False,
         logging_steps=args.logging_steps,
         train_sampling_strategy="sequential",  # the windows come in random order already
-        remove_unused_columns=False,
         dataloader_num_workers=args.num_workers,
         dataloader_pin_memory=on_gpu,
         seed=args.seed,
@@ -625,7 +429,9 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     add_dropout(model, args.dropout)
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return loss_report(prediction.predictions.astype("float64").sum(), len(held_out_tokens) - 1, held_out)
+        return loss_report(
+            prediction.predictions.astype("float64").sum(), len(held_out_tokens) - 1, *text_size(held_out)
+        )
 
     trainer = Trainer(
         model=model,
@@ -661,7 +467,9 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         tokenizer.save_pretrained(new_folder)
         # What the card reports is measured on the folder as it will be loaded.
         saved = AutoModelForCausalLM.from_pretrained(new_folder, dtype=model.dtype).to(trainer.args.device)
-        report = loss_report(total_loss(saved, eval_windows, args.batch_size), len(held_out_tokens) - 1, held_out)
+        report = loss_report(
+            total_loss(saved, eval_windows, args.batch_size), len(held_out_tokens) - 1, *text_size(held_out)
+        )
         prompt = args.prompt or next(line for line in "\n".join(held_out).splitlines() if line.strip())
         source = ", ".join(path.name for path in args.text) if args.text else f"`{args.dataset}`, split {args.split}"
         facts = {

@@ -1,7 +1,6 @@
 """The training script: its folder, its resuming, what it measures, and what it refuses."""
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -16,12 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import language_modeling
+import train
+
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("t6_train_example", ROOT / "examples" / "train.py")
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
-
 TINY = """--hidden-size 16 --num-hidden-layers 2 --num-attention-heads 3 --head-dim 8 --q-rank 2 --k-rank 1 --v-rank 2
     --max-position-embeddings 16 --vocab-size 300 --batch-size 4 --max-steps 6 --eval-steps 2 --logging-steps 2
     --learning-rate 0.01 --warmup-steps 2 --dropout 0.1 --attention-dropout 0.1""".split()
@@ -118,7 +116,9 @@ def test_reported_loss(run):
     assert run.report["loss_per_token"] < math.log(300)  # it learned something
     # It is the best of the evaluations that Trainer made.
     state = json.loads(
-        (train.last_checkpoint(run.folder.with_name("model-checkpoints")) / "trainer_state.json").read_text()
+        (
+            language_modeling.last_checkpoint(run.folder.with_name("model-checkpoints")) / "trainer_state.json"
+        ).read_text()
     )
     evaluations = [entry["eval_bits_per_byte"] for entry in state["log_history"] if "eval_bits_per_byte" in entry]
     assert len(evaluations) == 3 and min(evaluations) == pytest.approx(run.report["bits_per_byte"], rel=1e-4)
@@ -139,7 +139,7 @@ def test_resumed_run_equals_uninterrupted_run(run, tmp_path, monkeypatch):
         train.main(options)
     monkeypatch.undo()
     assert not folder.exists()
-    assert train.last_checkpoint(tmp_path / "model-checkpoints").name == "checkpoint-4"
+    assert language_modeling.last_checkpoint(tmp_path / "model-checkpoints").name == "checkpoint-4"
     (tmp_path / "model-checkpoints" / "checkpoint-5").mkdir()  # a checkpoint that a killed run left half written
 
     with pytest.raises(SystemExit, match="hidden_size=16, this command 24"):
@@ -238,7 +238,7 @@ def test_random_windows():
 def test_held_out_windows_predict_each_token_once(length):
     batch = train.collate(train.held_out_windows(torch.arange(length), block_length=10))
     labels = batch["labels"][:, 1:]
-    assert labels[labels != train.IGNORED].tolist() == list(range(1, length))
+    assert labels[labels != language_modeling.IGNORED].tolist() == list(range(1, length))
     assert batch["input_ids"].min() >= 0
 
 

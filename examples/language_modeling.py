@@ -1,0 +1,253 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the examples share: text, tokens, packed windows, held-out loss, and folders of checkpoints and models."""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+IGNORED = -100  # the label that Transformers' losses skip; in a window it marks what lies beyond the text
+
+# What `TrainingArguments` of every example have in common: the paper's optimizer and schedule (appendix H.1), held-out
+# loss and checkpoints by steps, the best checkpoint and the last.
+TRAINING = {
+    "optim": "adamw_torch_fused",
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "save_total_limit": 2,
+    "remove_unused_columns": False,
+}
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line."""
+
+
+# Command lines
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
+    """An argparse type: a number in a range."""
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse's message names the type
+    return convert
+
+
+def field_and_value(text: str) -> tuple[str, object]:
+    """An argparse type: FIELD=VALUE, the value as JSON or else as it is."""
+    field, value = text.split("=", 1)
+    try:
+        return field, json.loads(value)
+    except json.JSONDecodeError:
+        return field, value
+
+
+def add_folder_arguments(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the model folder to write")
+    parser.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="(OUTPUT_DIR-checkpoints)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model folder and any old checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+
+def complete_folders(args: argparse.Namespace) -> None:
+    """Makes the folders absolute, since checkpoints record where the best of them lies."""
+    args.output_dir = Path(os.path.abspath(args.output_dir))
+    default_checkpoint_dir = args.output_dir.with_name(f"{args.output_dir.name}-checkpoints")
+    args.checkpoint_dir = Path(os.path.abspath(args.checkpoint_dir or default_checkpoint_dir))
+
+
+# Text and tokens
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: no text is out of its vocabulary, and decoding gives back every byte."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        # Padding has its own token: a collator that hides padding from the loss must not hide the end of a text.
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(documents, trainer, length=len(documents))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the tokenizer {path}: {one_line(error)}") from error
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer {path} has neither a bos nor an eos token to set documents apart")
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
+    """One stream of tokens: each document after a bos token, and before an eos token where that is another one."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = eos if bos is None else bos
+    end = [] if eos in (None, start) else [eos]
+    # `verbose=False`: documents are longer than the model's context, which is no mistake here.
+    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.cat([torch.tensor([start, *ids, *end]) for ids in encoded])
+
+
+class RandomWindows(Dataset):
+    """
+    Windows of `block_length` tokens at random places. A pass cuts the stream into windows from a random start and
+    shuffles them, so that it sees each token once and each pass cuts elsewhere.
+
+    A window depends only on the seed and its index, so that a resumed run goes on with the very windows that the
+    interrupted one would have had. The length covers the whole run: to `Trainer` it is one epoch.
+    """
+
+    def __init__(self, tokens: Sequence[int], block_length: int, num_windows: int, seed: int):
+        self.tokens, self.block_length, self.num_windows, self.seed = tokens, block_length, num_windows, seed
+        self.windows_per_pass = max(1, len(tokens) // block_length - 1)
+        self._pass, self._starts = None, None
+
+    def __len__(self) -> int:
+        return self.num_windows
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        number, position = divmod(index, self.windows_per_pass)
+        if number != self._pass:
+            # PyTorch's CPU generator takes no more than 32 bits of a seed.
+            generator = torch.Generator().manual_seed((1_000_003 * self.seed + number) % 2**32)
+            spare = len(self.tokens) - self.windows_per_pass * self.block_length
+            first = torch.randint(spare + 1, (1,), generator=generator)
+            order = torch.randperm(self.windows_per_pass, generator=generator)
+            self._pass, self._starts = number, (first + order * self.block_length).tolist()
+        start = self._starts[position]
+        return torch.as_tensor(self.tokens[start : start + self.block_length], dtype=torch.int64)
+
+
+def held_out_windows(tokens: torch.Tensor, block_length: int) -> list[torch.Tensor]:
+    """Consecutive windows that share one token, so that each token of the text but the first is predicted once."""
+    stride = block_length - 1
+    num_windows = math.ceil((len(tokens) - 1) / stride)
+    tokens = nn.functional.pad(tokens, (0, num_windows * stride + 1 - len(tokens)), value=IGNORED)
+    return list(tokens.unfold(0, block_length, stride))
+
+
+def collate(windows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    labels = torch.stack(windows)
+    return {"input_ids": labels.clamp(min=0), "labels": labels}  # causal: no token attends to padding after it
+
+
+# Loss
+
+
+def window_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each window [batch], in nats, summed over its tokens."""
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
+    )
+    return losses.sum(1)
+
+
+def text_size(documents: list[str]) -> tuple[int, int]:
+    """Characters, and bytes of UTF-8."""
+    return sum(map(len, documents)), sum(len(text.encode()) for text in documents)
+
+
+def loss_report(nats: float, num_tokens: int, num_characters: int, num_bytes: int) -> dict[str, float]:
+    """The loss per token, and the two measures that compare across tokenizers."""
+    return {
+        "loss_per_token": nats / num_tokens,
+        "loss_per_character": nats / num_characters,
+        "bits_per_byte": nats / math.log(2) / num_bytes,
+    }
+
+
+@torch.inference_mode()
+def total_loss(model: nn.Module, windows: list[torch.Tensor], batch_size: int) -> float:
+    model.eval()
+    nats = 0.0
+    for batch in DataLoader(windows, batch_size=batch_size, collate_fn=collate):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        nats += window_losses(model(batch["input_ids"], use_cache=False).logits, batch["labels"]).double().sum().item()
+    return nats
+
+
+# Folders
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint: `trainer_state.json` is the file that Trainer writes last."""
+    checkpoints = {
+        int(path.parent.name.removeprefix("checkpoint-")): path.parent
+        for path in folder.glob("checkpoint-*/trainer_state.json")
+    }
+    return checkpoints[max(checkpoints)] if checkpoints else None
+
+
+def check_folders(args: argparse.Namespace) -> Path | None:
+    """Refuses to overwrite unasked; returns the checkpoint to resume from, if that is asked for."""
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise InputError(f"{args.output_dir} is a file")
+    if args.output_dir.is_dir() and any(args.output_dir.iterdir()) and not args.overwrite:
+        raise InputError(f"{args.output_dir} is not empty: --overwrite replaces it")
+    checkpoint = last_checkpoint(args.checkpoint_dir)
+    if args.resume:
+        if checkpoint is None:
+            raise InputError(f"--resume: there is no checkpoint in {args.checkpoint_dir}")
+        return checkpoint
+    if checkpoint is not None and not args.overwrite:
+        raise InputError(f"{args.checkpoint_dir} holds checkpoints: --resume goes on, --overwrite starts anew")
+    return None

@@ -1,0 +1,359 @@
+"""
+Evaluates a causal language model: the nine tasks of the T6 paper with lm-eval, and the perplexity of text files.
+
+    python examples/score.py tasks runs/t6-medium --size medium --output-dir runs/t6-medium-scores
+    python examples/score.py perplexity runs/t6-medium book.txt
+
+`tasks` runs lm-eval's group t6_paper at 0 and at 2 shots and prints the scores beside the paper's; the same with lm-eval
+alone is `lm_eval --model hf --model_args pretrained=MODEL,trust_remote_code=True --include_path examples/tasks --tasks t6_paper`. `table`
+prints results that are there already. Without a network, `export` on a machine that has one writes the tasks' data as
+files, and `--data DIR` evaluates on them; `local` makes a folder of your own files such a folder.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import modeling_t6  # noqa: F401  (registers T6 with the Auto classes)
+from configuration.make_configs import SIZES
+from language_modeling import (
+    InputError,
+    encode,
+    held_out_windows,
+    load_tokenizer,
+    loss_report,
+    number,
+    one_line,
+    read_text,
+    text_size,
+    total_loss,
+)
+
+
+TASKS = Path(__file__).parent / "tasks"
+PAPER = TASKS / "t6_paper" / "paper.json"
+LOCAL = "t6_paper_local"
+
+# What the paper reports of each task (section 6.1), and its heading there.
+COLUMNS = {
+    "arc_easy": ("acc_norm", "ARC-E"),
+    "arc_challenge": ("acc_norm", "ARC-C"),
+    "boolq": ("acc", "BoolQ"),
+    "hellaswag": ("acc_norm", "HellaSw."),
+    "openbookqa": ("acc_norm", "OBQA"),
+    "piqa": ("acc_norm", "PIQA"),
+    "winogrande": ("acc", "W.G."),
+    "mmlu": ("acc", "MMLU"),
+    "sciq": ("acc_norm", "SciQ"),
+}
+
+# The splits that lm-eval's tasks name: that of the questions, then those that examples may come from.
+SPLITS = {
+    **dict.fromkeys(("arc_easy", "arc_challenge", "openbookqa", "sciq"), ("test", "train", "validation")),
+    **dict.fromkeys(("boolq", "hellaswag", "piqa", "winogrande"), ("validation", "train")),
+    "mmlu": ("test", "dev"),
+}
+SPLIT_FIELDS = {
+    "test": "test_split",
+    "validation": "validation_split",
+    "train": "training_split",
+    "dev": "fewshot_split",
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add_model(command: argparse.ArgumentParser) -> None:
+        command.add_argument("model", metavar="MODEL", help="folder or Hub name")
+        command.add_argument("--batch-size", type=number(int, 1), default=16, metavar="N", help="(%(default)s)")
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+        command.add_argument("--dtype", default="auto", help="of the weights (auto: as the checkpoint)")
+
+    def add_size(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--size", choices=list(SIZES), help="print the paper's scores of this size too")
+
+    tasks = commands.add_parser("tasks", help="run the nine tasks")
+    add_model(tasks)
+    add_size(tasks)
+    tasks.add_argument("--shots", nargs="+", type=number(int, 0), default=[0, 2], metavar="N", help="(0 2)")
+    tasks.add_argument("--data", type=Path, metavar="DIR", help="of `export` or `local`, in place of the Hub")
+    tasks.add_argument("--limit", type=number(int, 1), metavar="N", help="questions of each task, for a trial")
+    tasks.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="for lm-eval's results, as JSON")
+
+    table = commands.add_parser("table", help="print results of lm-eval beside the paper's")
+    table.add_argument("results", nargs="+", type=Path, metavar="JSON", help="results that lm-eval wrote")
+    add_size(table)
+
+    perplexity = commands.add_parser("perplexity", help="perplexity and bits per byte of text files")
+    add_model(perplexity)
+    perplexity.add_argument("text", nargs="+", type=Path, metavar="FILE")
+    perplexity.add_argument("--window", type=number(int, 2), metavar="N", help="tokens (max_position_embeddings)")
+    perplexity.add_argument("--output", type=Path, metavar="JSON", help="write the figures there too")
+
+    export = commands.add_parser("export", help="write the tasks' data of the Hub as files")
+    export.add_argument("directory", type=Path, metavar="DIR")
+    export.add_argument("--tasks", default="t6_paper", metavar="NAME", help=argparse.SUPPRESS)
+    export.add_argument("--include-path", type=Path, default=TASKS, metavar="DIR", help=argparse.SUPPRESS)
+
+    local = commands.add_parser("local", help="write the lm-eval group of a folder of data")
+    local.add_argument(
+        "directory", type=Path, metavar="DIR", help="holds TASK/SPLIT.jsonl, with the columns of the Hub's data"
+    )
+    return parser.parse_args(argv)
+
+
+# lm-eval
+
+
+def import_lm_eval():
+    try:
+        import lm_eval
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+        import lm_eval.utils
+    except ImportError as error:
+        raise InputError(f"this command needs the package lm_eval: pip install 'lm_eval[hf]' ({error})") from error
+    return lm_eval
+
+
+@functools.cache  # it reads some thousand files
+def task_manager(include_path: Path):
+    return import_lm_eval().tasks.TaskManager(include_path=str(include_path))
+
+
+def run_tasks(args: argparse.Namespace) -> list[dict]:
+    """Evaluates at each number of shots; returns what was written."""
+    lm_eval = import_lm_eval()
+    include, group = (args.data, LOCAL) if args.data else (TASKS, "t6_paper")
+    if args.data and not (args.data / f"{LOCAL}.yaml").exists():
+        raise InputError(f"{args.data} has no {LOCAL}.yaml: `score.py local {args.data}` writes it")
+    model = lm_eval.models.huggingface.HFLM(
+        pretrained=args.model, device=args.device, batch_size=args.batch_size, dtype=args.dtype
+    )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    written = []
+    for shots in args.shots:
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=[group],
+            num_fewshot=shots,
+            limit=args.limit,
+            task_manager=task_manager(include),
+            log_samples=False,
+        )
+        results["model_name"] = args.model
+        path = args.output_dir / f"results-{shots}-shot.json"
+        write_json(path, results, default=lm_eval.utils.handle_non_serializable)
+        # Nine scores, not sixty: what a model card is to show.
+        write_json(args.output_dir / f"card-{shots}-shot.json", card_results(results))
+        print(table([results], args.size), end="\n\n")
+        written.append(results)
+    return written
+
+
+def write_json(path: Path, content: dict, default=None) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=2, default=default) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def task_scores(results: dict) -> dict[str, tuple[str, dict]]:
+    """lm-eval's name and scores of those of the nine tasks that a file of its results holds."""
+    found = {}
+    for task in COLUMNS:
+        for name in (task, f"{LOCAL}_{task}"):
+            if name in results["results"]:
+                found[task] = name, results["results"][name]
+    return found
+
+
+def card_results(results: dict) -> dict:
+    """The paper's nine scores, in the form of lm-eval's files."""
+    card = {"results": {}, "n-shot": {}, "model_name": results["model_name"]}
+    for task, (_, scores) in task_scores(results).items():
+        metric, heading = COLUMNS[task]
+        card["results"][task] = {"alias": heading} | {
+            key: scores[key] for key in (f"{metric},none", f"{metric}_stderr,none") if key in scores
+        }
+        card["n-shot"][task] = shots_of(results)
+    return card
+
+
+def shots_of(results: dict) -> int:
+    shots = {shots for shots in results.get("n-shot", {}).values() if isinstance(shots, int)}
+    if len(shots) != 1:
+        raise InputError(f"the results mix numbers of shots: {sorted(shots)}")
+    return shots.pop()
+
+
+def table(all_results: list[dict], size: str | None) -> str:
+    """A Markdown table of scores in percent, with the paper's of that size and number of shots."""
+    headings = [heading for _, heading in COLUMNS.values()]
+    lines = []
+    for shots in sorted({shots_of(results) for results in all_results}):
+        rows = {}
+        if size:
+            paper = json.loads(read_text(PAPER))["scores"][size].get(str(shots), {})
+            rows |= {f"{method}, paper": list(scores) for method, scores in paper.items()}
+        for results in all_results:
+            if shots_of(results) == shots:
+                found = task_scores(results)
+                rows[Path(str(results.get("model_name", "this model"))).name] = [
+                    100 * found[task][1][f"{metric},none"] if task in found else None
+                    for task, (metric, _) in COLUMNS.items()
+                ]
+        lines += ["", f"| {shots}-shot | {' | '.join(headings)} | Avg. |", f"| --- |{' --: |' * (len(headings) + 1)}"]
+        for name, scores in rows.items():
+            # The mean of the nine, as in the paper; of fewer it would be another quantity.
+            scores.append(None if None in scores else sum(scores) / len(scores))
+            cells = ["-" if score is None else f"{score:.2f}" for score in scores]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    if size:
+        lines += ["", f"The paper's scores: {json.loads(read_text(PAPER))['source']}."]
+    return "\n".join(lines[1:])
+
+
+def read_results(path: Path) -> dict:
+    try:
+        results = json.loads(read_text(path))
+        found = task_scores(results)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no file of results that lm-eval wrote: {error!r}") from error
+    if not found:
+        raise InputError(f"{path} has none of the tasks {', '.join(COLUMNS)}")
+    return results
+
+
+# The tasks' data as files
+
+
+def base_task(name: str) -> str:
+    return "mmlu" if name.startswith("mmlu_") else name
+
+
+def write_local_group(directory: Path) -> list[str]:
+    """
+    Writes the group t6_paper_local of the tasks that `directory` holds: lm-eval's own, but for where their data are.
+
+    Returns:
+        The names of the tasks.
+    """
+    tasks = {}
+    for folder in sorted(path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []:
+        if base_task(folder.name) not in SPLITS or folder.name == "mmlu":
+            raise InputError(
+                f"{folder}: no such task; the folders are {', '.join(COLUMNS)}, but mmlu_SUBJECT for MMLU"
+            )
+        splits = SPLITS[base_task(folder.name)]
+        files = {split: folder / f"{split}.jsonl" for split in splits if (folder / f"{split}.jsonl").is_file()}
+        if splits[0] not in files:
+            raise InputError(f"{folder} has no {splits[0]}.jsonl, the questions")
+        tasks[folder.name] = {
+            "task": folder.name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(path.resolve()) for split, path in files.items()}},
+            **{SPLIT_FIELDS[split]: None for split in splits if split not in files},
+        }
+    if not tasks:
+        raise InputError(f"{directory} holds no folder of a task")
+    mmlu = [task for name, task in tasks.items() if base_task(name) == "mmlu"]
+    members = [task for name, task in tasks.items() if base_task(name) != "mmlu"]
+    if mmlu:
+        members.append(f"{LOCAL}_mmlu")
+        aggregate = [{"metric": "acc", "weight_by_size": True}]
+        write_yaml(
+            directory / f"{LOCAL}_mmlu.yaml",
+            {"group": f"{LOCAL}_mmlu", "task": mmlu, "aggregate_metric_list": aggregate},
+        )
+    write_yaml(directory / f"{LOCAL}.yaml", {"group": LOCAL, "task": members})
+    return list(tasks)
+
+
+def write_yaml(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")  # JSON is YAML
+
+
+def export_data(args: argparse.Namespace) -> list[str]:
+    """Writes the data of the tasks as TASK/SPLIT.jsonl, and their group."""
+    if args.directory.exists() and any(args.directory.iterdir()):
+        raise InputError(f"{args.directory} is not empty")
+    try:
+        tasks = task_manager(args.include_path).load([args.tasks])["tasks"]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the data of {args.tasks}: {one_line(error)}") from error
+    for name, task in tasks.items():
+        for split in SPLITS[base_task(name)]:
+            if split in task.dataset:
+                path = args.directory / name / f"{split}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                task.dataset[split].to_json(path, force_ascii=False)
+    return write_local_group(args.directory)
+
+
+# Perplexity
+
+
+def perplexity(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """
+    The loss of each text, in windows that share one token: each token but the first, which starts the document, is
+    predicted once, from those before it in its window.
+
+    Returns:
+        By file: tokens, loss_per_token (nats), perplexity, loss_per_character (nats), bits_per_byte.
+    """
+    tokenizer = load_tokenizer(args.model)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the model {args.model}: {one_line(error)}") from error
+    window = args.window or getattr(model.config, "max_position_embeddings", None)
+    if window is None:
+        raise InputError(f"--window is needed: the configuration of {args.model} has no max_position_embeddings")
+    reports = {}
+    for path in args.text:
+        text = read_text(path)
+        if not text.strip():
+            raise InputError(f"{path} is empty")
+        tokens = encode(tokenizer, [text])
+        nats = total_loss(model, held_out_windows(tokens, window), args.batch_size)
+        report = loss_report(nats, len(tokens) - 1, *text_size([text]))
+        loss = report["loss_per_token"]
+        reports[str(path)] = {"tokens": len(tokens) - 1, "perplexity": math.exp(loss), "window": window, **report}
+        print(
+            f"{path}: {len(tokens) - 1:,} tokens, loss {loss:.4f} nats, perplexity {math.exp(loss):.3f}, "
+            f"{report['bits_per_byte']:.4f} bits per byte"
+        )
+    if args.output:
+        write_json(args.output, reports)
+    return reports
+
+
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    try:
+        if args.command == "tasks":
+            return run_tasks(args)
+        if args.command == "table":
+            print(table([read_results(path) for path in args.results], args.size))
+        elif args.command == "perplexity":
+            return perplexity(args)
+        else:
+            names = export_data(args) if args.command == "export" else write_local_group(args.directory)
+            print(f"{args.directory}: {', '.join(names)}")
+            return names
+    except InputError as error:
+        sys.exit(f"score.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

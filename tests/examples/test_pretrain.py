@@ -1,0 +1,442 @@
+"""Pretraining: any architecture, the paper's recipe, and runs that go on as if they had never stopped."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import language_modeling
+import prepare
+import pretrain
+from configuration.make_configs import DIRECTORY, make_configs
+
+
+ROOT = Path(__file__).parents[2]
+SIZE = "hidden_size=32 num_hidden_layers=2".split()
+T6 = ["--architecture", "t6-small", "--set", *SIZE, "num_attention_heads=3", "head_dim=8", "k_rank=1"]
+RUN = """--block-length 32 --sequences-per-step 8 --max-steps 6 --warmup-steps 2 --learning-rate 3e-3 --eval-steps 2
+    --save-steps 3 --logging-steps 1 --cpu""".split()
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    """Lines of words, a few of them outside ASCII."""
+    generator = random.Random(0)
+    words = ["the", "king", "and", "queen", "of", "naïve", "Ωmega", "wood", "walks", "speaks", "\t"]
+    return ["\n".join(" ".join(generator.choices(words, k=9)) for _ in range(12)) for _ in range(60)]
+
+
+@pytest.fixture(scope="module")
+def data(documents, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for index, text in enumerate(documents):
+        (folder / f"{index}.txt").write_text(text, encoding="utf-8")
+    output = folder / "tokens"
+    options = ["--vocab-size", "300", "--held-out-fraction", "0.1", "--num-processes", "1"]
+    prepare.main(["--text", str(folder), *options, "--output-dir", str(output)])
+    return output
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    """One finished run."""
+    folder = tmp_path_factory.mktemp("run") / "model"
+    pretrain.main([*T6, *RUN, "--data", str(data), "--batch-size", "4", "--output-dir", str(folder)])
+    return folder
+
+
+def losses(folder: Path) -> list[tuple]:
+    entries = pretrain.read_log(folder.with_name(f"{folder.name}-checkpoints"))
+    names = ("step", "loss", "grad_norm", "learning_rate", "eval_loss_per_token", "eval_bits_per_byte")
+    return [tuple(entry.get(name) for name in names) for entry in entries]
+
+
+# Data
+
+
+def test_prepared_folder(data, documents):
+    facts = json.loads((data / "data.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(data)
+    read = {}
+    for name in ("train", "held_out"):
+        tokens = torch.from_file(
+            str(data / f"{name}.bin"), size=(data / f"{name}.bin").stat().st_size // 2, dtype=torch.uint16
+        )
+        assert len(tokens) == facts[f"{name}_tokens"]
+        texts = tokenizer.decode(tokens.int().tolist()).split(tokenizer.bos_token)
+        assert texts[0] == ""
+        read[name] = texts[1:]
+        assert len(read[name]) == facts[f"{name}_documents"]
+    assert sorted(read["train"] + read["held_out"]) == sorted(documents)
+    assert 0 < len(read["held_out"]) < 20
+    assert facts["held_out_bytes"] == sum(len(text.encode()) for text in read["held_out"])
+
+
+def test_prepare_deduplicates(tmp_path, capsys):
+    """Equal documents once; none held out whose lines are in the training text, and the same result by processes."""
+    generator = random.Random(1)
+    lines = [f"{' '.join(generator.choices('abcdefgh', k=20))} {index}" for index in range(400)]
+    (tmp_path / "a").mkdir()
+    for index in range(40):
+        (tmp_path / "a" / f"{index}.md").write_text("\n".join(lines[10 * index : 10 * index + 10]))
+    (tmp_path / "a" / "copy.md").write_text((tmp_path / "a" / "3.md").read_text())
+    (tmp_path / "a" / "binary.md").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "a" / "other.rst").write_text("not asked for")
+    near, fresh = tmp_path / "near.txt", tmp_path / "fresh.txt"
+    near.write_text("\n".join(lines[:6] + [f"another line of the held-out text {index}" for index in range(5)]))
+    fresh.write_text("\n".join(lines[:4] + [f"another line of the held-out text {index}" for index in range(5)]))
+    options = ["--text", str(tmp_path / "a"), "--held-out", str(near), str(fresh), "--vocab-size", "280"]
+    facts = prepare.main([*options, "--num-processes", "1", "--output-dir", str(tmp_path / "one")])
+    assert (facts["train_documents"], facts["files_left_out"]) == (40, 1)
+    assert (facts["held_out_documents"], facts["held_out_documents_dropped"]) == (1, 1)
+    assert facts["held_out_bytes"] == fresh.stat().st_size
+    assert prepare.main([*options, "--num-processes", "2", "--output-dir", str(tmp_path / "two")]) == facts
+    with pytest.raises(SystemExit, match="exists: --overwrite replaces it"):
+        prepare.main([*options, "--output-dir", str(tmp_path / "two")])
+    for end, message in (
+        (["--held-out", str(tmp_path / "a")], "there is no training text"),
+        (["--held-out-fraction", "0"], "there is no held-out text"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            prepare.main(
+                ["--text", str(tmp_path / "a"), *end, "--num-processes", "1", "--output-dir", str(tmp_path / "x")]
+            )
+    assert not (tmp_path / "x").exists()
+
+
+def test_windows_of_processes_make_up_the_batches():
+    windows = language_modeling.RandomWindows(torch.arange(1000), 10, 48, seed=0)
+    whole = [window.tolist() for window in pretrain.PreparedWindows(windows, 8, 0, 1)]
+    assert whole == [windows[index].tolist() for index in range(48)]
+    shares = [[w.tolist() for w in pretrain.PreparedWindows(windows, 4, rank, 2)] for rank in range(2)]
+    assert [w for a in range(0, 24, 4) for share in shares for w in share[a : a + 4]] == whole
+    # A run of one process goes on with two.
+    start = pretrain.PreparedWindows(windows, 8, 0, 1)
+    taken = iter(start)
+    assert [next(taken).tolist() for _ in range(16)] == whole[:16]
+    for rank in range(2):
+        rest = pretrain.PreparedWindows(windows, 4, rank, 2)
+        rest.load_state_dict(start.state_dict())
+        assert [w.tolist() for w in rest] == shares[rank][8:]
+
+
+@pytest.fixture(scope="module")
+def dataset(documents, tmp_path_factory) -> Path:
+    """A data set of two files, each of 30 documents."""
+    folder = tmp_path_factory.mktemp("dataset")
+    for part in range(2):
+        rows = [json.dumps({"id": index, "words": documents[30 * part + index]}) for index in range(30)]
+        (folder / f"train-{part}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def stream_of(dataset: Path, tokenizer: Path, *options: str) -> pretrain.Data:
+    words = ["--dataset", str(dataset), "--text-column", "words", "--tokenizer", str(tokenizer), *options]
+    return pretrain.Data(pretrain.parse_args([*words, "--held-out-documents", "5", "--output-dir", "unused"]))
+
+
+@pytest.mark.parametrize("portion", [3, 256])
+def test_stream(dataset, data, documents, monkeypatch, portion):
+    """All documents but those held out, in order, then again; from any place by its state."""
+    monkeypatch.setattr(pretrain, "DOCUMENTS", portion)
+    source = stream_of(dataset, data)
+    assert source.held_out.equal(language_modeling.encode(source.tokenizer, documents[:5]))
+    expected = language_modeling.encode(source.tokenizer, documents[5:])
+    windows = source.training(block_length=50, num_windows=0, rank=0, world_size=1)
+    iterator, states, seen = iter(windows), [windows.state_dict()], []
+    for _ in range(2 * len(expected) // 50):
+        seen.append(next(iterator))
+        states.append(json.loads(json.dumps(windows.state_dict())))
+    iterator.close()
+    assert torch.cat(seen).equal(torch.cat([expected, expected])[: len(seen) * 50])
+    for place in (0, 1, 7, len(expected) // 50, len(seen) - 3):
+        again = source.training(50, 0, 0, 1)
+        again.load_state_dict(states[place])
+        iterator = iter(again)
+        assert all(next(iterator).equal(window) for window in seen[place : place + 3])
+        iterator.close()
+
+
+def test_stream_is_shared_among_processes(dataset, data, documents):
+    found = []
+    for rank in range(2):
+        source = stream_of(dataset, data)
+        iterator = iter(source.training(50, 0, rank, 2))
+        expected = language_modeling.encode(source.tokenizer, documents[5:30] if rank == 0 else documents[30:])
+        found = torch.cat([next(iterator) for _ in range(len(expected) // 50)])
+        iterator.close()
+        assert found.equal(expected[: len(found)])
+
+
+# Models
+
+
+def test_every_architecture_by_name(data, tmp_path):
+    """Tiny models of each kind: the classes, and the vocabulary of the data; projections to the residual stream are 0."""
+    tokenizer = AutoTokenizer.from_pretrained(data)
+    for name, fields in make_configs().items():
+        args = pretrain.parse_args(
+            ["--architecture", name, "--set", "num_hidden_layers=1", "first_k_dense_replace=1", "--output-dir", "x"]
+        )
+        if "deepseek" not in name:
+            args.set.pop()
+        config = pretrain.make_config(args, tokenizer)
+        assert (config.model_type, config.vocab_size) == (fields["model_type"], 320)  # 300, up to a multiple of 64
+        assert config.num_attention_heads == fields["num_attention_heads"]
+        if name.endswith("-small"):
+            model = pretrain.make_model(config, "sdpa")
+            assert type(model).__name__ == fields["architectures"][0]
+            zero = [name for name, weight in model.named_parameters() if not weight.any()]
+            assert sorted(name.split(".")[-2] for name in zero) == ["down_proj", "o_proj"]
+    args.architecture = str(DIRECTORY / "t6-small" / "config.json")
+    args.set = [("hidden_size", 48), ("q_rank", None)]
+    config = pretrain.make_config(args, tokenizer)
+    assert (config.hidden_size, config.intermediate_size, config.q_rank) == (48, 128, None)
+
+
+@pytest.mark.parametrize("name", ["llama-mha-small", "t6-small"])
+def test_flops(name):
+    """Against counting by hand: 6 a weight of a matrix, 12 h d T for attention, and forming heads from factors."""
+    fields = make_configs()[name] | {"num_hidden_layers": 3, "vocab_size": 320}
+    config = pretrain.AutoConfig.for_model(**fields)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    matrices = sum(
+        weight.numel() for weight in model.parameters() if weight.ndim == 2
+    )  # tied: the embedding is the head
+    per_layer = 12 * config.num_attention_heads * config.head_dim * 256
+    if name == "t6-small":
+        ranks = config.q_rank + config.k_rank + config.v_rank
+        per_layer += 6 * ranks * config.num_attention_heads * config.head_dim
+    # In some versions the angles of RoPE are a matrix product too, of 64 operations a token.
+    assert pretrain.training_flops(config, 256) == pytest.approx(6 * matrices + 3 * per_layer, rel=1e-5)
+
+
+def test_recipe(monkeypatch):
+    """The paper's: appendix H.1."""
+    args = pretrain.parse_args(["--output-dir", "x"])
+    assert (args.max_steps, args.sequences_per_step, args.warmup_steps, args.weight_decay) == (100_000, 480, 2000, 0.1)
+    assert (args.dataset, args.dataset_config) == ("HuggingFaceFW/fineweb-edu", "sample-100BT")
+    assert pretrain.parse_args(["--dataset", "other", "--output-dir", "x"]).dataset_config is None
+    assert {size: rates[0] for size, rates in pretrain.LEARNING_RATES.items()} == {
+        "small": 6e-4,
+        "medium": 6e-4,
+        "large": 2e-4,
+        "xl": 1e-4,
+    }
+
+
+# Runs
+
+
+def test_model_folder(run, data):
+    measured = json.loads((run.with_name("model-checkpoints") / "training.json").read_text())
+    log = pretrain.read_log(run.with_name("model-checkpoints"))
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in log if "eval_loss_per_token" in entry] == [2, 4, 6]
+    assert log[-1]["eval_loss_per_token"] == measured["loss_per_token"] < log[0]["loss"]
+    assert all(entry["tokens"] == 256 * entry["step"] for entry in log if "loss" in entry)
+    assert measured["tokens_per_second"] == pytest.approx(256 / measured["step_seconds"], rel=0.5)
+    # Nothing that is no part of a model of the Hub.
+    names = {path.name for path in run.iterdir() if path.suffix != ".py"}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    # What it reports is what the folder gives, one token at a time past the first.
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
+    assert model.num_parameters() == measured["parameters"] and model.config.use_cache
+    facts = json.loads((data / "data.json").read_text())
+    ids = torch.from_file(str(data / "held_out.bin"), size=facts["held_out_tokens"], dtype=torch.uint16).int().tolist()
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 31):
+            window = torch.tensor([ids[start : start + 32]])
+            scores = model(window).logits[0, :-1].log_softmax(-1)
+            nats -= scores.gather(-1, window[0, 1:, None]).sum().item()
+    assert measured["loss_per_token"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    assert tokenizer.decode(model.generate(torch.tensor([ids[:4]]), max_new_tokens=3)[0])
+
+
+def test_learning_rates_of_the_schedule(run):
+    """Linear warm-up from 0 over 2 steps, then half a cosine to a tenth; `log` has the rate of the step that was made."""
+    rates = [
+        entry["learning_rate"] for entry in pretrain.read_log(run.with_name("model-checkpoints")) if "loss" in entry
+    ]
+    cosine = [3e-4 + 2.7e-3 * (1 + torch.tensor(torch.pi * step / 4).cos().item()) / 2 for step in range(5)]
+    assert rates == pytest.approx([*([0, 1.5e-3, *cosine][: 6 + (rates[0] > 0)])][int(rates[0] > 0) :], rel=1e-5)
+
+
+def interrupt(monkeypatch, owner: type, windows: int) -> None:
+    """Breaks off when one more than so many windows are asked for."""
+    count = 0
+    original = owner.__iter__
+
+    def interrupted(self):
+        nonlocal count
+        for window in original(self):
+            count += 1
+            if count > windows:
+                raise KeyboardInterrupt
+            yield window
+
+    monkeypatch.setattr(owner, "__iter__", interrupted)
+
+
+def test_killed_run_goes_on(run, data, tmp_path, monkeypatch):
+    """The same losses, to the last bit, and the same weights."""
+    folder = tmp_path / "model"
+    options = [*T6, *RUN, "--data", str(data), "--batch-size", "4", "--output-dir", str(folder)]
+    interrupt(monkeypatch, pretrain.PreparedWindows, 40)  # in the sixth step; the last checkpoint is that of the third
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(options)
+    monkeypatch.undo()
+    assert not folder.exists() and len(losses(folder)) == 7
+    with pytest.raises(SystemExit, match="started with learning_rate=0.003, this command has 0.002"):
+        pretrain.main([*options, "--resume", "--learning-rate", "2e-3", "--min-learning-rate", "3e-4"])
+    with pytest.raises(SystemExit, match="started with num_attention_heads=3, this command has 5"):
+        pretrain.main([*options, "--resume", "--set", *SIZE, "num_attention_heads=5", "head_dim=8", "k_rank=1"])
+    with pytest.raises(SystemExit, match="holds checkpoints: --resume goes on"):
+        pretrain.main(options)
+    pretrain.main([*options, "--resume"])
+    assert losses(folder) == losses(run)
+    for name, tensor in load_file(run / "model.safetensors").items():
+        assert load_file(folder / "model.safetensors")[name].equal(tensor)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model-checkpoints"}
+
+
+def test_streamed_run_goes_on(dataset, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "DOCUMENTS", 4)
+    options = [*T6, *RUN, "--dataset", str(dataset), "--text-column", "words", "--tokenizer", str(data)]
+    options += ["--held-out-documents", "5", "--batch-size", "8"]
+    pretrain.main([*options, "--output-dir", str(tmp_path / "whole")])
+    with monkeypatch.context() as context:
+        interrupt(context, pretrain.StreamedWindows, 40)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.main([*options, "--output-dir", str(tmp_path / "parts")])
+    pretrain.main([*options, "--output-dir", str(tmp_path / "parts"), "--resume"])
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_stopped_by_signal(run, data, tmp_path, monkeypatch):
+    """SIGTERM saves a checkpoint, and the run goes on from there."""
+    folder = tmp_path / "model"
+    options = [*T6, *RUN, "--data", str(data), "--batch-size", "4", "--output-dir", str(folder)]
+    on_step_end = pretrain.Clock.on_step_end
+
+    def on_fourth(self, args, state, control, **kwargs):
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(pretrain.Clock, "on_step_end", on_fourth)
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main(options)
+    assert caught.value.code == 75 and not folder.exists()
+    assert language_modeling.last_checkpoint(tmp_path / "model-checkpoints").name == "checkpoint-4"
+    monkeypatch.undo()
+    pretrain.main([*options, "--resume"])
+    assert losses(folder) == losses(run)
+
+
+DISTRIBUTED = """
+import sys, pretrain
+options, mode = sys.argv[2:], sys.argv[1]
+options += ["--batch-size", "2"] + ["--fsdp"] * (mode == "fsdp")
+
+def run(*more):
+    return pretrain.pretrain(pretrain.parse_args([*options, *more]))
+
+assert run("--output-dir", "whole") is not None
+assert run("--output-dir", "parts", "--max-minutes", "0") is None
+assert run("--output-dir", "parts", "--resume") is not None
+pretrain.torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "ddp"])
+def test_two_processes(run, data, tmp_path, mode):
+    """FSDP2 by torchrun and DDP by accelerate, with gloo: resumed equals uninterrupted, and both equal one process."""
+    (tmp_path / "script.py").write_text(DISTRIBUTED)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "OMP_NUM_THREADS": "1"}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "script.py",
+        mode,
+    ]
+    result = subprocess.run(
+        [*launch, *T6, *RUN, "--data", str(data)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "on 2 x 2 x 2" in result.stdout and "stopped at step 1 of 6" in result.stdout
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert whole == parts
+    for mine, others in zip(losses(run), whole, strict=True):
+        # Sums in another order, in float32.
+        assert [value for value in others if value is not None] == pytest.approx(
+            [value for value in mine if value is not None], rel=2e-5
+        )
+    weights = load_file(run / "model.safetensors")
+    for folder in ("whole", "parts"):
+        for name, tensor in load_file(tmp_path / folder / "model.safetensors").items():
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--architecture", "t7"],
+            r"t7: no such file or folder; configuration/ has deepseek-mla-large, .*, t6-xl-kvonly",
+        ),
+        (["--set", "heads=3"], "T6Config has no field heads"),
+        (["--set", "head_dim=7"], "no such architecture: .*even number of features"),
+        (["--set", "vocab_size=10"], "vocab_size=10 is less than the 300 tokens"),
+        (["--architecture", "{data}/data.json"], "is no config.json of Transformers"),
+        (["--data", "{tmp}"], "cannot load the tokenizer"),
+        (["--data", "{tmp}/cut"], "the sizes of its files are not those that data.json states"),
+        (["--data", "{tmp}/damaged"], "damaged is no folder of prepare.py"),
+        (["--data", "{tmp}/missing"], "missing is no folder of prepare.py: .*held_out.bin"),
+        (["--batch-size", "3"], "--sequences-per-step 8 is no multiple of --batch-size 3 times 1 processes"),
+        (["--block-length", "2000"], "--block-length 2000 exceeds max_position_embeddings=1024"),
+        (["--min-learning-rate", "1"], "--min-learning-rate 1.0 exceeds the learning rate"),
+        (["--resume"], "--resume: there is no checkpoint"),
+    ],
+)
+def test_one_line_errors(data, tmp_path, options, message):
+    for name in ("cut", "damaged", "missing"):
+        shutil.copytree(data, tmp_path / name)
+    (tmp_path / "cut" / "train.bin").write_bytes((data / "train.bin").read_bytes()[:-2])
+    (tmp_path / "damaged" / "data.json").write_text("{")
+    (tmp_path / "missing" / "held_out.bin").unlink()
+    options = [option.format(tmp=tmp_path, data=data) for option in options]
+    common = [*RUN, "--data", str(data), "--batch-size", "4", "--output-dir", str(tmp_path / "model")]
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main([*common, *options])
+    assert isinstance(caught.value.code, str) and "\n" not in caught.value.code
+    assert re.search(message, caught.value.code)
+    assert not (tmp_path / "model").exists() and not (tmp_path / "model-checkpoints").exists()
+
+
+def test_loss_that_is_no_number(data, tmp_path):
+    options = [*T6, *RUN, "--data", str(data), "--batch-size", "4", "--output-dir", str(tmp_path / "model")]
+    with pytest.raises(SystemExit, match="the loss is nan at step"):
+        pretrain.main([*options, "--learning-rate", "1e30", "--warmup-steps", "0"])

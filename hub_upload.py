@@ -410,6 +410,8 @@ def read_results(paths: list[Path], task_type: str) -> list[EvalResult]:
                             task_type=task_type,
                             dataset_type=task,
                             dataset_name=str(scores.get("alias", task)).strip(" -") or task,
+                            # A part of what tells results apart: without it one number of shots replaces another.
+                            dataset_config=f"{shots[task]}-shot" if task in shots else None,
                             dataset_args={"num_few_shot": shots[task]} if task in shots else None,
                             metric_type=metric,
                             metric_name=name,
@@ -444,7 +446,8 @@ def card_metadata(old: ModelCard, auto_class: str, conversion: dict, args: argpa
     data |= {"datasets": args.datasets} if args.datasets else {}
     results = {}
     for result in [*(old.data.eval_results or []), *read_results(args.eval_results or [], task)]:
-        results[result.task_type, result.dataset_type, result.metric_name or result.metric_type] = result
+        name = result.metric_name or result.metric_type
+        results[result.task_type, result.dataset_type, result.dataset_config, name] = result
     if results:
         data |= {"model_name": args.repo_id.split("/")[-1], "eval_results": list(results.values())}
     return ModelCardData(**data)
@@ -462,7 +465,10 @@ def model_card(
     """The text of README.md: metadata, and a part of its own in what the author wrote."""
     auto_class, repo_id = auto_class_of(content), args.repo_id
     data = card_metadata(old, auto_class, conversion, args)
-    results = [(r.dataset_name, r.metric_name, f"{r.metric_value:.4f}") for r in data.eval_results or []]
+    results = [
+        (" ".join(filter(None, (r.dataset_name, r.dataset_config))), r.metric_name, f"{r.metric_value:.4f}")
+        for r in data.eval_results or []
+    ]
     dtype = getattr(torch, content["dtype"])
     sizes = cache_bytes(config, dtype)
     parameters = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())

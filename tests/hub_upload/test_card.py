@@ -155,15 +155,17 @@ def test_results_of_lm_eval(folder, make_card, tmp_path, capsys):
         ("arc_easy", "acc_norm"): (0.25, {"num_few_shot": 0}, "text-generation"),
         ("gsm8k", "exact_match (strict-match)"): (0.125, {"num_few_shot": 5}, "text-generation"),
     }
-    assert card.data.model_name == "t6" and "| gsm8k | exact_match (strict-match) | 0.1250 |" in card.text
+    assert card.data.model_name == "t6" and "| gsm8k 5-shot | exact_match (strict-match) | 0.1250 |" in card.text
     # Scores given again replace the old ones, others stay.
     (folder / "README.md").write_text(str(card))
-    path.write_text(json.dumps({"results": {"arc_easy": {"acc,none": 0.75}}}))
+    paths = [path, tmp_path / "2-shot.json"]
+    for shots, value, name in zip((0, 2), (0.75, 0.875), paths):
+        name.write_text(json.dumps({"results": {"arc_easy": {"acc,none": value}}, "n-shot": {"arc_easy": shots}}))
     found = {
-        (r.dataset_type, r.metric_name): r.metric_value
-        for r in make_card(folder, "--eval-results", path).data.eval_results
+        (r.dataset_type, r.dataset_args["num_few_shot"], r.metric_name): r.metric_value
+        for r in make_card(folder, "--eval-results", *paths).data.eval_results
     }
-    assert found["arc_easy", "acc"] == 0.75 and len(found) == 3
+    assert found["arc_easy", 0, "acc"] == 0.75 and found["arc_easy", 2, "acc"] == 0.875 and len(found) == 4
     for content in ("{}", '{"results": {"a": {"alias": "a"}}}', "["):
         path.write_text(content)
         assert hub_upload.main([str(folder), "someone/t6", "--dry-run", "--eval-results", str(path)]) == 1

@@ -19,7 +19,6 @@ averaged by the attention as in the model. Nothing is rotated differently, so Ro
 """
 
 import copy
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -539,7 +538,6 @@ def compress(
     if method == "fit":
         moments = collect_moments(model, tqdm(batches, desc="calibrating", unit="batch", disable=quiet))
 
-    @functools.cache
     def fit(layer: int, side: str, rank: int, iterations: int = ITERATIONS) -> KeyFit | ValueFit | None:
         attention = attentions[layer]
         if rank == getattr(attention, f"{side}_rank"):

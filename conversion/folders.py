@@ -52,3 +52,12 @@ def replace_folder(new: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint: `trainer_state.json` is the file that Trainer writes last."""
+    checkpoints = {
+        int(path.parent.name.removeprefix("checkpoint-")): path.parent
+        for path in folder.glob("checkpoint-*/trainer_state.json")
+    }
+    return checkpoints[max(checkpoints)] if checkpoints else None

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from .errors import ConversionError
+from .folders import last_checkpoint
 
 
 class Windows(Dataset):
@@ -45,14 +46,6 @@ class DistillationTrainer(Trainer):
         ]
         loss = loss + sum(errors) / len(errors)
         return (loss, outputs) if return_outputs else loss
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint: `trainer_state.json` is the file that `Trainer` writes last."""
-    checkpoints = {
-        int(path.parent.name.split("-")[1]): path.parent for path in folder.glob("checkpoint-*/trainer_state.json")
-    }
-    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 class FiniteLoss(TrainerCallback):

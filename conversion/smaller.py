@@ -171,8 +171,8 @@ def make_smaller(
     compute_dtype = getattr(torch, args.compute_dtype)
     rows: list[Row] = []
 
-    def load(cls, path: Path, dtype: torch.dtype = compute_dtype) -> PreTrainedModel:
-        return cls.from_pretrained(path, dtype=dtype).eval().to(args.device)
+    def load(cls, path: Path) -> PreTrainedModel:
+        return cls.from_pretrained(path, dtype=compute_dtype).eval().to(args.device)
 
     def measure(name: str, model: PreTrainedModel) -> PreTrainedModel:
         cache_class = T6Cache if isinstance(model, T6ForCausalLM) else DynamicCache

@@ -27,6 +27,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from conversion.folders import last_checkpoint
+
 
 IGNORED = -100  # the label that Transformers' losses skip; in a window it marks what lies beyond the text
 
@@ -226,15 +228,6 @@ def total_loss(model: nn.Module, windows: list[torch.Tensor], batch_size: int) -
 
 
 # Folders
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint: `trainer_state.json` is the file that Trainer writes last."""
-    checkpoints = {
-        int(path.parent.name.removeprefix("checkpoint-")): path.parent
-        for path in folder.glob("checkpoint-*/trainer_state.json")
-    }
-    return checkpoints[max(checkpoints)] if checkpoints else None
 
 
 def check_folders(args: argparse.Namespace) -> Path | None:

@@ -1,8 +1,11 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from .common import Uploader
+import hub_upload
+
+from .common import Uploader, make_model
 from .hub_server import HubServer
 
 
@@ -28,3 +31,16 @@ def hub(server) -> Iterator[HubServer]:
     server.parts.clear()
     server.multipart_size = 10**9
     yield server
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch) -> None:
+    """As on a machine on which the model does not fit into memory: loading is for the tests of the round trip."""
+    monkeypatch.setattr(hub_upload, "available_memory", lambda: 0)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A small model's."""
+    make_model(tmp_path / "model")
+    return tmp_path / "model"

@@ -14,19 +14,11 @@ import hub_upload
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME, cache_nbytes
 
-from .common import SHIPPED, make_model
+from .common import SHIPPED
 from .hub_server import card_errors
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_loaded(monkeypatch):
-    monkeypatch.setattr(hub_upload, "available_memory", lambda: 0)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    make_model(tmp_path / "model")
-    return tmp_path / "model"
+pytestmark = pytest.mark.usefixtures("nothing_is_loaded")
 
 
 @pytest.fixture

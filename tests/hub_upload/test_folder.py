@@ -14,16 +14,7 @@ from modeling_t6.modeling_t6 import AUTO_MAP
 from .common import ROOT, make_model
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_loaded(monkeypatch):
-    """As on a machine on which the model does not fit into memory: loading is for the tests of the round trip."""
-    monkeypatch.setattr(hub_upload, "available_memory", lambda: 0)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    make_model(tmp_path / "model")
-    return tmp_path / "model"
+pytestmark = pytest.mark.usefixtures("nothing_is_loaded")
 
 
 def change_json(path, **changes) -> None:

@@ -132,6 +132,18 @@ if DEVICE == "cuda":  # on a CPU there is nowhere to offload to
     CACHES["offloaded-static"] = lambda config: StaticCache(config=config, max_cache_len=24, offloading=True)
 
 
+@torch.no_grad()
+def logits_with_and_without(cache, model, ids, mask, bounds) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the tokens that are not padding: over `cache`, by the steps between `bounds`, and in one step without it."""
+    position_ids, logits, real = positions(mask), [], mask.bool()
+    full = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+    for start, end in zip(bounds, bounds[1:]):
+        span = slice(start, end)
+        output = model(ids[:, span], attention_mask=mask[:, :end], position_ids=position_ids[:, span], cache=cache)
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)[real], full[real]
+
+
 @pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("q_rank", [3, None], ids=["tpa", "kvonly"])
@@ -140,21 +152,9 @@ def test_token_by_token_equals_full_forward(make_cache, implementation, q_rank, 
     config = tiny_config(q_rank=q_rank, attn_implementation=implementation)
     model = random_model(config)
     _, ids, mask = left_padded(config, (14, 9) if padded else (14, 14))
-    position_ids = positions(mask)
-    cache, logits = make_cache(config), []
-    with torch.no_grad():
-        full = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
-        for t in range(ids.shape[1]):
-            output = model(
-                ids[:, t : t + 1],
-                attention_mask=mask[:, : t + 1],
-                position_ids=position_ids[:, t : t + 1],
-                cache=cache,
-            )
-            logits.append(output.logits)
-    real = mask.bool()
+    logits, full = logits_with_and_without(make_cache(config), model, ids, mask, range(ids.shape[1] + 1))
     # Logits are of order 1 and float32 has 7 digits.
-    torch.testing.assert_close(torch.cat(logits, dim=1)[real], full[real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, full, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
@@ -170,16 +170,8 @@ def test_variants_with_every_cache(make_cache, overrides, prompt, implementation
     config = tiny_config(attn_implementation=implementation, **overrides)
     model = random_model(config)
     _, ids, mask = left_padded(config, (14, 9))
-    position_ids = positions(mask)
-    cache, logits, bounds = make_cache(config), [], [0, *range(prompt, 15)]
-    with torch.no_grad():
-        full = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
-        for start, end in zip(bounds, bounds[1:]):
-            span = slice(start, end)
-            output = model(ids[:, span], attention_mask=mask[:, :end], position_ids=position_ids[:, span], cache=cache)
-            logits.append(output.logits)
-    real = mask.bool()
-    torch.testing.assert_close(torch.cat(logits, dim=1)[real], full[real], atol=1e-5, rtol=1e-5)
+    logits, full = logits_with_and_without(make_cache(config), model, ids, mask, [0, *range(prompt, 15)])
+    torch.testing.assert_close(logits, full, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_groups", [6, 2, 1], ids=["mha", "gqa", "mqa"])

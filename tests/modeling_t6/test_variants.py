@@ -16,8 +16,8 @@ from modeling_t6.flash_tpa_t6 import decode_with_flash_tpa
 from .common import DEVICE, cached, random_ids, random_model, tiny_config
 from .reference import t6_logits
 from .test_attention import LargestResult
-from .test_generation import MODES, NEW, PADDED, generate, greedy
-from .test_reference import left_padded, positions, reference
+from .test_generation import MODES, NEW, PADDED, generate, greedy, quantization_error
+from .test_reference import left_padded, logits_with_and_without, positions, reference
 
 
 HALF_ROPE = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
@@ -128,17 +128,9 @@ def test_caches(variant, make_cache, window, prompt):
     config = config_of(variant, **layer_types)
     model = random_model(config)
     _, ids, mask = left_padded(config, (14, 9))
-    position_ids = positions(mask)
-    cache, logits, bounds = make_cache(config), [], [0, *range(prompt, 15)]
-    with torch.no_grad():
-        full = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
-        for start, end in zip(bounds, bounds[1:]):
-            span = slice(start, end)
-            output = model(ids[:, span], attention_mask=mask[:, :end], position_ids=position_ids[:, span], cache=cache)
-            logits.append(output.logits)
-    real = mask.bool()
+    logits, full = logits_with_and_without(make_cache(config), model, ids, mask, [0, *range(prompt, 15)])
     # Logits are of order 1 and float32 has 7 digits.
-    torch.testing.assert_close(torch.cat(logits, dim=1)[real], full[real], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, full, atol=2e-5, rtol=1e-5)
 
 
 @every_variant
@@ -160,18 +152,8 @@ def test_cropped_cache(variant, models):
 @pytest.mark.parametrize("nbits", [4, 8])
 def test_quantized_cache(variant, nbits):
     model = random_model(config_of(variant, num_hidden_layers=1))
-    ids = random_ids(model.config, 2, 20)
-    cache_config = {"backend": "hqq", "nbits": nbits, "residual_length": 4}
-    output = generate(
-        model, ids, cache_implementation="quantized", cache_config=cache_config, return_dict_in_generate=True,
-        output_logits=True,
-    )  # fmt: skip
-    assert type(cached(output)).__name__ == "QuantizedCache"
-    with torch.no_grad():
-        exact = model(output.sequences, use_cache=False).logits[:, 19:-1]
-    error = (torch.stack(output.logits, dim=1) - exact).abs().max() / exact.std()
     # Half a step is 1/30 of a group's range with 4 bits and 1/510 with 8, in each factor.
-    assert 0 < error < {4: 1.5, 8: 0.1}[nbits]
+    assert 0 < quantization_error(model, nbits) < {4: 1.5, 8: 0.1}[nbits]
 
 
 @every_variant

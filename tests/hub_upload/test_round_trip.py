@@ -309,4 +309,4 @@ metric_list: [{{metric: perplexity}}, {{metric: acc}}]
 
     assert uploader(tmp_path / "model", "someone/t6", "--eval-results", results).code == 0
     card = hub.repositories["someone/t6"].files()["README.md"].decode()
-    assert "model-index:" in card and f"| lines | perplexity | {found['perplexity,none']:.4f} |" in card
+    assert "model-index:" in card and f"| lines 0-shot | perplexity | {found['perplexity,none']:.4f} |" in card

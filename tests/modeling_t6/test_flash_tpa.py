@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -24,30 +23,26 @@ needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs and compile
 
 
 @pytest.fixture(autouse=True)
-def interpreted_bfloat16(monkeypatch):
-    """Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers: widen them first."""
+def checked_interpreter(monkeypatch):
     if DEVICE != "cpu" or flash_tpa_t6.triton is None:
         return
-    from triton.runtime import interpreter
+    from . import interpreter
 
-    plain_dot = interpreter.InterpreterBuilder.create_dot
-
-    def widened(operand):
-        if operand.dtype.scalar != interpreter.tl.bfloat16:
-            return operand
-        return interpreter.TensorHandle(
-            (operand.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32
-        )
-
-    def create_dot(self, a, b, *args):
-        return plain_dot(self, widened(a), widened(b), *args)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    interpreter.multiply_bfloat16(monkeypatch)
+    interpreter.check_addresses(monkeypatch)
 
 
 def tolerance(dtype: torch.dtype) -> float:
     # Where a GPU rounds to bfloat16, the interpreter cuts digits off: twice the error.
     return TOLERANCES[dtype] * (2 if DEVICE == "cpu" and dtype == torch.bfloat16 else 1)
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE != "cpu", reason="compute-sanitizer does this on a GPU")
+def test_the_interpreter_sees_a_read_beyond_a_tensor():
+    query, rows = torch.randn(1, 1, 5, 32), torch.randn(1, 1, 40, 64)
+    with pytest.raises(Exception, match="outside of every tensor"):
+        flash_tpa(query, rows, rows, 2, 2, 0.2, key_a=torch.randn(1, 5), value_a=torch.randn(1, 5))
 
 
 @needs_triton

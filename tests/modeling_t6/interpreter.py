@@ -1,0 +1,63 @@
+"""What Triton's interpreter does not do by itself: bfloat16 products, and checks of every address."""
+
+import numpy as np
+from triton.runtime import interpreter
+
+
+def multiply_bfloat16(monkeypatch) -> None:
+    """The interpreter multiplies the bits of bfloat16 numbers as if they were integers: widen them first."""
+    plain_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(operand):
+        if operand.dtype.scalar != interpreter.tl.bfloat16:
+            return operand
+        return interpreter.TensorHandle(
+            (operand.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32
+        )
+
+    def create_dot(self, a, b, *args):
+        return plain_dot(self, widened(a), widened(b), *args)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def check_addresses(monkeypatch) -> None:
+    """
+    Every load and store of a launch lies within one of the tensors that it was given, and no number is written twice:
+    what memcheck and racecheck of compute-sanitizer look for on a GPU.
+    """
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, host_arguments = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
+    allocations, written = [], set()
+
+    def record(self, args_dev, kwargs):
+        args, kwargs = host_arguments(self, args_dev, kwargs)
+        allocations.clear(), written.clear()
+        for tensor in args:
+            if hasattr(tensor, "untyped_storage"):
+                storage = tensor.untyped_storage()
+                allocations.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+        return args, kwargs
+
+    def active(ptrs, mask):
+        addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)].astype(np.int64)
+        size = np.dtype(interpreter._get_np_dtype(ptrs.get_element_ty())).itemsize
+        inside = np.zeros(addresses.shape, dtype=bool)
+        for start, end in allocations:
+            inside |= (addresses >= start) & (addresses + size <= end)
+        assert inside.all(), f"{(~inside).sum()} of {inside.size} addresses are outside of every tensor"
+        return addresses
+
+    def create_masked_load(self, ptrs, mask, *args):
+        active(ptrs, mask)
+        return load(self, ptrs, mask, *args)
+
+    def create_masked_store(self, ptrs, value, mask, *args):
+        addresses = active(ptrs, mask).tolist()
+        assert len(set(addresses)) == len(addresses) and written.isdisjoint(addresses), "a number is written twice"
+        written.update(addresses)
+        return store(self, ptrs, value, mask, *args)
+
+    monkeypatch.setattr(executor, "_init_args_hst", record)
+    monkeypatch.setattr(builder, "create_masked_load", create_masked_load)
+    monkeypatch.setattr(builder, "create_masked_store", create_masked_store)

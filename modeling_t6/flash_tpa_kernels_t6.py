@@ -122,16 +122,22 @@ def _hide(
 
 
 @triton.jit
-def _rescale(scores, maximum, normalizer, output):
-    new_maximum = tl.maximum(maximum, tl.max(scores, 0))
-    decay = tl.exp2(maximum - new_maximum)
-    return new_maximum, normalizer * decay[None, None, :], output * decay[None, :]
-
-
-@triton.jit
 def _sum_pairs(weights):
     """Sums rows i and i + 8 of every 16, which one thread holds. The rest of the sum waits until the end."""
     return tl.sum(tl.reshape(weights, [weights.shape[0] // 16, 2, 8, weights.shape[1]]), 1)
+
+
+@triton.jit
+def _exponentiate(scores, maximum, normalizer, output):
+    """A block's part of the softmax: its weights, and the running sums that they enter."""
+    # The maximum may lag by 2^8 before it is worth a reduction over tokens for each column: a power of 2 changes
+    # no digit, and is undone at the end.
+    if tl.max(tl.max(scores - maximum[None, :], 1), 0) > 8.0:
+        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+        decay = tl.exp2(maximum - new_maximum)
+        maximum, normalizer, output = new_maximum, normalizer * decay[None, None, :], output * decay[None, :]
+    weights = tl.exp2(scores - maximum[None, :])
+    return weights, maximum, normalizer + _sum_pairs(weights), output
 
 
 @triton.jit
@@ -271,6 +277,7 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    TAIL_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
@@ -281,10 +288,11 @@ def decode_kernel(
 
     Writes the output normalised within the piece [batch, split, query, head, d] and the log2 of its sum of
     exponentials [batch, split, query, head], both float32. The pieces divide the length that is on the device: the
-    grid depends on the room in the cache alone. Batch strides of the rows count `STRIDE_UNIT` numbers, which tells the
+    grid depends on the room in the cache alone. A block has `BLOCK_H` heads and, in a tile of its own, `TAIL_H` more, so
+    that the paper's 34, 47 and 78 heads need not be rounded to a power of 2. Batch strides of the rows count `STRIDE_UNIT` numbers, which tells the
     compiler that rows start on 16 bytes.
     """
-    HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
+    HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H + TAIL_H - 1) // (BLOCK_H + TAIL_H)
     QUERY_BLOCKS: tl.constexpr = (NUM_QUERIES + BLOCK_T - 1) // BLOCK_T
     BLOCK_C: tl.constexpr = BLOCK_T * BLOCK_H
     K_A_START: tl.constexpr = K_RANK * HEAD_DIM
@@ -301,7 +309,7 @@ def decode_kernel(
     start = split * piece
     end = tl.minimum(start + piece, length)
 
-    first_head = (column_block % HEAD_BLOCKS) * BLOCK_H
+    first_head = (column_block % HEAD_BLOCKS) * (BLOCK_H + TAIL_H)
     first_query = (column_block // HEAD_BLOCKS) * BLOCK_T
     heads = first_head + tl.arange(0, BLOCK_C) % BLOCK_H
     queries = first_query + tl.arange(0, BLOCK_C) // BLOCK_H
@@ -313,6 +321,16 @@ def decode_kernel(
     maximum = tl.full([BLOCK_C], -1e30, tl.float32)
     normalizer = tl.zeros([BLOCK_N // 16, 8, BLOCK_C], tl.float32)
     output = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
+    if TAIL_H:
+        tail_head = first_head + BLOCK_H
+        tail_heads = tail_head + tl.arange(0, TAIL_H)
+        tail_queries = first_query + tl.zeros([TAIL_H], tl.int32)
+        tail_query = _load_query(
+            query_ptr, tail_queries, tail_heads, query_stride_t, query_stride_h, NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+        tail_maximum = tl.full([TAIL_H], -1e30, tl.float32)
+        tail_normalizer = tl.zeros([BLOCK_N // 16, 8, TAIL_H], tl.float32)
+        tail_output = tl.zeros([BLOCK_D, TAIL_H], tl.float32)
 
     key_ptr += batch * key_stride_b * STRIDE_UNIT
     value_ptr += batch * value_stride_b * STRIDE_UNIT
@@ -330,6 +348,8 @@ def decode_kernel(
 
         # Loads of every rank are in flight at once if there is room for them, else those of a few ranks.
         scores = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        if TAIL_H:
+            tail_scores = tl.zeros([BLOCK_N, TAIL_H], tl.float32)
         if UNROLL:
             for r in tl.static_range(K_RANK):
                 b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_b, other=0.0).to(query.dtype)
@@ -337,6 +357,11 @@ def decode_kernel(
                     scores, query, b, key_rows, key_a_ptr, first_head, is_row, r, K_ROW, K_A_START, K_HEADS,
                     NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
                 )  # fmt: skip
+                if TAIL_H:
+                    tail_scores = _add_scores(
+                        tail_scores, tail_query, b, key_rows, key_a_ptr, tail_head, is_row, r, K_ROW, K_A_START, K_HEADS,
+                        NUM_HEADS, CONSTANT_A, BLOCK_N, 1, TAIL_H, PRECISION,
+                    )  # fmt: skip
         else:
             for r in tl.range(0, K_RANK, num_stages=STAGES):
                 b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_b, other=0.0).to(query.dtype)
@@ -344,17 +369,25 @@ def decode_kernel(
                     scores, query, b, key_rows, key_a_ptr, first_head, is_row, r, K_ROW, K_A_START, K_HEADS,
                     NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
                 )  # fmt: skip
+                if TAIL_H:
+                    tail_scores = _add_scores(
+                        tail_scores, tail_query, b, key_rows, key_a_ptr, tail_head, is_row, r, K_ROW, K_A_START, K_HEADS,
+                        NUM_HEADS, CONSTANT_A, BLOCK_N, 1, TAIL_H, PRECISION,
+                    )  # fmt: skip
 
         scores = _hide(
             scores, mask_ptr, queries, heads, tokens, is_row, length - NUM_QUERIES, scale, log2_e,
             mask_stride_h, mask_stride_t, mask_stride_n, NUM_QUERIES, NUM_HEADS, CAUSAL, MASK, MASK_BY_COLUMN,
         )  # fmt: skip
-        # The maximum may lag by 2^8 before it is worth a reduction over tokens for each column: a power of 2 changes
-        # no digit, and is undone at the end.
-        if tl.max(tl.max(scores - maximum[None, :], 1), 0) > 8.0:
-            maximum, normalizer, output = _rescale(scores, maximum, normalizer, output)
-        weights = tl.exp2(scores - maximum[None, :])
-        normalizer += _sum_pairs(weights)
+        weights, maximum, normalizer, output = _exponentiate(scores, maximum, normalizer, output)
+        if TAIL_H:
+            tail_scores = _hide(
+                tail_scores, mask_ptr, tail_queries, tail_heads, tokens, is_row, length - NUM_QUERIES, scale, log2_e,
+                mask_stride_h, mask_stride_t, mask_stride_n, NUM_QUERIES, NUM_HEADS, CAUSAL, MASK, MASK_BY_COLUMN,
+            )  # fmt: skip
+            tail_weights, tail_maximum, tail_normalizer, tail_output = _exponentiate(
+                tail_scores, tail_maximum, tail_normalizer, tail_output
+            )
 
         if UNROLL:
             for r in tl.static_range(V_RANK):
@@ -363,6 +396,11 @@ def decode_kernel(
                     output, weights, b, value_rows, value_a_ptr, first_head, is_row, r, V_ROW, V_A_START, V_HEADS,
                     NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
                 )  # fmt: skip
+                if TAIL_H:
+                    tail_output = _add_output(
+                        tail_output, tail_weights, b, value_rows, value_a_ptr, tail_head, is_row, r, V_ROW, V_A_START,
+                        V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, 1, TAIL_H, PRECISION,
+                    )  # fmt: skip
         else:
             for r in tl.range(0, V_RANK, num_stages=STAGES):
                 b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_b, other=0.0).to(query.dtype)
@@ -370,12 +408,22 @@ def decode_kernel(
                     output, weights, b, value_rows, value_a_ptr, first_head, is_row, r, V_ROW, V_A_START, V_HEADS,
                     NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
                 )  # fmt: skip
+                if TAIL_H:
+                    tail_output = _add_output(
+                        tail_output, tail_weights, b, value_rows, value_a_ptr, tail_head, is_row, r, V_ROW, V_A_START,
+                        V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, 1, TAIL_H, PRECISION,
+                    )  # fmt: skip
 
     row = batch * num_splits + split
     _store_partial(
         output, normalizer, maximum, partial_ptr, lse_ptr, row, queries, heads,
         NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
+    if TAIL_H:
+        _store_partial(
+            tail_output, tail_normalizer, tail_maximum, partial_ptr, lse_ptr, row, tail_queries, tail_heads,
+            NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_splits"])

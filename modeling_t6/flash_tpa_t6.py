@@ -49,6 +49,7 @@ class Launch:
     block_n: int  # tokens in a block
     block_t: int  # query tokens in a block of columns
     block_h: int  # heads in it
+    tail_h: int  # more heads, in a second tile
     block_d: int  # features of a head, padded
     unroll: bool  # whether the loads of every rank are in flight at once
     stages: int  # blocks (of a rank, if not unrolled) in flight
@@ -56,7 +57,7 @@ class Launch:
     programs_per_sm: int  # that fit side by side
 
     def column_blocks(self, num_queries: int, num_heads: int) -> int:
-        return -(-num_queries // self.block_t) * -(-num_heads // self.block_h)
+        return -(-num_queries // self.block_t) * -(-num_heads // (self.block_h + self.tail_h))
 
 
 def _power_of_2(n: int, least: int) -> int:
@@ -83,28 +84,36 @@ def choose_launch(
         shared_memory: bytes that a program may have.
     """
     block_d = _power_of_2(head_dim, least=16)
-    max_columns = 64 if block_d <= 64 and itemsize <= 2 else 32  # more would not fit the registers
-    # Weights times B from tiles of 16 columns or fewer (a warp group's share) came out wrong on an H200, compiled by
-    # Triton 3.6: none are narrower than 32, and two warp groups run only where they share out features.
-    block_h = min(_power_of_2(num_heads, least=32), max_columns)
-    block_t = min(max_columns // block_h, 1 << (num_queries - 1).bit_length())
+    # Tiles of heads that fit the registers. Never of 8 columns for a group of 4 warps: Triton 3.6 miscompiles products
+    # that narrow (its issue 7830). So 8 warps run only where they share out features, and 16 columns are the fewest.
+    narrowest = 16 if block_d <= 64 and itemsize <= 2 else 32
+    widest = 64 if block_d == 64 and itemsize <= 2 else 32
+    if num_queries > 1:
+        block_h, tail_h = min(_power_of_2(num_heads, narrowest), widest), 0
+    else:
+        tiles = [(width, 0) for width in (16, 32, 64) if narrowest <= width <= widest]
+        if widest == 64 and itemsize == 2 and not constant_a:
+            tiles += [(32, 16), (64, 16)]
+        # Few columns, in few blocks, since each reads B again.
+        block_h, tail_h = min(tiles, key=lambda tile: -(-num_heads // sum(tile)) * (sum(tile) + 32))
+    block_t = min(widest // block_h, 1 << (num_queries - 1).bit_length())
 
     def bytes_used(block_n: int, stages: int, ranks: int = k_rank + v_rank) -> int:
         """Shared memory of a program: B, A with one buffer less, the query, and the weights of a block."""
-        a_columns = 0 if constant_a else block_h
+        a_columns = 0 if constant_a else block_h + tail_h
         buffers = block_n * ranks * (stages * block_d + (stages - 1) * a_columns)
-        return (buffers + (block_n + block_d) * block_t * block_h) * itemsize
+        return (buffers + (block_n + block_d) * (block_t * block_h + tail_h)) * itemsize
 
     if itemsize == 4:
-        block_n = 32
+        block_n = 16  # more spills
     else:
         block_n = 128 if k_rank + v_rank == 2 and bytes_used(128, stages=3) <= 150_000 else 64
-    unroll = k_rank + v_rank <= 6 and bytes_used(block_n, stages=2) <= shared_memory
+    unroll = itemsize < 4 and k_rank + v_rank <= 6 and bytes_used(block_n, stages=2) <= shared_memory
     ranks = k_rank + v_rank if unroll else 1
     stages = 3 if bytes_used(block_n, 3, ranks) <= min(150_000, shared_memory) else 2
     programs_per_sm = 2 if 2 * (bytes_used(block_n, stages, ranks) + 1024) <= shared_memory + 1024 else 1
-    warps = 8 if block_d >= 128 and not unroll else 4
-    return Launch(block_n, block_t, block_h, block_d, unroll, stages, warps, programs_per_sm)
+    warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
+    return Launch(block_n, block_t, block_h, tail_h, block_d, unroll, stages, warps, programs_per_sm)
 
 
 @functools.cache
@@ -199,6 +208,7 @@ def _flash_tpa(
             BLOCK_N=launch.block_n,
             BLOCK_T=launch.block_t,
             BLOCK_H=launch.block_h,
+            TAIL_H=launch.tail_h,
             BLOCK_D=launch.block_d,
             UNROLL=launch.unroll,
             STAGES=launch.stages,
@@ -269,15 +279,20 @@ def flash_tpa(
 def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor, cache: Cache | None) -> bool:
     """
     Whether the kernels run: `attn_implementation="flash_tpa"`, few query tokens over a cache, no gradient, Triton and
-    an NVIDIA GPU from Ampere on, and no variant whose cached B factors are not yet those that K and V are made of.
-    Depends on nothing that changes from one decoded token to the next.
+    an NVIDIA GPU from Ampere on (for a cache of float8 from Ada on), and no variant whose cached B factors are not yet
+    those that K and V are made of. Depends on nothing that changes from one decoded token to the next.
     """
     if triton is None or cache is None or config._attn_implementation != "flash_tpa":
         return False
     if config.rotates_on_read or config.c_factor_dim is not None:
         return False
+    is_float8 = any(getattr(layer, "stored_dtype", None) is not None for layer in cache.layers)
     return (
-        (_has_tensor_cores(hidden_states.device) if hidden_states.is_cuda else IS_INTERPRETED)
+        (
+            _capability(hidden_states.device) >= ((8, 9) if is_float8 else (8, 0))
+            if hidden_states.is_cuda
+            else IS_INTERPRETED
+        )
         and hidden_states.shape[1] <= MAX_QUERIES
         and config.head_dim <= MAX_HEAD_DIM
         and hidden_states.dtype in DTYPES
@@ -286,8 +301,8 @@ def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor,
 
 
 @torch.compiler.assume_constant_result
-def _has_tensor_cores(device: torch.device) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return (0, 0) if torch.version.cuda is None else torch.cuda.get_device_capability(device)
 
 
 def cached_lengths(cache: Cache, layer_idx: int) -> torch.Tensor | None:

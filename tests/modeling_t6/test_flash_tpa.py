@@ -1,8 +1,10 @@
 """The Triton kernels of FlashTPA, on a GPU or through Triton's interpreter, against float64 and the other paths."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,10 +129,11 @@ def test_launches_fit_the_chip():
             for shared_memory in (101376, 166912, 232448):
                 launch = choose_launch(queries, heads, head_dim, k_rank, v_rank, constant_a, itemsize, shared_memory)
                 ranks = k_rank + v_rank if launch.unroll else 1
-                a_buffers = 0 if constant_a else (launch.stages - 1) * launch.block_h
+                head_block = launch.block_h + launch.tail_h
+                a_buffers = 0 if constant_a else (launch.stages - 1) * head_block
                 numbers = launch.block_n * ranks * (launch.stages * launch.block_d + a_buffers)
                 assert numbers * itemsize * launch.programs_per_sm <= shared_memory
-                assert heads <= launch.column_blocks(1, heads) * launch.block_h < heads + launch.block_h
+                assert heads <= launch.column_blocks(1, heads) * head_block < heads + head_block
 
 
 def operator_arguments(**changes):
@@ -283,6 +286,27 @@ def test_which_path_runs():
         assert not decode_with_flash_tpa(tiny_config(attn_implementation="eager"), hidden, cache)
         # Where it is asked for by name.
         assert not decode_with_flash_tpa(tiny_config(attn_implementation="sdpa"), hidden, cache)
+
+
+@needs_triton
+@torch.no_grad()
+def test_float8_needs_ada(monkeypatch):
+    hidden = SimpleNamespace(shape=(1, 1, 8), dtype=torch.bfloat16, device="cuda", is_cuda=True)
+    config = tiny_config(attn_implementation="flash_tpa")
+    plain, float8 = T6Cache(config=config), T6Cache(config=config, dtype=torch.float8_e4m3fn)
+    for capability, expected in (((7, 5), (False, False)), ((8, 0), (True, False)), ((8, 9), (True, True))):
+        monkeypatch.setattr(flash_tpa_t6, "_capability", lambda device, c=capability: c)
+        assert tuple(decode_with_flash_tpa(config, hidden, cache) for cache in (plain, float8)) == expected
+
+
+@needs_triton
+def test_kernels_compile_for_a_gpu():
+    """Without a GPU: they fit Hopper, and hold nothing that Triton is known to miscompile."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.modeling_t6.compile_kernels", "90"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=env)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("bytes of spills") == 7
 
 
 def test_prefill_and_training_go_through_sdpa():

@@ -1,0 +1,108 @@
+"""
+Compiles FlashTPA's kernels for a GPU that need not be there.
+
+    python -m tests.modeling_t6.compile_kernels 80 90 100    # compute capability 8.0, ...: registers and spills
+"""
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from modeling_t6.cache_t6 import FactorLayout
+from modeling_t6.flash_tpa_kernels_t6 import combine_kernel, decode_kernel
+from modeling_t6.flash_tpa_t6 import choose_launch
+
+
+SHAPES = [  # heads, head_dim, k_rank, v_rank, queries, constant A, dtype, dtype of the cache, mask
+    (32, 64, 1, 1, 1, False, "bf16", "bf16", "none"),
+    (34, 64, 2, 2, 1, False, "bf16", "bf16", "boolean"),
+    (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none"),
+    (12, 96, 8, 3, 1, False, "fp16", "fp16", "none"),
+    (5, 64, 2, 3, 16, False, "bf16", "bf16", "additive"),
+    (16, 256, 8, 16, 1, True, "bf16", "bf16", "none"),
+    (47, 128, 2, 2, 2, False, "fp32", "fp32", "none"),
+]
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
+
+
+def compile_kernel(kernel, types: dict[str, str], constants: dict, warps: int, capability: int):
+    """The kernel for arguments of these types, all of whose pointers are aligned to 16 bytes."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(
+        kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def compile_shape(shape: tuple, capability: int):
+    """The two kernels as `flash_tpa` starts them on such a GPU, and the launch."""
+    heads, head_dim, k_rank, v_rank, queries, constant_a, dtype, cache_dtype, mask = shape
+    launch = choose_launch(
+        queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability]
+    )
+    layouts = [FactorLayout(rank, 0 if constant_a else heads, head_dim) for rank in (k_rank, v_rank)]
+    constants = {
+        "NUM_QUERIES": queries, "NUM_HEADS": heads, "HEAD_DIM": head_dim, "K_RANK": k_rank, "V_RANK": v_rank,
+        "K_ROW": layouts[0].width, "V_ROW": layouts[1].width, "K_HEADS": layouts[0].padded_heads,
+        "V_HEADS": layouts[1].padded_heads, "CONSTANT_A": constant_a, "CAUSAL": True, "MASK": mask,
+        "MASK_BY_COLUMN": mask == "additive", "HAS_LENGTHS": True, "STRIDE_UNIT": 16 // BYTES[cache_dtype],
+        "BLOCK_N": launch.block_n, "BLOCK_T": launch.block_t, "BLOCK_H": launch.block_h, "TAIL_H": launch.tail_h,
+        "BLOCK_D": launch.block_d, "UNROLL": launch.unroll, "STAGES": launch.stages,
+        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+    }  # fmt: skip
+    types = dict.fromkeys(("query_ptr", "key_a_ptr", "value_a_ptr"), f"*{dtype}")
+    types |= {
+        "key_ptr": f"*{cache_dtype}", "value_ptr": f"*{cache_dtype}", "length_ptr": "*i64", "partial_ptr": "*fp32",
+        "lse_ptr": "*fp32", "mask_ptr": "*i1" if mask == "boolean" else f"*{dtype}", "scale": "fp32", "log2_e": "fp32",
+    }  # fmt: skip
+    decode = compile_kernel(decode_kernel, types, constants, launch.warps, capability)
+    constants = {
+        "COLUMNS": queries * heads, "HEAD_DIM": head_dim, "V_RANK": v_rank, "BLOCK_D": launch.block_d, "BLOCK_S": 32,
+        "MAX_SPLITS": 1024,
+    }  # fmt: skip
+    types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+    return launch, decode, compile_kernel(combine_kernel, types, constants, 2, capability)
+
+
+def registers_and_spills(kernel) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack: what did not fit them."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return tuple(int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
+
+
+def main() -> None:
+    """Fails for a kernel that does not fit the GPU, spills much, or has products that Triton miscompiles."""
+    for capability, shape in itertools.product(map(int, sys.argv[1:]), SHAPES):
+        if "fp8e4nv" in shape and capability < 89:
+            continue
+        launch, decode, _ = compile_shape(shape, capability)
+        shared = decode.metadata.shared
+        assert shared <= SHARED_MEMORY[capability], f"{capability} {shape}: {shared} bytes of shared memory"
+        assert "m64n8k" not in decode.asm["ptx"], (
+            f"{capability} {shape}: products of 8 columns, which Triton 3.6 miscompiles"
+        )
+        registers, spills = registers_and_spills(decode)
+        assert spills <= 256, f"{capability} {shape}: {spills} bytes of spills"
+        print(
+            f"{capability} {shape}: {registers} registers, {spills} bytes of spills, {shared} bytes of shared memory, {launch}"
+        )
+
+
+if __name__ == "__main__":
+    main()

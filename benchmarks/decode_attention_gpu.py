@@ -45,7 +45,7 @@ def time_t6(batch: int, tokens: int, heads: int, head_dim: int, rank: int, dtype
 
     layout, scaling = FactorLayout(rank, heads, head_dim), head_dim**-0.5
     shape = (batch, 1, tokens, layout.width)
-    num_bytes = 2 * batch * tokens * layout.width * getattr(torch, dtype).itemsize
+    num_bytes = 2 * batch * tokens * rank * (heads + head_dim) * getattr(torch, dtype).itemsize  # without padding
     copies = min(16, -(-LARGER_THAN_L2 // num_bytes))
     make = lambda: torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(getattr(torch, dtype))  # noqa: E731
     rows = [(make(), make()) for _ in range(copies)]
@@ -58,7 +58,8 @@ def time_t6(batch: int, tokens: int, heads: int, head_dim: int, rank: int, dtype
     del factors
     calls = [lambda pair=pair: flash_tpa(query, *pair, rank, rank, scaling) for pair in rows]
     seconds = graph_seconds(calls * max(1, 8 // copies))
-    return {"seconds": seconds, "bytes": num_bytes, "error": error}
+    cache_bytes = 2 * rows[0][0].nbytes
+    return {"seconds": seconds, "bytes": num_bytes, "cache_bytes": cache_bytes, "error": error}
 
 
 def time_sdpa(batch: int, tokens: int, heads: int) -> dict:
@@ -84,6 +85,7 @@ def time_sdpa(batch: int, tokens: int, heads: int) -> dict:
             best = {
                 "seconds": seconds,
                 "bytes": num_bytes,
+                "cache_bytes": num_bytes,
                 "backend": f"{backend.name.split('_')[0].lower()}{' folded' * folded}",
             }
     return best
@@ -127,7 +129,7 @@ def plot(data: dict, path: str) -> None:
         style = "-o" if name.startswith("T6") else "--s"
         tokens = [row["tokens"] for row in rows]
         axes[0].plot(tokens, [row["seconds"] * 1e6 for row in rows], style, label=name)
-        axes[1].plot(tokens, [row["bytes"] / 2**30 for row in rows], style, label=name)
+        axes[1].plot(tokens, [row["cache_bytes"] / 2**30 for row in rows], style, label=name)
     for axis, label in zip(axes, ("decoding attention, one layer (us)", "cache of one layer (GiB)")):
         axis.set(xscale="log", yscale="log", xlabel="cached tokens of each of 8 sequences", ylabel=label)
         axis.set_xticks([8192, 32768, 131072], ["8k", "32k", "128k"])

@@ -50,13 +50,18 @@ def device() -> torch.device:
 
 def candidates(shape) -> list[Launch]:
     base, heads = default_launch(shape), shape[2]
-    head_tiles = {base.block_h, 32, min(64, 1 << (heads - 1).bit_length())}
+    tiles = {(base.block_h, base.tail_h), (32, 0), (min(64, 1 << (heads - 1).bit_length()), 0)}
+    if heads > 32:
+        tiles |= {(32, 16), (32, 32), (64, 16)}
     found = []
-    for n, h, stages, warps, programs in itertools.product((32, 64, 128), head_tiles, (2, 3), (4, 8), (1, 2, 3)):
-        used = stages * n * 2 * shape[4] * (h + base.block_d) * getattr(torch, shape[5]).itemsize
-        if programs * used <= 260_000 and (n == 128 or warps == 4) and (n > 32 or heads > 64):
+    for n, (h, tail), stages, warps, programs in itertools.product((32, 64, 128), tiles, (2, 3), (4, 8), (1, 2, 3)):
+        used = stages * n * 2 * shape[4] * (h + tail + base.block_d) * getattr(torch, shape[5]).itemsize
+        # 8 warps would share out a tile of 16 columns: see `choose_launch`.
+        if programs * used <= 260_000 and (n == 128 and tail != 16 or warps == 4) and (n > 32 or heads > 64):
             found.append(
-                dataclasses.replace(base, block_n=n, block_h=h, stages=stages, warps=warps, programs_per_sm=programs)
+                dataclasses.replace(
+                    base, block_n=n, block_h=h, tail_h=tail, stages=stages, warps=warps, programs_per_sm=programs
+                )
             )
     return [base, *(launch for launch in found if launch != base)]
 
@@ -105,9 +110,9 @@ def main() -> None:
     results = []
     for name, shape in shapes.items():
         batch, tokens, heads, head_dim, rank, dtype = shape
-        num_bytes = batch * tokens * 2 * FactorLayout(rank, heads, head_dim).width * getattr(torch, dtype).itemsize
+        num_bytes = batch * tokens * 2 * rank * (heads + head_dim) * getattr(torch, dtype).itemsize
         query, rows = inputs(shape, copies=min(16, -(-LARGER_THAN_L2 // num_bytes)))
-        timed = []
+        timed, expected = [], None
         for launch in candidates(shape):
             if not fits[((0, 0, *shape[2:]), one_program(launch))]:
                 continue
@@ -122,13 +127,18 @@ def main() -> None:
                     **dataclasses.asdict(launch),
                 }
             )
+            # All settings compute the same: one that does not was miscompiled.
+            output = run(launch, query, rows[0], rank).float()
+            expected = output if len(timed) == 1 else expected
+            timed[-1]["difference"] = ((output - expected).norm() / expected.norm()).item()
         chosen, results = timed[0], results + timed
         print(f"{name}: {num_bytes / 1e6:.0f} MB, {num_bytes / bandwidth * 1e6:.1f} us at the bandwidth of copies")
         for row in [chosen, *sorted(timed, key=lambda row: row["seconds"])[: args.top]]:
             print(
-                f"  {row['seconds'] * 1e6:7.1f} us {row['share']:4.0%}  tokens {row['block_n']} heads {row['block_h']} "
+                f"  {row['seconds'] * 1e6:7.1f} us {row['share']:4.0%}  tokens {row['block_n']} heads {row['block_h']}+{row['tail_h']} "
                 f"stages {row['stages']} warps {row['warps']} programs {row['programs_per_sm']}"
-                + (" (chosen)" if row is chosen else ""),
+                + (" (chosen)" if row is chosen else "")
+                + (f" WRONG by {row['difference']:.0%}" if not row["difference"] < 0.01 else ""),
                 flush=True,
             )
         del rows

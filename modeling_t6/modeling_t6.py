@@ -226,6 +226,8 @@ class T6Attention(nn.Module):
             self.k_norm = T6RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         if config.head_norm:
             self.head_norm = T6RMSNorm(self.head_dim, eps=1e-5)
+        if config.output_gate:
+            self.o_gate_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=config.attention_bias)
 
     def _factor_proj(self, n1: int, n2: int) -> nn.Linear:
         """The projection to a factor [n1, n2], initialised as Xavier's of the weight viewed as [hidden, n1, n2]."""
@@ -363,6 +365,8 @@ class T6Attention(nn.Module):
         if self.config.head_norm:
             attn_output = self.head_norm(attn_output)
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        if self.config.output_gate:
+            attn_output = attn_output * torch.sigmoid(self.o_gate_proj(hidden_states))
         attn_output = self.o_proj(attn_output)
         return attn_output, attn_weights
 
@@ -393,7 +397,7 @@ class T6DecoderLayer(GradientCheckpointingLayer):
         hidden_states = self.input_layernorm(hidden_states)
         # Self Attention
         hidden_states, _ = self.self_attn(
-            hidden_states=hidden_states,
+            hidden_states,  # by position, as PEFT's wrappers of constant factors pass it on
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,

@@ -31,7 +31,7 @@ def too_small(model) -> dict:
     """Memory for the embedding and some layers: the rest goes to the disk. accelerate keeps room for one layer free."""
     embedding = model.model.embed_tokens.weight.nbytes
     if HAS_GPU:
-        return {0: embedding + 2.5 * layer_bytes(model), "cpu": 1.5 * layer_bytes(model)}
+        return {0: embedding + 5 * layer_bytes(model) // 2, "cpu": 3 * layer_bytes(model) // 2}
     return {"cpu": embedding + 3 * layer_bytes(model)}
 
 
@@ -70,10 +70,11 @@ def test_offloaded_weights(saved, make_map, tmp_path):
     assert "disk" in places
     if make_map is not MAPS["all on disk"]:
         assert places == ({"0", "cpu", "disk"} if HAS_GPU else {"cpu", "disk"})
-    # No key names a part of a layer: residual connections stay on one device.
+    # No key names a part of a layer: its residual connections stay on one device.
     assert all(key.count(".") <= 2 for key in model.hf_device_map)
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    assert tied or model.config.tie_word_embeddings is False or model.lm_head.weight.device.type == "meta"
+    if model.config.tie_word_embeddings and "" not in model.hf_device_map:
+        assert model.hf_device_map["lm_head"] == model.hf_device_map["model.embed_tokens"]
+        assert model.lm_head.weight is model.model.embed_tokens.weight
     on_meta = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     assert any(".layers." in name for name in on_meta)
 

@@ -93,6 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.suffix != ".pt2":
         parser.error(f"OUTPUT must end in .pt2, got {args.output}")
+    if not args.output.parent.is_dir():
+        parser.error(f"the folder of OUTPUT does not exist: {args.output.parent}")
     if args.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.max_cache_len is not None and args.max_cache_len < 1:

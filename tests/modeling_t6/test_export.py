@@ -109,6 +109,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     "arguments, message",
     [
         (["step.bin"], "OUTPUT must end in .pt2, got step.bin"),
+        (["nowhere/step.pt2"], "the folder of OUTPUT does not exist: nowhere"),
         (["step.pt2", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["step.pt2", "--max-cache-len", "0"], "--max-cache-len must be at least 1, got 0"),
     ],

@@ -71,6 +71,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "softmax": (34, {"head_factor_act": "softmax"}),
     "third-order": (39, {"c_factor_dim": 4}),
     "head-norm": (34, {"head_norm": True}),
+    "output-gate": (18, {"output_gate": True}),
     # 20 of 64 features: a third, the research code's default, rounded down to an even number.
     "partial-rope": (
         34,

@@ -112,9 +112,7 @@ def collect_moments(model: T6ForCausalLM, batches: Iterable[torch.Tensor]) -> li
     totals: list[Moments | None] = [None] * model.config.num_hidden_layers
 
     def hook(attention: T6Attention, args, kwargs) -> None:
-        new = layer_moments(
-            attention, kwargs["hidden_states"], kwargs["position_embeddings"], kwargs["attention_mask"]
-        )
+        new = layer_moments(attention, args[0], kwargs["position_embeddings"], kwargs["attention_mask"])
         old = totals[attention.layer_idx]
         if old is not None:
             new = Moments(old.keys + new.keys, old.queries + new.queries, old.values + new.values)

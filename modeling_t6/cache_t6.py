@@ -16,7 +16,7 @@
 import math
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
@@ -285,6 +285,19 @@ class T6Cache(DynamicCache):
     def nbytes(self) -> int:
         """Bytes of the factors held by all layers."""
         return cache_nbytes(self)
+
+
+def allocate_static_cache(
+    cache: StaticCache, config: PreTrainedConfig, batch_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """
+    Allocates what a `StaticCache` of a T6 model has not yet allocated, for rows of factors; by itself it does so at the
+    first `update`. Transformers' `early_initialization` allocates for heads of keys and values, and both alike.
+    """
+    for layer_idx, layer in enumerate(cache.layers):
+        if not layer.is_initialized:
+            shapes = [(batch_size, 1, 0, layout.width) for layout in factor_layouts(config, layer_idx)]
+            layer.lazy_initialization(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
 
 
 def cache_nbytes(cache: Cache) -> int:

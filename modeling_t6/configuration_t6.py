@@ -56,6 +56,11 @@ class T6Config(PreTrainedConfig):
         head_norm (`bool`, defaults to `False`):
             Whether an RMS norm (epsilon 1e-5) of size d acts on every head's output before `o_proj` ("groupnorm" in the
             research code).
+        output_gate (`bool`, defaults to `False`):
+            Whether `sigmoid(W x)` [h, d] of the token x that attends multiplies the heads' outputs, after `head_norm` and
+            before `o_proj`. The paper names an output gate only (section 1); this is that of "Gated Attention for Large
+            Language Models" (arXiv 2505.06708, after the attention, by head and element) and of "Forgetting Transformer"
+            (arXiv 2503.02130, "Pro" block).
         sliding_window (`int`, *optional*): Tokens that a query of a `"sliding_attention"` layer sees, its own included.
         layer_types (`list[str]`, *optional*):
             `"full_attention"` or `"sliding_attention"` for each layer. `None`: sliding if there is a `sliding_window`.
@@ -106,6 +111,7 @@ class T6Config(PreTrainedConfig):
     mlp_bias: bool = False
     qk_norm: bool = False
     head_norm: bool = False
+    output_gate: bool = False
     sliding_window: int | None = None
     layer_types: list[str] | None = None
 

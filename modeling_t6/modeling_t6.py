@@ -39,7 +39,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_t6 import attend_in_factor_space, factor_space_attention, form_heads
-from .cache_t6 import CACHE_NAME, T6Cache, factor_layouts, quantization_group_size, rename_past_key_values
+from .cache_t6 import (
+    CACHE_NAME,
+    T6Cache,
+    allocate_static_cache,
+    factor_layouts,
+    quantization_group_size,
+    rename_past_key_values,
+)
 from .configuration_t6 import T6Config
 from .flash_tpa_t6 import cached_lengths, decode_with_flash_tpa, flash_tpa, padding_mask
 from .variants_t6 import activate_head_factors, row_positions, third_order_features, validate_positions
@@ -226,6 +233,8 @@ class T6Attention(nn.Module):
             self.k_norm = T6RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         if config.head_norm:
             self.head_norm = T6RMSNorm(self.head_dim, eps=1e-5)
+        if config.output_gate:
+            self.o_gate_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=config.attention_bias)
 
     def _factor_proj(self, n1: int, n2: int) -> nn.Linear:
         """The projection to a factor [n1, n2], initialised as Xavier's of the weight viewed as [hidden, n1, n2]."""
@@ -363,6 +372,8 @@ class T6Attention(nn.Module):
         if self.config.head_norm:
             attn_output = self.head_norm(attn_output)
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        if self.config.output_gate:
+            attn_output = attn_output * torch.sigmoid(self.o_gate_proj(hidden_states))
         attn_output = self.o_proj(attn_output)
         return attn_output, attn_weights
 
@@ -393,7 +404,7 @@ class T6DecoderLayer(GradientCheckpointingLayer):
         hidden_states = self.input_layernorm(hidden_states)
         # Self Attention
         hidden_states, _ = self.self_attn(
-            hidden_states=hidden_states,
+            hidden_states,  # by position, as PEFT's wrappers of constant factors pass it on
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
@@ -729,18 +740,15 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
         if user_defined:
             return
         if type(cache) is DynamicCache:
-            offloading = cache.offloading and self.device.type != "cpu"  # on the CPU there is nowhere to offload to
+            # On the CPU there is nowhere to offload to. Weights on the disk, "meta", are computed with on an accelerator.
+            has_accelerator = self.device.type != "cpu" and torch.accelerator.is_available()
+            offloading = cache.offloading and has_accelerator
             model_kwargs[CACHE_NAME] = T6Cache(config=self.config, offloading=offloading)
         elif isinstance(cache, StaticCache) and len(set(getattr(self, "hf_device_map", {}).values())) <= 1:
             batch_size = args[1] if len(args) > 1 else kwargs["batch_size"]
             batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
-            for layer_idx, layer in enumerate(cache.layers):
-                key_layout, value_layout = factor_layouts(self.config, layer_idx)
-                if not layer.is_initialized:
-                    layer.lazy_initialization(
-                        torch.empty((batch_size, 1, 0, key_layout.width), dtype=self.dtype, device=self.device),
-                        torch.empty((batch_size, 1, 0, value_layout.width), dtype=self.dtype, device=self.device),
-                    )
+            if self.device.type != "meta":  # else weights are on the disk, and the first rows tell the device
+                allocate_static_cache(cache, self.config, batch_size, self.dtype, self.device)
 
 
 class T6ForSequenceClassification(GenericForSequenceClassification, T6PreTrainedModel): ...

@@ -57,6 +57,7 @@ VARIANTS = {
     "t6-{}-softmax": (34, {"head_factor_act": "softmax"}, lambda h: 4 * (h + 64)),
     "t6-{}-third-order": (39, {"c_factor_dim": 4}, lambda h: 4 * (h + 16 + 4)),
     "t6-{}-head-norm": (34, {"head_norm": True}, lambda h: 4 * (h + 64)),
+    "t6-{}-output-gate": (18, {"output_gate": True}, lambda h: 4 * (h + 64)),
     "t6-{}-partial-rope": (34, {"rotary_dim": 20}, lambda h: 4 * (h + 64)),
 }
 for pattern, (heads, fields, _) in VARIANTS.items():

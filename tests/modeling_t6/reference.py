@@ -77,9 +77,10 @@ def t6_logits(
     x = [w["model.embed_tokens.weight"][token] for token in ids]
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}"
-        queries, keys, values = [], [], []
+        inputs, queries, keys, values = [], [], [], []
         for t, x_t in enumerate(x):
             normed = rms_norm(x_t, w[f"{prefix}.input_layernorm.weight"], eps)
+            inputs.append(normed)
             name = f"{prefix}.self_attn"
             if f"{name}.q_proj.weight" in w:
                 heads = linear(normed, f"{name}.q_proj").view(h, d)
@@ -99,7 +100,10 @@ def t6_logits(
                 probabilities = probabilities / probabilities.sum()
                 head = sum(p * values[s][i] for s, p in zip(seen, probabilities))
                 heads.append(norm_if_any(head, f"{prefix}.self_attn.head_norm", 1e-5))
-            x[t] = x[t] + linear(torch.cat(heads), f"{prefix}.self_attn.o_proj")
+            heads = torch.cat(heads)
+            if f"{prefix}.self_attn.o_gate_proj.weight" in w:
+                heads = heads / (1 + torch.exp(-linear(inputs[t], f"{prefix}.self_attn.o_gate_proj")))
+            x[t] = x[t] + linear(heads, f"{prefix}.self_attn.o_proj")
         for t in range(len(x)):
             normed = rms_norm(x[t], w[f"{prefix}.post_attention_layernorm.weight"], eps)
             gate, up = linear(normed, f"{prefix}.mlp.gate_proj"), linear(normed, f"{prefix}.mlp.up_proj")

@@ -31,6 +31,7 @@ VARIANTS = {
     "softmax head factors": {"head_factor_act": "softmax"},
     "third order": {"c_factor_dim": 4},
     "head norm": {"head_norm": True},
+    "output gate": {"output_gate": True},
     "partial RoPE": {"rope_parameters": HALF_ROPE},
 }
 # Numbers per token and layer, from the paper: h heads of size d, ranks k and v, third factors of size c.
@@ -391,6 +392,7 @@ def random_fields(seed: int) -> dict:
         "head_factor_act": None if a == "constant" else rng.choice([None, "sigmoid", "softmax"]),
         "qk_norm": not has_c and rng.random() < 0.3,
         "head_norm": rng.random() < 0.3,
+        "output_gate": rng.random() < 0.3,
         "attention_bias": rng.random() < 0.3,
         "num_attention_heads": rng.randint(1, 9),
     }

@@ -68,9 +68,11 @@ class FactorLayout:
 
 
 def factor_layouts(config: PreTrainedConfig, layer_idx: int) -> tuple[FactorLayout, FactorLayout]:
-    """The layouts of the key rows and of the value rows of one layer."""
+    """The layouts of the key rows and of the value rows of one layer: with tensor parallelism, of this process's heads."""
     k_rank, v_rank = config.ranks(layer_idx)
-    num_heads = 0 if config.noncontextual_a else config.num_attention_heads
+    num_heads = config.num_local_heads
+    if config.noncontextual_a:
+        num_heads = 0
     k_dim = 0 if config.noncontextual_b else config.b_dim + (config.c_factor_dim or 0)
     v_dim = 0 if config.shared_b else k_dim
     return FactorLayout(k_rank, num_heads, k_dim), FactorLayout(v_rank, num_heads, v_dim)

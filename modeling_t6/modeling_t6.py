@@ -42,6 +42,7 @@ from .attention_t6 import attend_in_factor_space, factor_space_attention, form_h
 from .cache_t6 import CACHE_NAME, T6Cache, factor_layouts, quantization_group_size, rename_past_key_values
 from .configuration_t6 import T6Config
 from .flash_tpa_t6 import cached_lengths, decode_with_flash_tpa, flash_tpa, padding_mask
+from .tensor_parallel_t6 import shared_factors_plan
 from .variants_t6 import activate_head_factors, row_positions, third_order_features, validate_positions
 
 
@@ -201,6 +202,7 @@ class T6Attention(nn.Module):
         self.is_causal = True
         self.sliding_window = config.sliding_window if _layer_type(config, layer_idx) == "sliding_attention" else None
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
+        self.head_mesh = None  # with tensor parallelism, the processes that share the heads
 
         num_heads = config.num_attention_heads
         # The outputs of an A projection are head-major, [h, R]; those of a B projection rank-major, [R, d].
@@ -239,8 +241,8 @@ class T6Attention(nn.Module):
         if self.config.noncontextual_a:
             return getattr(self, f"{name}_a")
         a = getattr(self, f"{name}_a_proj")(hidden_states)
-        a = a.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(-1, -2)
-        return activate_head_factors(a, self.config.head_factor_act)
+        a = a.unflatten(-1, (-1, getattr(self, f"{name}_rank"))).transpose(-1, -2)
+        return activate_head_factors(a, self.config.head_factor_act, self.head_mesh)
 
     def _feature_factors(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
         """B_Q, B_K or B_V before RoPE, [batch, seq, R, d] or constant [R, d]; with a third factor, b and c side by side."""
@@ -477,6 +479,7 @@ class T6Model(T6PreTrainedModel):
 
         # Initialize weights and apply final processing
         self.post_init()
+        self._tp_plan |= shared_factors_plan(self)
 
     @rename_past_key_values
     @merge_with_config_defaults
@@ -629,6 +632,7 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: T6Config):
         super().__init__(config)

@@ -17,17 +17,23 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
+from .tensor_parallel_t6 import softmax_over_heads
 
-def activate_head_factors(a: torch.Tensor, activation: str | None) -> torch.Tensor:
+
+def activate_head_factors(a: torch.Tensor, activation: str | None, head_mesh=None) -> torch.Tensor:
     """
     Sigmoid of A [batch, seq, R, h], or its softmax over the heads ("nonlinear head factors", appendix G; the research
-    code has the sigmoid). They are cached so, and all that reads a cache of factors reads these too.
+    code has the sigmoid). They are cached so, and all that reads a cache of factors reads these too. `head_mesh`: the
+    processes that have the other heads, if any.
     """
     if activation is None:
         return a
     if activation == "sigmoid":
         return torch.sigmoid(a)
-    return torch.softmax(a, dim=-1, dtype=torch.promote_types(a.dtype, torch.float32)).to(a.dtype)
+    softmax_dtype = torch.promote_types(a.dtype, torch.float32)
+    if head_mesh is not None:
+        return softmax_over_heads(a.to(softmax_dtype), head_mesh).to(a.dtype)
+    return torch.softmax(a, dim=-1, dtype=softmax_dtype).to(a.dtype)
 
 
 def third_order_features(bc: torch.Tensor, b_dim: int) -> torch.Tensor:

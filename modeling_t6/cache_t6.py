@@ -13,7 +13,9 @@
 # limitations under the License.
 """The cache of a T6 model: rows of low-rank factors in place of keys and values (paper, section 3.2)"""
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -26,10 +28,21 @@ from transformers.utils.deprecation import deprecate_kwarg
 # installed Transformers says.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-# Takes the older name of an argument too: where it is the current one, without a warning.
-rename_past_key_values = deprecate_kwarg(
-    "past_key_values", "5.40.0" if CACHE_NAME == "cache" else "5.0.0", new_name="cache"
-)
+def rename_past_key_values(function: Callable) -> Callable:
+    """Takes the older name of `cache` too: where it is the current one, without a warning."""
+    if CACHE_NAME == "cache":
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
+
+    @functools.wraps(function)
+    def renamed(*args, kwargs: dict | None = None, **others):
+        # A pipeline fills in defaults, and passes what the signature does not name as one argument, `kwargs`.
+        others |= kwargs or {}
+        cache = others.pop("past_key_values", None)
+        if cache is not None and others.get("cache") is None:
+            others["cache"] = cache
+        return function(*args, **others)
+
+    return renamed
 
 
 class FactorLayout:
@@ -282,6 +295,11 @@ class T6Cache(DynamicCache):
             self.layer_class_to_replicate = T6DynamicLayer
         for layer_idx, rows in enumerate(ddp_cache_data or ()):
             self.update(rows[0], rows[1], layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held by a layer, or by the first after it that holds any: in a pipeline a stage fills only its own."""
+        lengths = (layer.get_seq_length() for layer in self.layers[layer_idx:])
+        return next((length for length in lengths if length > 0), 0)
 
     @property
     def nbytes(self) -> int:

@@ -509,10 +509,11 @@ class T6Model(T6PreTrainedModel):
         if use_cache and cache is None:
             cache = T6Cache(config=self.config)
 
-        _validate_inputs(inputs_embeds, attention_mask, cache)
+        stage_cache, layer_types = self._of_this_stage(cache)
+        _validate_inputs(inputs_embeds, attention_mask, stage_cache)
 
         if position_ids is None:
-            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
+            past_seen_tokens = stage_cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
@@ -524,7 +525,7 @@ class T6Model(T6PreTrainedModel):
         key_position_embeddings = {}
         if self.config.rotates_on_read and cache is not None:
             position_ids, key_positions = row_positions(
-                self.config, cache, inputs_embeds.shape[1], inputs_embeds.device
+                layer_types, stage_cache, inputs_embeds.shape[1], inputs_embeds.device
             )
             for layer_type, ids in key_positions.items():
                 key_position_embeddings[layer_type] = self.rotary_emb(hidden_states, position_ids=ids)
@@ -550,6 +551,18 @@ class T6Model(T6PreTrainedModel):
             **{CACHE_NAME: cache},
         )
 
+    def _of_this_stage(self, cache: Cache | None) -> tuple[Cache | None, list[str]]:
+        """
+        The cache without the layers that other stages of a pipeline have, and fill, and the types of those that are left.
+        Without a pipeline all are.
+        """
+        here = [layer_idx for layer_idx, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]
+        if cache is not None and len(here) < len(self.layers):
+            layers = cache.layers
+            cache = copy.copy(cache)
+            cache.layers = [layers[layer_idx] for layer_idx in here if layer_idx < len(layers)]
+        return cache, [_layer_type(self.config, layer_idx) for layer_idx in here]
+
     def create_causal_masks(
         self,
         inputs_embeds: torch.Tensor,
@@ -560,6 +573,7 @@ class T6Model(T6PreTrainedModel):
         """By layer type, the mask as the path that runs reads it: what the attention interface takes, or a tensor."""
         if isinstance(attention_mask, dict):  # made ahead by `generate()`
             return attention_mask
+        cache, _ = self._of_this_stage(cache)
         if self.config.rotates_on_read and cache is not None and position_ids is not None:
             if not torch.compiler.is_compiling():
                 validate_positions(position_ids, attention_mask, cache)
@@ -740,7 +754,7 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
             batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
             for layer_idx, layer in enumerate(cache.layers):
                 key_layout, value_layout = factor_layouts(self.config, layer_idx)
-                if not layer.is_initialized:
+                if not layer.is_initialized and not isinstance(self.model.layers[layer_idx], nn.Identity):
                     layer.lazy_initialization(
                         torch.empty((batch_size, 1, 0, key_layout.width), dtype=self.dtype, device=self.device),
                         torch.empty((batch_size, 1, 0, value_layout.width), dtype=self.dtype, device=self.device),

@@ -438,6 +438,17 @@ class T6PreTrainedModel(PreTrainedModel):
             self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
+    def gather_sharded_state_dict_for_save(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """As in every model; but tied weights, which come from several processes as tensors of their own, are saved once."""
+        weights = super().gather_sharded_state_dict_for_save(*args, **kwargs)
+        tied = {
+            target
+            for target, source in self.all_tied_weights_keys.items()
+            if target in weights and source in weights and not weights[target].is_meta
+            if weights[target].equal(weights[source])
+        }
+        return {name: weight for name, weight in weights.items() if name not in tied}
+
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         if attn_implementation == "flash_tpa":  # its name would send Transformers looking for FlashAttention
             return attn_implementation

@@ -28,6 +28,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 # installed Transformers says.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+
 def rename_past_key_values(function: Callable) -> Callable:
     """Takes the older name of `cache` too: where it is the current one, without a warning."""
     if CACHE_NAME == "cache":

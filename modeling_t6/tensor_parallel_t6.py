@@ -27,8 +27,8 @@ if is_torch_distributed_available():
 
 def sum_gradients(x: torch.Tensor, mesh) -> torch.Tensor:
     """
-    `x`, the same in all processes of `mesh`, for the use of this process's heads: what their gradients for it are goes
-    back as the sum over all heads, in every process.
+    `x`, the same in all processes of `mesh`, for the heads of this one. The gradient that goes back is the sum of those
+    that the heads of all processes have for it.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x

@@ -121,7 +121,7 @@ def check_weights(one, folder: Path) -> None:
 
 
 def tensor_parallel(folder: Path, variant: str) -> None:
-    config = config_of(**TENSOR_PARALLEL[variant])
+    config = config_of(num_hidden_layers=2 if variant in ("TPA", "norms") else 1, **TENSOR_PARALLEL[variant])
     one = random_model(config, dtype=torch.float64)
     many = distributed(one, folder / "one", tp_size=dist.get_world_size())
     ids = random_ids(config, 2, 9)
@@ -289,7 +289,7 @@ def example(folder: Path, kind: str) -> None:
 
     texts = []
     for options in ([], ["--parallel", kind]):
-        sys.argv = ["generate.py", "--dtype", "float32", "--max-new-tokens", "12", *options]
+        sys.argv = ["generate.py", "--dtype", "float32", "--max-new-tokens", "5", *options]
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
             script.main()
         texts.append(stdout.getvalue())

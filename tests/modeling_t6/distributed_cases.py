@@ -1,9 +1,9 @@
 """
 Every way to run a T6 on several processes, beside one process. `test_distributed.py` starts it on two; by hand:
 
-    torchrun --nproc-per-node 4 -m tests.modeling_t6.distributed_cases FOLDER [CASE ...]
+    PYTHONPATH=examples TRITON_INTERPRET=1 torchrun --nproc-per-node 4 -m tests.modeling_t6.distributed_cases FOLDER [CASE ...]
 
-on 2 or 4 processes, without a GPU. FOLDER takes the checkpoints, and PASSED-n, the cases that process n has passed. The
+on 2 or 4 processes, without a GPU. FOLDER, a new one, takes the checkpoints, and PASSED-n, the cases that process n has passed. The
 arithmetic is float64's: 16 digits, of which a few hundred additions in another order leave 13.
 """
 
@@ -23,9 +23,11 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
 from transformers.distributed import DistributedConfig
 
+from conversion.__main__ import main as convert
 from modeling_t6 import T6ForCausalLM, T6ForSequenceClassification
 from modeling_t6.cache_t6 import CACHE_NAME, cache_nbytes
 from modeling_t6.flash_tpa_t6 import decode_with_flash_tpa
+from tests.conversion.common import save_source
 
 from .common import cached, random_ids, random_model, tiny_config
 from .test_variants import CACHED, VARIANTS
@@ -172,7 +174,11 @@ def tensor_parallel_classifier(folder: Path) -> None:
 
 def tensor_parallel_of_a_llama(folder: Path) -> None:
     """A converted Llama beside the Llama: of both, Transformers computes the norms in float32, with 7 digits."""
-    source, converted = folder.parent / "llama", folder.parent / "converted"
+    source, converted = folder / "llama", folder / "converted"
+    if dist.get_rank() == 0:
+        save_source(source, vocab_size=96)
+        assert convert(["hf", str(source), str(converted)]) == 0
+    dist.barrier()
     one = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     many = T6ForCausalLM.from_pretrained(
         converted, dtype=torch.float32, distributed_config=DistributedConfig(tp_size=dist.get_world_size())
@@ -323,6 +329,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     # If one process fails, the others need not wait long for it.
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    Path(folder).mkdir(parents=True, exist_ok=True)
     passed = Path(folder, f"PASSED-{dist.get_rank()}")
     for index, name in enumerate(names or CASES):
         CASES[name](Path(folder, str(index)))

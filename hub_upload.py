@@ -105,6 +105,8 @@ FORBIDDEN_MODULES = (
     "torch.multiprocessing",
     "torch.package",
 )
+# Of torch.distributed, the tensors that an engine has spread over its processes: they open no connection themselves.
+SPREAD_TENSORS = {f"torch.distributed.tensor.{name}" for name in ("DTensor", "Partial", "Replicate", "Shard")}
 FORBIDDEN_NAMES = {
     "open", "exec", "eval", "__import__", "input", "breakpoint", "globals", "vars", "__builtins__", "__globals__",
     "__subclasses__", "__loader__", "os", "sys", "io", "builtins", "importlib", "pathlib", "shutil", "socket", "subprocess",
@@ -327,7 +329,8 @@ def unsafe_code(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             names = [alias.name for alias in node.names]
             if node.level == 0:
-                modules = [node.module, *(f"{node.module}.{name}" for name in names)]
+                modules = [f"{node.module}.{name}" for name in names]
+                modules += [node.module] if not SPREAD_TENSORS.issuperset(modules) else []
                 names += [node.module] if node.module == "os" else []
         elif isinstance(node, ast.Name):
             names = [node.id]
@@ -335,7 +338,7 @@ def unsafe_code(source: str) -> list[str]:
             names = [node.attr]
         for module in modules:
             allowed = module.split(".")[0] in IMPORTS or module.startswith("huggingface_hub.dataclasses")
-            if not allowed or module.startswith(FORBIDDEN_MODULES):
+            if not allowed or module.startswith(FORBIDDEN_MODULES) and module not in SPREAD_TENSORS:
                 found.add((node.lineno, f"imports {module}"))
         if id(node) not in harmless:
             found |= {(node.lineno, f"uses {name}") for name in names if name in FORBIDDEN_NAMES}

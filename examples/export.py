@@ -55,7 +55,9 @@ class ExportableT6(nn.Module):
         self.cache = StaticCache(config=model.config, max_cache_len=max_cache_len)
         # Sliding layers branch on how full they are, which no graph can: here they keep all rows, and the mask slides.
         self.cache.layers = [StaticLayer(max_cache_len) for _ in self.cache.layers]
-        allocate_static_cache(self.cache, model.config, batch_size, model.dtype, model.device)
+        allocate_static_cache(
+            self.cache, model.config, batch_size, model.dtype, model.device, range(len(self.cache.layers))
+        )
         for i, layer in enumerate(self.cache.layers):
             self.register_buffer(f"key_cache_{i}", layer.keys, persistent=False)
             self.register_buffer(f"value_cache_{i}", layer.values, persistent=False)

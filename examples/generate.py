@@ -5,14 +5,20 @@ Generates text with a T6 model, and shows the size of its cache beside that of o
 
 The model is loaded as any model of the Hub is, by the Auto classes and the code in its own folder. The MHA model has the
 same layers, hidden size, heads and head size, and random weights: it serves to measure its cache and its speed.
+
+    torchrun --nproc-per-node 2 examples/generate.py --parallel tensor
+
+shares out the heads among the processes, and `--parallel pipeline` the layers; the MHA model is left out.
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, set_seed
+from transformers.distributed import DistributedConfig
 
 
 def mha_of_same_shape(config) -> MistralForCausalLM:
@@ -48,7 +54,7 @@ def generate(model, input_ids: torch.Tensor, num_tokens: int, **kwargs) -> tuple
     output = model.generate(input_ids, attention_mask=attention_mask, **kwargs)
     seconds = time.perf_counter() - start
     cache = output.cache if hasattr(output, "cache") else output.past_key_values  # renamed in Transformers 5.24
-    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
     return output.sequences, num_tokens / seconds, cache_bytes / cache.get_seq_length()
 
 
@@ -63,14 +69,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", help="of the weights and the cache; auto: as the checkpoint")
+    parser.add_argument("--parallel", choices=["tensor", "pipeline"], help="over the processes that torchrun started")
     args = parser.parse_args()
+    num_processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    if args.parallel and num_processes < 2:
+        parser.error(f"--parallel {args.parallel} needs two processes or more: torchrun --nproc-per-node 2 ...")
     if args.max_new_tokens < 2:
         parser.error(f"--max-new-tokens must be at least 2, got {args.max_new_tokens}")
 
     # The code of the tokenizer is Transformers' own, but Transformers learns the model's type from the model's code.
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype).to(args.device)
-    input_ids = tokenizer(args.prompt, return_tensors="pt").input_ids.to(args.device)
+    options = {"trust_remote_code": True, "dtype": args.dtype}
+    if args.parallel:
+        size = {"tensor": "tp_size", "pipeline": "pp_size"}[args.parallel]
+        options["distributed_config"] = DistributedConfig(**{size: num_processes})
+    model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+    if not args.parallel:  # there, each process has been given its device
+        model = model.to(args.device)
+    input_ids = tokenizer(args.prompt, return_tensors="pt").input_ids.to(model.device)
     if input_ids.numel() == 0:
         parser.error("--prompt is empty: it must hold at least one token")
 
@@ -79,7 +95,14 @@ def main() -> None:
         sampling["temperature"] = args.temperature
     set_seed(args.seed)
     sequences, speed, cache_bytes = generate(model, input_ids, args.max_new_tokens, **sampling)
-    print(tokenizer.decode(sequences[0], skip_special_tokens=True))
+    if rank == 0:
+        print(tokenizer.decode(sequences[0], skip_special_tokens=True))
+    if args.parallel:
+        if rank == 0:
+            print(
+                f"\n{speed:.1f} tokens per second; {cache_bytes:,.0f} bytes of cache per token in this process, one of {num_processes}"
+            )
+        return
 
     mha = mha_of_same_shape(model.config).to(args.device, model.dtype)
     _, mha_speed, mha_cache_bytes = generate(mha, input_ids, args.max_new_tokens, **sampling)
@@ -96,3 +119,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -126,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     training.add_argument("--attention", default="sdpa", metavar="NAME", help="attention implementation (%(default)s)")
     training.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
-    training.add_argument("--fsdp", action="store_true", help="shard with FSDP2 instead of DDP")
+    training.add_argument("--fsdp", action="store_true", help="shard with FSDP2 instead of DDP (GPUs only)")
     training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more work")
     training.add_argument("--cpu", action="store_true", help="do not use a GPU")
 

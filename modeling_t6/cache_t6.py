@@ -13,7 +13,9 @@
 # limitations under the License.
 """The cache of a T6 model: rows of low-rank factors in place of keys and values (paper, section 3.2)"""
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
@@ -26,10 +28,22 @@ from transformers.utils.deprecation import deprecate_kwarg
 # installed Transformers says.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-# Takes the older name of an argument too: where it is the current one, without a warning.
-rename_past_key_values = deprecate_kwarg(
-    "past_key_values", "5.40.0" if CACHE_NAME == "cache" else "5.0.0", new_name="cache"
-)
+
+def rename_past_key_values(function: Callable) -> Callable:
+    """Takes the older name of `cache` too: where it is the current one, without a warning."""
+    if CACHE_NAME == "cache":
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
+
+    @functools.wraps(function)
+    def renamed(*args, kwargs: dict | None = None, **others):
+        # A pipeline fills in defaults, and passes what the signature does not name as one argument, `kwargs`.
+        others |= kwargs or {}
+        cache = others.pop("past_key_values", None)
+        if cache is not None and others.get("cache") is None:
+            others["cache"] = cache
+        return function(*args, **others)
+
+    return renamed
 
 
 class FactorLayout:
@@ -68,9 +82,11 @@ class FactorLayout:
 
 
 def factor_layouts(config: PreTrainedConfig, layer_idx: int) -> tuple[FactorLayout, FactorLayout]:
-    """The layouts of the key rows and of the value rows of one layer."""
+    """The layouts of the key rows and of the value rows of one layer: with tensor parallelism, of this process's heads."""
     k_rank, v_rank = config.ranks(layer_idx)
-    num_heads = 0 if config.noncontextual_a else config.num_attention_heads
+    num_heads = config.num_local_heads
+    if config.noncontextual_a:
+        num_heads = 0
     k_dim = 0 if config.noncontextual_b else config.b_dim + (config.c_factor_dim or 0)
     v_dim = 0 if config.shared_b else k_dim
     return FactorLayout(k_rank, num_heads, k_dim), FactorLayout(v_rank, num_heads, v_dim)
@@ -281,6 +297,11 @@ class T6Cache(DynamicCache):
         for layer_idx, rows in enumerate(ddp_cache_data or ()):
             self.update(rows[0], rows[1], layer_idx)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held by a layer, or by the first after it that holds any: in a pipeline a stage fills only its own."""
+        lengths = (layer.get_seq_length() for layer in self.layers[layer_idx:])
+        return next((length for length in lengths if length > 0), 0)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the factors held by all layers."""
@@ -288,13 +309,20 @@ class T6Cache(DynamicCache):
 
 
 def allocate_static_cache(
-    cache: StaticCache, config: PreTrainedConfig, batch_size: int, dtype: torch.dtype, device: torch.device
+    cache: StaticCache,
+    config: PreTrainedConfig,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    layers: Sequence[int],
 ) -> None:
     """
-    Allocates what a `StaticCache` of a T6 model has not yet allocated, for rows of factors; by itself it does so at the
-    first `update`. Transformers' `early_initialization` allocates for heads of keys and values, and both alike.
+    Allocates those `layers` of a T6 model's `StaticCache` that are not yet allocated, for rows of factors; by itself it
+    does so at the first `update`. Transformers' `early_initialization` allocates for heads of keys and values, and both
+    alike.
     """
-    for layer_idx, layer in enumerate(cache.layers):
+    for layer_idx in layers:
+        layer = cache.layers[layer_idx]
         if not layer.is_initialized:
             shapes = [(batch_size, 1, 0, layout.width) for layout in factor_layouts(config, layer_idx)]
             layer.lazy_initialization(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))

@@ -122,12 +122,39 @@ class T6Config(PreTrainedConfig):
             self.attention_out_bias = self.attention_bias
         if self.layer_types is None and self.sliding_window is not None and isinstance(self.num_hidden_layers, int):
             self.layer_types = ["sliding_attention"] * self.num_hidden_layers
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """
+        Heads are shared out among the processes of tensor parallelism, by the outputs of A projections (head-major) or the
+        columns of constant A factors. Layers that are not named, those of the B factors among them, are in all processes.
+        """
+        has_q_proj, suffix, style = self.q_rank is None, "_a_proj", "colwise"
+        if self.noncontextual_a:
+            suffix, style = "_a", "rowwise"
+        plan = {"q_proj": "colwise"} if has_q_proj else {f"q{suffix}": style}
+        plan |= {f"k{suffix}": style, f"v{suffix}": style, "o_proj": "rowwise"}
+        plan |= {"o_gate_proj": "colwise"} if self.output_gate else {}
+        plan = {f"self_attn.{name}": style for name, style in plan.items()}
+        plan |= {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+        return {f"layers.*.{name}": style for name, style in plan.items()}
 
     @property
     def num_key_value_heads(self) -> int:
         """Number of heads of the keys and values that the factors form: all of them."""
         return self.num_attention_heads
+
+    @property
+    def num_local_heads(self) -> int:
+        """Number of heads in this process: with tensor parallelism its share, else all."""
+        num_processes = getattr(getattr(self, "distributed_config", None), "tp_size", None) or 1
+        if self.num_attention_heads % num_processes:
+            raise ValueError(
+                f"Tensor parallelism shares out whole heads: `num_attention_heads`={self.num_attention_heads} must be a "
+                f"multiple of the number of processes, got {num_processes}."
+            )
+        return self.num_attention_heads // num_processes
 
     def ranks(self, layer_idx: int) -> tuple[int, int]:
         """R_K and R_V of a layer."""

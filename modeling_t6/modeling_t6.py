@@ -49,6 +49,7 @@ from .cache_t6 import (
 )
 from .configuration_t6 import T6Config
 from .flash_tpa_t6 import cached_lengths, decode_with_flash_tpa, flash_tpa, padding_mask
+from .tensor_parallel_t6 import shared_factors_plan
 from .variants_t6 import activate_head_factors, row_positions, third_order_features, validate_positions
 
 
@@ -208,6 +209,7 @@ class T6Attention(nn.Module):
         self.is_causal = True
         self.sliding_window = config.sliding_window if _layer_type(config, layer_idx) == "sliding_attention" else None
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
+        self.head_mesh = None  # with tensor parallelism, the processes that share the heads
 
         num_heads = config.num_attention_heads
         # The outputs of an A projection are head-major, [h, R]; those of a B projection rank-major, [R, d].
@@ -248,8 +250,8 @@ class T6Attention(nn.Module):
         if self.config.noncontextual_a:
             return getattr(self, f"{name}_a")
         a = getattr(self, f"{name}_a_proj")(hidden_states)
-        a = a.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(-1, -2)
-        return activate_head_factors(a, self.config.head_factor_act)
+        a = a.unflatten(-1, (-1, getattr(self, f"{name}_rank"))).transpose(-1, -2)
+        return activate_head_factors(a, self.config.head_factor_act, self.head_mesh)
 
     def _feature_factors(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
         """B_Q, B_K or B_V before RoPE, [batch, seq, R, d] or constant [R, d]; with a third factor, b and c side by side."""
@@ -447,6 +449,17 @@ class T6PreTrainedModel(PreTrainedModel):
             self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
+    def gather_sharded_state_dict_for_save(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """As in every model; but tied weights, which come from several processes as tensors of their own, are saved once."""
+        weights = super().gather_sharded_state_dict_for_save(*args, **kwargs)
+        tied = {
+            target
+            for target, source in self.all_tied_weights_keys.items()
+            if target in weights and source in weights and not weights[target].is_meta
+            if weights[target].equal(weights[source])
+        }
+        return {name: weight for name, weight in weights.items() if name not in tied}
+
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         if attn_implementation == "flash_tpa":  # its name would send Transformers looking for FlashAttention
             return attn_implementation
@@ -488,6 +501,7 @@ class T6Model(T6PreTrainedModel):
 
         # Initialize weights and apply final processing
         self.post_init()
+        self._tp_plan |= shared_factors_plan(self)
 
     @rename_past_key_values
     @merge_with_config_defaults
@@ -517,10 +531,11 @@ class T6Model(T6PreTrainedModel):
         if use_cache and cache is None:
             cache = T6Cache(config=self.config)
 
-        _validate_inputs(inputs_embeds, attention_mask, cache)
+        stage_cache, layer_types = self._of_this_stage(cache)
+        _validate_inputs(inputs_embeds, attention_mask, stage_cache)
 
         if position_ids is None:
-            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
+            past_seen_tokens = stage_cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
@@ -532,7 +547,7 @@ class T6Model(T6PreTrainedModel):
         key_position_embeddings = {}
         if self.config.rotates_on_read and cache is not None:
             position_ids, key_positions = row_positions(
-                self.config, cache, inputs_embeds.shape[1], inputs_embeds.device
+                layer_types, stage_cache, inputs_embeds.shape[1], inputs_embeds.device
             )
             for layer_type, ids in key_positions.items():
                 key_position_embeddings[layer_type] = self.rotary_emb(hidden_states, position_ids=ids)
@@ -558,6 +573,22 @@ class T6Model(T6PreTrainedModel):
             **{CACHE_NAME: cache},
         )
 
+    def _layers_of_this_stage(self) -> list[int]:
+        """The indices of the layers that this process has: in a pipeline those of its stage, else all."""
+        return [layer_idx for layer_idx, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]
+
+    def _of_this_stage(self, cache: Cache | None) -> tuple[Cache | None, list[str]]:
+        """
+        The cache without the layers that other stages of a pipeline have, and fill, and the types of those that are left.
+        Without a pipeline all are.
+        """
+        here = self._layers_of_this_stage()
+        if cache is not None and len(here) < len(self.layers):
+            layers = cache.layers
+            cache = copy.copy(cache)
+            cache.layers = [layers[layer_idx] for layer_idx in here if layer_idx < len(layers)]
+        return cache, [_layer_type(self.config, layer_idx) for layer_idx in here]
+
     def create_causal_masks(
         self,
         inputs_embeds: torch.Tensor,
@@ -568,6 +599,7 @@ class T6Model(T6PreTrainedModel):
         """By layer type, the mask as the path that runs reads it: what the attention interface takes, or a tensor."""
         if isinstance(attention_mask, dict):  # made ahead by `generate()`
             return attention_mask
+        cache, _ = self._of_this_stage(cache)
         if self.config.rotates_on_read and cache is not None and position_ids is not None:
             if not torch.compiler.is_compiling():
                 validate_positions(position_ids, attention_mask, cache)
@@ -640,6 +672,7 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: T6Config):
         super().__init__(config)
@@ -748,7 +781,8 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
             batch_size = args[1] if len(args) > 1 else kwargs["batch_size"]
             batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
             if self.device.type != "meta":  # else weights are on the disk, and the first rows tell the device
-                allocate_static_cache(cache, self.config, batch_size, self.dtype, self.device)
+                layers = self.model._layers_of_this_stage()
+                allocate_static_cache(cache, self.config, batch_size, self.dtype, self.device, layers)
 
 
 class T6ForSequenceClassification(GenericForSequenceClassification, T6PreTrainedModel): ...

@@ -15,19 +15,24 @@
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
+
+from .tensor_parallel_t6 import softmax_over_heads
 
 
-def activate_head_factors(a: torch.Tensor, activation: str | None) -> torch.Tensor:
+def activate_head_factors(a: torch.Tensor, activation: str | None, head_mesh=None) -> torch.Tensor:
     """
     Sigmoid of A [batch, seq, R, h], or its softmax over the heads ("nonlinear head factors", appendix G; the research
-    code has the sigmoid). They are cached so, and all that reads a cache of factors reads these too.
+    code has the sigmoid). They are cached so, and all that reads a cache of factors reads these too. `head_mesh`: the
+    processes that have the other heads, if any.
     """
     if activation is None:
         return a
     if activation == "sigmoid":
         return torch.sigmoid(a)
-    return torch.softmax(a, dim=-1, dtype=torch.promote_types(a.dtype, torch.float32)).to(a.dtype)
+    softmax_dtype = torch.promote_types(a.dtype, torch.float32)
+    if head_mesh is not None:
+        return softmax_over_heads(a.to(softmax_dtype), head_mesh).to(a.dtype)
+    return torch.softmax(a, dim=-1, dtype=softmax_dtype).to(a.dtype)
 
 
 def third_order_features(bc: torch.Tensor, b_dim: int) -> torch.Tensor:
@@ -40,18 +45,18 @@ def third_order_features(bc: torch.Tensor, b_dim: int) -> torch.Tensor:
 
 
 def row_positions(
-    config: PreTrainedConfig, cache: Cache, query_length: int, device: torch.device
+    layer_types: list[str], cache: Cache, query_length: int, device: torch.device
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     Positions for models that rotate B_K where it is read. Such a cache holds no positions, and RoPE needs only their
-    differences: a token's position is the number of rows before its own, padding included.
+    differences: a token's position is the number of rows before its own, padding included. `layer_types` are those of
+    the cache's layers.
 
     Returns:
         Those of the new tokens [1, query_length], and by layer type those of all rows that the cache will return, from
         the first new token's update on, [1, key_length].
     """
     new = torch.arange(query_length, device=device) + cache.get_seq_length()
-    layer_types = config.layer_types or ["full_attention"]
     rows = {}
     for layer_type in set(layer_types):
         length, offset = cache.get_mask_sizes(query_length, layer_types.index(layer_type))

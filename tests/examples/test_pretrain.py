@@ -354,8 +354,27 @@ def test_stopped_by_signal(run, data, tmp_path, monkeypatch):
 
 DISTRIBUTED = """
 import sys, pretrain
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
 options, mode = sys.argv[2:], sys.argv[1]
 options += ["--batch-size", "2"] + ["--fsdp"] * (mode == "fsdp")
+init, train = AcceleratorState.__init__, Trainer.train
+
+def initialize(self, *args, fsdp_plugin=None, **kwargs):
+    # Without a GPU, accelerate would leave FSDP aside, and start DDP.
+    fresh = not AcceleratorState._shared_state
+    init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fresh and fsdp_plugin is not None:
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+
+def train_and_look(self, *args, **kwargs):
+    output = train(self, *args, **kwargs)
+    assert {isinstance(p, DTensor) for p in self.model.parameters()} == {mode == "fsdp"}
+    return output
+
+AcceleratorState.__init__, Trainer.train = initialize, train_and_look
 
 def run(*more):
     return pretrain.pretrain(pretrain.parse_args([*options, *more]))

@@ -42,6 +42,8 @@ def test_code_names_nothing_that_opens_files_connections_or_processes(path):
         "import os; os.remove('x')", "import os as o", "from os import environ", "x = os", "from torch import os", "x.load('x')", "import socket", "import subprocess as s", "from urllib import request", "import requests",
         "from pathlib import Path", "import torch.hub", "from torch import hub", "from torch.utils import cpp_extension",
         "from torch.utils.cpp_extension import load_inline", "import torch.distributed as dist", "open('x', 'w')",
+        "from torch.distributed.tensor import Shard, init_device_mesh", "from torch.distributed.tensor import *",
+        "import torch.distributed.tensor", "from torch.distributed import tensor",
         "x = open", "exec('1')", "eval('1')", "__import__('os')", "torch.save(x, 'x')", "torch.load('x')",
         "torch.ops.load_library('x')", "x.numpy().tofile('x')", "torch.hub.load('a', 'b')",
         "torch.utils.cpp_extension.load('x', [])", "super().push_to_hub('x')", "model.save_pretrained('x')",
@@ -57,8 +59,9 @@ def test_what_is_refused(line):
     assert hub_upload.unsafe_code(f"{source}\n{line}\n")
 
 
-def test_what_kernels_need_is_allowed():
+def test_what_kernels_and_tensor_parallelism_need_is_allowed():
     lines = "import os", "import triton.language as tl", "x = os.environ.get('TRITON_INTERPRET')", "y = tl.load(x)"
+    lines += ("from torch.distributed.tensor import DTensor, Partial, Replicate, Shard",)
     assert hub_upload.unsafe_code("\n".join(lines)) == []
 
 

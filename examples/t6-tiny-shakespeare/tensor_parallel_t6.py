@@ -1,0 +1,1 @@
+../../modeling_t6/tensor_parallel_t6.py

@@ -23,6 +23,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
+from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -42,6 +43,7 @@ from .attention_t6 import attend_in_factor_space, factor_space_attention, form_h
 from .cache_t6 import CACHE_NAME, T6Cache, factor_layouts, quantization_group_size, rename_past_key_values
 from .configuration_t6 import T6Config
 from .flash_tpa_t6 import cached_lengths, decode_with_flash_tpa, flash_tpa, padding_mask
+from .paged_t6 import PagedFactors, page_factors, paged_attention
 from .variants_t6 import activate_head_factors, row_positions, third_order_features, validate_positions
 
 
@@ -305,7 +307,8 @@ class T6Attention(nn.Module):
             b_k = apply_rotary_pos_emb(b_k, cos, sin)
 
         constant_a = self.config.noncontextual_a
-        if cache is not None:
+        is_paged = isinstance(cache, PagedFactors)
+        if cache is not None and not is_paged:
             key_rows, value_rows = cache.update(
                 self.key_layout.pack(a_k, b_k), self.value_layout.pack(a_v, b_v), self.layer_idx
             )
@@ -317,7 +320,18 @@ class T6Attention(nn.Module):
                 if not self.config.noncontextual_b:
                     b_k, b_v = cached_b_k, cached_b_k if self.config.shared_b else cached_b_v
 
-        if use_flash_tpa:
+        if is_paged:
+            attn_weights = None
+            attn_output = paged_attention(
+                self,
+                _layer_type(self.config, self.layer_idx),
+                query_states,
+                (a_k, b_k),
+                (a_v, b_v),
+                cache,
+                key_rotation,
+            )
+        elif use_flash_tpa:
             attn_weights = None
             attn_output = flash_tpa(
                 query_states,
@@ -437,7 +451,10 @@ class T6PreTrainedModel(PreTrainedModel):
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        if attn_implementation == "flash_tpa":  # its name would send Transformers looking for FlashAttention
+        if attn_implementation in (
+            "flash_tpa",
+            "paged|flash_tpa",
+        ):  # its name would send Transformers looking for FlashAttention
             return attn_implementation
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -513,6 +530,8 @@ class T6Model(T6PreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
+        if isinstance(cache, PagedAttentionCache):  # continuous batching
+            cache = PagedFactors(self.config, cache, position_ids, kwargs)
         use_flash_tpa = decode_with_flash_tpa(self.config, inputs_embeds, cache)
         factor_space = use_flash_tpa or attend_in_factor_space(inputs_embeds.shape[1], cache)
         causal_masks = self.create_causal_masks(inputs_embeds, attention_mask, cache, position_ids)
@@ -520,9 +539,12 @@ class T6Model(T6PreTrainedModel):
         hidden_states = inputs_embeds
         key_position_embeddings = {}
         if self.config.rotates_on_read and cache is not None:
-            position_ids, key_positions = row_positions(
-                self.config, cache, inputs_embeds.shape[1], inputs_embeds.device
-            )
+            if isinstance(cache, PagedFactors):
+                key_positions = cache.row_positions
+            else:
+                position_ids, key_positions = row_positions(
+                    self.config, cache, inputs_embeds.shape[1], inputs_embeds.device
+                )
             for layer_type, ids in key_positions.items():
                 key_position_embeddings[layer_type] = self.rotary_emb(hidden_states, position_ids=ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -557,6 +579,8 @@ class T6Model(T6PreTrainedModel):
         """By layer type, the mask as the path that runs reads it: what the attention interface takes, or a tensor."""
         if isinstance(attention_mask, dict):  # made ahead by `generate()`
             return attention_mask
+        if isinstance(cache, PagedFactors):  # goes by the lengths of the requests
+            return dict.fromkeys(cache.groups)
         if self.config.rotates_on_read and cache is not None and position_ids is not None:
             if not torch.compiler.is_compiling():
                 validate_positions(position_ids, attention_mask, cache)
@@ -697,6 +721,10 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def init_continuous_batching(self, *args, **kwargs) -> ContinuousBatchingManager:
+        """As in every model; the pages of the cache hold factors."""
+        return page_factors(super().init_continuous_batching(*args, **kwargs))
 
     def create_masks_for_generate(
         self,

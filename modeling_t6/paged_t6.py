@@ -16,11 +16,11 @@
 import functools
 import inspect
 import itertools
+import math
 from collections import defaultdict
 
 import torch
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 from transformers.utils import logging
@@ -111,12 +111,12 @@ class PagedFactors:
         self.width = paged_width(config)
         lengths = kwargs["cu_seq_lens_k"]
         if not isinstance(lengths, dict):  # one layer type in older versions
-            lengths = {layer_type: lengths for layer_type in set(config.layer_types or ["full_attention"])}
+            lengths = dict.fromkeys(set(config.layer_types or ["full_attention"]), lengths)
         query_ends = kwargs["cu_seq_lens_q"]
         last_positions = position_ids[0, query_ends[1:].long() - 1]
         self.groups, self.row_positions = {}, {}
         for layer_type, key_ends in lengths.items():
-            window = config.sliding_window if layer_type == "sliding_attention" else None
+            window = config.sliding_window if layer_type == "sliding_attention" else math.inf
             self.groups[layer_type] = _group_requests(query_ends.tolist(), key_ends.tolist(), window, key_ends.device)
             # A request's rows are its last ones: their positions go up to that of its last token.
             shifts = (last_positions + 1 - key_ends[1:]).repeat_interleave(key_ends.diff())
@@ -144,7 +144,7 @@ class PagedFactors:
 
 
 def _group_requests(
-    query_ends: list[int], key_ends: list[int], window: int | None, device: torch.device
+    query_ends: list[int], key_ends: list[int], window: float, device: torch.device
 ) -> list[tuple[tuple, tuple, torch.Tensor | None]]:
     """
     The requests of a step in groups that attend at once: those that decode one token together where their lengths are
@@ -152,7 +152,7 @@ def _group_requests(
 
     Returns:
         For each group the index of its queries into [1, tokens], that of its keys into [1, rows], and its mask, boolean
-        [batch, 1, query_length, key_length] or, for one request that sees all its rows but those after the token, `None`.
+        [batch, 1, query_length, key_length], or `None` if it is causal over as many rows as queries, or of one query.
     """
     by_length = defaultdict(list)
     for query, key in zip(itertools.pairwise(query_ends), itertools.pairwise(key_ends)):
@@ -163,19 +163,19 @@ def _group_requests(
     for requests in by_length.values():
         (query_start, query_end), (key_start, key_end) = requests[0]
         query_length, key_length = query_end - query_start, key_end - key_start
+        queries, keys = (slice(None), slice(query_start, query_end)), (slice(None), slice(key_start, key_end))
         mask = None
         if len(requests) > 1:
             queries = torch.tensor([[query[0]] for query, _ in requests], device=device)
             starts, ends = torch.tensor([key for _, key in requests], device=device)[..., None].unbind(1)
             rows = starts + torch.arange(max(key[1] - key[0] for _, key in requests), device=device)
             mask = (rows < ends)[:, None, None]
-            groups.append(((0, queries), (0, torch.minimum(rows, ends - 1)), mask))
-            continue
-        if window is not None and key_length > window and query_length > 1:
+            queries, keys = (0, queries), (0, torch.minimum(rows, ends - 1))
+        elif query_length > 1 and key_length > min(query_length, window):
             rows = torch.arange(key_length, device=device)
-            last = torch.arange(key_length - query_length, key_length, device=device)[:, None]
-            mask = ((rows <= last) & (rows > last - window))[None, None]
-        groups.append(((slice(None), slice(query_start, query_end)), (slice(None), slice(key_start, key_end)), mask))
+            own_rows = rows[key_length - query_length :, None]
+            mask = ((rows <= own_rows) & (rows > own_rows - window))[None, None]
+        groups.append((queries, keys, mask))
     return groups
 
 
@@ -228,10 +228,8 @@ def paged_attention(
             continue
         key = form_heads(a_k, key_features(b_k)).transpose(1, 2)
         value = form_heads(a_v, module._features(b_v)).transpose(1, 2)
-        if mask is None:
-            mask = causal_lower_right(group.shape[1], key.shape[2])
         attended = nn.functional.scaled_dot_product_attention(
-            group.transpose(1, 2), key, value, attn_mask=mask, scale=module.scaling
+            group.transpose(1, 2), key, value, attn_mask=mask, is_causal=mask is None, scale=module.scaling
         )
         output[queries] = attended.transpose(1, 2)
     return output

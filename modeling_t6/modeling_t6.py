@@ -375,7 +375,8 @@ class T6Attention(nn.Module):
             )
 
         if self.config.head_norm:
-            attn_output = self.head_norm(attn_output)
+            # Some backends, such as vLLM's, return [tokens, h * d].
+            attn_output = self.head_norm(attn_output.reshape(*input_shape, -1, self.head_dim))
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         attn_output = self.o_proj(attn_output)
         return attn_output, attn_weights
@@ -479,6 +480,8 @@ class T6Model(T6PreTrainedModel):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
+        if config._attn_implementation == "vllm" and config.layer_types is None:  # vLLM reads the type of each layer
+            config.layer_types = ["full_attention"] * config.num_hidden_layers
 
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(

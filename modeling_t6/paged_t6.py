@@ -156,9 +156,8 @@ def _group_requests(
     """
     by_length = defaultdict(list)
     for query, key in zip(itertools.pairwise(query_ends), itertools.pairwise(key_ends)):
-        query_length, key_length = query[1] - query[0], key[1] - key[0]
-        if query_length > 0:  # the engine pads with empty requests
-            by_length[key_length.bit_length() if query_length == 1 else query].append((query, key))
+        decodes = query[1] - query[0] == 1
+        by_length[(key[1] - key[0]).bit_length() if decodes else query].append((query, key))
     groups = []
     for requests in by_length.values():
         (query_start, query_end), (key_start, key_end) = requests[0]
@@ -202,13 +201,13 @@ def paged_attention(
         key_rotation: cos and sin of all rows [1, rows, rotary_dim], for models that rotate B_K where it is read.
 
     Returns:
-        [1, tokens, h, d]; zeros for tokens of no request.
+        [1, tokens, h, d].
     """
     config = module.config
     (a_k, b_k), (a_v, b_v) = key_factors, value_factors
     layouts = module.key_layout, module.value_layout
     all_rows = factors.update(layouts[0].pack(a_k, b_k), layouts[1].pack(a_v, b_v), module.layer_idx)
-    output = torch.zeros_like(query)
+    output = torch.empty_like(query)
     for queries, keys, mask in factors.groups[layer_type]:
         (cached_a_k, cached_b_k), (cached_a_v, cached_b_v) = (
             layout.unpack(rows[keys].unsqueeze(1)) for layout, rows in zip(layouts, all_rows)

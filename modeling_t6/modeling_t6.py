@@ -322,15 +322,7 @@ class T6Attention(nn.Module):
 
         if is_paged:
             attn_weights = None
-            attn_output = paged_attention(
-                self,
-                _layer_type(self.config, self.layer_idx),
-                query_states,
-                (a_k, b_k),
-                (a_v, b_v),
-                cache,
-                key_rotation,
-            )
+            attn_output = paged_attention(self, query_states, (a_k, b_k), (a_v, b_v), cache, key_rotation)
         elif use_flash_tpa:
             attn_weights = None
             attn_output = flash_tpa(
@@ -452,10 +444,8 @@ class T6PreTrainedModel(PreTrainedModel):
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        if attn_implementation in (
-            "flash_tpa",
-            "paged|flash_tpa",
-        ):  # its name would send Transformers looking for FlashAttention
+        # Its name would send Transformers looking for FlashAttention; 5.17 puts "paged|" before it.
+        if attn_implementation in ("flash_tpa", "paged|flash_tpa"):
             return attn_implementation
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 

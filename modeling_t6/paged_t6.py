@@ -180,7 +180,6 @@ def _group_requests(
 
 def paged_attention(
     module: nn.Module,
-    layer_type: str,
     query: torch.Tensor,
     key_factors: tuple[torch.Tensor, torch.Tensor],
     value_factors: tuple[torch.Tensor, torch.Tensor],
@@ -193,7 +192,6 @@ def paged_attention(
 
     Args:
         module: the `T6Attention`.
-        layer_type: its `"full_attention"` or `"sliding_attention"`.
         query: [1, tokens, h, d], rotated.
         key_factors, value_factors: A and B of the tokens as they are cached, [1, tokens, R, h] and [1, tokens, R, d], or
             constant [R, h] or [R, d].
@@ -207,6 +205,7 @@ def paged_attention(
     (a_k, b_k), (a_v, b_v) = key_factors, value_factors
     layouts = module.key_layout, module.value_layout
     all_rows = factors.update(layouts[0].pack(a_k, b_k), layouts[1].pack(a_v, b_v), module.layer_idx)
+    layer_type = "full_attention" if module.sliding_window is None else "sliding_attention"
     output = torch.empty_like(query)
     for queries, keys, mask in factors.groups[layer_type]:
         (cached_a_k, cached_b_k), (cached_a_v, cached_b_v) = (

@@ -14,7 +14,6 @@
 """Continuous batching: pages of factors in the cache of Transformers' engine, and attention over them"""
 
 import functools
-import inspect
 import itertools
 import math
 from collections import defaultdict
@@ -30,9 +29,6 @@ from .cache_t6 import factor_layouts
 
 
 logger = logging.get_logger(__name__)
-
-# Older versions take the indices of a step one by one, newer ones all that the engine says of the step.
-TAKES_INDICES = "read_index" in inspect.signature(PagedAttentionCache.update).parameters
 
 
 def paged_width(config: PreTrainedConfig) -> int:
@@ -134,10 +130,10 @@ class PagedFactors:
         key_width, value_width = key_rows.shape[-1], value_rows.shape[-1]
         rows = torch.cat([key_rows, value_rows], dim=-1)
         rows = nn.functional.pad(rows, (0, 2 * self.width - rows.shape[-1]))
-        if TAKES_INDICES:
-            indices = {name: self.kwargs[name] for name in ("read_index", "write_index")}
-        else:
+        if "max_length_q" in self.kwargs:  # from Transformers 5.19 on
             indices = {"kwargs": dict(self.kwargs)}  # a copy: the engine's cache changes it
+        else:
+            indices = {name: self.kwargs[name] for name in ("read_index", "write_index")}
         halves = self.cache.update(*rows.split(self.width, dim=-1), layer_idx, **indices)
         rows = torch.cat([half.reshape(1, -1, self.width) for half in halves], dim=-1)
         return rows[..., :key_width], rows[..., key_width : key_width + value_width]

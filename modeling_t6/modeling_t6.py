@@ -23,6 +23,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
+from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -49,6 +50,7 @@ from .cache_t6 import (
 )
 from .configuration_t6 import T6Config
 from .flash_tpa_t6 import cached_lengths, decode_with_flash_tpa, flash_tpa, padding_mask
+from .paged_t6 import PagedFactors, page_factors, paged_attention
 from .tensor_parallel_t6 import shared_factors_plan
 from .variants_t6 import activate_head_factors, row_positions, third_order_features, validate_positions
 
@@ -316,7 +318,8 @@ class T6Attention(nn.Module):
             b_k = apply_rotary_pos_emb(b_k, cos, sin)
 
         constant_a = self.config.noncontextual_a
-        if cache is not None:
+        is_paged = isinstance(cache, PagedFactors)
+        if cache is not None and not is_paged:
             key_rows, value_rows = cache.update(
                 self.key_layout.pack(a_k, b_k), self.value_layout.pack(a_v, b_v), self.layer_idx
             )
@@ -328,7 +331,10 @@ class T6Attention(nn.Module):
                 if not self.config.noncontextual_b:
                     b_k, b_v = cached_b_k, cached_b_k if self.config.shared_b else cached_b_v
 
-        if use_flash_tpa:
+        if is_paged:
+            attn_weights = None
+            attn_output = paged_attention(self, query_states, (a_k, b_k), (a_v, b_v), cache, key_rotation)
+        elif use_flash_tpa:
             attn_weights = None
             attn_output = flash_tpa(
                 query_states,
@@ -372,7 +378,8 @@ class T6Attention(nn.Module):
             )
 
         if self.config.head_norm:
-            attn_output = self.head_norm(attn_output)
+            # Some backends, such as vLLM's, return [tokens, h * d].
+            attn_output = self.head_norm(attn_output.reshape(*input_shape, -1, self.head_dim))
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         if self.config.output_gate:
             attn_output = attn_output * torch.sigmoid(self.o_gate_proj(hidden_states))
@@ -461,7 +468,8 @@ class T6PreTrainedModel(PreTrainedModel):
         return {name: weight for name, weight in weights.items() if name not in tied}
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        if attn_implementation == "flash_tpa":  # its name would send Transformers looking for FlashAttention
+        # Its name would send Transformers looking for FlashAttention; 5.17 puts "paged|" before it.
+        if attn_implementation in ("flash_tpa", "paged|flash_tpa"):
             return attn_implementation
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -486,6 +494,8 @@ class T6Model(T6PreTrainedModel):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
+        if config._attn_implementation == "vllm" and config.layer_types is None:  # vLLM reads the type of each layer
+            config.layer_types = ["full_attention"] * config.num_hidden_layers
 
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
@@ -539,6 +549,8 @@ class T6Model(T6PreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
+        if isinstance(cache, PagedAttentionCache):  # continuous batching
+            cache = PagedFactors(self.config, cache, position_ids, kwargs)
         use_flash_tpa = decode_with_flash_tpa(self.config, inputs_embeds, cache)
         factor_space = use_flash_tpa or attend_in_factor_space(inputs_embeds.shape[1], cache)
         causal_masks = self.create_causal_masks(inputs_embeds, attention_mask, cache, position_ids)
@@ -546,9 +558,12 @@ class T6Model(T6PreTrainedModel):
         hidden_states = inputs_embeds
         key_position_embeddings = {}
         if self.config.rotates_on_read and cache is not None:
-            position_ids, key_positions = row_positions(
-                layer_types, stage_cache, inputs_embeds.shape[1], inputs_embeds.device
-            )
+            if isinstance(cache, PagedFactors):
+                key_positions = cache.row_positions
+            else:
+                position_ids, key_positions = row_positions(
+                    layer_types, stage_cache, inputs_embeds.shape[1], inputs_embeds.device
+                )
             for layer_type, ids in key_positions.items():
                 key_position_embeddings[layer_type] = self.rotary_emb(hidden_states, position_ids=ids)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -599,6 +614,8 @@ class T6Model(T6PreTrainedModel):
         """By layer type, the mask as the path that runs reads it: what the attention interface takes, or a tensor."""
         if isinstance(attention_mask, dict):  # made ahead by `generate()`
             return attention_mask
+        if isinstance(cache, PagedFactors):  # goes by the lengths of the requests
+            return dict.fromkeys(cache.groups)
         cache, _ = self._of_this_stage(cache)
         if self.config.rotates_on_read and cache is not None and position_ids is not None:
             if not torch.compiler.is_compiling():
@@ -741,6 +758,10 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def init_continuous_batching(self, *args, **kwargs) -> ContinuousBatchingManager:
+        """As in every model; the pages of the cache hold factors."""
+        return page_factors(super().init_continuous_batching(*args, **kwargs))
 
     def create_masks_for_generate(
         self,

@@ -1,0 +1,1 @@
+../../modeling_t6/paged_t6.py

@@ -286,13 +286,13 @@ def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor,
         return False
     if config.rotates_on_read or config.c_factor_dim is not None:
         return False
-    is_float8 = any(getattr(layer, "stored_dtype", None) is not None for layer in cache.layers)
+    if hidden_states.is_cuda:
+        is_float8 = any(getattr(layer, "stored_dtype", None) is not None for layer in getattr(cache, "layers", ()))
+        runs = _capability(hidden_states.device) >= ((8, 9) if is_float8 else (8, 0))
+    else:
+        runs = IS_INTERPRETED
     return (
-        (
-            _capability(hidden_states.device) >= ((8, 9) if is_float8 else (8, 0))
-            if hidden_states.is_cuda
-            else IS_INTERPRETED
-        )
+        runs
         and hidden_states.shape[1] <= MAX_QUERIES
         and config.head_dim <= MAX_HEAD_DIM
         and hidden_states.dtype in DTYPES

@@ -11,10 +11,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 run: .venv/installed
 	.venv/bin/python examples/generate.py
 
-# The whole suite, on the oldest Transformers that is supported and on the newest.
+# The whole suite on the newest Transformers, and on the oldest that is supported what depends on it.
 test: lint $(OLDEST)/installed
 	$(NEWEST)/bin/python -m pytest
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest -m "not once"
 
 lint: $(NEWEST)/installed
 	$(NEWEST)/bin/ruff check
@@ -28,8 +28,8 @@ $(OLDEST)/installed: PINS := "transformers==5.17.*"
 %/installed: pyproject.toml
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --upgrade pip
-	$*/bin/python -m pip install --quiet "$(TORCH)"
-	$*/bin/python -m pip install --quiet $(PINS) -e ".$(EXTRAS)"
+	$*/bin/python -m pip install --quiet --no-compile "$(TORCH)"
+	$*/bin/python -m pip install --quiet --no-compile $(PINS) -e ".$(EXTRAS)"
 	touch $@
 
 clean:

@@ -211,6 +211,7 @@ def test_targets_that_cannot_be(whole, tmp_path, capsys):
     assert not (tmp_path / "full" / "kept.txt").exists() and (tmp_path / "full" / "model.safetensors").exists()
 
 
+@pytest.mark.once
 def test_a_full_disk(whole, tmp_path):
     """The system refuses to write more than 64 kB into a file."""
 

@@ -21,6 +21,7 @@ conversion_memory = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(conversion_memory)
 
 
+@pytest.mark.once
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     peaks = []
     for layers in (1, 8):
@@ -32,6 +33,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     assert sum(sizes) > 3 * max(sizes) and peaks[1] - peaks[0] < 0.5 * max(sizes)
 
 
+@pytest.mark.once
 def test_a_kill_leaves_nothing_or_all(tmp_path):
     config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, vocab_size=8000)
     conversion_memory.write_sparse_checkpoint(tmp_path / "source", config, 100_000_000)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import generate
+
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "examples" / "t6-tiny-shakespeare"
@@ -36,10 +38,11 @@ def test_generates_and_measures(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [("--prompt", ""), ("--max-new-tokens", "0")], ids=["empty-prompt", "no-tokens"])
-def test_refuses(arguments, tmp_path):
-    result = run_example(*arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    assert f"error: {arguments[0]}" in result.stderr
+def test_refuses(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    with pytest.raises(SystemExit) as refusal:
+        generate.main()
+    assert refusal.value.code == 2 and f"error: {arguments[0]}" in capsys.readouterr().err
 
 
 def test_checkpoint_is_small_and_carries_the_code():

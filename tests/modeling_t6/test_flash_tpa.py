@@ -39,6 +39,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCES[dtype] * (2 if DEVICE == "cpu" and dtype == torch.bfloat16 else 1)
 
 
+@pytest.mark.once
 @needs_triton
 @pytest.mark.skipif(DEVICE != "cpu", reason="compute-sanitizer does this on a GPU")
 def test_the_interpreter_sees_a_read_beyond_a_tensor():
@@ -47,6 +48,7 @@ def test_the_interpreter_sees_a_read_beyond_a_tensor():
         flash_tpa(query, rows, rows, 2, 2, 0.2, key_a=torch.randn(1, 5), value_a=torch.randn(1, 5))
 
 
+@pytest.mark.once
 @needs_triton
 @pytest.mark.parametrize("seed", range(18))
 def test_random_shapes(seed):
@@ -59,6 +61,7 @@ def test_random_shapes(seed):
     assert relative_error(case, DEVICE) < tolerance(case["dtype"])
 
 
+@pytest.mark.once
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads", [12, 34, 47, 78])
@@ -68,6 +71,7 @@ def test_head_counts(heads, dtype):
     assert relative_error(case, DEVICE) < tolerance(dtype)
 
 
+@pytest.mark.once
 @needs_triton
 def test_pieces_divide_the_length_on_the_device(monkeypatch):
     """More pieces than blocks of tokens, pieces that end within a block, pieces with nothing in them."""
@@ -87,6 +91,7 @@ def test_pieces_divide_the_length_on_the_device(monkeypatch):
         assert relative_error(case, DEVICE) < tolerance(torch.float32)
 
 
+@pytest.mark.once
 @needs_triton
 def test_a_query_that_sees_nothing_is_zero():
     query = torch.randn(1, 3, 5, 32, device=DEVICE)
@@ -99,6 +104,7 @@ def test_a_query_that_sees_nothing_is_zero():
     assert (flash_tpa(query, rows, rows, 2, 2, 0.2, lengths=nothing) == 0).all()
 
 
+@pytest.mark.once
 @needs_triton
 def test_scores_that_grow():
     """Each block's largest score is far above the last one's: the running maximum has to follow."""
@@ -116,6 +122,7 @@ def test_scores_that_grow():
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.once
 def test_launches_fit_the_chip():
     """Shared memory of Ampere, Ada and Hopper, for every shape; and column tiles that cover the heads."""
     for heads in range(1, 140):
@@ -146,6 +153,7 @@ def operator_arguments(**changes):
     return tuple((arguments | changes).values())
 
 
+@pytest.mark.once
 @needs_triton
 def test_operator():
     """Schema, fake kernel and behaviour under torch.compile's tracing, as PyTorch checks them."""
@@ -299,6 +307,7 @@ def test_float8_needs_ada(monkeypatch):
         assert tuple(decode_with_flash_tpa(config, hidden, cache) for cache in (plain, float8)) == expected
 
 
+@pytest.mark.once
 @needs_triton
 def test_kernels_compile_for_a_gpu():
     """Without a GPU: they fit Hopper, and hold nothing that Triton is known to miscompile."""
@@ -414,6 +423,7 @@ def test_decoding_step_in_a_cuda_graph():
 # The FP8 cache.
 
 
+@pytest.mark.once
 @needs_triton
 @pytest.mark.parametrize("heads", [5, 32, 34])
 def test_fp8_rows_are_read_as_they_are(heads):

@@ -122,23 +122,29 @@ class T6Config(PreTrainedConfig):
             self.attention_out_bias = self.attention_bias
         if self.layer_types is None and self.sliding_window is not None and isinstance(self.num_hidden_layers, int):
             self.layer_types = ["sliding_attention"] * self.num_hidden_layers
-        self.base_model_tp_plan = self._tensor_parallel_plan()
+        self.base_model_tp_plan = self._tp_plan_of_any_engine()
         super().__post_init__(**kwargs)
 
-    def _tensor_parallel_plan(self) -> dict[str, str]:
+    @property
+    def heads_tp_plan(self) -> dict[str, str]:
         """
-        Heads are shared out among the processes of tensor parallelism, by the outputs of A projections (head-major) or the
+        Shares out the heads among the processes of tensor parallelism, by the outputs of A projections (head-major) or the
         columns of constant A factors. Layers that are not named, those of the B factors among them, are in all processes.
         """
-        has_q_proj, suffix, style = self.q_rank is None, "_a_proj", "colwise"
-        if self.noncontextual_a:
-            suffix, style = "_a", "rowwise"
-        plan = {"q_proj": "colwise"} if has_q_proj else {f"q{suffix}": style}
+        suffix, style = ("_a", "rowwise") if self.noncontextual_a else ("_a_proj", "colwise")
+        plan = {"q_proj": "colwise"} if self.q_rank is None else {f"q{suffix}": style}
         plan |= {f"k{suffix}": style, f"v{suffix}": style, "o_proj": "rowwise"}
         plan |= {"o_gate_proj": "colwise"} if self.output_gate else {}
-        plan = {f"self_attn.{name}": style for name, style in plan.items()}
-        plan |= {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
-        return {f"layers.*.{name}": style for name, style in plan.items()}
+        return {f"layers.*.self_attn.{name}": style for name, style in plan.items()}
+
+    def _tp_plan_of_any_engine(self) -> dict[str, str]:
+        """
+        What an engine can do by the plan alone. Constant A factors, which are no layers, and a softmax over all heads need
+        the help that the model gives to Transformers: without it, their attention stays whole.
+        """
+        plan = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+        plan = {f"layers.*.{name}": style for name, style in plan.items()}
+        return plan if self.noncontextual_a or self.head_factor_act == "softmax" else self.heads_tp_plan | plan
 
     @property
     def num_key_value_heads(self) -> int:

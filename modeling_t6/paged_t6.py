@@ -85,6 +85,11 @@ def page_factors(manager: ContinuousBatchingManager) -> ContinuousBatchingManage
     if any(config.cuda_graph_booleans) or config.varlen_compile_config or config.decode_compile_config:
         logger.warning("Paged attention over factors runs without CUDA graphs and torch.compile: both are off.")
     config.use_cuda_graph, config.varlen_compile_config, config.decode_compile_config = (False, False), None, None
+    config.use_async_batching = False  # which is there to hide the launches that graphs save
+    if config.num_blocks is None:
+        # Beside the cache, the engine leaves room for one layer's rows; attention copies up to five layers' worth.
+        num_layers = manager.model.config.num_hidden_layers
+        config.max_memory_percent = (config.max_memory_percent or 0.8) * (num_layers + 1) / (num_layers + 5)
     config.max_blocks_per_request = 0  # block tables are for kernels that read keys and values
     manager.model = PagedModel(manager.model)
     return manager

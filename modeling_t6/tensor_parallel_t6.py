@@ -72,14 +72,15 @@ class SharedAttention(SharedParameters):
 
 
 def shared_factors_plan(model: nn.Module) -> dict[str, str]:
-    """What `T6Config.base_model_tp_plan`, which tells engines how heads are shared out, leaves to add for Transformers."""
+    """What `T6Config.base_model_tp_plan`, for any engine, leaves to add for Transformers: who sums whose gradients, too."""
     styles = {"self_attn": "t6_attention"}
     for name in ("q_norm", "k_norm", "head_norm"):
         styles[f"self_attn.{name}"] = "t6_shared_parameters"
     for name in ("q", "k", "v"):
         styles |= {f"self_attn.{name}_{factor}_proj": "t6_shared_output" for factor in ("b", "c")}
     names = {name for name, _ in model.layers[0].named_modules()}
-    return {f"layers.*.{name}": style for name, style in styles.items() if name in names}
+    styles = {f"layers.*.{name}": style for name, style in styles.items() if name in names}
+    return model.config.heads_tp_plan | styles
 
 
 if is_torch_distributed_available():

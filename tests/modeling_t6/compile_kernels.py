@@ -1,7 +1,7 @@
 """
 Compiles FlashTPA's kernels for a GPU that need not be there.
 
-    python -m tests.modeling_t6.compile_kernels 80 90 100    # compute capability 8.0, ...: registers and spills
+    python -m tests.modeling_t6.compile_kernels 80 89 90 100    # compute capability 8.0, ...: registers and spills
 """
 
 import itertools
@@ -30,7 +30,7 @@ SHAPES = [  # heads, head_dim, k_rank, v_rank, queries, constant A, dtype, dtype
     (47, 128, 2, 2, 2, False, "fp32", "fp32", "none"),
 ]
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
 def compile_kernel(kernel, types: dict[str, str], constants: dict, warps: int, capability: int):

@@ -267,7 +267,7 @@ class Server:
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
         self.url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
+        for _ in range(3000):
             try:
                 urllib.request.urlopen(f"{self.url}/health")
                 return

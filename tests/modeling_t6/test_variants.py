@@ -526,8 +526,13 @@ def docs_table(first_column: str) -> list[dict[str, str]]:
 
 
 def test_docs_say_what_is_tested():
+    from . import distributed_cases, test_serving  # which import this module
+
     tests, *rows = docs_table("float64 reference")
     named = {column: re.findall(r"`(test_\w+)`", cell) for column, cell in tests.items() if column != "variant"}
+    for name in named.pop("pages"):
+        assert every_variant.mark in getattr(test_serving, name).pytestmark, name
+    assert set(VARIANTS) <= set(distributed_cases.TENSOR_PARALLEL) and named.pop("two processes") == []
     for names in named.values():
         for name in names:
             marks = globals()[name].pytestmark

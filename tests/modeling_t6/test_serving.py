@@ -274,7 +274,9 @@ class Server:
             except OSError:
                 assert self.process.poll() is None, self.messages()
                 time.sleep(0.1)
-        raise TimeoutError(self.messages())
+        messages = self.messages()
+        self.close()
+        raise TimeoutError(messages)
 
     def messages(self) -> str:
         self.log.seek(0)

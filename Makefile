@@ -28,8 +28,8 @@ $(OLDEST)/installed: PINS := "transformers==5.17.*"
 %/installed: pyproject.toml
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --upgrade pip
-	$*/bin/python -m pip install --quiet --no-compile "$(TORCH)"
-	$*/bin/python -m pip install --quiet --no-compile $(PINS) -e ".$(EXTRAS)"
+	$*/bin/python -m pip install --quiet "$(TORCH)"
+	$*/bin/python -m pip install --quiet $(PINS) -e ".$(EXTRAS)"
 	touch $@
 
 clean:

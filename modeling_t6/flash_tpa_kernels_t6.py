@@ -289,8 +289,8 @@ def decode_kernel(
     Writes the output normalised within the piece [batch, split, query, head, d] and the log2 of its sum of
     exponentials [batch, split, query, head], both float32. The pieces divide the length that is on the device: the
     grid depends on the room in the cache alone. A block has `BLOCK_H` heads and, in a tile of its own, `TAIL_H` more, so
-    that the paper's 34, 47 and 78 heads need not be rounded to a power of 2. Batch strides of the rows count `STRIDE_UNIT` numbers, which tells the
-    compiler that rows start on 16 bytes.
+    that the paper's 34, 47 and 78 heads need not be rounded to a power of 2. Batch strides of the rows count
+    `STRIDE_UNIT` numbers, which tells the compiler that rows start on 16 bytes.
     """
     HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H + TAIL_H - 1) // (BLOCK_H + TAIL_H)
     QUERY_BLOCKS: tl.constexpr = (NUM_QUERIES + BLOCK_T - 1) // BLOCK_T

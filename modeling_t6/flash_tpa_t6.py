@@ -76,8 +76,9 @@ def choose_launch(
     shared_memory: int,
 ) -> Launch:
     """
-    The sizes for one shape of model, from a sweep on an H200 such as `benchmarks/flash_tpa_sweep.py` makes: two or
-    three blocks of cached rows in flight in each program, 140 to 230 kB on each multiprocessor.
+    The sizes for one shape of model. Two or three blocks of cached rows in flight in each program, 140 to 230 kB on each
+    multiprocessor, are from a sweep on an H200 such as `benchmarks/flash_tpa_sweep.py` makes; tiles of heads, and the
+    sizes for float32, from what the compiler fits into registers.
 
     Args:
         itemsize: bytes of a number of the cache.

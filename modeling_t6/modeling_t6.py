@@ -550,10 +550,10 @@ class T6Model(T6PreTrainedModel):
             position_ids = position_ids.unsqueeze(0)
 
         if isinstance(cache, PagedAttentionCache):  # continuous batching
-            cache = PagedFactors(self.config, cache, position_ids, kwargs)
+            cache = stage_cache = PagedFactors(self.config, cache, position_ids, kwargs)
         use_flash_tpa = decode_with_flash_tpa(self.config, inputs_embeds, cache)
         factor_space = use_flash_tpa or attend_in_factor_space(inputs_embeds.shape[1], cache)
-        causal_masks = self.create_causal_masks(inputs_embeds, attention_mask, cache, position_ids)
+        causal_masks = self.create_causal_masks(inputs_embeds, attention_mask, stage_cache, position_ids)
 
         hidden_states = inputs_embeds
         key_position_embeddings = {}
@@ -611,12 +611,14 @@ class T6Model(T6PreTrainedModel):
         cache: Cache | None,
         position_ids: torch.LongTensor | None,
     ) -> dict:
-        """By layer type, the mask as the path that runs reads it: what the attention interface takes, or a tensor."""
+        """
+        By layer type, the mask as the path that runs reads it: what the attention interface takes, or a tensor. `cache`
+        is that of this stage.
+        """
         if isinstance(attention_mask, dict):  # made ahead by `generate()`
             return attention_mask
         if isinstance(cache, PagedFactors):  # goes by the lengths of the requests
             return dict.fromkeys(cache.groups)
-        cache, _ = self._of_this_stage(cache)
         if self.config.rotates_on_read and cache is not None and position_ids is not None:
             if not torch.compiler.is_compiling():
                 validate_positions(position_ids, attention_mask, cache)
@@ -772,7 +774,8 @@ class T6ForCausalLM(T6PreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         """The masks that `generate()` makes ahead of a step over a static cache."""
-        return self.model.create_causal_masks(inputs_embeds, attention_mask, kwargs[CACHE_NAME], position_ids)
+        cache, _ = self.model._of_this_stage(kwargs[CACHE_NAME])
+        return self.model.create_causal_masks(inputs_embeds, attention_mask, cache, position_ids)
 
     def _get_static_cache_init_shape(self) -> None:
         # Key and value rows may differ in width, which this hook cannot say: see `_prepare_cache_for_generation`.

@@ -50,6 +50,15 @@ def random_ids(config: T6Config, *shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(2, config.vocab_size, shape, generator=generator).to(DEVICE)
 
 
+def train_step(model, ids: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
+    """The loss of the tokens before the step."""
+    loss = model(ids, labels=ids).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 def cached(output):
     """The cache in a model's output, whose name depends on the version of Transformers."""
     return getattr(output, CACHE_NAME)

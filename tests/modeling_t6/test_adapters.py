@@ -13,7 +13,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_t6 import T6ForCausalLM
 
-from .common import DEVICE, random_ids, random_model, tiny_config
+from .common import DEVICE, random_ids, random_model, tiny_config, train_step
 from .test_generation import generate, greedy
 
 
@@ -47,13 +47,8 @@ def with_adapter(overrides: dict, targets: dict) -> PeftModel:
     peft_model = get_peft_model(random_model(tiny_config(**overrides)), lora(targets)).to(DEVICE).train()
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    ids, losses = random_ids(peft_model.config, 2, 12), []
-    for _ in range(15):
-        loss = peft_model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    ids = random_ids(peft_model.config, 2, 12)
+    losses = [train_step(peft_model, ids, optimizer) for _ in range(15)]
     assert losses[-1] < 0.9 * losses[0]
     return peft_model.eval()
 

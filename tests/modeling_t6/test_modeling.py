@@ -14,7 +14,7 @@ from modeling_t6 import (
     T6Model,
 )
 
-from .common import cached, random_ids, random_model, tiny_config
+from .common import cached, random_ids, random_model, tiny_config, train_step
 
 
 HEADS = {
@@ -258,13 +258,7 @@ def test_lora():
     model = get_peft_model(random_model(tiny_config()), LoraConfig(target_modules=["q_a_proj", "k_b_proj"], r=2))
     ids = random_ids(model.config, 2, 8)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(5):
-        loss = model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = [train_step(model, ids, optimizer) for _ in range(5)]
     assert losses[-1] < losses[0]
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from modeling_t6 import T6Cache
 
-from .common import DEVICE, cached, random_ids, random_model, tiny_config
+from .common import DEVICE, cached, random_ids, random_model, tiny_config, train_step
 from .test_generation import generate, greedy
 
 
@@ -136,11 +136,6 @@ def test_adapters_on_quantized_weights(name, tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    ids, losses = random_ids(plain.config, 2, 12), []
-    for _ in range(12):
-        loss = model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    ids = random_ids(plain.config, 2, 12)
+    losses = [train_step(model, ids, optimizer) for _ in range(12)]
     assert losses[-1] < 0.8 * losses[0] and not math.isnan(losses[-1])

@@ -13,7 +13,7 @@ from modeling_t6 import modeling_t6 as model_code
 from modeling_t6.cache_t6 import cache_nbytes, factor_layouts
 from modeling_t6.flash_tpa_t6 import decode_with_flash_tpa
 
-from .common import DEVICE, cached, random_ids, random_model, tiny_config
+from .common import DEVICE, cached, random_ids, random_model, tiny_config, train_step
 from .reference import t6_logits
 from .test_attention import LargestResult
 from .test_generation import MODES, NEW, PADDED, generate, greedy, quantization_error
@@ -315,11 +315,7 @@ def test_training(variant):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     while not losses or losses[-1] > 0.02 and len(losses) < 200:
-        loss = model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(train_step(model, ids, optimizer))
     assert losses[0] > 4 and losses[-1] <= 0.02
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
     model.eval()

@@ -88,10 +88,10 @@ class RandomWindows(Dataset):
 
 
 def train(args: argparse.Namespace) -> None:
-    """A Llama with as many key/value heads as heads: 8, of size 64."""
+    """A Llama with as many key/value heads as heads."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden_size, intermediate_size=8 * args.hidden_size // 3,
+        vocab_size=len(tokenizer), hidden_size=args.hidden_size, intermediate_size=round(args.hidden_size / 24) * 64,
         num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.heads,
         max_position_embeddings=WINDOW, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -126,12 +126,14 @@ def train(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Every run in a process of its own, as many at a time as there are GPUs."""
+    """Every run in a process of its own, `--processes` at a time on each GPU."""
     facts = json.loads((args.work / "training.json").read_text())
     steps = max(1, int(HEALED_PART * facts["tokens"] / (args.heal_windows * WINDOW)))
     config = json.loads((args.work / "llama" / "config.json").read_text())
     waiting, running = list(args.runs or RUNS), {}
-    free = list(range(max(1, torch.cuda.device_count())))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else list(map(str, range(max(1, torch.cuda.device_count()))))
+    free = [(device, n) for n in range(args.processes) for device in devices]
     while waiting or running:
         while waiting and free:
             method, ratio = waiting.pop(0)
@@ -139,7 +141,7 @@ def convert(args: argparse.Namespace) -> None:
             ranks = (
                 ["--cache-ratio", str(ratio)] if method == "fit" else ["--k-rank", str(rank), "--v-rank", str(rank)]
             )
-            device, target = free.pop(0), args.work / f"{method}-{ratio}"
+            place, target = free.pop(0), args.work / f"{method}-{ratio}"
             command = [
                 sys.executable, "-m", "conversion", "hf", str(args.work / "llama"), str(target), "--overwrite",
                 "--method", method, *ranks, "--calibration", str(args.work / "heal.txt"),
@@ -148,12 +150,12 @@ def convert(args: argparse.Namespace) -> None:
                 "--heal-learning-rate", str(args.learning_rate), *args.options,
             ]  # fmt: skip
             log = open(args.work / f"{target.name}.log", "w")  # noqa: SIM115  the process writes to it
-            environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(device)}
-            running[device] = target, time.time(), subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        for device, (target, start, process) in list(running.items()):
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": place[0]}
+            running[place] = target, time.time(), subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        for place, (target, start, process) in list(running.items()):
             if process.poll() is not None:
-                del running[device]
-                free.append(device)
+                del running[place]
+                free.append(place)
                 print(f"{target.name}: exit code {process.returncode} after {time.time() - start:.0f} s", flush=True)
         time.sleep(0.5)
 
@@ -232,6 +234,7 @@ def main() -> None:
             command.add_argument("--learning-rate", type=float, default=1e-3)
         if function is convert:
             command.add_argument("--runs", nargs="+", type=run_name, metavar="METHOD-RATIO")
+            command.add_argument("--processes", type=int, default=1, help="at a time on each GPU")
             command.add_argument("--heal-windows", type=int, default=8, help="windows of 1024 tokens in a step")
             command.add_argument("--learning-rate", type=float, default=6e-4, help="of the healing")
             command.add_argument(

@@ -50,18 +50,14 @@ def device() -> torch.device:
 
 def candidates(shape) -> list[Launch]:
     base, heads = default_launch(shape), shape[2]
-    tiles = {(base.block_h, base.tail_h), (32, 0), (min(64, 1 << (heads - 1).bit_length()), 0)}
-    if heads > 32:
-        tiles |= {(32, 16), (32, 32), (64, 16)}
+    widths = {base.block_h, 32, min(64, 1 << (heads - 1).bit_length())} | ({128} if heads > 64 else set())
     found = []
-    for n, (h, tail), stages, warps, programs in itertools.product((32, 64, 128), tiles, (2, 3), (4, 8), (1, 2, 3)):
-        used = stages * n * 2 * shape[4] * (h + tail + base.block_d) * getattr(torch, shape[5]).itemsize
-        # 8 warps would share out a tile of 16 columns: see `choose_launch`.
-        if programs * used <= 260_000 and (n == 128 and tail != 16 or warps == 4) and (n > 32 or heads > 64):
+    for n, h, stages, warps, programs in itertools.product((32, 64, 128), widths, (2, 3), (4, 8), (1, 2, 3)):
+        used = stages * n * 2 * shape[4] * (h + base.block_d) * getattr(torch, shape[5]).itemsize
+        # 8 warps must not share out a tile of 16 columns: see `choose_launch`.
+        if programs * used <= 260_000 and (n == 128 or h == 128 or warps == 4) and (n > 32 or heads > 64):
             found.append(
-                dataclasses.replace(
-                    base, block_n=n, block_h=h, tail_h=tail, stages=stages, warps=warps, programs_per_sm=programs
-                )
+                dataclasses.replace(base, block_n=n, block_h=h, stages=stages, warps=warps, programs_per_sm=programs)
             )
     return [base, *(launch for launch in found if launch != base)]
 
@@ -135,7 +131,7 @@ def main() -> None:
         print(f"{name}: {num_bytes / 1e6:.0f} MB, {num_bytes / bandwidth * 1e6:.1f} us at the bandwidth of copies")
         for row in [chosen, *sorted(timed, key=lambda row: row["seconds"])[: args.top]]:
             print(
-                f"  {row['seconds'] * 1e6:7.1f} us {row['share']:4.0%}  tokens {row['block_n']} heads {row['block_h']}+{row['tail_h']} "
+                f"  {row['seconds'] * 1e6:7.1f} us {row['share']:4.0%}  tokens {row['block_n']} heads {row['block_h']} "
                 f"stages {row['stages']} warps {row['warps']} programs {row['programs_per_sm']}"
                 + (" (chosen)" if row is chosen else "")
                 + (f" WRONG by {row['difference']:.0%}" if not row["difference"] < 0.01 else ""),

@@ -144,7 +144,8 @@ def _exponentiate(scores, maximum, normalizer, output):
 def _add_scores(
     scores,
     query,
-    b,
+    b_offsets,
+    is_b,
     rows_ptr,
     constant_ptr,
     first_head,
@@ -160,17 +161,23 @@ def _add_scores(
     BLOCK_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Adds the scores of one rank: A (B Q^T)."""
+    b = tl.load(rows_ptr + b_offsets, mask=is_b, other=0.0).to(query.dtype)
+    # The product comes before A. Where B comes through registers, Triton 3.6 else takes the barrier of A's change of layout
+    # for the one that must stand between the fence behind B's stores and the product, which may then read old numbers.
+    products = tl.dot(b, query, input_precision=PRECISION)
     a = _load_a(
         rows_ptr, constant_ptr, first_head, is_row, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H
     )  # fmt: skip
-    return scores + _weigh(tl.dot(b, query, input_precision=PRECISION), a, BLOCK_T)
+    return scores + _weigh(products, a, BLOCK_T)
 
 
 @triton.jit
 def _add_output(
     output,
     weights,
-    b,
+    b_offsets,
+    is_b,
     rows_ptr,
     constant_ptr,
     first_head,
@@ -184,12 +191,15 @@ def _add_output(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Adds the output of one rank: B^T (A P)."""
+    b = tl.load(rows_ptr + b_offsets, mask=is_b, other=0.0).to(DTYPE)
     a = _load_a(
         rows_ptr, constant_ptr, first_head, is_row, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H
     )  # fmt: skip
-    return tl.dot(tl.trans(b), _weigh(weights, a, BLOCK_T).to(b.dtype), output, input_precision=PRECISION)
+    return tl.dot(tl.trans(b), _weigh(weights, a, BLOCK_T).to(DTYPE), output, input_precision=PRECISION)
 
 
 @triton.jit
@@ -277,7 +287,6 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    TAIL_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
@@ -288,11 +297,10 @@ def decode_kernel(
 
     Writes the output normalised within the piece [batch, split, query, head, d] and the log2 of its sum of
     exponentials [batch, split, query, head], both float32. The pieces divide the length that is on the device: the
-    grid depends on the room in the cache alone. A block has `BLOCK_H` heads and, in a tile of its own, `TAIL_H` more, so
-    that the paper's 34, 47 and 78 heads need not be rounded to a power of 2. Batch strides of the rows count
-    `STRIDE_UNIT` numbers, which tells the compiler that rows start on 16 bytes.
+    grid depends on the room in the cache alone. Batch strides of the rows count `STRIDE_UNIT` numbers, which tells the
+    compiler that rows start on 16 bytes.
     """
-    HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H + TAIL_H - 1) // (BLOCK_H + TAIL_H)
+    HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
     QUERY_BLOCKS: tl.constexpr = (NUM_QUERIES + BLOCK_T - 1) // BLOCK_T
     BLOCK_C: tl.constexpr = BLOCK_T * BLOCK_H
     K_A_START: tl.constexpr = K_RANK * HEAD_DIM
@@ -309,7 +317,7 @@ def decode_kernel(
     start = split * piece
     end = tl.minimum(start + piece, length)
 
-    first_head = (column_block % HEAD_BLOCKS) * (BLOCK_H + TAIL_H)
+    first_head = (column_block % HEAD_BLOCKS) * BLOCK_H
     first_query = (column_block // HEAD_BLOCKS) * BLOCK_T
     heads = first_head + tl.arange(0, BLOCK_C) % BLOCK_H
     queries = first_query + tl.arange(0, BLOCK_C) // BLOCK_H
@@ -321,16 +329,6 @@ def decode_kernel(
     maximum = tl.full([BLOCK_C], -1e30, tl.float32)
     normalizer = tl.zeros([BLOCK_N // 16, 8, BLOCK_C], tl.float32)
     output = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
-    if TAIL_H:
-        tail_head = first_head + BLOCK_H
-        tail_heads = tail_head + tl.arange(0, TAIL_H)
-        tail_queries = first_query + tl.zeros([TAIL_H], tl.int32)
-        tail_query = _load_query(
-            query_ptr, tail_queries, tail_heads, query_stride_t, query_stride_h, NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D
-        )  # fmt: skip
-        tail_maximum = tl.full([TAIL_H], -1e30, tl.float32)
-        tail_normalizer = tl.zeros([BLOCK_N // 16, 8, TAIL_H], tl.float32)
-        tail_output = tl.zeros([BLOCK_D, TAIL_H], tl.float32)
 
     key_ptr += batch * key_stride_b * STRIDE_UNIT
     value_ptr += batch * value_stride_b * STRIDE_UNIT
@@ -348,82 +346,43 @@ def decode_kernel(
 
         # Loads of every rank are in flight at once if there is room for them, else those of a few ranks.
         scores = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-        if TAIL_H:
-            tail_scores = tl.zeros([BLOCK_N, TAIL_H], tl.float32)
         if UNROLL:
             for r in tl.static_range(K_RANK):
-                b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_b, other=0.0).to(query.dtype)
                 scores = _add_scores(
-                    scores, query, b, key_rows, key_a_ptr, first_head, is_row, r, K_ROW, K_A_START, K_HEADS,
-                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
+                    scores, query, key_b_offsets + r * HEAD_DIM, is_b, key_rows, key_a_ptr, first_head, is_row, r, K_ROW,
+                    K_A_START, K_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
                 )  # fmt: skip
-                if TAIL_H:
-                    tail_scores = _add_scores(
-                        tail_scores, tail_query, b, key_rows, key_a_ptr, tail_head, is_row, r, K_ROW, K_A_START, K_HEADS,
-                        NUM_HEADS, CONSTANT_A, BLOCK_N, 1, TAIL_H, PRECISION,
-                    )  # fmt: skip
         else:
             for r in tl.range(0, K_RANK, num_stages=STAGES):
-                b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_b, other=0.0).to(query.dtype)
                 scores = _add_scores(
-                    scores, query, b, key_rows, key_a_ptr, first_head, is_row, r, K_ROW, K_A_START, K_HEADS,
-                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
+                    scores, query, key_b_offsets + r * HEAD_DIM, is_b, key_rows, key_a_ptr, first_head, is_row, r, K_ROW,
+                    K_A_START, K_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
                 )  # fmt: skip
-                if TAIL_H:
-                    tail_scores = _add_scores(
-                        tail_scores, tail_query, b, key_rows, key_a_ptr, tail_head, is_row, r, K_ROW, K_A_START, K_HEADS,
-                        NUM_HEADS, CONSTANT_A, BLOCK_N, 1, TAIL_H, PRECISION,
-                    )  # fmt: skip
 
         scores = _hide(
             scores, mask_ptr, queries, heads, tokens, is_row, length - NUM_QUERIES, scale, log2_e,
             mask_stride_h, mask_stride_t, mask_stride_n, NUM_QUERIES, NUM_HEADS, CAUSAL, MASK, MASK_BY_COLUMN,
         )  # fmt: skip
         weights, maximum, normalizer, output = _exponentiate(scores, maximum, normalizer, output)
-        if TAIL_H:
-            tail_scores = _hide(
-                tail_scores, mask_ptr, tail_queries, tail_heads, tokens, is_row, length - NUM_QUERIES, scale, log2_e,
-                mask_stride_h, mask_stride_t, mask_stride_n, NUM_QUERIES, NUM_HEADS, CAUSAL, MASK, MASK_BY_COLUMN,
-            )  # fmt: skip
-            tail_weights, tail_maximum, tail_normalizer, tail_output = _exponentiate(
-                tail_scores, tail_maximum, tail_normalizer, tail_output
-            )
 
         if UNROLL:
             for r in tl.static_range(V_RANK):
-                b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_b, other=0.0).to(query.dtype)
                 output = _add_output(
-                    output, weights, b, value_rows, value_a_ptr, first_head, is_row, r, V_ROW, V_A_START, V_HEADS,
-                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
+                    output, weights, value_b_offsets + r * HEAD_DIM, is_b, value_rows, value_a_ptr, first_head, is_row, r, V_ROW,
+                    V_A_START, V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, query.dtype, PRECISION,
                 )  # fmt: skip
-                if TAIL_H:
-                    tail_output = _add_output(
-                        tail_output, tail_weights, b, value_rows, value_a_ptr, tail_head, is_row, r, V_ROW, V_A_START,
-                        V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, 1, TAIL_H, PRECISION,
-                    )  # fmt: skip
         else:
             for r in tl.range(0, V_RANK, num_stages=STAGES):
-                b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_b, other=0.0).to(query.dtype)
                 output = _add_output(
-                    output, weights, b, value_rows, value_a_ptr, first_head, is_row, r, V_ROW, V_A_START, V_HEADS,
-                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
+                    output, weights, value_b_offsets + r * HEAD_DIM, is_b, value_rows, value_a_ptr, first_head, is_row, r, V_ROW,
+                    V_A_START, V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, query.dtype, PRECISION,
                 )  # fmt: skip
-                if TAIL_H:
-                    tail_output = _add_output(
-                        tail_output, tail_weights, b, value_rows, value_a_ptr, tail_head, is_row, r, V_ROW, V_A_START,
-                        V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, 1, TAIL_H, PRECISION,
-                    )  # fmt: skip
 
     row = batch * num_splits + split
     _store_partial(
         output, normalizer, maximum, partial_ptr, lse_ptr, row, queries, heads,
         NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
-    if TAIL_H:
-        _store_partial(
-            tail_output, tail_normalizer, tail_maximum, partial_ptr, lse_ptr, row, tail_queries, tail_heads,
-            NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_splits"])

@@ -37,6 +37,7 @@ LOG2_E = 1 / math.log(2)
 MAX_QUERIES = 16
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 1024
+WIDE = []
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Triton's interpreter runs the kernels on a CPU, to test them.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,7 +50,6 @@ class Launch:
     block_n: int  # tokens in a block
     block_t: int  # query tokens in a block of columns
     block_h: int  # heads in it
-    tail_h: int  # more heads, in a second tile
     block_d: int  # features of a head, padded
     unroll: bool  # whether the loads of every rank are in flight at once
     stages: int  # blocks (of a rank, if not unrolled) in flight
@@ -57,7 +57,7 @@ class Launch:
     programs_per_sm: int  # that fit side by side
 
     def column_blocks(self, num_queries: int, num_heads: int) -> int:
-        return -(-num_queries // self.block_t) * -(-num_heads // (self.block_h + self.tail_h))
+        return -(-num_queries // self.block_t) * -(-num_heads // self.block_h)
 
 
 def _power_of_2(n: int, least: int) -> int:
@@ -85,25 +85,25 @@ def choose_launch(
         shared_memory: bytes that a program may have.
     """
     block_d = _power_of_2(head_dim, least=16)
-    # Tiles of heads that fit the registers. Never of 8 columns for a group of 4 warps: Triton 3.6 miscompiles products
-    # that narrow (its issue 7830). So 8 warps run only where they share out features, and 16 columns are the fewest.
+    # Heads that fit the registers. Never 8 columns for a group of 4 warps: Triton 3.6 miscompiles products that narrow (its
+    # issue 7830). So 8 warps run only where each group has features or 64 heads of its own, and 16 columns are the fewest.
     narrowest = 16 if block_d <= 64 and itemsize <= 2 else 32
     widest = 64 if block_d == 64 and itemsize <= 2 else 32
     if num_queries > 1:
-        block_h, tail_h = min(_power_of_2(num_heads, narrowest), widest), 0
+        block_h = min(_power_of_2(num_heads, narrowest), widest)
     else:
-        tiles = [(width, 0) for width in (16, 32, 64) if narrowest <= width <= widest]
+        widths = [width for width in (16, 32, 64) if narrowest <= width <= widest]
         if widest == 64 and itemsize == 2 and not constant_a:
-            tiles += [(32, 16), (64, 16)]
+            widths += WIDE
         # Few columns, in few blocks, since each reads B again.
-        block_h, tail_h = min(tiles, key=lambda tile: -(-num_heads // sum(tile)) * (sum(tile) + 32))
-    block_t = min(widest // block_h, 1 << (num_queries - 1).bit_length())
+        block_h = min(widths, key=lambda width: -(-num_heads // width) * (width + 32))
+    block_t = min(max(1, widest // block_h), 1 << (num_queries - 1).bit_length())
 
     def bytes_used(block_n: int, stages: int, ranks: int = k_rank + v_rank) -> int:
         """Shared memory of a program: B, A with one buffer less, the query, and the weights of a block."""
-        a_columns = 0 if constant_a else block_h + tail_h
+        a_columns = 0 if constant_a else block_h
         buffers = block_n * ranks * (stages * block_d + (stages - 1) * a_columns)
-        return (buffers + (block_n + block_d) * (block_t * block_h + tail_h)) * itemsize
+        return (buffers + (block_n + block_d) * block_t * block_h) * itemsize
 
     if itemsize == 4:
         block_n = 16  # more spills
@@ -113,8 +113,8 @@ def choose_launch(
     ranks = k_rank + v_rank if unroll else 1
     stages = 3 if bytes_used(block_n, 3, ranks) <= min(150_000, shared_memory) else 2
     programs_per_sm = 2 if 2 * (bytes_used(block_n, stages, ranks) + 1024) <= shared_memory + 1024 else 1
-    warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
-    return Launch(block_n, block_t, block_h, tail_h, block_d, unroll, stages, warps, programs_per_sm)
+    warps = 8 if itemsize == 4 or block_h == 128 or block_d >= 128 and not unroll else 4
+    return Launch(block_n, block_t, block_h, block_d, unroll, stages, warps, programs_per_sm)
 
 
 @functools.cache
@@ -209,7 +209,6 @@ def _flash_tpa(
             BLOCK_N=launch.block_n,
             BLOCK_T=launch.block_t,
             BLOCK_H=launch.block_h,
-            TAIL_H=launch.tail_h,
             BLOCK_D=launch.block_d,
             UNROLL=launch.unroll,
             STAGES=launch.stages,
@@ -289,7 +288,7 @@ def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor,
         return False
     if hidden_states.is_cuda:
         is_float8 = any(getattr(layer, "stored_dtype", None) is not None for layer in getattr(cache, "layers", ()))
-        runs = _capability(hidden_states.device) >= ((8, 9) if is_float8 else (8, 0))
+        runs = _is_supported(hidden_states.device, is_float8)
     else:
         runs = IS_INTERPRETED
     return (
@@ -302,6 +301,10 @@ def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor,
 
 
 @torch.compiler.assume_constant_result
+def _is_supported(device: torch.device, is_float8: bool) -> bool:
+    return _capability(device) >= ((8, 9) if is_float8 else (8, 0))
+
+
 def _capability(device: torch.device) -> tuple[int, int]:
     return (0, 0) if torch.version.cuda is None else torch.cuda.get_device_capability(device)
 

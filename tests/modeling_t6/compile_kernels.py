@@ -20,14 +20,15 @@ from modeling_t6.flash_tpa_kernels_t6 import combine_kernel, decode_kernel
 from modeling_t6.flash_tpa_t6 import choose_launch
 
 
-SHAPES = [  # heads, head_dim, k_rank, v_rank, queries, constant A, dtype, dtype of the cache, mask
-    (32, 64, 1, 1, 1, False, "bf16", "bf16", "none"),
-    (34, 64, 2, 2, 1, False, "bf16", "bf16", "boolean"),
-    (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none"),
-    (12, 96, 8, 3, 1, False, "fp16", "fp16", "none"),
-    (5, 64, 2, 3, 16, False, "bf16", "bf16", "additive"),
-    (16, 256, 8, 16, 1, True, "bf16", "bf16", "none"),
-    (47, 128, 2, 2, 2, False, "fp32", "fp32", "none"),
+SHAPES = [  # heads, head_dim, k_rank, v_rank, queries, constant A, dtype, dtype of the cache, mask, rows on 16 bytes
+    (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),
+    (34, 64, 2, 2, 1, False, "bf16", "bf16", "boolean", True),
+    (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
+    (12, 96, 8, 3, 1, False, "fp16", "fp16", "none", True),
+    (12, 64, 2, 3, 1, False, "bf16", "bf16", "additive", False),
+    (5, 64, 2, 3, 16, False, "bf16", "bf16", "additive", True),
+    (16, 256, 8, 16, 1, True, "bf16", "bf16", "none", True),
+    (47, 128, 2, 2, 2, False, "fp32", "fp32", "none", True),
 ]
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -46,17 +47,17 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, warps: int, c
 
 def compile_shape(shape: tuple, capability: int):
     """The two kernels as `flash_tpa` starts them on such a GPU, and the launch."""
-    heads, head_dim, k_rank, v_rank, queries, constant_a, dtype, cache_dtype, mask = shape
+    heads, head_dim, k_rank, v_rank, queries, constant_a, dtype, cache_dtype, mask, aligned = shape
     launch = choose_launch(
         queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability]
     )
     layouts = [FactorLayout(rank, 0 if constant_a else heads, head_dim) for rank in (k_rank, v_rank)]
     constants = {
         "NUM_QUERIES": queries, "NUM_HEADS": heads, "HEAD_DIM": head_dim, "K_RANK": k_rank, "V_RANK": v_rank,
-        "K_ROW": layouts[0].width, "V_ROW": layouts[1].width, "K_HEADS": layouts[0].padded_heads,
+        "K_ROW": layouts[0].width + (not aligned), "V_ROW": layouts[1].width + (not aligned), "K_HEADS": layouts[0].padded_heads,
         "V_HEADS": layouts[1].padded_heads, "CONSTANT_A": constant_a, "CAUSAL": True, "MASK": mask,
-        "MASK_BY_COLUMN": mask == "additive", "HAS_LENGTHS": True, "STRIDE_UNIT": 16 // BYTES[cache_dtype],
-        "BLOCK_N": launch.block_n, "BLOCK_T": launch.block_t, "BLOCK_H": launch.block_h, "TAIL_H": launch.tail_h,
+        "MASK_BY_COLUMN": mask == "additive", "HAS_LENGTHS": True, "STRIDE_UNIT": 16 // BYTES[cache_dtype] if aligned else 1,
+        "BLOCK_N": launch.block_n, "BLOCK_T": launch.block_t, "BLOCK_H": launch.block_h,
         "BLOCK_D": launch.block_d, "UNROLL": launch.unroll, "STAGES": launch.stages,
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
     }  # fmt: skip

@@ -1,111 +1,254 @@
 """
-A training step of t6-medium on a GPU: K and V form_heads, and rebuilt from their factors in the backward pass.
+A training step and a prefill of t6-medium on a GPU: heads kept for the backward pass, and formed again from their factors.
 
-    python benchmarks/training_step.py --output training.json
+    python benchmarks/training_step.py --output training.json     # measure
+    python benchmarks/training_step.py --plot training.json training.png
 
-Forward and backward of the whole model, 8 sequences of 2048 tokens in bfloat16, eager and with each layer compiled;
-and what one attention layer keeps from its forward to its backward pass. `materialised` is the way of the research
-code: heads as a matrix product of their factors, then SDPA.
+Forward and backward of the whole model, 8 sequences of 2048 tokens in bfloat16, eager and with each layer compiled; the
+same of one attention layer, from hidden states to its output, and what it keeps from its forward to its backward pass;
+and its forward alone. `materialised` keeps Q, K and V, `rebuilt` their factors. Heads are matrix products of factors, or
+sums of outer products, which torch.compile fuses. `materialised, compiled` is the way of the research code: ratios are
+to it. What fails prints its error, and the exit status is 1.
+
+    python benchmarks/training_step.py --device cpu --layers 2 --batch 1 --length 128 --prefill 1x256    # does it run?
 """
 
 import argparse
+import gc
 import json
 import statistics
+import time
 
 import torch
-from gpu import machine
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_t6 import modeling_t6 as model_code
-from modeling_t6.attention_t6 import form_heads
+from modeling_t6 import attention_t6
 
 
-def rebuilt(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """
-    Heads as a sum of outer products: torch.compile fuses it with RoPE and the layout that attention wants, and rebuilds
-    heads from the factors in the backward pass, where it would keep the result of a matrix product.
-    """
-    return sum(a[..., r, :, None] * b[..., r, None, :] for r in range(a.shape[-2])) / a.shape[-2]
+BASELINE = "materialised, compiled"
+WAYS = {  # heads are rebuilt, they are sums of outer products, compiled
+    BASELINE: (False, False, True),
+    "materialised, eager": (False, False, False),
+    "rebuilt, eager": (True, False, False),
+    "materialised, compiled, outer products": (False, True, True),
+    "rebuilt, compiled": (True, False, True),
+    "rebuilt, compiled, outer products": (True, True, True),
+}
+MAX_OUTER_PRODUCTS = attention_t6.MAX_OUTER_PRODUCTS or 8
+# bfloat16 has 2.4 digits: gradients of two ways, each some roundings from exact, differ by 1% or so of their norm.
+MAX_DIFFERENCE = 3e-2
 
 
-def seconds_and_peak(step, repeats: int = 6) -> tuple[float, int]:
+def choose(rebuilt: bool, outer_products: bool) -> None:
+    attention_t6.REBUILD_HEADS_COMPILED = attention_t6.REBUILD_HEADS_EAGER = rebuilt
+    attention_t6.MAX_OUTER_PRODUCTS = MAX_OUTER_PRODUCTS if outer_products else 0
+    torch._dynamo.reset()
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_and_peak(call, device: str, repeats: int) -> tuple[float, int | None]:
+    """Median seconds of a call, and the most bytes it had allocated beyond those before it."""
     for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+        call()
+    synchronize(device)
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return statistics.median(times), torch.cuda.max_memory_allocated()
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), torch.cuda.max_memory_allocated() - before if device == "cuda" else None
 
 
-def measure(config, function, compiled: bool, batch: int, length: int) -> dict:
-    model_code.form_heads = function
-    torch._dynamo.reset()
+def make_model(config, device: str):
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for layer in model.model.layers:  # which are zero at initialisation
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            torch.nn.init.normal_(projection.weight, std=0.02)
+    return model.train()
+
+
+def make_attention(config, device: str, batch: int, length: int, compiled: bool):
+    """One attention layer, and hidden states and positions for it."""
+    config = type(config)(**config.to_dict() | {"num_hidden_layers": 1})
+    model = make_model(config, device)
+    attention = model.model.layers[0].self_attn
+    hidden = torch.randn(batch, length, config.hidden_size, device=device, dtype=torch.bfloat16)
+    positions = model.model.rotary_emb(hidden, torch.arange(length, device=device)[None])
+    return torch.compile(attention, dynamic=False) if compiled else attention, hidden, positions
+
+
+def measure_step(config, device: str, batch: int, length: int, compiled: bool) -> dict:
+    model = make_model(config, device)
     if compiled:
         for layer in model.model.layers:
-            layer.compile()
-    ids = torch.randint(0, config.vocab_size, (batch, length), device="cuda")
+            layer.compile(dynamic=False)
+    ids = torch.randint(0, config.vocab_size, (batch, length), device=device)
 
     def step():
         model.zero_grad(set_to_none=True)
         hidden = model.model(ids, use_cache=False).last_hidden_state
         hidden.float().square().mean().backward()  # the head and the loss are the same for every model
 
-    row = dict(zip(("step_seconds", "step_peak_bytes"), seconds_and_peak(step)))
+    return dict(zip(("step_seconds", "step_peak_bytes"), seconds_and_peak(step, device, 6)))
 
-    attention = model.model.layers[0].self_attn
-    if compiled:
-        attention = torch.compile(attention)
-    hidden = torch.randn(batch, length, config.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    positions = model.model.rotary_emb(hidden, torch.arange(length, device="cuda")[None])
 
-    def attention_step():
-        attention(hidden, positions)[0].backward(torch.ones_like(hidden))
+def measure_attention(config, device: str, batch: int, length: int, compiled: bool) -> tuple[dict, torch.Tensor]:
+    """Times and bytes, and the gradient of the hidden states."""
+    attention, hidden, positions = make_attention(config, device, batch, length, compiled)
+    hidden.requires_grad_()
+    probe = torch.randn_like(hidden)
 
-    row["attention_seconds"], _ = seconds_and_peak(attention_step, 20)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    output = attention(hidden, positions)[0]
-    row["attention_saved_bytes"] = torch.cuda.memory_allocated() - before
-    del output
-    return row
+    def step():
+        attention.zero_grad(set_to_none=True)
+        hidden.grad = None
+        attention(hidden, positions)[0].backward(probe)
+
+    row = dict(zip(("attention_seconds", "attention_peak_bytes"), seconds_and_peak(step, device, 20)))
+    gradient = hidden.grad.float().cpu()
+    if device == "cuda":
+        attention.zero_grad(set_to_none=True)
+        hidden.grad = None
+        before = torch.cuda.memory_allocated()
+        output = attention(hidden, positions)[0]
+        row["attention_kept_bytes"] = torch.cuda.memory_allocated() - before - output.nbytes
+    return row, gradient
+
+
+def measure_prefill(config, device: str, batch: int, length: int, compiled: bool) -> float:
+    attention, hidden, positions = make_attention(config, device, batch, length, compiled)
+    with torch.no_grad():
+        return seconds_and_peak(lambda: attention(hidden, positions), device, 20)[0]
+
+
+def line(name: str, row: dict, baseline: dict) -> str:
+    """Figures, and ratios to the baseline."""
+    columns = []
+    for key, label, unit, scale in (
+        ("step_seconds", "step", "ms", 1e3),
+        ("step_peak_bytes", "peak", "GiB", 2**-30),
+        ("attention_seconds", "attention", "ms", 1e3),
+        ("attention_kept_bytes", "keeps", "MiB", 2**-20),
+        ("attention_peak_bytes", "peak", "MiB", 2**-20),
+        ("prefill_seconds", "forward", "ms", 1e3),
+    ):
+        if row.get(key) is not None:
+            ratio = f" ({row[key] / baseline[key]:4.2f}x)" if key in baseline else ""
+            columns.append(f"{label} {row[key] * scale:8.2f} {unit}{ratio}")
+    return f"{name:40} {'; '.join(columns)}"
+
+
+def measure(args) -> tuple[dict, bool]:
+    config = AutoConfig.from_pretrained(args.config, attn_implementation=args.attention)
+    config.num_hidden_layers = args.layers or config.num_hidden_layers
+    if args.device == "cuda":
+        from gpu import machine
+
+        head = machine()
+    else:
+        head = f"CPU, torch {torch.__version__}"
+    print(f"{head}; {args.config}, {config.num_hidden_layers} layers, {args.attention}, bfloat16")
+    print(f"Training, {args.batch} x {args.length} tokens: a step of the model, and one attention layer")
+    training, prefill, failed = {}, {}, False
+    shape, expected = (args.device, args.batch, args.length), None
+    for name, (rebuilt, outer_products, compiled) in WAYS.items():
+        choose(rebuilt, outer_products)
+        try:
+            row = measure_step(config, *shape, compiled)
+            attention, gradient = measure_attention(config, *shape, compiled)
+            expected = gradient if expected is None else expected
+            row |= attention | {"difference": ((gradient - expected).norm() / expected.norm()).item()}
+            training[name] = row
+            print(line(name, row, training.get(BASELINE, {})), flush=True)
+            if not row["difference"] <= MAX_DIFFERENCE:
+                raise ValueError(f"its gradient differs by {row['difference']:.1%} from that of the first way")
+        except Exception as error:
+            failed = True
+            print(f"{name:40} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+        clear(args.device)
+    for batch, length in args.prefill:
+        print(f"Prefill, {batch} x {length} tokens: one attention layer")
+        rows = prefill[f"{batch}x{length}"] = {}
+        for name, (rebuilt, outer_products, compiled) in WAYS.items():
+            if rebuilt:
+                continue
+            choose(rebuilt, outer_products)
+            try:
+                seconds = measure_prefill(config, args.device, batch, length, compiled)
+                rows[name] = {"prefill_seconds": seconds}
+                print(line(name.removeprefix("materialised, "), rows[name], rows.get(BASELINE, {})), flush=True)
+            except Exception as error:
+                failed = True
+                print(f"{name:40} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+            clear(args.device)
+    return {"machine": head, "training": training, "prefill": prefill}, failed
+
+
+def clear(device: str) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def plot(data: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    names = list(data["training"])[::-1]
+    colors = ["tab:orange" if name == BASELINE else "tab:blue" for name in names]
+    for axis, key, label, scale in (
+        (axes[0], "step_seconds", "training step (ms)", 1e3),
+        (axes[1], "attention_kept_bytes", "kept by one attention layer for the backward pass (MiB)", 2**-20),
+    ):
+        bars = axis.barh(names, [(data["training"][name].get(key) or 0) * scale for name in names], color=colors)
+        axis.bar_label(bars, fmt="%.0f", padding=2)
+        axis.set_xlabel(label)
+        axis.margins(x=0.12)
+    figure.suptitle(data["machine"], fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def batch_and_length(text: str) -> tuple[int, int]:
+    batch, length = text.split("x")
+    return int(batch), int(length)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configuration/t6-medium")
+    parser.add_argument("--layers", type=int, help="of the model, instead of those in its configuration")
+    parser.add_argument("--attention", default="sdpa", help="an attention implementation of Transformers")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--prefill", type=batch_and_length, nargs="*", default=[(1, 32768), (8, 2048)], metavar="BxN")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", metavar="JSON")
+    parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="draw what an earlier run wrote")
     args = parser.parse_args()
-    config = AutoConfig.from_pretrained(args.config)
-    config.max_position_embeddings = max(config.max_position_embeddings, args.length)
-    print(f"{machine()}; {args.config}, {args.batch} x {args.length} tokens, bfloat16")
-    results = {}
-    for name, function, compiled in (
-        ("materialised, eager", form_heads, False),
-        ("materialised, compiled", form_heads, True),
-        ("rebuilt, compiled", rebuilt, True),
-    ):
-        torch.cuda.empty_cache()
-        row = results[name] = measure(config, function, compiled, args.batch, args.length)
-        print(
-            f"{name:24} step {row['step_seconds'] * 1e3:7.1f} ms, peak {row['step_peak_bytes'] / 2**30:6.2f} GiB; "
-            f"one attention layer {row['attention_seconds'] * 1e3:6.2f} ms, keeps {row['attention_saved_bytes'] / 2**20:6.0f} MiB",
-            flush=True,
-        )
+    if args.plot:
+        with open(args.plot[0]) as file:
+            plot(json.load(file), args.plot[1])
+        return
+    data, failed = measure(args)
     if args.output:
         with open(args.output, "w") as file:
-            json.dump({"machine": machine(), "results": results}, file, indent=1)
+            json.dump(data, file, indent=1)
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

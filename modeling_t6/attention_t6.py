@@ -13,10 +13,12 @@
 # limitations under the License.
 """The two ways to compute T6's attention, and the choice between them (paper, sections 3.1 and 3.3)"""
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.cache_utils import Cache
 
 
@@ -25,6 +27,15 @@ MAX_FACTOR_SPACE_QUERIES = 8
 # Cached tokens in one step of the online softmax: enough to amortise a dozen operations, few enough to stay in cache.
 FACTOR_SPACE_CHUNK = 16384
 LOG2_E = 1 / math.log(2)
+
+# Whether training keeps factors, and forms heads again for the backward pass: under torch.compile, which fuses that, and
+# without. `benchmarks/training_step.py` measures both. Without, a graph can be gone through only once (`retain_graph`).
+REBUILD_HEADS_COMPILED = True
+REBUILD_HEADS_EAGER = False
+# Heads of this rank or less are sums of outer products where torch.compile fuses those. 0: matrix products everywhere.
+MAX_OUTER_PRODUCTS = 8
+# Parts of the names of attention operators, in PyTorch and in packages. Their outputs are kept, not computed again.
+ATTENTION_OPERATORS = ("scaled_dot_product", "flex_attention", "flash_attn", "flash_attention")
 
 
 def attend_in_factor_space(query_length: int, cache: Cache | None) -> bool:
@@ -39,6 +50,48 @@ def attend_in_factor_space(query_length: int, cache: Cache | None) -> bool:
 def form_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(1 / R) A^T B: A [batch, seq, R, h] and B [batch, seq, R, d], one of them possibly constant, [R, h] or [R, d]."""
     return torch.matmul(a.transpose(-1, -2), b) / a.shape[-2]
+
+
+def form_all_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """
+    `form_heads` for the tokens of a prompt or a training step. torch.compile fuses a sum of outer products with what is
+    before and after it, such as RoPE and the layout that attention wants; a matrix product it would call as it is.
+    """
+    rank = a.shape[-2]
+    if rank > MAX_OUTER_PRODUCTS or not torch.compiler.is_compiling():
+        return form_heads(a, b)
+    return sum(a[..., r, :, None] * b[..., r, None, :] for r in range(rank)) / rank
+
+
+def rebuild_heads(cache: Cache | None, is_checkpointed: bool) -> bool:
+    """
+    Whether training keeps factors, and forms heads again for the backward pass. Not over a cache, whose rows may change
+    before that; nor where the layer around is computed again anyway (`is_checkpointed`) and should keep nothing.
+    """
+    enabled = REBUILD_HEADS_COMPILED if torch.compiler.is_compiling() else REBUILD_HEADS_EAGER
+    wanted = torch.is_grad_enabled() and cache is None and not is_checkpointed
+    return enabled and wanted and not torch.compiler.is_exporting()
+
+
+def keep_factors(attend: Callable, *args, dropout: float = 0.0, **kwargs):
+    """
+    `attend(*args, dropout=dropout, **kwargs)`, of which the backward pass keeps the arguments (factors) and what attention
+    operators return (the output and its log-sum-exp). Everything else in `attend`, the heads first, is computed again.
+    """
+    return checkpoint(
+        attend,
+        *args,
+        use_reentrant=False,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_attention),
+        preserve_rng_state=dropout > 0,  # for attention that is not one operator
+        dropout=dropout,
+        **kwargs,
+    )
+
+
+def _keep_attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    is_attention = any(name in str(operator) for name in ATTENTION_OPERATORS)
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.MUST_RECOMPUTE
 
 
 def factor_space_attention(

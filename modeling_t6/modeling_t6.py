@@ -39,7 +39,14 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_t6 import attend_in_factor_space, factor_space_attention, form_heads
+from .attention_t6 import (
+    attend_in_factor_space,
+    factor_space_attention,
+    form_all_heads,
+    form_heads,
+    keep_factors,
+    rebuild_heads,
+)
 from .cache_t6 import (
     CACHE_NAME,
     T6Cache,
@@ -212,6 +219,7 @@ class T6Attention(nn.Module):
         self.sliding_window = config.sliding_window if _layer_type(config, layer_idx) == "sliding_attention" else None
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
         self.head_mesh = None  # with tensor parallelism, the processes that share the heads
+        self.gradient_checkpointing = False  # of the layer: Transformers sets it
 
         num_heads = config.num_attention_heads
         # The outputs of an A projection are head-major, [h, R]; those of a B projection rank-major, [R, d].
@@ -280,6 +288,56 @@ class T6Attention(nn.Module):
             b = apply_rotary_pos_emb(b, cos[:, rows], sin[:, rows])
         return b if self.config.c_factor_dim is None else third_order_features(b, self.config.b_dim)
 
+    def _queries(
+        self,
+        a_q: torch.Tensor | None,
+        b_q: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        form: Callable = form_heads,
+    ) -> torch.Tensor:
+        """Q [batch, seq, h, d], normalised and rotated, of A_Q and B_Q before RoPE; without factors, of `None` and Q."""
+        cos, sin = position_embeddings
+        query_states = b_q
+        if a_q is not None:
+            if not self.config.qk_norm:
+                b_q = apply_rotary_pos_emb(b_q, cos, sin)
+            query_states = form(a_q, self._features(b_q))
+        if self.config.qk_norm:
+            query_states = self.q_norm(query_states)
+        if self.config.qk_norm or a_q is None:
+            # In blocks of the rotated size: with a third factor a head has d_c of them (theorem C.1), else one.
+            blocks = query_states.unflatten(-1, (-1, self.config.b_dim)).flatten(2, 3)
+            query_states = apply_rotary_pos_emb(blocks, cos, sin).view_as(query_states)
+        return query_states
+
+    def _attend(
+        self,
+        a_q: torch.Tensor | None,
+        b_q: torch.Tensor,
+        a_k: torch.Tensor,
+        b_k: torch.Tensor,
+        a_v: torch.Tensor,
+        b_v: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        key_rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """From factors to attention's output [batch, seq, h, d] and, maybe, probabilities: heads, then the interface."""
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attention_interface(
+            self,
+            self._queries(a_q, b_q, position_embeddings, form_all_heads).transpose(1, 2),
+            form_all_heads(a_k, self._features(b_k, rotation=key_rotation)).transpose(1, 2),
+            form_all_heads(a_v, self._features(b_v)).transpose(1, 2),
+            attention_mask,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+
     @rename_past_key_values
     def forward(
         self,
@@ -296,20 +354,13 @@ class T6Attention(nn.Module):
         cos, sin = position_embeddings
 
         if self.q_rank is None:
-            query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)
+            a_q, b_q = None, self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)
         else:
-            b_q = self._feature_factors("q", hidden_states)
-            if not self.config.qk_norm:
-                b_q = apply_rotary_pos_emb(b_q, cos, sin)
-            query_states = form_heads(self._head_factors("q", hidden_states), self._features(b_q))
+            a_q, b_q = self._head_factors("q", hidden_states), self._feature_factors("q", hidden_states)
         a_k, a_v = self._head_factors("k", hidden_states), self._head_factors("v", hidden_states)
         b_k = self._feature_factors("k", hidden_states)
         if self.config.qk_norm:
-            query_states, b_k = self.q_norm(query_states), self.k_norm(b_k)
-        if self.config.qk_norm or self.q_rank is None:
-            # In blocks of the rotated size: with a third factor a head has d_c of them (theorem C.1), else one.
-            blocks = query_states.unflatten(-1, (-1, self.config.b_dim)).flatten(2, 3)
-            query_states = apply_rotary_pos_emb(blocks, cos, sin).view_as(query_states)
+            b_k = self.k_norm(b_k)
         b_v = b_k if self.config.shared_b else self._feature_factors("v", hidden_states)
         key_rotation = None
         if self.config.rotates_on_read:
@@ -333,11 +384,13 @@ class T6Attention(nn.Module):
 
         if is_paged:
             attn_weights = None
-            attn_output = paged_attention(self, query_states, (a_k, b_k), (a_v, b_v), cache, key_rotation)
+            attn_output = paged_attention(
+                self, self._queries(a_q, b_q, position_embeddings), (a_k, b_k), (a_v, b_v), cache, key_rotation
+            )
         elif use_flash_tpa:
             attn_weights = None
             attn_output = flash_tpa(
-                query_states,
+                self._queries(a_q, b_q, position_embeddings),
                 key_rows,
                 value_rows,
                 self.k_rank,
@@ -352,7 +405,7 @@ class T6Attention(nn.Module):
             )
         elif factor_space:
             attn_output, attn_weights = factor_space_attention(
-                query_states,
+                self._queries(a_q, b_q, position_embeddings),
                 (a_k, b_k),
                 (a_v, b_v),
                 attention_mask,
@@ -362,18 +415,20 @@ class T6Attention(nn.Module):
                 value_features=self._features,
             )
         else:
-            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
-            attn_output, attn_weights = attention_interface(
-                self,
-                query_states.transpose(1, 2),
-                form_heads(a_k, self._features(b_k, rotation=key_rotation)).transpose(1, 2),
-                form_heads(a_v, self._features(b_v)).transpose(1, 2),
+            attend = self._attend
+            if rebuild_heads(cache, is_checkpointed=self.gradient_checkpointing and self.training):
+                attend = functools.partial(keep_factors, attend)
+            attn_output, attn_weights = attend(
+                a_q,
+                b_q,
+                a_k,
+                b_k,
+                a_v,
+                b_v,
+                position_embeddings,
+                key_rotation,
                 attention_mask,
                 dropout=0.0 if not self.training else self.attention_dropout,
-                scaling=self.scaling,
-                sliding_window=self.sliding_window,
                 **kwargs,
             )
 

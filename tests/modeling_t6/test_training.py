@@ -1,0 +1,168 @@
+"""Training that keeps factors and forms heads again for the backward pass, against training that keeps heads."""
+
+import gc
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modeling_t6 import T6Cache, attention_t6
+from modeling_t6.attention_t6 import form_all_heads, form_heads, rebuild_heads
+
+from .common import random_ids, random_model, tiny_config
+from .test_variants import VARIANTS
+
+
+BATCH, SEQ, HEADS, HEAD_DIM = 2, 40, 5, 16
+EAGER = {"attn_implementation": "eager", "attention_dropout": 0.3}
+CASES = VARIANTS | {
+    "QK norm": {"qk_norm": True},
+    "shared B, third order": {"shared_b": True, "v_rank": 2, "c_factor_dim": 4},
+    "sliding window": {"sliding_window": 4},
+    "eager, dropout": EAGER,
+}
+# Partitions forward and backward as inductor does, but generates no code.
+PARTITION = {"backend": "aot_eager_decomp_partition", "fullgraph": True}
+
+
+@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+def compiled(request):
+    torch._dynamo.reset()
+    yield request.param
+    torch._dynamo.reset()
+
+
+def choose(monkeypatch, rebuild: bool, outer_products: bool = True) -> None:
+    monkeypatch.setattr(attention_t6, "REBUILD_HEADS_EAGER", rebuild)
+    monkeypatch.setattr(attention_t6, "REBUILD_HEADS_COMPILED", rebuild)
+    if not outer_products:
+        monkeypatch.setattr(attention_t6, "MAX_OUTER_PRODUCTS", 0)
+
+
+def gradients(overrides: dict, compiled: bool = False) -> list[torch.Tensor]:
+    """The logits of a left-padded batch, and the gradient of every parameter."""
+    model = random_model(tiny_config(**overrides), dtype=torch.float64).train()
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(**PARTITION)
+    ids = random_ids(model.config, BATCH, 12)
+    mask = (torch.arange(12) >= torch.tensor([[0], [5]])).long().to(ids.device)
+    torch.manual_seed(3)
+    logits = model(ids, attention_mask=mask, use_cache=False).logits
+    torch.manual_seed(4)  # what is computed again drops out what it did before
+    (logits * torch.randn(logits.shape, dtype=logits.dtype).to(logits)).sum().backward()
+    return [logits.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(case, monkeypatch):
+    choose(monkeypatch, rebuild=False)
+    expected = gradients(CASES[case])
+    choose(monkeypatch, rebuild=True)
+    for ours, theirs in zip(gradients(CASES[case]), expected):
+        # float64 has 16 digits, and the operations are the same.
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("case", ["non-contextual A", "shared B, third order"])
+def test_gradients_of_compiled_layers(case, monkeypatch):
+    choose(monkeypatch, rebuild=False)
+    expected = gradients(CASES[case])
+    choose(monkeypatch, rebuild=True)
+    torch._dynamo.reset()
+    for ours, theirs in zip(gradients(CASES[case], compiled=True), expected):
+        # Sums in another order: of float64's 16 digits they lose a few.
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+class Results(TorchDispatchMode):
+    """Remembers which memory operations wrote their results to, without keeping it."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def kept(self) -> list[int]:
+        """Bytes of the storages that are still there."""
+        gc.collect()
+        return [nbytes for storage, nbytes in self.storages.values() if not storage.expired()]
+
+
+def kept_bytes(overrides: dict, compiled: bool) -> list[int]:
+    """Sizes of what an attention layer of float32 keeps from its forward to its backward pass, without its parameters."""
+    model = random_model(tiny_config(num_attention_heads=HEADS, head_dim=HEAD_DIM, **overrides)).train()
+    attention = model.model.layers[0].self_attn
+    hidden = torch.randn(BATCH, SEQ, 48, requires_grad=True)
+    positions = model.model.rotary_emb(hidden, torch.arange(SEQ)[None])
+    if not compiled:
+        with Results() as results:
+            output = attention(hidden, positions)[0]
+        sizes = results.kept()
+        sizes.remove(output.untyped_storage().nbytes())
+        return sizes
+    torch._dynamo.reset()
+    output = torch.compile(attention, **PARTITION)(hidden, positions)[0]
+    nodes, storages = [output.grad_fn], {}
+    while nodes:
+        node = nodes.pop()
+        nodes += [function for function, _ in node.next_functions if function is not None]
+        for tensor in getattr(node, "saved_tensors", ()):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    for parameter in attention.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return list(storages.values())
+
+
+@pytest.mark.parametrize("overrides", [{}, {"qk_norm": True}], ids=str)
+def test_heads_are_not_kept(overrides, compiled, monkeypatch):
+    heads_bytes = BATCH * SEQ * HEADS * HEAD_DIM * 4
+    choose(monkeypatch, rebuild=False)
+    plain = kept_bytes(overrides, compiled)
+    assert sum(nbytes >= heads_bytes for nbytes in plain) >= 4  # Q, K, V and the output: what is looked for is found
+    choose(monkeypatch, rebuild=True)
+    rebuilt = kept_bytes(overrides, compiled)
+    assert sum(nbytes >= heads_bytes for nbytes in rebuilt) == 1  # the output
+    assert sum(plain) - sum(rebuilt) >= 2 * heads_bytes  # of three that are gone; the factors of one may be new
+
+
+def test_probabilities_are_not_kept(compiled, monkeypatch):
+    choose(monkeypatch, rebuild=True)
+    assert max(kept_bytes(EAGER, compiled)) < BATCH * HEADS * SEQ * SEQ * 4
+
+
+def test_gradient_checkpointing_keeps_nothing_of_attention(monkeypatch):
+    choose(monkeypatch, rebuild=True)
+    model = random_model(tiny_config()).train()
+    model.gradient_checkpointing_enable()
+    with Results() as results:
+        hidden = model.model(random_ids(model.config, BATCH, SEQ), use_cache=False).last_hidden_state
+    assert BATCH * SEQ * 5 * 16 * 4 not in results.kept()
+    hidden.sum().backward()
+
+
+def test_when_heads_are_rebuilt(monkeypatch):
+    choose(monkeypatch, rebuild=True)
+    assert rebuild_heads(None, is_checkpointed=False)
+    assert not rebuild_heads(None, is_checkpointed=True) and not rebuild_heads(T6Cache(), is_checkpointed=False)
+    with torch.no_grad():
+        assert not rebuild_heads(None, is_checkpointed=False)
+
+
+@pytest.mark.parametrize("shapes", [((2, 3, 4, 5), (2, 3, 4, 6)), ((4, 5), (2, 3, 4, 6)), ((2, 3, 4, 5), (4, 6))])
+def test_sums_of_outer_products(shapes, monkeypatch):
+    a, b = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    expected = torch.einsum("...rh,...rd->...hd", a, b) / 4
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for most in (0, 8):
+        monkeypatch.setattr(attention_t6, "MAX_OUTER_PRODUCTS", most)
+        torch.testing.assert_close(form_all_heads(a, b), expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(form_heads(a, b), expected, atol=1e-12, rtol=1e-12)

@@ -55,7 +55,8 @@ def candidates(shape) -> list[Launch]:
     for n, h, stages, warps, programs in itertools.product((32, 64, 128), widths, (2, 3), (4, 8), (1, 2, 3)):
         used = stages * n * 2 * shape[4] * (h + base.block_d) * getattr(torch, shape[5]).itemsize
         # 8 warps must not share out a tile of 16 columns: see `choose_launch`.
-        if programs * used <= 260_000 and (n == 128 or h == 128 or warps == 4) and (n > 32 or heads > 64):
+        fits = programs * used <= 260_000 and (warps == 8 if h == 128 else n == 128 or warps == 4)
+        if fits and (n > 32 or heads > 64):
             found.append(
                 dataclasses.replace(base, block_n=n, block_h=h, stages=stages, warps=warps, programs_per_sm=programs)
             )

@@ -291,8 +291,9 @@ def test_which_path_runs():
         assert not decode_with_flash_tpa(config, torch.empty(1, 17, 8, device=DEVICE), cache)
         assert not decode_with_flash_tpa(config, hidden.double(), cache)
         assert not decode_with_flash_tpa(tiny_config(attn_implementation="eager"), hidden, cache)
-        # Where it is asked for by name.
-        assert not decode_with_flash_tpa(tiny_config(attn_implementation="sdpa"), hidden, cache)
+        # The default decodes with it, on a GPU.
+        default = tiny_config(attn_implementation="sdpa")
+        assert decode_with_flash_tpa(default, hidden, cache) == (DEVICE == "cuda" and flash_tpa_t6.triton is not None)
 
 
 @needs_triton

@@ -119,6 +119,7 @@ def graph_step(model, batch: int, tokens: int) -> dict:
     positions = torch.full((1, 1), tokens, device="cuda")
     for backend in backends(config):
         try:
+            torch.cuda.synchronize()
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream), sdpa_kernel(backend), torch.no_grad():
                 step = lambda: model(token, position_ids=positions, **{CACHE_NAME: cache}).logits.argmax(-1)  # noqa: E731

@@ -163,8 +163,6 @@ def _add_scores(
 ):
     """Adds the scores of one rank: A (B Q^T)."""
     b = tl.load(rows_ptr + b_offsets, mask=is_b, other=0.0).to(query.dtype)
-    # The product comes before A. Where B comes through registers, Triton 3.6 else takes the barrier of A's change of layout
-    # for the one that must stand between the fence behind B's stores and the product, which may then read old numbers.
     products = tl.dot(b, query, input_precision=PRECISION)
     a = _load_a(
         rows_ptr, constant_ptr, first_head, is_row, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H

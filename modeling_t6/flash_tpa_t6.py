@@ -37,7 +37,6 @@ LOG2_E = 1 / math.log(2)
 MAX_QUERIES = 16
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 1024
-WIDE = []
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Triton's interpreter runs the kernels on a CPU, to test them.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -86,18 +85,16 @@ def choose_launch(
     """
     block_d = _power_of_2(head_dim, least=16)
     # Heads that fit the registers. Never 8 columns for a group of 4 warps: Triton 3.6 miscompiles products that narrow (its
-    # issue 7830). So 8 warps run only where each group has features or 64 heads of its own, and 16 columns are the fewest.
+    # issue 7830). So 8 warps run only where they share out features, and 16 columns are the fewest.
     narrowest = 16 if block_d <= 64 and itemsize <= 2 else 32
     widest = 64 if block_d == 64 and itemsize <= 2 else 32
     if num_queries > 1:
         block_h = min(_power_of_2(num_heads, narrowest), widest)
     else:
         widths = [width for width in (16, 32, 64) if narrowest <= width <= widest]
-        if widest == 64 and itemsize == 2 and not constant_a:
-            widths += WIDE
         # Few columns, in few blocks, since each reads B again.
         block_h = min(widths, key=lambda width: -(-num_heads // width) * (width + 32))
-    block_t = min(max(1, widest // block_h), 1 << (num_queries - 1).bit_length())
+    block_t = min(widest // block_h, 1 << (num_queries - 1).bit_length())
 
     def bytes_used(block_n: int, stages: int, ranks: int = k_rank + v_rank) -> int:
         """Shared memory of a program: B, A with one buffer less, the query, and the weights of a block."""
@@ -111,9 +108,9 @@ def choose_launch(
         block_n = 128 if k_rank + v_rank == 2 and bytes_used(128, stages=3) <= 150_000 else 64
     unroll = itemsize < 4 and k_rank + v_rank <= 6 and bytes_used(block_n, stages=2) <= shared_memory
     ranks = k_rank + v_rank if unroll else 1
-    stages = 3 if bytes_used(block_n, 3, ranks) <= min(150_000, shared_memory) else 2
+    stages = 3 if bytes_used(block_n, 3, ranks) <= min(150_000, shared_memory) and num_heads <= 2 * block_h else 2
     programs_per_sm = 2 if 2 * (bytes_used(block_n, stages, ranks) + 1024) <= shared_memory + 1024 else 1
-    warps = 8 if itemsize == 4 or block_h == 128 or block_d >= 128 and not unroll else 4
+    warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
     return Launch(block_n, block_t, block_h, block_d, unroll, stages, warps, programs_per_sm)
 
 
@@ -160,6 +157,8 @@ def _flash_tpa(
     key_rows, key_unit = _rows_as_read(key_rows)
     value_rows, value_unit = _rows_as_read(value_rows)
     unit = min(key_unit, value_unit)
+    # Loads of rows that do not start on 16 bytes are not in flight in any case; unrolled, Triton 3.6 miscompiles some.
+    is_aligned = unit * key_rows.element_size() == 16 and key_rows.stride(2) % unit == value_rows.stride(2) % unit == 0
     mask_strides = (0, 0, 0, 0)
     if mask is not None:
         mask_strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
@@ -210,7 +209,7 @@ def _flash_tpa(
             BLOCK_T=launch.block_t,
             BLOCK_H=launch.block_h,
             BLOCK_D=launch.block_d,
-            UNROLL=launch.unroll,
+            UNROLL=launch.unroll and is_aligned,
             STAGES=launch.stages,
             # Three products of tf32 keep float32's digits; of half precision there is one way.
             PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",

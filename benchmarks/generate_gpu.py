@@ -2,15 +2,19 @@
 Tokens per second of decoding on a GPU: T6 beside Llama with MHA of the same parameters, and beside GQA-8 at 8B.
 
     python benchmarks/generate_gpu.py --output generate.json
+    python benchmarks/generate_gpu.py --plot generate.json generate.png
 
 Weights and caches are random: the caches are filled as if a prompt of the given length had been read. `graph` is a
 decoding step (model, logits and argmax) captured in a CUDA graph and replayed, over a cache with room for more tokens
 than it holds for T6, and over one of exactly that length for Llama, whose SDPA is fastest without a mask; the fastest
-of torch's back ends counts. `generate` is `generate()` with its default cache.
+of torch's back ends counts. The largest context is that of one sequence with which such a step, without a graph,
+still finds memory, to 1%. `generate()` is timed with its default cache, after all else.
 """
 
 import argparse
+import gc
 import json
+import statistics
 import time
 
 import torch
@@ -20,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 from transformers.cache_utils import DynamicLayer
 
 from modeling_t6 import T6Cache, T6Config
-from modeling_t6.cache_t6 import CACHE_NAME, factor_layouts
+from modeling_t6.cache_t6 import CACHE_NAME, allocate_static_cache, factor_layouts
 
 
 EIGHT_B = {
@@ -33,6 +37,13 @@ MODELS = {
     "T6 8B (16, 2, 2)": lambda: T6Config(**EIGHT_B, q_rank=16, k_rank=2, v_rank=2),
     "T6 8B (8, 1, 1)": lambda: T6Config(**EIGHT_B, q_rank=8, k_rank=1, v_rank=1),
     "Llama 8B, GQA-8": lambda: LlamaConfig(**EIGHT_B, num_key_value_heads=8),
+}
+REFERENCES = {  # what a model is held against
+    "t6-xl": "llama-mha-xl",
+    "llama-mha-xl": "llama-mha-xl",
+    "T6 8B (16, 2, 2)": "Llama 8B, GQA-8",
+    "T6 8B (8, 1, 1)": "Llama 8B, GQA-8",
+    "Llama 8B, GQA-8": "Llama 8B, GQA-8",
 }
 # Batch sizes at a context: the largest common one, and what T6 fits beside.
 RUNS = {
@@ -71,13 +82,19 @@ def random_states(config, layer_idx: int, batch: int, tokens: int) -> list[torch
     ]
 
 
+def bytes_per_token(config) -> int:
+    return sum(2 * heads * size for idx in range(config.num_hidden_layers) for heads, size in row_shapes(config, idx))
+
+
 def step_cache(config, batch: int, tokens: int):
+    """A random cache that holds `tokens` tokens of each sequence and takes one more."""
     if isinstance(config, T6Config):
         cache = StaticCache(config=config, max_cache_len=tokens + 128)
-        for layer_idx, layer in enumerate(cache.layers):
-            states = random_states(config, layer_idx, batch, tokens + 128)
-            layer.lazy_initialization(*(x[:, :, :1] for x in states))
-            layer.keys, layer.values = states
+        layers = range(config.num_hidden_layers)
+        allocate_static_cache(cache, config, batch, torch.bfloat16, torch.device("cuda"), layers)
+        for layer in cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
             layer.cumulative_length.fill_(tokens)
         return cache
     cache = DynamicCache()
@@ -89,13 +106,18 @@ def step_cache(config, batch: int, tokens: int):
     return cache
 
 
+def backends(config) -> tuple[SDPBackend, ...]:
+    """Those to choose from: one for T6, which decodes with FlashTPA whatever it is."""
+    return BACKENDS[:1] if isinstance(config, T6Config) else BACKENDS
+
+
 def graph_step(model, batch: int, tokens: int) -> dict:
     config, best = model.config, None
     cache = step_cache(config, batch, tokens)
     cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     token = torch.randint(0, config.vocab_size, (batch, 1), device="cuda")
     positions = torch.full((1, 1), tokens, device="cuda")
-    for backend in BACKENDS if not isinstance(config, T6Config) else BACKENDS[:1]:
+    for backend in backends(config):
         try:
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream), sdpa_kernel(backend), torch.no_grad():
@@ -117,7 +139,57 @@ def graph_step(model, batch: int, tokens: int) -> dict:
             continue
         if best is None or seconds < best["seconds"]:
             best = {"seconds": seconds, "backend": backend.name}
+    if best is None:
+        raise torch.OutOfMemoryError("No back end finds the memory that it needs.")
     return best | {"cache_bytes": cache_bytes}
+
+
+def plain_step(model, tokens: int, backend: SDPBackend) -> dict:
+    """One sequence's step over a cache of `tokens` tokens, without a graph: its time and memory."""
+    torch.cuda.reset_peak_memory_stats()
+    cache = step_cache(model.config, 1, tokens)
+    token = torch.randint(0, model.config.vocab_size, (1, 1), device="cuda")
+    positions = torch.full((1, 1), tokens, device="cuda")
+    times = []
+    with sdpa_kernel(backend), torch.no_grad():
+        for _ in range(4):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            model(token, position_ids=positions, **{CACHE_NAME: cache}).logits.argmax(-1)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return {
+        "tokens": tokens,
+        "seconds": statistics.median(times[1:]),
+        "cache_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "backend": backend.name,
+    }
+
+
+def largest_context(model, fastest: str | None) -> dict:
+    """The largest context of one sequence, with the back end named `fastest` unless it does not take so many tokens."""
+    choices = sorted(backends(model.config), key=lambda backend: backend.name != fastest)
+    release_memory()
+    tokens = torch.cuda.mem_get_info()[0] // bytes_per_token(model.config)
+    while tokens >= 1024:
+        tokens -= tokens % 1024
+        for backend in choices:
+            release_memory()
+            try:
+                return plain_step(model, tokens, backend)
+            except RuntimeError as error:
+                # Of memory that libraries take by themselves, CUDA and cuBLAS speak in their own words.
+                if any(words in str(error) for words in ("out of memory", "ALLOC_FAILED")):
+                    break
+                print(f"{backend.name} does not take {tokens:,} tokens: {error}", flush=True)
+        tokens = tokens * 99 // 100
+    raise RuntimeError("No context of 1,024 tokens fits.")
+
+
+def release_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def generate_step(model, batch: int, tokens: int, new: int = 24) -> float:
@@ -137,49 +209,166 @@ def generate_step(model, batch: int, tokens: int, new: int = 24) -> float:
     return (times[2] - times[1]) / new
 
 
+def build(name: str):
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        config = MODELS[name]()
+        attention = "flash_tpa" if isinstance(config, T6Config) else "sdpa"
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).eval()
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    return model
+
+
+def family(name: str) -> list[str]:
+    """The models that are held against the same one, with it."""
+    return [other for other in MODELS if REFERENCES[other] == REFERENCES[name]]
+
+
+def rates(data: dict, name: str, context: int) -> dict[int, float]:
+    """Tokens per second of a model by batch size."""
+    rows = (row for row in data["results"] if row["model"] == name and row["context"] == context)
+    return {row["batch"]: row["batch"] / row["seconds"] for row in rows}
+
+
+def equal_batch(data: dict, name: str, context: int) -> int | None:
+    """The largest batch that a model and all that it is held against were run with."""
+    measured = [rates(data, other, context) for other in family(name)]
+    return max(set.intersection(*map(set, filter(None, measured))), default=None) if any(measured) else None
+
+
+def print_ratios(data: dict) -> None:
+    largest = {row["model"]: row["tokens"] for row in data["largest"]}
+    for name, reference in REFERENCES.items():
+        if name == reference:
+            continue
+        for context in (32768, 131072):
+            own, other = rates(data, name, context), rates(data, reference, context)
+            if not own or not other:
+                continue
+            batch = equal_batch(data, name, context)
+            line = f"{name} / {reference}, {context:,} tokens, tokens/s: "
+            if batch is not None:
+                line += f"{own[batch] / other[batch]:.2f} at batch {batch}, "
+            line += f"{own[max(own)] / other[max(other)]:.2f} at batch {max(own)} against {max(other)}"
+            print(line)
+        if name in largest and reference in largest:
+            print(f"{name} / {reference}, largest context: {largest[name] / largest[reference]:.2f}")
+
+
+def print_largest(data: dict) -> None:
+    tokens = {row["model"]: row["tokens"] for row in data["largest"]}
+    print(f"{'largest context':20}{'tokens':>12}{'of Llama':>10}{'cache':>12}{'peak memory':>13}{'step':>12}")
+    for row in data["largest"]:
+        name = row["model"]
+        ratio = f"{row['tokens'] / tokens[REFERENCES[name]]:.2f}" if REFERENCES[name] in tokens else ""
+        print(
+            f"{name:20}{row['tokens']:12,}{ratio:>10}{row['cache_bytes'] / 2**30:8.1f} GiB"
+            f"{row['peak_bytes'] / 2**30:9.1f} GiB{row['seconds'] * 1e3:9.2f} ms"
+        )
+
+
+def plot(data: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    names = [name for name in MODELS if any(row["model"] == name for row in data["results"])]
+    for offset, context in ((-0.2, 32768), (0.2, 131072)):
+        batches = {name: equal_batch(data, name, context) for name in names}
+        shown = {name: rates(data, name, context).get(batches[name]) for name in names}
+        shown = {name: rate for name, rate in shown.items() if rate is not None}
+        label = f"{context // 1024}k, batch " + " and ".join(dict.fromkeys(str(batches[name]) for name in shown))
+        bars = axes[0].bar([names.index(name) + offset for name in shown], list(shown.values()), 0.4, label=label)
+        axes[0].bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    axes[0].set_xticks(range(len(names)), names)
+    axes[0].set_ylabel("decoded tokens per second")
+    axes[0].legend(fontsize=8)
+    largest = {row["model"]: row["tokens"] / 2**20 for row in data.get("largest", ())}
+    bars = axes[1].bar(list(largest), list(largest.values()), 0.6)
+    axes[1].bar_label(bars, fmt="{:.2f}", fontsize=8)
+    axes[1].set_ylabel("largest context of one sequence (2$^{20}$ tokens)")
+    for axis in axes:
+        axis.tick_params(axis="x", labelsize=8, rotation=20)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+    figure.suptitle(f"bfloat16: {data['machine']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def measure(names: list[str], skip_generate: bool, output: str | None) -> None:
+    bandwidth = copy_bandwidth()
+    data = {"machine": machine(), "copy_bandwidth": bandwidth, "results": [], "largest": []}
+
+    def save() -> None:
+        if output:
+            with open(output, "w") as file:
+                json.dump(data, file, indent=1)
+
+    print(f"{machine()}; bfloat16; copies move {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'model':20}{'batch x context':>16}{'graph':>11}{'tokens/s':>10}{'peak memory':>13}{'cache':>12}")
+    for name in names:
+        model, fastest = build(name), None
+        for batch, tokens in RUNS[name]:
+            release_memory()
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                row = {"model": name, "batch": batch, "context": tokens} | graph_step(model, batch, tokens)
+            except torch.OutOfMemoryError:
+                print(f"{name:20}{f'{batch} x {tokens:,}':>16}  out of memory", flush=True)
+                continue
+            row["peak_bytes"], fastest = torch.cuda.max_memory_allocated(), row["backend"]
+            data["results"].append(row)
+            save()
+            print(
+                f"{name:20}{f'{batch} x {tokens:,}':>16}{row['seconds'] * 1e3:8.2f} ms{batch / row['seconds']:10,.0f}"
+                f"{row['peak_bytes'] / 2**30:9.1f} GiB{row['cache_bytes'] / 2**30:8.1f} GiB"
+                f"{'' if len(backends(model.config)) == 1 else f'  {fastest}'}",
+                flush=True,
+            )
+        data["largest"].append({"model": name} | largest_context(model, fastest))
+        save()
+        print(f"{name:20}largest context {data['largest'][-1]['tokens']:,}", flush=True)
+        del model
+        release_memory()
+    print()
+    print_largest(data)
+    print()
+    print_ratios(data)
+    if skip_generate:
+        return
+    print()
+    print(f"{'model':20}{'batch x context':>16}{'generate()':>12}{'tokens/s':>10}")
+    for name in names:
+        model = build(name)
+        for row in (row for row in data["results"] if row["model"] == name):
+            release_memory()
+            batch, tokens = row["batch"], row["context"]
+            try:
+                second = row["generate_seconds"] = generate_step(model, batch, tokens)
+            except torch.OutOfMemoryError:
+                second = row["generate_seconds"] = None
+            save()
+            times = f"{second * 1e3:9.2f} ms{batch / second:10,.0f}" if second else f"{'out of memory':>22}"
+            print(f"{name:20}{f'{batch} x {tokens:,}':>16}{times}", flush=True)
+        del model
+        release_memory()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--skip-generate", action="store_true", help="leave out the times of generate()")
     parser.add_argument("--output", metavar="JSON")
+    parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="draw what an earlier run wrote")
     args = parser.parse_args()
-    bandwidth = copy_bandwidth()
-    print(f"{machine()}; bfloat16; copies move {bandwidth / 1e12:.2f} TB/s")
-    print(
-        f"{'model':20}{'batch x context':>16}{'graph':>11}{'tokens/s':>10}{'generate()':>12}{'tokens/s':>10}{'peak memory':>13}"
-    )
-    results = []
-    for name in args.models:
-        torch.manual_seed(0)
-        with torch.device("cuda"):
-            config = MODELS[name]()
-            attention = "flash_tpa" if isinstance(config, T6Config) else "sdpa"
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16, attn_implementation=attention
-            ).eval()
-        model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-        for batch, tokens in RUNS[name]:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            row = {"model": name, "batch": batch, "context": tokens} | graph_step(model, batch, tokens)
-            row["peak_bytes"] = torch.cuda.max_memory_allocated()
-            torch.cuda.empty_cache()
-            try:
-                row["generate_seconds"] = generate_step(model, batch, tokens)
-            except torch.OutOfMemoryError:
-                row["generate_seconds"] = None
-            results.append(row)
-            second = row["generate_seconds"]
-            generated = f"{second * 1e3:9.2f} ms{batch / second:10,.0f}" if second else f"{'out of memory':>22}"
-            print(
-                f"{name:20}{f'{batch} x {tokens:,}':>16}{row['seconds'] * 1e3:8.2f} ms{batch / row['seconds']:10,.0f}{generated}"
-                f"{row['peak_bytes'] / 2**30:9.1f} GiB  cache {row['cache_bytes'] / 2**30:.1f} GiB {row['backend']}",
-                flush=True,
-            )
-            if args.output:
-                with open(args.output, "w") as file:
-                    json.dump({"machine": machine(), "copy_bandwidth": bandwidth, "results": results}, file, indent=1)
-        del model
-        torch.cuda.empty_cache()
+    if args.plot:
+        with open(args.plot[0]) as file:
+            plot(json.load(file), args.plot[1])
+        return
+    measure(args.models, args.skip_generate, args.output)
 
 
 if __name__ == "__main__":

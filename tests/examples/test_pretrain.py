@@ -391,7 +391,8 @@ pretrain.torch.distributed.destroy_process_group()
 def test_two_processes(run, data, tmp_path):
     """FSDP2 by torchrun and DDP by accelerate, with gloo: resumed equals uninterrupted, and both equal one process."""
     (tmp_path / "script.py").write_text(DISTRIBUTED)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "OMP_NUM_THREADS": "1"}
+    path = f"{os.environ['PYTHONPATH']}:{ROOT}:{ROOT / 'examples'}"
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
     result = subprocess.run(
         [*launch, *T6, *RUN, "--data", str(data)], cwd=tmp_path, env=environment, capture_output=True, text=True

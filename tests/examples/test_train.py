@@ -86,8 +86,7 @@ def test_loads_in_a_process_without_the_package(run, tmp_path):
         assert output.shape[1] == inputs["input_ids"].shape[1] + 4
         assert "modeling_t6" not in sys.modules
         print(tokenizer.decode(output[0], skip_special_tokens=True))"""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", code, str(run.folder)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

@@ -27,7 +27,7 @@ class Outcome(NamedTuple):
 
 def environment(hub: HubServer, home: Path, **more: str) -> dict[str, str]:
     """Of a process to which the test server is the Hub, and whose caches are in `home`."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return inherited | {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),

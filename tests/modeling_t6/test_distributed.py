@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_two_processes(tmp_path):
     environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}",
+        "PYTHONPATH": f"{os.environ['PYTHONPATH']}:{ROOT}:{ROOT / 'examples'}",
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",

@@ -188,6 +188,11 @@ def generate(model, ids, **kwargs):
     return model.generate(ids, **{"max_new_tokens": 4, "do_sample": False, "disable_compile": True} | kwargs)
 
 
+def one_layer(attn_implementation: str):
+    """Interpreted, a layer takes long; models of two are those of `test_models`."""
+    return tiny_config(num_hidden_layers=1, attn_implementation=attn_implementation)
+
+
 MODELS = {
     "tpa": {},
     "kvonly": {"q_rank": None},
@@ -221,23 +226,23 @@ def test_models(calls, name, cache):
     ids=["quantized", "beams", "prompt-lookup", "chunked-prefill"],
 )  # fmt: skip
 def test_ways_to_generate(calls, kwargs):
-    ids = random_ids(tiny_config(), 1, 17)
-    expected = generate(random_model(tiny_config(attn_implementation="eager")), ids, **kwargs)
-    assert torch.equal(generate(random_model(tiny_config(attn_implementation="flash_tpa")), ids, **kwargs), expected)
+    flash, plain = (random_model(one_layer(name)) for name in ("flash_tpa", "eager"))
+    ids = random_ids(flash.config, 1, 17)
+    assert torch.equal(generate(flash, ids, **kwargs), generate(plain, ids, **kwargs))
     assert calls.count > 0
 
 
 @needs_triton
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_left_padded_batch_equals_its_rows(calls, cache):
-    model = random_model(tiny_config(attn_implementation="flash_tpa"))
+    model = random_model(one_layer("flash_tpa"))
     rows = [random_ids(model.config, 1, length, seed=length) for length in (3, 20)]
     ids = torch.zeros(2, 20, dtype=torch.long, device=DEVICE)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, -row.shape[1] :], mask[i, -row.shape[1] :] = row, 1
     batch = generate(model, ids, attention_mask=mask, cache_implementation=cache)[:, 20:]
-    plain = random_model(tiny_config())
+    plain = random_model(one_layer("sdpa"))
     assert torch.equal(batch, torch.cat([generate(plain, row, use_cache=False)[:, row.shape[1] :] for row in rows]))
     assert calls.count
 
@@ -246,7 +251,7 @@ def test_left_padded_batch_equals_its_rows(calls, cache):
 @torch.no_grad()
 def test_several_query_tokens_and_masks_of_the_user(calls):
     """Six tokens after twenty, with a mask that is causal, boolean by head, and additive."""
-    flash, plain = (random_model(tiny_config(attn_implementation=name)) for name in ("flash_tpa", "eager"))
+    flash, plain = (random_model(one_layer(name)) for name in ("flash_tpa", "eager"))
     ids = random_ids(flash.config, 2, 26)
     causal = torch.ones(2, 1, 6, 26, dtype=torch.bool, device=DEVICE).tril(20)
     by_head = (
@@ -260,7 +265,7 @@ def test_several_query_tokens_and_masks_of_the_user(calls):
             model(ids[:, :20], cache=cache)
             logits.append(model(ids[:, 20:], cache=cache, attention_mask=mask).logits)
         torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-3)
-    assert calls.count == 3 * 2
+    assert calls.count == 3
 
 
 @needs_triton

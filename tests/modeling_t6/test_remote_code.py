@@ -71,8 +71,7 @@ def test_folder_holds_code_and_auto_map(folder, tmp_path):
 
 
 def test_loads_where_the_package_is_not_installed(folder, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {
+    environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "home"),
         "HF_MODULES_CACHE": str(tmp_path / "modules"),

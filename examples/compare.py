@@ -6,8 +6,9 @@ Trains MHA, MQA, GQA, MLA, TPA-KVonly and TPA side by side, and reports what cam
     python examples/compare.py report --results runs/comparison.json --output docs/comparison.md
 
 As in the paper, heads are added until all have the parameters of MHA, and all see the same batches in the same order.
-The learning rate is tuned on MHA (doubled or halved until the best is not at the edge) and used for all, each with
-several seeds; TPA is then tuned alike. Ablations: as many heads as MHA instead of as many parameters, and ranks 1, 2, 4.
+The learning rate is tuned on MHA, in shorter runs with a schedule of their own (doubled or halved until the best is not at
+the edge), and used for all, each with several seeds; TPA is then tuned alike. Ablations, with the first seed: as many heads
+as MHA instead of as many parameters, and ranks 1, 2, 4.
 
 `run` does the runs that the results lack, one at a time on each GPU, and may be stopped and called again: results are
 added as runs end, and a run that was stopped goes on from its checkpoint, if WORK_DIR is still there.
@@ -49,6 +50,7 @@ SETTINGS = {
     "block_length": 1024,
     "sequences_per_step": 64,
     "max_steps": 1600,
+    "tuning_steps": 400,
     "warmup_steps": 100,
     "eval_steps": 100,
 }
@@ -63,10 +65,11 @@ class Run(NamedTuple):
     architecture: str
     learning_rate: float
     seed: int
+    is_tuning: bool = False
 
     @property
     def key(self) -> str:
-        return f"{self.architecture} lr {self.learning_rate:g} seed {self.seed}"
+        return f"{self.architecture} lr {self.learning_rate:g} seed {self.seed}{' tuning' * self.is_tuning}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
         for name, default in SETTINGS.items():
             command.add_argument(f"--{name.replace('_', '-')}", type=count, default=default, help="(%(default)s)")
-    run.add_argument("--batch-size", type=count, default=32, metavar="N", help="sequences at once (%(default)s)")
+    run.add_argument("--batch-size", type=count, default=64, metavar="N", help="sequences at once (%(default)s)")
     run.add_argument("--work-dir", type=Path, default=Path("runs/comparison"), metavar="DIR", help="(%(default)s)")
     run.add_argument("--max-minutes", type=number(float, 0), default=1e9, metavar="X", help="stop then")
     run.add_argument("--compile", action="store_true", help="compile the models with torch.compile")
@@ -170,7 +173,7 @@ def sweep(results: dict, architecture: str, rates: list[float], seed: int) -> tu
     """The runs of a sweep of learning rates as far as they are known to be needed, and the best rate, once it is known."""
     lowest, highest = rates[0] / 2**EXTENSIONS, rates[-1] * 2**EXTENSIONS
     while True:
-        runs = [Run(architecture, rate, seed) for rate in rates]
+        runs = [Run(architecture, rate, seed, is_tuning=True) for rate in rates]
         losses = [final_loss(results, run) for run in runs]
         if None in losses:
             return runs, None
@@ -194,7 +197,7 @@ def plan(results: dict, names: list[str]) -> list[Run]:
     runs += tuning
     if own_rate is not None:
         runs += [Run("TPA", own_rate, seed) for seed in seeds]
-    runs += [Run(name, rate, seed) for seed in seeds for name in names if name not in MAIN]
+    runs += [Run(name, rate, seeds[0]) for name in names if name not in MAIN]
     return list(dict.fromkeys(runs))
 
 
@@ -255,8 +258,8 @@ class Runner:
         self.stopped = False
 
     def seconds_of(self, run: Run) -> float:
-        """How long a run takes, by those that are done: of its architecture, or else the longest."""
-        done = self.results["runs"].values()
+        """How long a run takes, by those of its length that are done: of its architecture, or else the longest."""
+        done = [result for key, result in self.results["runs"].items() if key.endswith("tuning") == run.is_tuning]
         same = [result["seconds"] for result in done if result["name"] == run.architecture]
         return max(same or [result["seconds"] for result in done] or [0.0])
 
@@ -288,6 +291,9 @@ class Runner:
     def do(self, run: Run, device: str | None) -> None:
         args, architecture = self.args, self.architectures[run.architecture]
         folder, checkpoints, log_file = self.paths(run)
+        steps = args.tuning_steps if run.is_tuning else args.max_steps
+        warmup_steps = max(1, round(args.warmup_steps * steps / args.max_steps))
+        eval_steps = min(args.eval_steps, steps)
         command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--architecture", architecture.folder]
         command += ["--set", *(f"{name}={json.dumps(value)}" for name, value in architecture.overrides.items())]
         options = {
@@ -295,11 +301,11 @@ class Runner:
             "block-length": args.block_length,
             "sequences-per-step": args.sequences_per_step,
             "batch-size": min(args.batch_size, args.sequences_per_step),
-            "max-steps": args.max_steps,
-            "warmup-steps": args.warmup_steps,
-            "eval-steps": args.eval_steps,
-            "save-steps": max(args.eval_steps, args.max_steps // 4 // args.eval_steps * args.eval_steps),
-            "logging-steps": max(1, args.eval_steps // 10),
+            "max-steps": steps,
+            "warmup-steps": warmup_steps,
+            "eval-steps": eval_steps,
+            "save-steps": max(eval_steps, steps // 4 // eval_steps * eval_steps),
+            "logging-steps": max(1, eval_steps // 10),
             "learning-rate": run.learning_rate,
             "seed": run.seed,
             "output-dir": folder,
@@ -436,6 +442,10 @@ def report(args: argparse.Namespace) -> str:
     tuning, own_rate = sweep(results, "TPA", [rate / 2, rate, rate * 2], results["seeds"][0])
     if own_rate is not None and own_rate != rate:
         main[f"TPA, its own rate {own_rate:g}"] = group(results, "TPA", own_rate)
+    if "MHA" not in main:
+        raise InputError(
+            f"{args.results} has no run of MHA at its learning rate, {rate:g}, yet: there is nothing to compare"
+        )
     settings, one = results["settings"], main["MHA"][0]
     lines = [
         "# Attention mechanisms, trained side by side",
@@ -456,14 +466,14 @@ def report(args: argparse.Namespace) -> str:
         "",
         "## Learning rates",
         "",
-        f"Held-out loss at seed {results['seeds'][0]}.",
+        f"Held-out loss at seed {results['seeds'][0]}, after {settings['tuning_steps']:,} steps with a schedule of as many.",
         "",
     ]
     mha_runs, _ = sweep(results, "MHA", results["learning_rates"], results["seeds"][0])
     rates = sorted({run.learning_rate for run in mha_runs + tuning})
     lines += [f"| | {' | '.join(f'{value:g}' for value in rates)} |", f"| --- |{' --: |' * len(rates)}"]
     for name in ("MHA", "TPA"):
-        losses = [final_loss(results, Run(name, value, results["seeds"][0])) for value in rates]
+        losses = [final_loss(results, Run(name, value, results["seeds"][0], is_tuning=True)) for value in rates]
         lines.append(f"| {name} | {' | '.join('-' if loss is None else f'{loss:.4f}' for loss in losses)} |")
     names = dict.fromkeys(run["name"] for run in results["runs"].values())
     for title, chosen in (

@@ -16,8 +16,8 @@ from configuration.make_configs import count_parameters
 from language_modeling import last_checkpoint, load_tokenizer
 
 
-TINY = """--hidden-size 32 --num-layers 1 --head-dim 8 --block-length 16 --sequences-per-step 4 --max-steps 2
-    --warmup-steps 1 --eval-steps 1 --seeds 3 4 --learning-rates 1e-3 2e-3 4e-3""".split()
+TINY = """--hidden-size 32 --num-layers 1 --head-dim 8 --block-length 16 --sequences-per-step 4 --max-steps 3
+    --tuning-steps 2 --warmup-steps 1 --eval-steps 1 --seeds 3 4 --learning-rates 1e-3 2e-3 4e-3""".split()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def results_with(losses: dict[compare.Run, float]) -> dict:
 
 
 def test_plan():
-    """The rate is tuned on MHA until the best is not at the edge; then all, then TPA's rate, then the ablations."""
+    """The rate is tuned on MHA, until the best is not at the edge; then all; then TPA's rate; then the ablations."""
     names = [*compare.MAIN, "TPA, rank 1"]
     losses = {}
     done = []
@@ -76,13 +76,16 @@ def test_plan():
         done.append(missing[0])
         losses[missing[0]] = loss_of(missing[0])
     assert [run.learning_rate for run in done[:5]] == [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
-    assert {run.architecture for run in done[:5]} == {"MHA"}
-    main = [(run.architecture, run.seed) for run in done[5:16]]
-    assert main == [(name, seed) for seed in (0, 1) for name in compare.MAIN if (name, seed) != ("MHA", 0)]
-    assert all(run.learning_rate == 8e-3 for run in done[5:16])
+    assert all(run.architecture == "MHA" and run.is_tuning for run in done[:5])
+    main = [(run.architecture, run.seed) for run in done[5:17]]
+    assert main == [(name, seed) for seed in (0, 1) for name in compare.MAIN]
+    assert all(run.learning_rate == 8e-3 and not run.is_tuning for run in done[5:17])
     # TPA: 4e-3 is at the edge of 4, 8 and 16e-3, so 2e-3 is needed; 4e-3 is the best, with each seed.
-    assert [(run.learning_rate, run.seed) for run in done[16:20]] == [(4e-3, 0), (16e-3, 0), (2e-3, 0), (4e-3, 1)]
-    assert done[20:] == [compare.Run("TPA, rank 1", 8e-3, seed) for seed in (0, 1)]
+    assert [(run.learning_rate, run.is_tuning) for run in done[17:21]] == [
+        (x, True) for x in (4e-3, 8e-3, 16e-3, 2e-3)
+    ]
+    assert done[21:23] == [compare.Run("TPA", 4e-3, seed) for seed in (0, 1)]
+    assert done[23:] == [compare.Run("TPA, rank 1", 8e-3, 0)]
 
 
 def test_sweep_ends_at_a_limit():
@@ -147,7 +150,7 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
         compare.main(options)
     assert "--resume" in process.commands[2] and "--resume" not in process.commands[3]
     with pytest.raises(SystemExit, match="has settings=.*, this command"):
-        compare.main([*options, "--max-steps", "3"])
+        compare.main([*options, "--max-steps", "4"])
     with pytest.raises(SystemExit, match="does not have the learning rates of MHA yet"):
         compare.main(["report", "--results", str(results_file), "--output", str(tmp_path / "x.md")])
 
@@ -181,9 +184,10 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
 
 def check_results(results: dict, process: InProcess) -> None:
     for key, run in results["runs"].items():
-        assert key == compare.Run(run["name"], run["learning_rate"], run["seed"]).key
+        is_tuning = key.endswith("tuning")
+        assert key == compare.Run(run["name"], run["learning_rate"], run["seed"], is_tuning).key
         assert run["data"]["data_seed"] == 0 and run["data"]["sha256"] == results["data"]  # the same order for all
-        assert [entry["step"] for entry in run["curve"]] == [1, 2]
+        assert [entry["step"] for entry in run["curve"]] == ([1, 2] if is_tuning else [1, 2, 3])
         assert run["curve"][-1]["eval_loss_per_token"] == run["loss_per_token"]
     seeds = {name: {run["seed"] for run in results["runs"].values() if run["name"] == name} for name in compare.MAIN}
     assert all(found == {3, 4} for found in seeds.values())

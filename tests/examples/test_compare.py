@@ -146,7 +146,7 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     assert last_checkpoint(checkpoints).name == "checkpoint-1"
 
     process.codes = {4: 1}
-    with pytest.raises(SystemExit, match=r"(?s)MHA lr 0.004 seed 3: exit code 1.*out of memory"):
+    with pytest.raises(SystemExit, match=r"(?s)MHA lr 0.004 seed 3 tuning: exit code 1.*out of memory"):
         compare.main(options)
     assert "--resume" in process.commands[2] and "--resume" not in process.commands[3]
     with pytest.raises(SystemExit, match="has settings=.*, this command"):

@@ -52,7 +52,7 @@ SETTINGS = {
     "max_steps": 1600,
     "tuning_steps": 400,
     "warmup_steps": 100,
-    "eval_steps": 100,
+    "eval_steps": 200,
 }
 
 

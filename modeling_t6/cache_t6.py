@@ -74,7 +74,8 @@ class FactorLayout:
             a = b[..., :0]
         if self.head_dim == 0:
             b = a[..., :0]
-        a = torch.nn.functional.pad(a, (0, self.padded_heads - self.num_heads))
+        if self.padded_heads > self.num_heads:  # no padding would copy it
+            a = torch.nn.functional.pad(a, (0, self.padded_heads - self.num_heads))
         return torch.cat([b.flatten(-2), a.flatten(-2)], dim=-1).unsqueeze(1)
 
     def unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -569,8 +569,10 @@ def model_card(
         provenance=table(("", ""), [(name, value) for name, value in provenance.items() if value]),
     )
     text = old.text.strip()
-    if BEGIN in text and END in text:
-        text = text[: text.index(BEGIN)] + part + text[text.index(END) + len(END) :]
+    start = text.find(BEGIN)
+    end = text.find(END, start)
+    if 0 <= start < end:
+        text = text[:start] + part + text[end + len(END) :]
     else:
         # After the author's introduction, before all else.
         section = re.search(r"^## ", text, re.MULTILINE)

@@ -12,13 +12,14 @@ import argparse
 import ast
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,11 +134,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--code-only",
         action="store_true",
-        help="push code and card only, to a repository that holds the weights of MODEL_DIR",
+        help="push code, config.json and card only, to a repository that holds the weights of MODEL_DIR",
     )
     parser.add_argument("--max-shard-size", type=shard_size, help="split larger files of weights, e.g. 5GB")
     parser.add_argument("--token", help="default: HF_TOKEN, or that of `hf auth login`")
-    parser.add_argument("--license", help="of the weights, an identifier of the Hub (default: the card's)")
+    parser.add_argument(
+        "--license", help="of the weights, an identifier of the Hub (default: the card's, else apache-2.0)"
+    )
     parser.add_argument("--base-model", help="name on the Hub of the model this one was made from")
     parser.add_argument("--datasets", nargs="+", metavar="NAME", help="data sets of the Hub that it was trained on")
     parser.add_argument("--eval-results", nargs="+", type=Path, metavar="JSON", help="results written by lm-eval")
@@ -147,6 +150,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--create-pr opens a pull request against main of an existing repository: not with --revision, --private"
         )
+    # The Hub would make a branch of that name, which loads in place of the commit.
+    if re.fullmatch(r"[0-9a-f]{40}|refs/(?!pr/\d).*", revision := args.revision or "main"):
+        parser.error(f"--revision must be a branch or refs/pr/N, got {revision}")
     if args.commit_message is not None and not args.commit_message.strip():
         parser.error("--commit-message must not be empty")
     if args.token is not None and not args.token.strip():
@@ -159,6 +165,12 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
 
 
+def listed(names: Iterable[str]) -> str:
+    """The first of many names, for an error that stays one line."""
+    names = sorted(names)
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
 # The folder
 
 
@@ -167,24 +179,40 @@ def collect(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UploadError(f"{folder} is no folder")
     kept = (*WEIGHTS, *TOKENIZER_FILES, *TEXTS, *CONVERSION, "config.json", "generation_config.json", *code_files())
-    files, pickles, strays = {}, [], []
+    files, pickles, strays, links = {}, [], [], []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir() or any(part in LEFT_OUT for part in path.relative_to(folder).parts):
             continue
-        if matches(path.name, PICKLES) or begins_as_pickle(path):
+        if path.exists() and not path.is_file():  # a pipe or a device: reading it may never end
+            strays.append(name)
+        elif matches(path.name, PICKLES) or begins_as_pickle(path):
             pickles.append(name)
+        elif leads_out(path, folder) and not matches(name, ("*.safetensors", *code_files())):
+            links.append(f"{name} -> {path.resolve()}")
         elif matches(name, kept) or fnmatch(name, "additional_chat_templates/*.jinja"):
             files[name] = path
         else:
             strays.append(name)
     if pickles:
         raise UploadError(
-            f"{folder} holds {', '.join(pickles)}: pickles run code when they are loaded, only safetensors are pushed"
+            f"{folder} holds {listed(pickles)}: pickles run code when they are loaded, only safetensors are pushed"
         )
     if strays:
-        raise UploadError(f"{folder} holds files that are no part of a T6 model: {', '.join(strays)}")
+        raise UploadError(f"{folder} holds files that are no part of a T6 model: {listed(strays)}")
+    if links:
+        raise UploadError(f"{folder} holds links to files outside of it, which are not pushed: {listed(links)}")
     return files
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """
+    Whether a link leads to a file that is not the folder's: one of a folder from elsewhere may lead to a private key.
+    The Hub's cache keeps the files of `snapshots/COMMIT` in `blobs`.
+    """
+    root, target = folder.resolve(), path.resolve()
+    roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    return not any(target.is_relative_to(root) for root in roots)
 
 
 def begins_as_pickle(path: Path) -> bool:
@@ -206,7 +234,10 @@ def check_config(folder: Path) -> tuple[dict, T6Config]:
         config = T6Config.from_pretrained(folder)
     except Exception as error:  # whatever the validation of a configuration raises
         raise UploadError(f"config.json: {' '.join(str(error).split())}") from error
-    for auto_class, reference in (content.get("auto_map") or {}).items():
+    auto_map = content.get("auto_map") or {}
+    if not isinstance(auto_map, dict):
+        raise UploadError(f"config.json: `auto_map` must be an object from Auto classes to classes, got {auto_map!r}")
+    for auto_class, reference in auto_map.items():
         # A model that was loaded from the Hub says "someone/model--module.Class".
         if str(reference).rpartition("--")[2] != AUTO_MAP.get(auto_class):
             raise UploadError(
@@ -245,7 +276,7 @@ def check_weights(checkpoint: Checkpoint, content: dict, config: T6Config) -> No
         ("are unknown to config.json, but in", set(found) - set(expected)),
     ):
         if names:
-            raise UploadError(f"{', '.join(sorted(names))} {kind} the weights")
+            raise UploadError(f"{listed(names)} {kind} the weights")
     first = next(iter(found.values())).dtype
     dtype = content.get("dtype") or content.get("torch_dtype") or str(first).removeprefix("torch.")
     content["dtype"] = dtype
@@ -399,13 +430,15 @@ def read_results(paths: list[Path], task_type: str) -> list[EvalResult]:
     results = []
     for path in paths:
         content = read_json(path)
-        if not isinstance(content.get("results"), dict) or not content["results"]:
+        tasks, shots = content.get("results"), content.get("n-shot", {})
+        if not isinstance(tasks, dict) or not all(isinstance(part, dict) for part in (shots, *tasks.values())):
             raise UploadError(f"{path} has no `results`: expected a file that lm-eval wrote")
-        shots = content.get("n-shot", {})
-        for task, scores in content["results"].items():
+        for task, scores in tasks.items():
             for key, value in scores.items():
                 metric, _, choice = key.partition(",")
                 if isinstance(value, (int, float)) and choice and not metric.endswith("_stderr"):
+                    if not math.isfinite(value):
+                        raise UploadError(f"{path}: {key} of {task} is {value}, no score for a card")
                     name = metric if choice == "none" else f"{metric} ({choice})"
                     error = scores.get(f"{metric}_stderr,{choice}")
                     results.append(
@@ -430,9 +463,30 @@ def read_results(paths: list[Path], task_type: str) -> list[EvalResult]:
 def read_card(path: Path | None) -> ModelCard:
     try:
         text = path.read_text(encoding="utf-8") if path else ""
-        return ModelCard(text if text.startswith("---") else f"---\n{{}}\n---\n{text}")
+        card = ModelCard(text if text.startswith("---") else f"---\n{{}}\n---\n{text}")
     except Exception as error:  # YAML's errors, and those of malformed results
         raise UploadError(f"README.md: the metadata cannot be read: {' '.join(str(error).split())}") from error
+    for name in ("base_model", "datasets", "tags"):
+        values = card.data.get(name) or []
+        values = values if isinstance(values, list) else [values]
+        if not all(isinstance(value, str) for value in values):
+            raise UploadError(f"README.md: `{name}` must be a name or a list of names, got {values}")
+    return card
+
+
+def read_conversion(path: Path) -> dict:
+    """The report of a conversion, or an empty one; raises an `UploadError` if it is none."""
+    report = read_json(path) if path.is_file() else {}
+    rows, numbers = report.get("perplexity") or [], ("cache_bytes_per_token", "perplexity")
+    if not (
+        all(isinstance(report.get(name) or "", str) for name in ("command", "source", "base_model"))
+        and isinstance(report.get("versions") or {}, dict)
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and "model" in row for row in rows)
+        and all(isinstance(row.get(name), (int, float)) for row in rows for name in numbers)
+    ):
+        raise UploadError(f"{path} is not what `python -m conversion` writes")
+    return report
 
 
 def card_metadata(old: ModelCard, auto_class: str, conversion: dict, args: argparse.Namespace) -> ModelCardData:
@@ -487,8 +541,9 @@ def model_card(
         "weights": content["dtype"],
     }
     versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "huggingface_hub")}
+    bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
     provenance = {
-        "made from": conversion.get("source") or data.base_model,
+        "made from": conversion.get("source") or ", ".join(bases),
         "converted by": conversion.get("command") and f"`{conversion['command']}`",
         "converted with": ", ".join(f"{k} {v}" for k, v in (conversion.get("versions") or {}).items()),
         "code": (commit := code_commit()) and f"commit {commit} of T6 for Transformers",
@@ -514,8 +569,10 @@ def model_card(
         provenance=table(("", ""), [(name, value) for name, value in provenance.items() if value]),
     )
     text = old.text.strip()
-    if BEGIN in text and END in text:
-        text = text[: text.index(BEGIN)] + part + text[text.index(END) + len(END) :]
+    start = text.find(BEGIN)
+    end = text.find(END, start)
+    if 0 <= start < end:
+        text = text[:start] + part + text[end + len(END) :]
     else:
         # After the author's introduction, before all else.
         section = re.search(r"^## ", text, re.MULTILINE)
@@ -579,8 +636,9 @@ model = {auto_class}.from_pretrained(repo, revision=revision, trust_remote_code=
 ```
 
 Why a revision: the code in this repository runs on your machine. A branch such as `main` can be given other code at any
-time by whoever holds the account; the commit that you have read cannot. Without `trust_remote_code=True` Transformers
-refuses to load the model, and nothing runs. The weights are safetensors, which hold numbers only.
+time by whoever holds the account; the commit that you have read cannot. With `trust_remote_code=False` Transformers
+refuses to load the model, and nothing runs; without either it asks first. The weights are safetensors, which hold
+numbers only.
 
 SHA-256 of the code files, the same for every model with the same code:
 
@@ -831,6 +889,9 @@ def find_or_create(api: HfApi, args: argparse.Namespace) -> str:
         raise UploadError(f"{repo_id} exists and is public: --private makes a new repository")
     if branch == "main" or branch.startswith("refs/"):
         return patiently(f"looking at {branch}", repo_id, lambda: api.model_info(repo_id, revision=branch)).sha
+    tags = patiently("listing tags", repo_id, lambda: api.list_repo_refs(repo_id)).tags
+    if branch in {ref.name for ref in tags}:
+        raise UploadError(f"{branch} is a tag of {repo_id}: --revision must be a branch")
     patiently(
         f"creating the branch {branch}", repo_id, lambda: api.create_branch(repo_id, branch=branch, exist_ok=True)
     )
@@ -926,6 +987,7 @@ def check_folder(args: argparse.Namespace) -> tuple[dict[str, Path], dict, T6Con
         except (OSError, ValueError, TypeError) as error:
             raise UploadError(f"generation_config.json: {' '.join(str(error).split())}") from error
     read_card(files.get("README.md"))
+    read_conversion(args.folder / "conversion.json")
     return files, content, config, checkpoint
 
 
@@ -968,7 +1030,7 @@ def complete(
         files = {name: path for name, path in files.items() if not matches(name, WEIGHTS)}
         split_weights(checkpoint, folder, args.max_shard_size)
         files |= {path.name: path for path in folder.iterdir() if matches(path.name, WEIGHTS)}
-    conversion = read_json(args.folder / "conversion.json") if (args.folder / "conversion.json").is_file() else {}
+    conversion = read_conversion(args.folder / "conversion.json")
     # A card that was edited on the Hub is kept where the folder has none.
     first, second = (remote, files) if args.code_only else (files, remote)
     old_card = read_card(first.get("README.md") or second.get("README.md"))
@@ -1028,9 +1090,11 @@ def upload(args: argparse.Namespace) -> None:
                 for n, path in files.items()
                 if n.endswith(".py") or matches(n, (*WEIGHTS, "README.md", "config.json"))
             }
-        for name, path in files.items():
-            print(f"{path.stat().st_size:>15,}  {name}")
-        print(f"{sum(path.stat().st_size for path in files.values()):>15,}  bytes in {len(files)} files")
+        # With --code-only the weights are compared with the repository's, not pushed.
+        sizes = {n: p.stat().st_size for n, p in files.items() if not (args.code_only and matches(n, WEIGHTS))}
+        for name, size in sizes.items():
+            print(f"{size:>15,}  {name}")
+        print(f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files")
         print(f"\nSHA-256 of the code files: {digest}\n")
         if args.dry_run:
             print(files["README.md"].read_text(encoding="utf-8"))
@@ -1058,7 +1122,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         upload(args)
     except (UploadError, ConversionError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)

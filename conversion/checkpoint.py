@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file, or a `ConversionError` that names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} must hold a JSON object, got a {type(content).__name__}")

@@ -158,7 +158,13 @@ def test_results_of_lm_eval(folder, make_card, tmp_path, capsys):
         for r in make_card(folder, "--eval-results", *paths).data.eval_results
     }
     assert found["arc_easy", 0, "acc"] == 0.75 and found["arc_easy", 2, "acc"] == 0.875 and len(found) == 4
-    for content in ("{}", '{"results": {"a": {"alias": "a"}}}', "["):
+    for content in (
+        "{}",
+        '{"results": {"a": {"alias": "a"}}}',
+        "[",
+        '{"results": {"a": [1]}}',
+        '{"results": {"a": {"b,c": NaN}}}',
+    ):
         path.write_text(content)
         assert hub_upload.main([str(folder), "someone/t6", "--dry-run", "--eval-results", str(path)]) == 1
         assert str(path) in capsys.readouterr().err.splitlines()[-1]

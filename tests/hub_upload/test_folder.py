@@ -1,6 +1,7 @@
 """What is checked in a folder before anything is sent, and what it is completed with."""
 
 import json
+import os
 import pickle
 import re
 
@@ -44,6 +45,7 @@ BROKEN = {
         lambda f: change_json(f / "config.json", auto_map=AUTO_MAP | {"AutoModel": "evil.Model"}),
         "AutoModel is 'evil.Model', this package has 'modeling_t6.T6Model'",
     ),
+    "auto_map no object": (lambda f: change_json(f / "config.json", auto_map=["x"]), "`auto_map` must be an object"),
     "foreign class": (
         lambda f: change_json(f / "config.json", architectures=["LlamaForCausalLM"]),
         "`architectures` must be one of T6ForCausalLM, .*got \\['LlamaForCausalLM'\\]",
@@ -85,6 +87,11 @@ BROKEN = {
         lambda f: (f / "vocab.txt").write_bytes(pickle.dumps(["a"], protocol=4)),
         "vocab.txt: pickles run code",
     ),
+    "link out of the folder": (
+        lambda f: ((f.parent / "key").write_text("secret"), (f / "LICENSE").symlink_to("../key")),
+        "links to files outside of it, which are not pushed: LICENSE -> .*/key",
+    ),
+    "pipe": (lambda f: os.mkfifo(f / "NOTICE"), "no part of a T6 model: NOTICE"),
     "strays": (
         lambda f: ((f / "notes.txt").write_text("x"), (f / "evil.py").write_text("")),
         "no part of a T6 model: evil.py, notes.txt",
@@ -115,6 +122,11 @@ BROKEN = {
         "generation_config.json: .*max_new_tokens",
     ),
     "card": (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "README.md: the metadata cannot be read"),
+    "base model": (lambda f: (f / "README.md").write_text("---\nbase_model: 3\n---\n"), "`base_model` must be a name"),
+    "report of a conversion": (
+        lambda f: (f / "conversion.json").write_text('{"perplexity": [{"model": "x"}]}'),
+        "conversion.json is not what `python -m conversion` writes",
+    ),
     "shard missing": (
         lambda f: (
             (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
@@ -140,6 +152,20 @@ def test_one_line_errors(folder, capsys, case):
     )
 
 
+def test_a_snapshot_in_the_cache(folder):
+    """Its files are links: into the cache's own `blobs`, and nowhere else."""
+    snapshot = folder.parent / "snapshots" / "0123"
+    snapshot.parent.mkdir()
+    (folder.parent / "blobs").mkdir()
+    folder.rename(snapshot)
+    for path in list(snapshot.iterdir()):
+        path.rename(folder.parent / "blobs" / path.name)
+        path.symlink_to(f"../../blobs/{path.name}")
+    assert hub_upload.main([str(snapshot), "someone/t6", "--dry-run"]) == 0
+    snapshot.parent.rename(folder.parent / "others")
+    assert hub_upload.main([str(folder.parent / "others" / "0123"), "someone/t6", "--dry-run"]) == 1
+
+
 def test_tokens_beyond_the_vocabulary(tmp_path, capsys):
     make_model(tmp_path, vocab_size=1000)
     assert hub_upload.main([str(tmp_path), "someone/t6", "--dry-run"]) == 1
@@ -154,7 +180,7 @@ def test_names_of_repositories(folder, capsys, name):
 
 @pytest.mark.parametrize(
     "options", [["--create-pr", "--revision", "x"], ["--create-pr", "--private"], ["--commit-message", " "],
-                ["--token", ""], ["--max-shard-size", "0"], ["--max-shard-size", "big"]]
+                ["--revision", "0123456789" * 4], ["--revision", "refs/heads/x"], ["--token", ""], ["--max-shard-size", "0"], ["--max-shard-size", "big"]]
 )  # fmt: skip
 def test_bad_options(folder, capsys, options):
     with pytest.raises(SystemExit) as caught:

@@ -191,6 +191,10 @@ def test_revisions_and_pull_requests(hub, uploader, tmp_path):
     assert repository.files("next/v2")["model.safetensors"] == two
     assert repository.resolve("next/v2").title == "Second"
 
+    repository.refs["refs/tags/v1"] = repository.refs["refs/heads/main"]
+    assert "v1 is a tag of someone/t6" in uploader(tmp_path / "two", "someone/t6", "--revision", "v1").output
+    assert "refs/heads/v1" not in repository.refs
+
     # One who may not write can open a pull request.
     outcome = uploader(tmp_path / "two", "someone/t6", "--create-pr", token="hf_reader")
     assert outcome.code == 0 and f"{hub.endpoint}/someone/t6/discussions/1" in outcome.output

@@ -32,6 +32,7 @@ from modeling_t6.attention_t6 import form_heads
 from modeling_t6.modeling_t6 import T6Attention, apply_rotary_pos_emb
 
 from .errors import ConversionError
+from .stages import stage
 
 
 METHODS = ("fit", "mean-pool")
@@ -677,7 +678,8 @@ def compress(
     fits = HeadFits(attentions, method)
     if method == "fit":
         batches = calibration.split(batch_size)
-        fits.use(collect_moments(model, tqdm(batches, desc="calibrating", unit="batch", disable=quiet)))
+        with stage("calibrating", quiet):
+            fits.use(collect_moments(model, tqdm(batches, desc="calibrating", unit="batch", disable=quiet)))
 
     parts = [(layer, side) for layer in range(len(attentions)) for side in "kv"]
     full = [getattr(model.config, f"{side}_rank") for _, side in parts]
@@ -687,8 +689,9 @@ def compress(
         for (layer, side), rank in zip(parts, ranks):
             layers[side, rank].append(layer)
         found = {}
-        for (side, rank), some in tqdm(layers.items(), desc="fitting", unit="rank", disable=quiet):
-            found |= {(layer, side): fit for layer, fit in zip(some, fits(side, rank, ITERATIONS, some))}
+        with stage("fitting", quiet):
+            for (side, rank), some in tqdm(layers.items(), desc="fitting", unit="rank", disable=quiet):
+                found |= {(layer, side): fit for layer, fit in zip(some, fits(side, rank, ITERATIONS, some))}
         result = compressed_model(model, [(found[layer, "k"], found[layer, "v"]) for layer in range(len(attentions))])
         if method == "fit":
             for layer in result.model.layers:
@@ -712,7 +715,11 @@ def compress(
         for (_, side), whole in zip(parts, full)
     ]
     costs: list[dict[int, float]] = [{} for _ in parts]
-    with tqdm(total=sum(map(len, candidates)), desc="trying ranks", unit="rank", disable=quiet) as progress:
+    count = sum(map(len, candidates))
+    with (
+        stage("trying ranks", quiet),
+        tqdm(total=count, desc="trying ranks", unit="rank", disable=quiet) as progress,
+    ):
         for side, rank in sorted({(side, rank) for (_, side), ranks in zip(parts, candidates) for rank in ranks}):
             places = [place for place, part in enumerate(parts) if part[1] == side]
             for place, fitted in zip(places, fits(side, rank, TRIAL_ITERATIONS)):

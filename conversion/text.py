@@ -48,18 +48,19 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: st
             pieces[-1] += line
         else:
             pieces.append(line)
-    ids = [i for piece in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for i in piece]
+    options = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids", "verbose"), False)
+    ids = torch.cat([torch.tensor(piece, dtype=torch.long) for piece in tokenizer(pieces, **options)["input_ids"]])
     if len(ids) < length:
         raise ConversionError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    return ids[: len(ids) // length * length].view(-1, length)
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int, name: str, quiet: bool = False) -> float:
     """exp of the mean loss of each token of the windows `ids` [n, length] after those before it in its window."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in tqdm(ids.split(batch_size), desc=f"perplexity, {name}", unit="batch", disable=quiet):
         batch = batch.to(model.device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").double().cpu()
+        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").double()
     return math.exp(total.item() / (ids.shape[0] * (ids.shape[1] - 1)))

@@ -104,10 +104,11 @@ def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_
     averages = F.scaled_dot_product_attention(
         query.transpose(1, 2), key, value[:, None].expand(-1, key.shape[1], -1, -1), attn_mask=mask,
         is_causal=mask is None, scale=attention.scaling,
-    ).flatten(0, 2)  # fmt: skip
-    averages = averages.double()  # sums of products in float32 are positive definite to its rounding only
+    )  # fmt: skip
+    # Sums of products in float32 are positive definite to its rounding only.
+    values = sum(row.mT @ row for row in (row.flatten(0, 1).double() for row in averages))
     complex_key = complex_key.permute(2, 1, 0)  # [F, G, tokens]
-    return Moments(complex_key @ complex_key.mH, powers, averages.mT @ averages)
+    return Moments(complex_key @ complex_key.mH, powers, values)
 
 
 @torch.no_grad()

@@ -37,10 +37,11 @@ from .stages import stage
 
 METHODS = ("fit", "mean-pool")
 Ranks = list[int] | None
-ITERATIONS = 200
+KEY_ITERATIONS = 600  # they are cheap
+VALUE_ITERATIONS = 200
 TRIAL_ITERATIONS = 30  # enough to compare ranks
 PERTURBATION = 0.3
-CONVERGED = 1e-5  # relative gain of an iteration below which a fit ends
+CONVERGED = 1e-6  # relative gain of an iteration below which a fit ends
 RIDGE = 1e-9  # relative to the mean of a diagonal: moments of few tokens are singular
 CHECK = 5  # steps between two looks at whether a fit has ended
 SUBSPACE_ITERATIONS = 8
@@ -292,7 +293,7 @@ class KeyProblem:
         return root[..., None] * self.moments[layers] * root[..., None, :]
 
     @torch.no_grad()
-    def fit(self, rank: int, iterations: int = ITERATIONS, layers: list[int] | None = None) -> list[KeyFit]:
+    def fit(self, rank: int, iterations: int = KEY_ITERATIONS, layers: list[int] | None = None) -> list[KeyFit]:
         """The best of several descents for each of `layers`, or for all."""
         layers = list(range(len(self.moments))) if layers is None else layers
         c, weights, selections = self.moments[layers], self.weights[layers], self.selections[layers]
@@ -374,7 +375,7 @@ class ValueProblem:
         return torch.einsum("lgdke,lkef->lgdkf", half.unflatten(-1, (groups, d)), root)
 
     @torch.no_grad()
-    def fit(self, rank: int, iterations: int = ITERATIONS, layers: list[int] | None = None) -> list[ValueFit]:
+    def fit(self, rank: int, iterations: int = VALUE_ITERATIONS, layers: list[int] | None = None) -> list[ValueFit]:
         """The best of several descents for each of `layers`, or for all."""
         layers = list(range(len(self.moments))) if layers is None else layers
         c, metric, selections = self.moments[layers], self.metrics[layers], self.selections[layers]
@@ -545,7 +546,7 @@ class HeadFits:
             self.problems.append((layers, problems))
 
     def __call__(
-        self, side: str, rank: int, iterations: int = ITERATIONS, layers: list[int] | None = None
+        self, side: str, rank: int, iterations: int, layers: list[int] | None = None
     ) -> list[KeyFit | ValueFit | None]:
         """Fits of the keys (`side` k) or values (v) of `layers`, or of all; `None` for a layer that has this rank."""
         layers = list(range(len(self.attentions))) if layers is None else layers
@@ -692,7 +693,8 @@ def compress(
         found = {}
         with stage("fitting", quiet):
             for (side, rank), some in tqdm(layers.items(), desc="fitting", unit="rank", disable=quiet):
-                found |= {(layer, side): fit for layer, fit in zip(some, fits(side, rank, ITERATIONS, some))}
+                iterations = KEY_ITERATIONS if side == "k" else VALUE_ITERATIONS
+                found |= {(layer, side): fit for layer, fit in zip(some, fits(side, rank, iterations, some))}
         result = compressed_model(model, [(found[layer, "k"], found[layer, "v"]) for layer in range(len(attentions))])
         if method == "fit":
             for layer in result.model.layers:

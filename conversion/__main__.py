@@ -140,9 +140,7 @@ def convert(args: argparse.Namespace) -> None:
         if source.is_dir():
             copy_companions(source, folder)
         if args.command == "hf":
-            on_gpu = args.device.startswith("cuda") and verify.fits_in_memory(numbers, args.device)
-            device = args.device if on_gpu else "cpu"
-            compare = partial(verify.compare_with_transformers, source, folder, rounded, device=device)
+            compare = partial(verify.compare_with_transformers, source, folder, rounded)
         else:
             compare = partial(verify.compare_with_research_code, arguments, checkpoint, folder, rounded)
         if args.verify or (args.verify is None and verify.fits_in_memory(numbers)):

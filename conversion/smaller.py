@@ -108,12 +108,12 @@ class Texts:
         else:
             (calibration, held_out), name = text.split_held_out(calibration), f"the last tenth of {args.calibration}"
         self.held_out = text.windows(tokenizer, held_out, length, name)
-        whole = self.calibration = text.windows(tokenizer, calibration, length, str(args.calibration))
-        count = min(len(self.calibration), max(1, args.calibration_tokens // length))
-        self.calibration = self.calibration[torch.linspace(0, len(self.calibration) - 1, count).long()]
+        whole = text.windows(tokenizer, calibration, length, str(args.calibration))
+        count = min(len(whole), max(1, args.calibration_tokens // length))
+        self.calibration = whole[torch.linspace(0, len(whole) - 1, count).long()]
         self.healing = None
         if args.heal is not None and args.heal.resolve() == args.calibration.resolve():
-            self.healing = whole
+            self.healing = whole  # a long text takes long to tokenise
         elif args.heal is not None:
             healing = text.read_text(args.heal)
             if args.held_out is None:

@@ -42,12 +42,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str) -> torch.Tensor:
     """Token ids [n, length] of a text, without the rest that fills no window; `name` is what errors call the text."""
-    pieces = []
-    for line in text.splitlines(keepends=True):
-        if pieces and len(pieces[-1]) + len(line) <= PIECE:
-            pieces[-1] += line
-        else:
-            pieces.append(line)
+    pieces, start = [], 0
+    while start < len(text):
+        end = len(text) if len(text) <= start + PIECE else text.rfind("\n", start, start + PIECE) + 1
+        end = end or text.find("\n", start + PIECE) + 1 or len(text)  # a line longer than a piece is one
+        pieces.append(text[start:end])
+        start = end
     options = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids", "verbose"), False)
     ids = torch.cat([torch.tensor(piece, dtype=torch.long) for piece in tokenizer(pieces, **options)["input_ids"]])
     if len(ids) < length:

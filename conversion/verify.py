@@ -41,10 +41,9 @@ def available_memory() -> int:
         return 0
 
 
-def fits_in_memory(numbers: int, device: str = "cpu") -> bool:
+def fits_in_memory(numbers: int) -> bool:
     """Whether source and result, `numbers` weights each, fit into what is free, in float32 and with room to run."""
-    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
-    return 2.5 * 4 * numbers < free
+    return 2.5 * 4 * numbers < available_memory()
 
 
 def random_ids(vocab_size: int, length: int) -> torch.Tensor:
@@ -73,19 +72,17 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, num_tokens: int, cache) ->
     return torch.cat(tokens, dim=1)
 
 
-def compare_with_transformers(
-    source: Path, result: Path, rounded: bool = False, num_tokens: int = 16, device: str = "cpu"
-) -> Comparison:
+def compare_with_transformers(source: Path, result: Path, rounded: bool = False, num_tokens: int = 16) -> Comparison:
     """
-    Compares logits of random tokens, greedy continuations and bytes of cache, on `device`.
+    Compares logits of random tokens, greedy continuations and bytes of cache.
 
     Raises:
         ConversionError: if the logits or the greedy tokens differ, or the factors need more room than K and V did.
     """
-    expected_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval().to(device)
-    model = T6ForCausalLM.from_pretrained(result, dtype=torch.float32).eval().to(device)
+    expected_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model = T6ForCausalLM.from_pretrained(result, dtype=torch.float32).eval()
     length = min(48, model.config.max_position_embeddings - num_tokens)
-    ids = random_ids(model.config.vocab_size, length).to(device)
+    ids = random_ids(model.config.vocab_size, length)
     with torch.no_grad():
         difference = relative_difference(
             model(ids, use_cache=False).logits, expected_model(ids, use_cache=False).logits

@@ -12,8 +12,10 @@ Each conversion is a call of `python -m conversion hf`, healed on at most a twen
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -24,7 +26,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 
 SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst")
@@ -87,6 +96,55 @@ class RandomWindows(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
+class Deadline(TrainerCallback):
+    """
+    Fits the number of steps into a time: the speed of steps 11 to 30 says how many there are to be, and the schedule of
+    the learning rate becomes that of so many steps.
+
+    Args:
+        end: of the training, as `time.time()` counts.
+    """
+
+    def __init__(self, end: float):
+        self.end, self.start = end, 0.0
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        if state.global_step in (10, 30) and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if state.global_step == 10:
+            self.start = time.time()
+        if state.global_step != 30:
+            return
+        now = time.time()
+        steps = [30 + max(0, int((self.end - now) / ((now - self.start) / 20)))]
+        if args.world_size > 1:
+            torch.distributed.broadcast_object_list(steps)  # as the first process counts them
+        state.max_steps = max(31, min(state.max_steps, steps[0]))
+        lr_scheduler.lr_lambdas = [schedule(state.max_steps)] * len(lr_scheduler.lr_lambdas)
+        if state.is_world_process_zero:
+            print(f"{(now - self.start) / 20:.3f} s a step: {state.max_steps} steps", flush=True)
+
+
+def schedule(steps: int):
+    """Of the learning rate: a twentieth of the steps of warm-up, then half a cosine, down to a tenth."""
+    warmup = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
+
+    return factor
+
+
+class ScheduledTrainer(Trainer):
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, schedule(num_training_steps)
+        )
+        return self.lr_scheduler
+
+
 def train(args: argparse.Namespace) -> None:
     """A Llama with as many key/value heads as heads."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
@@ -101,23 +159,25 @@ def train(args: argparse.Namespace) -> None:
     on_gpu = torch.cuda.is_available()
     training = TrainingArguments(
         output_dir=str(args.work / "trainer"), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=max(1, args.steps // 20), weight_decay=0.1, adam_beta2=0.95, bf16=on_gpu, torch_compile=on_gpu,
+        learning_rate=args.learning_rate, weight_decay=0.1, adam_beta2=0.95, bf16=on_gpu, torch_compile=on_gpu,
         optim="adamw_torch_fused", logging_steps=max(1, args.steps // 20), save_strategy="no", report_to="none",
         dataloader_num_workers=4 if on_gpu else 0, dataloader_drop_last=True, remove_unused_columns=False, tf32=on_gpu or None,
     )  # fmt: skip
     world = training.world_size
     data = RandomWindows(args.work / "train.bin", args.steps * args.batch_size * world)
-    trainer = Trainer(model=model, args=training, train_dataset=data)
+    trainer = ScheduledTrainer(model=model, args=training, train_dataset=data)
     start = time.time()
+    if args.max_minutes is not None:
+        trainer.add_callback(Deadline(start + 60 * args.max_minutes))
     trainer.train()
+    steps = trainer.state.global_step
     if trainer.is_world_process_zero():
         seconds = time.time() - start
-        tokens = args.steps * args.batch_size * world * WINDOW
+        tokens = steps * args.batch_size * world * WINDOW
         model.to(torch.bfloat16).save_pretrained(args.work / "llama")
         tokenizer.save_pretrained(args.work / "llama")
         facts = {
-            "parameters": model.num_parameters(), "tokens": tokens, "steps": args.steps, "seconds": seconds,
+            "parameters": model.num_parameters(), "tokens": tokens, "steps": steps, "seconds": seconds,
             "distinct_tokens": len(data.tokens), "devices": world,
             "device": torch.cuda.get_device_name() if on_gpu else "cpu", "learning_rate": args.learning_rate,
         }  # fmt: skip
@@ -134,6 +194,8 @@ def convert(args: argparse.Namespace) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else list(map(str, range(max(1, torch.cuda.device_count()))))
     free = [(device, n) for n in range(args.processes) for device in devices]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // min(len(free), len(waiting))))
+    limits = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}  # torch, tokenizers
     while waiting or running:
         while waiting and free:
             method, ratio = waiting.pop(0)
@@ -150,14 +212,25 @@ def convert(args: argparse.Namespace) -> None:
                 "--heal-learning-rate", str(args.learning_rate), *args.options,
             ]  # fmt: skip
             log = open(args.work / f"{target.name}.log", "w")  # noqa: SIM115  the process writes to it
-            environment = os.environ | {"CUDA_VISIBLE_DEVICES": place[0]}
+            environment = limits | os.environ | {"CUDA_VISIBLE_DEVICES": place[0]}
             running[place] = target, time.time(), subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         for place, (target, start, process) in list(running.items()):
             if process.poll() is not None:
                 del running[place]
                 free.append(place)
                 print(f"{target.name}: exit code {process.returncode} after {time.time() - start:.0f} s", flush=True)
+                print(f"    {stage_times(args.work / f'{target.name}.log')}", flush=True)
         time.sleep(0.5)
+
+
+def stage_times(log: Path) -> str:
+    """The seconds of each stage of a run, and the perplexities, as its log has them."""
+    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
+    seconds: dict[str, float] = {}
+    for match in filter(None, (re.fullmatch(r"([a-z ]+): ([\d.]+) s", line) for line in lines)):
+        seconds[match[1]] = seconds.get(match[1], 0.0) + float(match[2])
+    found = [f"{name} {total:.1f} s" for name, total in seconds.items()]
+    return ", ".join(found + [line for line in lines if re.fullmatch(r"perplexity, [a-z]+: [\d.]+", line)])
 
 
 def report(args: argparse.Namespace) -> None:
@@ -167,6 +240,8 @@ def report(args: argparse.Namespace) -> None:
         path = args.work / f"{method}-{ratio}" / "conversion.json"
         if path.exists():
             results[f"{method}-{ratio}"] = json.loads(path.read_text())
+        if (log := args.work / f"{method}-{ratio}.log").exists():
+            print(f"{method}-{ratio}{'' if path.exists() else ', unfinished'}: {stage_times(log)}")
     if not results:
         raise SystemExit(f"{args.work} holds no finished conversion")
     rows = {name: {row["model"]: row for row in result["perplexity"]} for name, result in results.items()}
@@ -229,7 +304,8 @@ def main() -> None:
             command.add_argument("--hidden-size", type=int, default=512)
             command.add_argument("--layers", type=int, default=8)
             command.add_argument("--heads", type=int, default=8)
-            command.add_argument("--steps", type=int, default=2000)
+            command.add_argument("--steps", type=int, default=2000, help="the most, with --max-minutes")
+            command.add_argument("--max-minutes", type=float, help="fewer steps if these do not fit")
             command.add_argument("--batch-size", type=int, default=64, help="windows of 1024 tokens a device")
             command.add_argument("--learning-rate", type=float, default=1e-3)
         if function is convert:

@@ -31,6 +31,7 @@ from .folders import new_folder
 from .plan import Plan, write_model
 from .report import PLOT, REPORT, provenance, table
 from .report import write as write_report
+from .stages import stage
 
 
 # What comes along beside the weights.
@@ -157,12 +158,13 @@ def convert(args: argparse.Namespace) -> None:
         return
 
     check_options(plan.config, args.k_rank, args.v_rank, args.cache_ratio)
-    texts = smaller.Texts(args, source, plan.config)
+    with stage("reading texts"):
+        texts = smaller.Texts(args, source, plan.config)
     with new_folder(args.target, args.overwrite) as folder:
         working = smaller.working_folder(args)
         exact_folder = working / "exact"
         if not exact_folder.exists():
-            with new_folder(exact_folder) as new:
+            with stage("exact model"), new_folder(exact_folder) as new:
                 write_exact(new)
         common = dtype or next(iter(checkpoint.tensors.values())).dtype
         rows = smaller.make_smaller(args, source, exact_folder, working, texts, folder, common)

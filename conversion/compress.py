@@ -19,6 +19,7 @@ averaged by the attention as in the model. Nothing is rotated differently, so Ro
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,15 +32,21 @@ from modeling_t6.attention_t6 import form_heads
 from modeling_t6.modeling_t6 import T6Attention, apply_rotary_pos_emb
 
 from .errors import ConversionError
+from .stages import stage
 
 
 METHODS = ("fit", "mean-pool")
 Ranks = list[int] | None
-ITERATIONS = 200
+KEY_ITERATIONS = 600  # they are cheap
+VALUE_ITERATIONS = 200
 TRIAL_ITERATIONS = 30  # enough to compare ranks
 PERTURBATION = 0.3
-CONVERGED = 1e-5  # relative gain of an iteration below which a fit ends
+CONVERGED = 1e-6  # relative gain of an iteration below which a fit ends
 RIDGE = 1e-9  # relative to the mean of a diagonal: moments of few tokens are singular
+CHECK = 5  # steps between two looks at whether a fit has ended
+SUBSPACE_ITERATIONS = 8
+LARGE = 256  # matrices as large as this are solved with one by one: a GPU is busy with each
+TOGETHER = 2**23  # numbers in the moments of the layers that are fitted side by side, which take 30 times that
 CANDIDATE_RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 SENSITIVITY_TOKENS = 4096
 
@@ -98,12 +105,11 @@ def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_
     averages = F.scaled_dot_product_attention(
         query.transpose(1, 2), key, value[:, None].expand(-1, key.shape[1], -1, -1), attn_mask=mask,
         is_causal=mask is None, scale=attention.scaling,
-    ).flatten(0, 2)  # fmt: skip
-    return Moments(
-        torch.einsum("tgf,tkf->fgk", complex_key, complex_key.conj()),
-        powers,
-        (averages.mT @ averages).double(),
-    )
+    )  # fmt: skip
+    # Sums of products in float32 are positive definite to its rounding only.
+    values = sum(row.mT @ row for row in (row.flatten(0, 1).double() for row in averages))
+    complex_key = complex_key.permute(2, 1, 0)  # [F, G, tokens]
+    return Moments(complex_key @ complex_key.mH, powers, values)
 
 
 @torch.no_grad()
@@ -152,16 +158,37 @@ class ValueFit:
 
 
 def solve(matrix: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
-    """matrix^-1 rhs for positive semidefinite [..., n, n]."""
+    """
+    matrix^-1 rhs for positive semidefinite [..., n, n], by Cholesky. Where rounding makes a matrix indefinite, the result
+    means nothing: a descent does not follow it.
+    """
     size = matrix.diagonal(dim1=-2, dim2=-1).real.mean(-1)[..., None, None].clamp(min=1e-300)
-    return torch.linalg.solve(matrix / size + RIDGE * torch.eye(matrix.shape[-1]).to(matrix), rhs / size)
+    ridge = RIDGE * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    matrix, rhs = matrix / size + ridge, rhs / size
+    if matrix.shape[-1] > LARGE:
+        flat = zip(matrix.flatten(0, -3), rhs.flatten(0, -3))
+        result = torch.stack([cholesky_solve(*one) for one in flat])
+        return result.unflatten(0, matrix.shape[:-2])
+    return cholesky_solve(matrix, rhs)
 
 
-def matrix_power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
-    """A power of positive semidefinite [..., n, n], its small eigenvalues raised."""
-    values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp(min=RIDGE * values.amax().item() + 1e-300)
-    return (vectors * values[..., None, :] ** exponent) @ vectors.mT
+def cholesky_solve(matrix: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+    factor = torch.linalg.cholesky_ex(matrix).L  # waits for no check on a GPU
+    half = torch.linalg.solve_triangular(factor, rhs, upper=False)
+    return torch.linalg.solve_triangular(factor.mH, half, upper=True)
+
+
+def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a head's size, these are found sooner on the CPU than on a GPU, whose algorithms work on both."""
+    values, vectors = torch.linalg.eigh(matrix.cpu())
+    return values.to(matrix.device), vectors.to(matrix.device)
+
+
+def matrix_powers(matrix: torch.Tensor, *exponents: float) -> list[torch.Tensor]:
+    """Powers of positive semidefinite [..., n, n], its small eigenvalues raised."""
+    values, vectors = eigh(matrix)
+    values = values.clamp(min=1e-300).maximum(RIDGE * values.amax())
+    return [(vectors * values[..., None, :] ** exponent) @ vectors.mT for exponent in exponents]
 
 
 def contiguous_groups(num_groups: int, rank: int) -> torch.Tensor:
@@ -172,164 +199,238 @@ def contiguous_groups(num_groups: int, rank: int) -> torch.Tensor:
 
 
 def membership(labels: torch.Tensor, rank: int) -> torch.Tensor:
-    """[R, G]: whether head g lies in part r."""
-    return labels == torch.arange(rank)[:, None]
+    """[..., R, G]: whether head g of labels [..., G] lies in part r."""
+    return labels[..., None, :] == torch.arange(rank, device=labels.device)[:, None]
 
 
-def similar_groups(similarity: torch.Tensor, rank: int) -> torch.Tensor:
-    """[G]: parts of heads that are alike, by average linkage of their similarity [G, G]."""
-    parts = [[g] for g in range(len(similarity))]
-    table = similarity.tolist()
-    while len(parts) > rank:
-        _, i, j = max(
-            (sum(table[g][k] for g in parts[i] for k in parts[j]) / (len(parts[i]) * len(parts[j])), i, j)
-            for i in range(len(parts))
-            for j in range(i)
-        )
-        parts[j] += parts.pop(i)
-    labels = torch.empty(len(similarity), dtype=torch.long)
-    for r, part in enumerate(parts):
-        labels[part] = r
-    return labels
+def similar_groups(similarity: torch.Tensor) -> torch.Tensor:
+    """[G, G]: row R - 1 has R parts of heads that are alike, by average linkage of their similarity [G, G]."""
+    sums = similarity.cpu().double().clone()  # between parts, one a row
+    sizes = torch.ones(len(sums), dtype=torch.double)
+    labels = [torch.arange(len(sums))]
+    while len(sums) > 1:
+        means = (sums / (sizes[:, None] * sizes)).tril(-1).masked_fill(torch.ones_like(sums).triu().bool(), -torch.inf)
+        i, j = divmod(means.argmax().item(), len(sums))  # j < i
+        sums[j] += sums[i]
+        sums[:, j] += sums[:, i]
+        sizes[j] += sizes[i]
+        rest = torch.arange(len(sums)) != i
+        sums, sizes = sums[rest][:, rest], sizes[rest]
+        last = labels[-1]
+        labels.append(torch.where(last == i, j, last - (last > i).long()))
+    return torch.stack(labels[::-1])
 
 
-def descend(
-    step, starts: list[tuple[torch.Tensor, torch.Tensor]], iterations: int
-) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
+def descend(step, starts: tuple[torch.Tensor, torch.Tensor], iterations: int) -> tuple[torch.Tensor, ...]:
     """
-    Where the best of several descents ends. `step` makes the loss, A, the transforms of the heads and M from A and the
-    transforms, and lowers the loss; between steps stands Nesterov's extrapolation, begun anew where it would raise it.
+    Where the best of several descents ends, for each of L layers. `step` makes losses, A, the transforms of the heads and
+    M from A and the transforms, and lowers the losses; between steps stands Nesterov's extrapolation, begun anew where it
+    would raise a loss. All layers and starts go side by side, and a GPU is waited for at every `CHECK`th step only.
+
+    Args:
+        starts: A and the transforms, [starts, L, ...] each.
+
+    Returns:
+        Losses [L], A, the transforms and M, [L, ...] each.
     """
 
-    def go_on(state, previous, count, iterations):
-        for _ in range(iterations):
-            count += 1
-            momentum = (count - 1) / (count + 2)
-            new = step(*(now + momentum * (now - before) for now, before in zip(state[1:3], previous[1:3])))
-            if new[0] > state[0]:
-                count, new = 0, step(*state[1:3])
-            gain = state[0] - new[0]
-            previous, state = state, new
-            if gain <= CONVERGED * state[0]:
+    def choose(mask: torch.Tensor, new: tuple, old: tuple) -> tuple:
+        return tuple(torch.where(mask[(...,) + (None,) * (x.dim() - mask.dim())], x, y) for x, y in zip(new, old))
+
+    def go_on(state: tuple, previous: tuple, count: torch.Tensor, iterations: int):
+        converged = torch.zeros_like(state[0], dtype=torch.bool)
+        for i in range(iterations):
+            momentum = count / (count + 3)
+            new = step(*(
+                now + momentum[(...,) + (None,) * (now.dim() - momentum.dim())] * (now - before)
+                for now, before in zip(state[1:3], previous[1:3])
+            ))  # fmt: skip
+            better = new[0] <= state[0]
+            # Without momentum, no step raises the loss but by rounding.
+            converged |= torch.where(better, state[0] - new[0] <= CONVERGED * state[0], count == 0)
+            previous, state = state, choose(better, new, state)
+            count = torch.where(better, count + 1, torch.zeros_like(count))
+            if i % CHECK == CHECK - 1 and converged.all():
                 break
         return state, previous, count
 
-    firsts = [step(*start) for start in starts]
-    runs = [go_on(first, first, 0, iterations // 5) for first in firsts]
-    return go_on(*min(runs, key=lambda run: run[0][0]), iterations)[0]
+    first = step(*starts)
+    state, previous, count = go_on(first, first, torch.zeros_like(first[0]), iterations // 5)
+    best = state[0].nan_to_num(torch.inf).argmin(0), torch.arange(state[0].shape[1], device=state[0].device)
+    state, previous = (tuple(x[best] for x in part) for part in (state, previous))
+    return go_on(state, previous, count[best], iterations)[0]
 
 
 def perturbed(a: torch.Tensor) -> torch.Tensor:
-    """Factors of ones and zeros are a saddle: each head stays where it was put."""
-    noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(0), dtype=a.dtype)
-    return a + PERTURBATION * a.abs().max() * noise.to(a.device)
+    """Factors of ones and zeros [..., R, h] are a saddle: each head stays where it was put."""
+    noise = torch.randn(a.shape[-2:], generator=torch.Generator().manual_seed(0), dtype=a.dtype)
+    return a + PERTURBATION * a.abs().amax((-2, -1), keepdim=True) * noise.to(a.device)
 
 
-@torch.no_grad()
-def fit_keys(moments: Moments, selection: torch.Tensor, rank: int, iterations: int = ITERATIONS) -> KeyFit:
+class KeyProblem:
     """
-    The best of several descents for keys of one layer.
+    Keys of L layers, to be fitted.
 
     Args:
-        selection: [h, G], float64: the keys that the heads read now are `selection` times those of the groups.
+        moments: of each layer.
+        selections: [L, h, G], float64: the keys that the heads read now are `selections` times those of the groups.
     """
-    c, weights = moments.keys, moments.queries.T  # [F, G, G], [F, h]
-    s = selection.to(c)
-    power = (s @ c @ s.T).diagonal(dim1=1, dim2=2).real  # [F, h]
-    total = (weights * power).sum()
 
-    def step(a: torch.Tensor, z: torch.Tensor):
-        d = z.T[..., None] * a.T  # [F, h, R]
-        weighted = d.conj().mT * weights[:, None]  # D^H W
-        m = solve(weighted @ d, weighted @ s)
-        c_b, cross = m @ c @ m.mH, s @ c @ m.mH  # E b b^H [F, R, R] and E K b^H [F, h, R]
-        # A for each head, then its z.
-        z2 = weights * z.T.abs().square()
-        left = torch.einsum("fh,frk->hrk", z2, c_b.real)
-        right = torch.einsum("fh,fhr->hr", weights, (z.T.conj()[..., None] * cross).real)
-        a = solve(left, right[..., None])[..., 0].T
-        product = torch.einsum("fhr,rh->fh", cross, a.to(cross))
-        energy = torch.einsum("rh,frk,kh->fh", a, c_b.real, a).clamp(min=1e-300)
-        z = (product / energy).T
-        loss = (weights * (power - product.abs().square() / energy)).sum() / total
-        scale = a.square().sum(0).sqrt().clamp(min=1e-300)
-        return loss.item(), a / scale, z * scale[:, None], m  # the scale of A is free
+    def __init__(self, moments: list[Moments], selections: torch.Tensor):
+        self.moments = torch.stack([moment.keys for moment in moments])  # [L, F, G, G]
+        self.weights = torch.stack([moment.queries.T for moment in moments])  # [L, F, h]
+        self.selections = selections
+        self.root = (self.weights @ selections.square()).sqrt()  # [L, F, G]
+        whitened = self.whitened(slice(None))
+        size = whitened.diagonal(dim1=-2, dim2=-1).real.sum(1)
+        similarity = whitened.abs().sum(1) / (size[:, :, None] * size[:, None]).sqrt().clamp(min=1e-300)
+        self.similar = torch.stack([similar_groups(table) for table in similarity]).to(size.device)
+        self.mixtures = eigh(whitened.real.sum(1))[1]
 
-    group_weights = weights @ selection.square()  # [F, G]
-    root = group_weights.sqrt()
-    whitened = root[..., None] * c * root[:, None]
-    size = whitened.diagonal(dim1=1, dim2=2).real.sum(0)
-    similarity = whitened.abs().sum(0) / (size[:, None] * size).sqrt().clamp(min=1e-300)
+    def whitened(self, layers: list[int] | slice) -> torch.Tensor:
+        """Moments weighted by the power of the queries."""
+        root = self.root[layers]
+        return root[..., None] * self.moments[layers] * root[..., None, :]
 
-    starts = []
-    for labels in (contiguous_groups(len(size), rank), similar_groups(similarity, rank)):
-        # In a part, the best single key of each feature pair.
-        member = membership(labels, rank).to(selection)
-        top = torch.stack([torch.linalg.eigh(whitened * x * x[:, None])[1][..., -1] for x in member])  # [R, F, G]
-        z = (top * member[:, None]).sum(0) / root.clamp(min=1e-300)  # [F, G]
-        starts.append((perturbed(member @ selection.T), (z @ s.T).T))
-    mixture = torch.linalg.eigh(whitened.real.sum(0))[1][:, -rank:]  # plain mixtures of heads
-    starts.append((mixture.T @ selection.T, torch.ones_like(starts[0][1])))
-    loss, a, z, m = descend(step, starts, iterations)
-    return KeyFit(a, z, m, loss)
+    @torch.no_grad()
+    def fit(self, rank: int, iterations: int = KEY_ITERATIONS, layers: list[int] | None = None) -> list[KeyFit]:
+        """The best of several descents for each of `layers`, or for all."""
+        layers = list(range(len(self.moments))) if layers is None else layers
+        c, weights, selections = self.moments[layers], self.weights[layers], self.selections[layers]
+        s = selections[:, None].to(c)
+        power = (s @ c @ s.mT).diagonal(dim1=-2, dim2=-1).real  # [L, F, h]
+        total = (weights * power).sum((-2, -1))
+
+        def step(a: torch.Tensor, z: torch.Tensor):
+            """Of A [..., L, R, h] and z [..., L, h, F]."""
+            d = z.mT[..., None] * a.mT[..., None, :, :]  # [F, h, R]
+            weighted = d.mH * weights[..., None, :]  # D^H W
+            m = solve(weighted @ d, weighted @ s)
+            c_m = c @ m.mH
+            c_b, cross = m @ c_m, s @ c_m  # E b b^H [F, R, R] and E K b^H [F, h, R]
+            # A for each head, then its z.
+            z2 = weights * z.mT.abs().square()
+            left = torch.einsum("...fh,...frk->...hrk", z2, c_b.real)
+            right = torch.einsum("...fh,...fhr->...hr", weights, (z.mT.conj()[..., None] * cross).real)
+            a = solve(left, right[..., None])[..., 0].mT
+            product = (cross * a.mT[..., None, :, :]).sum(-1)  # [F, h]
+            energy = ((a.mT[..., None, :, :] @ c_b.real) * a.mT[..., None, :, :]).sum(-1).clamp(min=1e-300)
+            loss = (weights * (power - product.abs().square() / energy)).sum((-2, -1)) / total
+            scale = a.square().sum(-2, keepdim=True).sqrt().clamp(min=1e-300)  # the scale of A is free
+            return loss, a / scale, (product / energy).mT * scale.mT, m
+
+        root, whitened = self.root[layers], self.whitened(layers)
+        starts = []
+        for labels in (
+            contiguous_groups(root.shape[-1], rank).to(root.device).expand(len(layers), -1),
+            self.similar[layers, rank - 1],
+        ):
+            # In a part, about the best single key of each feature pair: all parts go through the power method at once.
+            same = (labels[:, :, None] == labels[:, None])[:, None].to(whitened)  # [L, 1, G, G]
+            matrix = whitened * same
+            for _ in range(5):
+                size = same @ matrix.diagonal(dim1=-2, dim2=-1)[..., None]
+                matrix = matrix / size.real.clamp(min=1e-300)
+                matrix = matrix @ matrix
+            top = matrix.sum(-1)
+            norm = (same.real @ top.abs().square()[..., None])[..., 0].sqrt()
+            z = top / (norm * root).clamp(min=1e-300)  # [L, F, G]
+            member = membership(labels, rank).to(selections)
+            starts.append((perturbed(member @ selections.mT), (z @ s[:, 0].mT).mT))
+        mixture = self.mixtures[layers, :, -rank:]  # plain mixtures of heads
+        starts.append((mixture.mT @ selections.mT, torch.ones_like(starts[0][1])))
+        loss, a, z, m = descend(step, tuple(map(torch.stack, zip(*starts))), iterations)
+        return [KeyFit(*one) for one in zip(a, z, m, loss.tolist())]
 
 
-@torch.no_grad()
-def fit_values(
-    moments: Moments, selection: torch.Tensor, output: torch.Tensor, rank: int, iterations: int = ITERATIONS
-) -> ValueFit:
+class ValueProblem:
     """
-    The best of several descents for values of one layer.
+    Values of L layers, to be fitted.
 
     Args:
-        selection: [h, G], float64: the values that the heads read now are `selection` times those of the groups.
-        output: the output projection's weight, [hidden, h, d].
+        moments: of each layer.
+        selections: [L, h, G], float64: the values that the heads read now are `selections` times those of the groups.
+        outputs: the weight of each layer's output projection, [hidden, h, d].
     """
-    num_heads, num_groups = selection.shape
-    d = output.shape[-1]
-    c = moments.values.unflatten(1, (num_groups, d)).unflatten(0, (num_groups, d))  # [G, d, G, d]
-    metric = torch.einsum("xhd,xhe->hde", output, output)  # [h, d, d]
-    target = torch.einsum("hg,gdke->hdke", selection, c)  # E V_i V^T
-    power = torch.einsum("hde,hdke,hk->", metric, target, selection)
 
-    def step(a: torch.Tensor, u: torch.Tensor):
-        weighted = u.mT @ metric  # U^T W, [h, e, d]
-        squared = weighted @ u
-        left = torch.einsum("rh,kh,hef->rekf", a, a, squared).flatten(2).flatten(0, 1)
-        right = torch.einsum("rh,hg,hed->regd", a, selection, weighted).flatten(2).flatten(0, 1)
-        m = solve(left, right)  # [R d, G d]
-        c_b = (m @ moments.values @ m.T).unflatten(1, (rank, d)).unflatten(0, (rank, d))  # E b b^T
-        cross = (target.flatten(2) @ m.T).unflatten(-1, (rank, d))  # E V_i b^T, [h, d, R, e]
-        # A for each head, then its U.
-        left = torch.einsum("hef,rekf->hrk", squared, c_b)
-        right = torch.einsum("hed,hdre->hr", weighted, cross)
-        a = solve(left, right[..., None])[..., 0].T
-        a = a / a.square().sum(0).sqrt().clamp(min=1e-300)  # its scale is free
-        product = torch.einsum("hdre,rh->hde", cross, a)
-        energy = torch.einsum("rh,rekf,kh->hef", a, c_b, a)
-        u = solve(energy, product.mT).mT
-        explained = (metric * (2 * u @ product.mT - u @ energy @ u.mT)).sum()
-        return (1 - explained / power).item(), a, u, m
+    def __init__(self, moments: list[Moments], selections: torch.Tensor, outputs: list[torch.Tensor]):
+        self.moments = torch.stack([moment.values for moment in moments])  # [L, G d, G d]
+        self.selections = selections
+        self.metrics = torch.stack([torch.einsum("xhd,xhe->hde", w, w) for w in map(torch.Tensor.double, outputs)])
+        group_metrics = torch.einsum("lhg,lhde->lgde", selections.square(), self.metrics)
+        roots = [matrix_powers(metric, 0.5, -0.5) for metric in group_metrics]
+        self.root, self.inverse = map(torch.stack, zip(*roots))  # [L, G, d, d]
+        whitened = self.whitened(slice(None))
+        norms = whitened.square().sum((2, 4)).sqrt()
+        diagonal = norms.diagonal(dim1=1, dim2=2)
+        similarity = norms / (diagonal[:, :, None] * diagonal[:, None]).sqrt().clamp(min=1e-300)
+        self.similar = torch.stack([similar_groups(table) for table in similarity]).to(norms.device)
+        self.mixtures = eigh(torch.einsum("lgdkd->lgk", whitened))[1]
 
-    group_metric = torch.einsum("hg,hde->gde", selection.square(), metric)
-    root, inverse = matrix_power(group_metric, 0.5), matrix_power(group_metric, -0.5)
-    whitened = torch.einsum("gde,gekf,khf->gdkh", root, c, root)
-    norms = whitened.square().sum((1, 3)).sqrt()
-    similarity = norms / (norms.diagonal()[:, None] * norms.diagonal()).sqrt().clamp(min=1e-300)
+    def whitened(self, layers: list[int] | slice) -> torch.Tensor:
+        """Moments of values as the output projection sees them, [L, G, d, G, d]."""
+        root = self.root[layers]
+        (groups, d), c = root.shape[1:3], self.moments[layers]
+        half = root @ c.unflatten(1, (groups, d)).flatten(3)  # [L, G, d, G d]
+        return torch.einsum("lgdke,lkef->lgdkf", half.unflatten(-1, (groups, d)), root)
 
-    starts = []
-    for labels in (contiguous_groups(num_groups, rank), similar_groups(similarity, rank)):
-        # In a part, the d best directions of its values side by side.
-        member = membership(labels, rank).to(selection)
-        u = torch.zeros_like(group_metric)
-        for part in (labels == r for r in range(rank)):
-            block = whitened[part][:, :, part].flatten(2).flatten(0, 1)
-            u[part] = torch.linalg.eigh(block)[1][:, -d:].unflatten(0, (-1, d))
-        starts.append((perturbed(member @ selection.T), torch.einsum("hg,gde->hde", selection, inverse @ u)))
-    mixture = torch.linalg.eigh(torch.einsum("gdkd->gk", whitened))[1][:, -rank:]
-    starts.append((mixture.T @ selection.T, torch.eye(d).to(metric).repeat(num_heads, 1, 1)))
-    loss, a, u, m = descend(step, starts, iterations)
-    return ValueFit(a, u, m, loss)
+    @torch.no_grad()
+    def fit(self, rank: int, iterations: int = VALUE_ITERATIONS, layers: list[int] | None = None) -> list[ValueFit]:
+        """The best of several descents for each of `layers`, or for all."""
+        layers = list(range(len(self.moments))) if layers is None else layers
+        c, metric, selections = self.moments[layers], self.metrics[layers], self.selections[layers]
+        num_groups, d = self.root.shape[1:3]
+        target = torch.einsum("lhg,lgdke->lhdke", selections, c.unflatten(2, (-1, d)).unflatten(1, (-1, d)))
+        power = torch.einsum("lhde,lhdke,lhk->l", metric, target, selections)
+        del target
+
+        def step(a: torch.Tensor, u: torch.Tensor):
+            """Of A [..., L, R, h] and U [..., L, h, d, d]."""
+            weighted = u.mT @ metric  # U^T W, [h, e, d]
+            squared = weighted @ u
+            left = torch.einsum("...hrk,...hef->...rekf", a.mT[..., None] * a.mT[..., None, :], squared)
+            right = torch.einsum("...rhg,...hed->...regd", a[..., None] * selections[:, None], weighted)
+            m = solve(left.flatten(-4, -3).flatten(-2), right.flatten(-4, -3).flatten(-2))  # [R d, G d]
+            m_c = m @ c
+            c_b = (m_c @ m.mT).unflatten(-1, (rank, d)).unflatten(-3, (rank, d))  # E b b^T
+            cross = m_c.unflatten(-1, (num_groups, d)).unflatten(-3, (rank, d))
+            cross = torch.einsum("...hg,...regd->...hdre", selections, cross)  # E V_i b^T
+            # A for each head, then its U.
+            left = torch.einsum("...hef,...rekf->...hrk", squared, c_b)
+            right = torch.einsum("...hed,...hdre->...hr", weighted, cross)
+            a = solve(left, right[..., None])[..., 0].mT
+            a = a / a.square().sum(-2, keepdim=True).sqrt().clamp(min=1e-300)  # its scale is free
+            product = torch.einsum("...hdre,...rh->...hde", cross, a)
+            energy = torch.einsum("...hrk,...rekf->...hef", a.mT[..., None] * a.mT[..., None, :], c_b)
+            u = solve(energy, product.mT).mT
+            explained = (metric * (2 * u @ product.mT - u @ energy @ u.mT)).sum((-3, -2, -1))
+            return 1 - explained / power, a, u, m
+
+        whitened = self.whitened(layers)
+        starts = []
+        for labels in (
+            contiguous_groups(num_groups, rank).to(c.device).expand(len(layers), -1),
+            self.similar[layers, rank - 1],
+        ):
+            # In a part, about the d best directions of its values side by side: subspace iteration, all parts at once.
+            same = (labels[:, :, None] == labels[:, None]).to(c)  # [L, G, G]
+            matrix = (whitened * same[:, :, None, :, None]).flatten(3).flatten(1, 2)
+            u = torch.randn(num_groups, d, d, generator=torch.Generator().manual_seed(0), dtype=c.dtype)
+            u = u.to(c.device).expand(len(layers), -1, -1, -1)
+            for _ in range(SUBSPACE_ITERATIONS):
+                u = (matrix @ u.flatten(1, 2)).unflatten(1, (num_groups, d))
+                gram = torch.einsum("lgk,lkde->lgde", same, u.mT @ u)
+                u = u / gram.diagonal(dim1=-2, dim2=-1).mean(-1).sqrt().clamp(min=1e-150)[..., None, None]
+                gram = torch.einsum("lgk,lkde->lgde", same, u.mT @ u)
+                ridge = RIDGE * torch.eye(d, dtype=c.dtype, device=c.device)
+                u = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram + ridge).L, u.mT, upper=False).mT
+            member = membership(labels, rank).to(selections)
+            u = torch.einsum("lhg,lgde->lhde", selections, self.inverse[layers] @ u)
+            starts.append((perturbed(member @ selections.mT), u))
+        mixture = self.mixtures[layers, :, -rank:]
+        starts.append((mixture.mT @ selections.mT, torch.eye(d).to(c).expand_as(starts[0][1])))
+        loss, a, u, m = descend(step, tuple(map(torch.stack, zip(*starts))), iterations)
+        return [ValueFit(*one) for one in zip(a, u, m, loss.tolist())]
 
 
 def mean_pool(selection: torch.Tensor, head_dim: int, rank: int) -> tuple[KeyFit, ValueFit]:
@@ -411,12 +512,57 @@ def balance(attention: T6Attention) -> None:
     p = torch.einsum("rdx,rex->de", value, value) / len(value)
     q = torch.einsum("xhd,xhe->de", output, output) / output.shape[1]
     # T P T^T = T^-T Q T^-1 has the symmetric solution T = S^(1/2), S the geometric mean of P^-1 and Q.
-    root, inverse = matrix_power(p, 0.5), matrix_power(p, -0.5)
-    t = matrix_power(inverse @ matrix_power(root @ q @ root, 0.5) @ inverse, 0.5)
+    root, inverse = matrix_powers(p, 0.5, -0.5)
+    (middle,) = matrix_powers(root @ q @ root, 0.5)
+    (t,) = matrix_powers(inverse @ middle @ inverse, 0.5)
     attention.o_proj.weight.copy_((output @ torch.linalg.inv(t)).flatten(1))
     for part in parts:
         tensor = getattr(attention.v_b_proj, part)
         tensor.copy_((t @ tensor.double().reshape(-1, d, tensor[0].numel())).reshape(tensor.shape))
+
+
+class HeadFits:
+    """
+    Keys and values of other ranks for the layers of a model, many layers at a time.
+
+    Args:
+        attentions: of the model's layers.
+        method: one of `METHODS`; `"fit"` needs moments, given to `use`.
+    """
+
+    def __init__(self, attentions: list[T6Attention], method: str):
+        self.attentions, self.method = attentions, method
+        self.problems: list[tuple[range, dict[str, KeyProblem | ValueProblem]]] = []
+
+    def use(self, moments: list[Moments]) -> None:
+        d = self.attentions[0].head_dim
+        count = max(1, TOGETHER // moments[0].values.numel())
+        for start in range(0, len(moments), count):
+            layers = range(start, min(start + count, len(moments)))
+            attentions, part = self.attentions[layers.start : layers.stop], moments[layers.start : layers.stop]
+            k_selections, v_selections = map(torch.stack, zip(*map(selections, attentions)))
+            outputs = [attention.o_proj.weight.unflatten(1, (-1, d)) for attention in attentions]
+            problems = {"k": KeyProblem(part, k_selections), "v": ValueProblem(part, v_selections, outputs)}
+            self.problems.append((layers, problems))
+
+    def __call__(
+        self, side: str, rank: int, iterations: int, layers: list[int] | None = None
+    ) -> list[KeyFit | ValueFit | None]:
+        """Fits of the keys (`side` k) or values (v) of `layers`, or of all; `None` for a layer that has this rank."""
+        layers = list(range(len(self.attentions))) if layers is None else layers
+        changed = [layer for layer in layers if getattr(self.attentions[layer], f"{side}_rank") != rank]
+        fits = {}
+        if self.method == "mean-pool":
+            for layer in changed:
+                attention = self.attentions[layer]
+                selection = selections(attention)["kv".index(side)]
+                fits[layer] = mean_pool(selection, attention.head_dim, rank)["kv".index(side)]
+        for those, problems in self.problems:
+            some = [layer for layer in changed if layer in those]
+            if some:
+                found = problems[side].fit(rank, iterations, [layer - those.start for layer in some])
+                fits |= zip(some, found)
+        return [fits.get(layer) for layer in layers]
 
 
 def rank_field(ranks: list[int]) -> int | list[int]:
@@ -531,29 +677,25 @@ def compress(
     """
     check_options(model.config, k_ranks, v_ranks, cache_ratio)
     attentions = [layer.self_attn for layer in model.model.layers]
-    batches = calibration.split(batch_size)
-    moments = None
+    fits = HeadFits(attentions, method)
     if method == "fit":
-        moments = collect_moments(model, tqdm(batches, desc="calibrating", unit="batch", disable=quiet))
-
-    def fit(layer: int, side: str, rank: int, iterations: int = ITERATIONS) -> KeyFit | ValueFit | None:
-        attention = attentions[layer]
-        if rank == getattr(attention, f"{side}_rank"):
-            return None
-        selection = selections(attention)["kv".index(side)]
-        if method == "mean-pool":
-            return mean_pool(selection, attention.head_dim, rank)["kv".index(side)]
-        if side == "k":
-            return fit_keys(moments[layer], selection, rank, iterations)
-        output = attention.o_proj.weight.double().unflatten(1, (-1, attention.head_dim))
-        return fit_values(moments[layer], selection, output, rank, iterations)
+        batches = calibration.split(batch_size)
+        with stage("calibrating", quiet):
+            fits.use(collect_moments(model, tqdm(batches, desc="calibrating", unit="batch", disable=quiet)))
 
     parts = [(layer, side) for layer in range(len(attentions)) for side in "kv"]
     full = [getattr(model.config, f"{side}_rank") for _, side in parts]
 
     def build(ranks: list[int]) -> T6ForCausalLM:
-        fits = [fit(*part, rank) for part, rank in zip(parts, ranks)]
-        result = compressed_model(model, list(zip(fits[::2], fits[1::2])))
+        layers = defaultdict(list)  # of each side and rank
+        for (layer, side), rank in zip(parts, ranks):
+            layers[side, rank].append(layer)
+        found = {}
+        with stage("fitting", quiet):
+            for (side, rank), some in tqdm(layers.items(), desc="fitting", unit="rank", disable=quiet):
+                iterations = KEY_ITERATIONS if side == "k" else VALUE_ITERATIONS
+                found |= {(layer, side): fit for layer, fit in zip(some, fits(side, rank, iterations, some))}
+        result = compressed_model(model, [(found[layer, "k"], found[layer, "v"]) for layer in range(len(attentions))])
         if method == "fit":
             for layer in result.model.layers:
                 balance(layer.self_attn)
@@ -575,19 +717,23 @@ def compress(
         else [rank for rank in CANDIDATE_RANKS if rank < whole] + [whole]
         for (_, side), whole in zip(parts, full)
     ]
-    costs: list[dict[int, float]] = []
-    with tqdm(total=sum(map(len, candidates)), desc="trying ranks", unit="rank", disable=quiet) as progress:
-        for (layer, side), ranks in zip(parts, candidates):
-            costs.append({})
-            for rank in ranks:
-                fitted = fit(layer, side, rank, TRIAL_ITERATIONS)
+    costs: list[dict[int, float]] = [{} for _ in parts]
+    count = sum(map(len, candidates))
+    with (
+        stage("trying ranks", quiet),
+        tqdm(total=count, desc="trying ranks", unit="rank", disable=quiet) as progress,
+    ):
+        for side, rank in sorted({(side, rank) for (_, side), ranks in zip(parts, candidates) for rank in ranks}):
+            places = [place for place, part in enumerate(parts) if part[1] == side]
+            for place, fitted in zip(places, fits(side, rank, TRIAL_ITERATIONS)):
+                layer = parts[place][0]
                 if fitted is None:
-                    costs[-1][rank] = 0.0
+                    costs[place][rank] = 0.0
                 else:
                     pair = (fitted, None) if side == "k" else (None, fitted)
                     module = model.model.layers[layer]
                     module.self_attn = compressed_attention(attentions[layer], *pair)
-                    costs[-1][rank] = divergence(model, ids, expected)
+                    costs[place][rank] = divergence(model, ids, expected)
                     module.self_attn = attentions[layer]
                 progress.update()
     trials = [build(choose_ranks(costs, budget))]

@@ -35,10 +35,10 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         options = {"input_ids": inputs["input_ids"], "use_cache": False, "output_hidden_states": True}
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():  # as Trainer runs the model
             expected = self.teacher(**options)
         outputs = model(**options)
-        log_probs, expected_log_probs = (x.logits.float().log_softmax(-1) for x in (outputs, expected))
+        log_probs, expected_log_probs = (x.logits.log_softmax(-1, dtype=torch.float32) for x in (outputs, expected))
         loss = F.kl_div(log_probs, expected_log_probs, log_target=True, reduction="sum") / inputs["input_ids"].numel()
         errors = [
             F.mse_loss(state.float(), target.float()) / target.float().square().mean()
@@ -109,6 +109,7 @@ def heal(
         [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
         betas=(0.9, 0.95),
         weight_decay=0.0,
+        fused=on_gpu,
     )
     trainer = DistillationTrainer(
         model=model,

@@ -17,6 +17,7 @@ from .errors import ConversionError
 from .folders import new_folder
 from .heal import heal
 from .report import Row
+from .stages import stage
 from .verify import cache_bytes_per_token
 
 
@@ -107,11 +108,13 @@ class Texts:
         else:
             (calibration, held_out), name = text.split_held_out(calibration), f"the last tenth of {args.calibration}"
         self.held_out = text.windows(tokenizer, held_out, length, name)
-        self.calibration = text.windows(tokenizer, calibration, length, str(args.calibration))
-        count = min(len(self.calibration), max(1, args.calibration_tokens // length))
-        self.calibration = self.calibration[torch.linspace(0, len(self.calibration) - 1, count).long()]
+        whole = text.windows(tokenizer, calibration, length, str(args.calibration))
+        count = min(len(whole), max(1, args.calibration_tokens // length))
+        self.calibration = whole[torch.linspace(0, len(whole) - 1, count).long()]
         self.healing = None
-        if args.heal is not None:
+        if args.heal is not None and args.heal.resolve() == args.calibration.resolve():
+            self.healing = whole  # a long text takes long to tokenise
+        elif args.heal is not None:
             healing = text.read_text(args.heal)
             if args.held_out is None:
                 healing = text.split_held_out(healing)[0]
@@ -177,7 +180,10 @@ def make_smaller(
     def measure(name: str, model: PreTrainedModel) -> PreTrainedModel:
         cache_class = T6Cache if isinstance(model, T6ForCausalLM) else DynamicCache
         size = cache_bytes_per_token(model, cache_class(config=model.config), dtype.itemsize)
-        rows.append(Row(name, size, text.perplexity(model, texts.held_out, args.batch_size, name)))
+        with stage("measuring"):
+            perplexity = text.perplexity(model, texts.held_out, args.batch_size, name)
+        print(f"perplexity, {name}: {perplexity:.4f}", flush=True)
+        rows.append(Row(name, size, perplexity))
         return model
 
     def save(model: T6ForCausalLM, path: Path) -> None:
@@ -200,10 +206,11 @@ def make_smaller(
         return rows
 
     model = model.float()
-    heal(
-        model, source_model, texts.healing, working / "checkpoints", args.heal_steps, args.batch_size,
-        args.heal_accumulation, args.heal_learning_rate, args.seed, args.device,
-    )  # fmt: skip
+    with stage("healing"):
+        heal(
+            model, source_model, texts.healing, working / "checkpoints", args.heal_steps, args.batch_size,
+            args.heal_accumulation, args.heal_learning_rate, args.seed, args.device,
+        )  # fmt: skip
     save(model, folder)
     measure("healed", load(T6ForCausalLM, folder))
     return rows

@@ -42,24 +42,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str) -> torch.Tensor:
     """Token ids [n, length] of a text, without the rest that fills no window; `name` is what errors call the text."""
-    pieces = []
-    for line in text.splitlines(keepends=True):
-        if pieces and len(pieces[-1]) + len(line) <= PIECE:
-            pieces[-1] += line
-        else:
-            pieces.append(line)
-    ids = [i for piece in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] for i in piece]
+    pieces, start = [], 0
+    while start < len(text):
+        end = len(text) if len(text) <= start + PIECE else text.rfind("\n", start, start + PIECE) + 1
+        end = end or text.find("\n", start + PIECE) + 1 or len(text)  # a line longer than a piece is one
+        pieces.append(text[start:end])
+        start = end
+    options = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids", "verbose"), False)
+    ids = torch.cat([torch.tensor(piece, dtype=torch.long) for piece in tokenizer(pieces, **options)["input_ids"]])
     if len(ids) < length:
         raise ConversionError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    return ids[: len(ids) // length * length].view(-1, length)
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int, name: str, quiet: bool = False) -> float:
     """exp of the mean loss of each token of the windows `ids` [n, length] after those before it in its window."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in tqdm(ids.split(batch_size), desc=f"perplexity, {name}", unit="batch", disable=quiet):
         batch = batch.to(model.device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").double().cpu()
+        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").double()
     return math.exp(total.item() / (ids.shape[0] * (ids.shape[1] - 1)))

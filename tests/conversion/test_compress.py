@@ -7,14 +7,14 @@ import torch
 
 from conversion import compress
 from conversion.compress import (
+    KeyProblem,
     Moments,
+    ValueProblem,
     balance,
     choose_ranks,
     collect_moments,
     compressed_attention,
     compressed_model,
-    fit_keys,
-    fit_values,
     from_complex,
     mean_pool,
     selections,
@@ -52,6 +52,14 @@ def correlated(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(*shape[:-2], 1, shape[-1], generator=generator, dtype=torch.double)
     return common + torch.randn(*shape, generator=generator, dtype=torch.double)
+
+
+def fit_keys(moments: Moments, selection: torch.Tensor, rank: int) -> compress.KeyFit:
+    return KeyProblem([moments], selection[None]).fit(rank)[0]
+
+
+def fit_values(moments: Moments, selection: torch.Tensor, output: torch.Tensor, rank: int) -> compress.ValueFit:
+    return ValueProblem([moments], selection[None], [output]).fit(rank)[0]
 
 
 def test_complex_numbers_are_what_rope_turns():

@@ -57,10 +57,30 @@ def form_all_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     `form_heads` for the tokens of a prompt or a training step. torch.compile fuses a sum of outer products with what is
     before and after it, such as RoPE and the layout that attention wants; a matrix product it would call as it is.
     """
-    rank = a.shape[-2]
-    if rank > MAX_OUTER_PRODUCTS or not torch.compiler.is_compiling():
+    if a.shape[-2] > MAX_OUTER_PRODUCTS or not torch.compiler.is_compiling():
         return form_heads(a, b)
-    return sum(a[..., r, :, None] * b[..., r, None, :] for r in range(rank)) / rank
+    return SumOfOuterProducts.apply(a, b)
+
+
+class SumOfOuterProducts(torch.autograd.Function):
+    """
+    `form_heads` as a sum that torch.compile fuses. Its gradients are matrix products: those of outer products would be
+    sums over all features and over all heads for each rank, which take longer than all that the forward pass gains.
+    """
+
+    @staticmethod
+    def forward(ctx, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        rank = a.shape[-2]
+        return sum(a[..., r, :, None] * b[..., r, None, :] for r in range(rank)) / rank
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = ctx.saved_tensors
+        a_gradient = torch.matmul(gradient, b.transpose(-1, -2).to(gradient.dtype)).transpose(-1, -2) / a.shape[-2]
+        b_gradient = torch.matmul(a.to(gradient.dtype), gradient) / a.shape[-2]
+        # Constants are the same for all tokens.
+        return a_gradient.sum_to_size(a.shape).to(a.dtype), b_gradient.sum_to_size(b.shape).to(b.dtype)
 
 
 def rebuild_heads(cache: Cache | None, is_checkpointed: bool) -> bool:
@@ -70,7 +90,10 @@ def rebuild_heads(cache: Cache | None, is_checkpointed: bool) -> bool:
     """
     enabled = REBUILD_HEADS_COMPILED if torch.compiler.is_compiling() else REBUILD_HEADS_EAGER
     wanted = torch.is_grad_enabled() and cache is None and not is_checkpointed
-    return enabled and wanted and not torch.compiler.is_exporting()
+    # What `torch.compiler.is_exporting()` returns, but for Dynamo, up to torch 2.11, which takes that for True in
+    # torch.compile, too.
+    is_exporting = getattr(torch.compiler, "_is_exporting_flag", False)
+    return enabled and wanted and not is_exporting
 
 
 def keep_factors(attend: Callable, *args, dropout: float = 0.0, **kwargs):

@@ -4,11 +4,14 @@ import gc
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_t6 import T6Cache, attention_t6
-from modeling_t6.attention_t6 import form_all_heads, form_heads, rebuild_heads
+from modeling_t6.attention_t6 import form_all_heads, rebuild_heads
 
 from .common import random_ids, random_model, tiny_config
 from .test_variants import VARIANTS
@@ -26,18 +29,9 @@ CASES = VARIANTS | {
 PARTITION = {"backend": "aot_eager_decomp_partition", "fullgraph": True}
 
 
-@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
-def compiled(request):
-    torch._dynamo.reset()
-    yield request.param
-    torch._dynamo.reset()
-
-
-def choose(monkeypatch, rebuild: bool, outer_products: bool = True) -> None:
+def choose(monkeypatch, rebuild: bool) -> None:
     monkeypatch.setattr(attention_t6, "REBUILD_HEADS_EAGER", rebuild)
     monkeypatch.setattr(attention_t6, "REBUILD_HEADS_COMPILED", rebuild)
-    if not outer_products:
-        monkeypatch.setattr(attention_t6, "MAX_OUTER_PRODUCTS", 0)
 
 
 def gradients(overrides: dict, compiled: bool = False) -> list[torch.Tensor]:
@@ -122,7 +116,9 @@ def kept_bytes(overrides: dict, compiled: bool) -> list[int]:
     return list(storages.values())
 
 
-@pytest.mark.parametrize("overrides", [{}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize(
+    "overrides, compiled", [({}, False), ({"qk_norm": True}, False), ({"qk_norm": True}, True)], ids=str
+)
 def test_heads_are_not_kept(overrides, compiled, monkeypatch):
     heads_bytes = BATCH * SEQ * HEADS * HEAD_DIM * 4
     choose(monkeypatch, rebuild=False)
@@ -134,6 +130,47 @@ def test_heads_are_not_kept(overrides, compiled, monkeypatch):
     assert sum(plain) - sum(rebuilt) >= 2 * heads_bytes  # of three that are gone; the factors of one may be new
 
 
+class Partitioned(Exception):
+    pass
+
+
+def test_heads_are_not_kept_by_flash_attention(monkeypatch):
+    """Forward and backward, as inductor partitions them around the operator of a GPU. Nothing runs."""
+
+    def attention(query, key, value, is_causal=False, **kwargs):
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
+
+    def forward_compiler(graph, _):
+        raise Partitioned(graph)
+
+    choose(monkeypatch, rebuild=True)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    model = random_model(tiny_config(num_attention_heads=HEADS, head_dim=HEAD_DIM), dtype=torch.bfloat16).train()
+    hidden = torch.randn(BATCH, SEQ, 48, dtype=torch.bfloat16)
+    positions = model.model.rotary_emb(hidden, torch.arange(SEQ)[None])
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=forward_compiler, partition_fn=min_cut_rematerialization_partition)
+    with pytest.raises(BackendCompilerFailed) as error:
+        torch.compile(model.model.layers[0].self_attn, backend=backend, fullgraph=True)(hidden, positions)
+    graph = error.value.inner_exception.args[0].graph
+    assert sum("_flash_attention" in str(node.target) for node in graph.nodes) == 1
+    saved = [node.meta["val"] for node in graph.output_node().args[0][1:] if node.op == "call_function"]
+    sizes = [value.numel() for value in saved if isinstance(value, torch.Tensor)]
+    assert sizes.count(BATCH * SEQ * HEADS * HEAD_DIM) == 1  # the output
+    assert BATCH * SEQ * HEADS in sizes  # its log-sum-exp
+
+
+def test_exported_programs_keep_nothing(monkeypatch):
+    choose(monkeypatch, rebuild=True)
+    attention = random_model(tiny_config()).train().cpu().model.layers[0].self_attn
+    hidden, rotation = torch.randn(1, 4, 48), torch.randn(1, 4, 16)
+    program = torch.export.export(attention, (hidden, (rotation, rotation)), strict=True)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert any("scaled_dot_product" in target for target in targets)
+    assert not any("checkpoint" in target for target in targets)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 def test_probabilities_are_not_kept(compiled, monkeypatch):
     choose(monkeypatch, rebuild=True)
     assert max(kept_bytes(EAGER, compiled)) < BATCH * HEADS * SEQ * SEQ * 4
@@ -151,6 +188,8 @@ def test_gradient_checkpointing_keeps_nothing_of_attention(monkeypatch):
 
 def test_when_heads_are_rebuilt(monkeypatch):
     choose(monkeypatch, rebuild=True)
+    # Which Dynamo, up to torch 2.11, takes for True in torch.compile.
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
     assert rebuild_heads(None, is_checkpointed=False)
     assert not rebuild_heads(None, is_checkpointed=True) and not rebuild_heads(T6Cache(), is_checkpointed=False)
     with torch.no_grad():
@@ -159,10 +198,13 @@ def test_when_heads_are_rebuilt(monkeypatch):
 
 @pytest.mark.parametrize("shapes", [((2, 3, 4, 5), (2, 3, 4, 6)), ((4, 5), (2, 3, 4, 6)), ((2, 3, 4, 5), (4, 6))])
 def test_sums_of_outer_products(shapes, monkeypatch):
-    a, b = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    expected = torch.einsum("...rh,...rd->...hd", a, b) / 4
+    factors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    expected = torch.einsum("...rh,...rd->...hd", *factors) / 4
+    probe = torch.randn_like(expected)
+    expected = [expected, *torch.autograd.grad(expected, factors, probe)]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for most in (0, 8):
         monkeypatch.setattr(attention_t6, "MAX_OUTER_PRODUCTS", most)
-        torch.testing.assert_close(form_all_heads(a, b), expected, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(form_heads(a, b), expected, atol=1e-12, rtol=1e-12)
+        heads = form_all_heads(*factors)
+        ours = [heads, *torch.autograd.grad(heads, factors, probe)]
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)

@@ -59,7 +59,8 @@ class FactorLayout:
 
     def __init__(self, rank: int, num_heads: int, head_dim: int):
         self.rank, self.num_heads, self.head_dim = rank, num_heads, head_dim
-        unit = 1 if head_dim % 8 else 8  # a head of 12 features, say, leaves no more than the whole row to align
+        # Rows of A alone, or beside heads of 12 features, say, are aligned as a whole: the kernels do not read them.
+        unit = 8 if head_dim > 0 and head_dim % 8 == 0 else 1
         self.padded_heads = next(
             n for n in range(num_heads, num_heads + 8) if n % unit == 0 and rank * (n + head_dim) % 8 == 0
         )

@@ -70,8 +70,8 @@ def test_folder_is_complete(run):
     card = (run.folder / "README.md").read_text()
     assert card.startswith("---\n") and f"{run.report['bits_per_byte']:.4f}" in card
     assert f"--text {run.text}" in card and "words.txt" in card and "license: apache-2.0" in card
-    # 1 (8 + 8) numbers of keys and 2 (4 + 8) of values, heads padded to 16 bytes a row, in 2 layers of float32.
-    assert "320 bytes; MHA with the same heads: 384 bytes" in card
+    # 1 (8 + 8) numbers of keys and 2 (8 + 8) of values, 3 heads padded to 8, in 2 layers of float32.
+    assert "384 bytes; MHA with the same heads: 384 bytes" in card
 
 
 def test_loads_in_a_process_without_the_package(run, tmp_path):

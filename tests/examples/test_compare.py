@@ -122,6 +122,7 @@ class InProcess:
         return argparse.Namespace(returncode=code)
 
 
+@pytest.mark.once
 def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     process = InProcess()
     monkeypatch.setattr(compare, "subprocess", process)

@@ -12,9 +12,9 @@ where that is faster. Shares are of the bandwidth of copies, measured in the sam
 import argparse
 import functools
 import itertools
-import json
 
 import torch
+from gpu import LARGER_THAN_L2, copy_bandwidth, graph_seconds, machine, parse_args, save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -37,8 +37,6 @@ MAX_BYTES = 60e9
 
 
 def time_t6(batch: int, tokens: int, heads: int, head_dim: int, rank: int, dtype: str) -> dict:
-    from gpu import LARGER_THAN_L2, graph_seconds
-
     from modeling_t6.attention_t6 import factor_space_attention
     from modeling_t6.cache_t6 import FactorLayout
     from modeling_t6.flash_tpa_t6 import flash_tpa
@@ -63,8 +61,6 @@ def time_t6(batch: int, tokens: int, heads: int, head_dim: int, rank: int, dtype
 
 
 def time_sdpa(batch: int, tokens: int, heads: int) -> dict:
-    from gpu import LARGER_THAN_L2, graph_seconds
-
     num_bytes = 2 * batch * tokens * heads * HEAD_DIM * 2
     copies = min(16, -(-LARGER_THAN_L2 // num_bytes))
     shape = (batch, heads, tokens, HEAD_DIM)
@@ -92,8 +88,6 @@ def time_sdpa(batch: int, tokens: int, heads: int) -> dict:
 
 
 def measure(caches) -> dict:
-    from gpu import copy_bandwidth, machine
-
     bandwidth = copy_bandwidth()
     print(f"{machine()}; bfloat16, one query token; copies move {bandwidth / 1e12:.2f} TB/s")
     print(f"{'batch x tokens':16}{'model':20}{'time':>10}  {'cache':>10}  {'of copies':>9}")
@@ -143,17 +137,8 @@ def plot(data: dict, path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", metavar="JSON")
-    parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="draw what an earlier run wrote")
-    args = parser.parse_args()
-    if args.plot:
-        with open(args.plot[0]) as file:
-            plot(json.load(file), args.plot[1])
-        return
-    data = measure(CACHES)
-    if args.output:
-        with open(args.output, "w") as file:
-            json.dump(data, file, indent=1)
+    args = parse_args(parser, plot)
+    save(measure(CACHES), args.output)
 
 
 if __name__ == "__main__":

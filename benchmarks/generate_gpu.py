@@ -13,14 +13,12 @@ for which Transformers compiles the model.
 """
 
 import argparse
-import gc
-import json
 import statistics
 import time
 from unittest import mock
 
 import torch
-from gpu import copy_bandwidth, machine
+from gpu import copy_bandwidth, machine, parse_args, release_memory, save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -200,11 +198,6 @@ def largest_context(model, fastest: str | None) -> dict:
     raise RuntimeError("No context of 1,024 tokens fits.")
 
 
-def release_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def generate_step(model, batch: int, tokens: int, static: bool = False, new: int = 24) -> float:
     """Seconds a token of `generate()`, from the times of a short and a long run."""
     config, times = model.config, []
@@ -321,11 +314,6 @@ def measure(names: list[str], skip_generate: bool, output: str | None) -> None:
     bandwidth = copy_bandwidth()
     data = {"machine": machine(), "copy_bandwidth": bandwidth, "results": [], "largest": []}
 
-    def save() -> None:
-        if output:
-            with open(output, "w") as file:
-                json.dump(data, file, indent=1)
-
     print(f"{machine()}; bfloat16; copies move {bandwidth / 1e12:.2f} TB/s")
     print(f"{'model':20}{'batch x context':>16}{'graph':>11}{'tokens/s':>10}{'peak memory':>13}{'cache':>12}")
     for name in names:
@@ -340,7 +328,7 @@ def measure(names: list[str], skip_generate: bool, output: str | None) -> None:
                 continue
             row["peak_bytes"], fastest = torch.cuda.max_memory_allocated(), row["backend"]
             data["results"].append(row)
-            save()
+            save(data, output)
             print(
                 f"{name:20}{f'{batch} x {tokens:,}':>16}{row['seconds'] * 1e3:8.2f} ms{batch / row['seconds']:10,.0f}"
                 f"{row['peak_bytes'] / 2**30:9.1f} GiB{row['cache_bytes'] / 2**30:8.1f} GiB"
@@ -348,7 +336,7 @@ def measure(names: list[str], skip_generate: bool, output: str | None) -> None:
                 flush=True,
             )
         data["largest"].append({"model": name} | largest_context(model, fastest))
-        save()
+        save(data, output)
         print(f"{name:20}largest context {data['largest'][-1]['tokens']:,}", flush=True)
         del model
         release_memory()
@@ -372,7 +360,7 @@ def measure(names: list[str], skip_generate: bool, output: str | None) -> None:
                     second = row[key] = generate_step(model, batch, tokens, static)
                 except torch.OutOfMemoryError:
                     second = row[key] = None
-                save()
+                save(data, output)
                 times = f"{second * 1e3:9.2f} ms{batch / second:10,.0f}" if second else f"{'out of memory':>22}"
                 print(f"{name:20}{f'{batch} x {tokens:,}':>16}{times}{'  static, compiled' * static}", flush=True)
         del model
@@ -383,13 +371,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--skip-generate", action="store_true", help="leave out the times of generate()")
-    parser.add_argument("--output", metavar="JSON")
-    parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="draw what an earlier run wrote")
-    args = parser.parse_args()
-    if args.plot:
-        with open(args.plot[0]) as file:
-            plot(json.load(file), args.plot[1])
-        return
+    args = parse_args(parser, plot)
     measure(args.models, args.skip_generate, args.output)
 
 

@@ -1,5 +1,11 @@
-"""What the GPU benchmarks share: timing by CUDA graph, the copy bandwidth, and a line that says what ran."""
+"""
+What the GPU benchmarks share: timing by CUDA graph, the copy bandwidth, a line that says what ran, and the options of those
+that write JSON and draw it.
+"""
 
+import argparse
+import gc
+import json
 import statistics
 from collections.abc import Callable
 
@@ -59,3 +65,26 @@ def machine() -> str:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}, "
         f"Transformers {transformers.__version__}"
     )
+
+
+def release_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def parse_args(parser: argparse.ArgumentParser, plot: Callable[[dict, str], None]) -> argparse.Namespace:
+    """With `--output` and `--plot`; if a picture is asked for, it is drawn, and the program ends."""
+    parser.add_argument("--output", metavar="JSON")
+    parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="draw what an earlier run wrote")
+    args = parser.parse_args()
+    if args.plot:
+        with open(args.plot[0]) as file:
+            plot(json.load(file), args.plot[1])
+        raise SystemExit
+    return args
+
+
+def save(data: dict, path: str | None) -> None:
+    if path:
+        with open(path, "w") as file:
+            json.dump(data, file, indent=1)

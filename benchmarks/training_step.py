@@ -16,12 +16,13 @@ kernels that one attention layer spends its time in.
 """
 
 import argparse
-import gc
-import json
+import contextlib
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
+from gpu import machine, parse_args, release_memory, save
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_t6 import attention_t6
@@ -190,22 +191,32 @@ def line(name: str, row: dict, baseline: dict) -> str:
     return f"{name:40} {'; '.join(columns)}"
 
 
+@contextlib.contextmanager
+def reported(name: str, failures: list[str]) -> Iterator[None]:
+    """What fails within prints its error, and its name is added to `failures`."""
+    try:
+        yield
+    except Exception as error:
+        failures.append(name)
+        print(f"{name:40} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+    torch._dynamo.reset()
+    release_memory()
+
+
 def measure(args) -> tuple[dict, bool]:
     config = AutoConfig.from_pretrained(args.config, attn_implementation=args.attention)
     config.num_hidden_layers = args.layers or config.num_hidden_layers
     if args.device == "cuda":
-        from gpu import machine
-
         head = machine()
     else:
         head = f"CPU, torch {torch.__version__}"
     print(f"{head}; {args.config}, {config.num_hidden_layers} layers, {args.attention}, bfloat16")
     print(f"Training, {args.batch} x {args.length} tokens: a step of the model, and one attention layer")
-    training, prefill, failed = {}, {}, False
+    training, prefill, failures = {}, {}, []
     shape, expected = (args.device, args.batch, args.length), None
     for name, (rebuilt, outer_products, compiled) in WAYS.items():
         choose(rebuilt, outer_products)
-        try:
+        with reported(name, failures):
             row = measure_step(config, *shape, compiled)
             attention, gradient = measure_attention(config, *shape, compiled)
             expected = gradient if expected is None else expected
@@ -214,10 +225,6 @@ def measure(args) -> tuple[dict, bool]:
             print(line(name, row, training.get(BASELINE, {})), flush=True)
             if not row["difference"] <= MAX_DIFFERENCE:
                 raise ValueError(f"its gradient differs by {row['difference']:.1%} from that of the first way")
-        except Exception as error:
-            failed = True
-            print(f"{name:40} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
-        clear(args.device)
     for batch, length in args.prefill:
         print(f"Prefill, {batch} x {length} tokens: one attention layer")
         rows = prefill[f"{batch}x{length}"] = {}
@@ -225,34 +232,19 @@ def measure(args) -> tuple[dict, bool]:
             if rebuilt:
                 continue
             choose(rebuilt, outer_products)
-            try:
+            with reported(name, failures):
                 seconds = measure_prefill(config, args.device, batch, length, compiled)
                 rows[name] = {"prefill_seconds": seconds}
                 print(line(name.removeprefix("materialised, "), rows[name], rows.get(BASELINE, {})), flush=True)
-            except Exception as error:
-                failed = True
-                print(f"{name:40} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
-            clear(args.device)
     for name in (BASELINE, DEFAULT) if args.profile else ():
         rebuilt, outer_products, compiled = WAYS[name]
         choose(rebuilt, outer_products)
         print(f"Kernels of one attention layer, forward and backward: {name}")
-        try:
+        with reported(name, failures):
             profile_attention(config, *shape, compiled)
-        except Exception as error:
-            failed = True
-            print(f"{name:40} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
-        clear(args.device)
-    if args.device == "cuda":  # the bytes that a layer keeps are not measured elsewhere
-        failed |= not judge(training)
-    return {"machine": head, "training": training, "prefill": prefill}, failed
-
-
-def clear(device: str) -> None:
-    torch._dynamo.reset()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    # The bytes that a layer keeps are not measured elsewhere.
+    passed = args.device != "cuda" or judge(training)
+    return {"machine": head, "training": training, "prefill": prefill}, passed and not failures
 
 
 def plot(data: dict, path: str) -> None:
@@ -292,18 +284,10 @@ def main() -> None:
     parser.add_argument("--prefill", type=batch_and_length, nargs="*", default=[(1, 32768), (8, 2048)], metavar="BxN")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--profile", action="store_true", help="list kernels of the baseline and of the default way")
-    parser.add_argument("--output", metavar="JSON")
-    parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="draw what an earlier run wrote")
-    args = parser.parse_args()
-    if args.plot:
-        with open(args.plot[0]) as file:
-            plot(json.load(file), args.plot[1])
-        return
-    data, failed = measure(args)
-    if args.output:
-        with open(args.output, "w") as file:
-            json.dump(data, file, indent=1)
-    if failed:
+    args = parse_args(parser, plot)
+    data, passed = measure(args)
+    save(data, args.output)
+    if not passed:
         raise SystemExit(1)
 
 

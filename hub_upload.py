@@ -431,7 +431,9 @@ def read_results(paths: list[Path], task_type: str) -> list[EvalResult]:
     for path in paths:
         content = read_json(path)
         tasks, shots = content.get("results"), content.get("n-shot", {})
-        if not isinstance(tasks, dict) or not all(isinstance(part, dict) for part in (shots, *tasks.values())):
+        if not (
+            isinstance(tasks, dict) and tasks and all(isinstance(part, dict) for part in (shots, *tasks.values()))
+        ):
             raise UploadError(f"{path} has no `results`: expected a file that lm-eval wrote")
         for task, scores in tasks.items():
             for key, value in scores.items():

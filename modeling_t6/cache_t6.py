@@ -53,8 +53,9 @@ class FactorLayout:
 
     A's rows are padded by at most 7 numbers each, to a multiple of 8, so that in half precision each starts on 16 bytes:
     kernels lose a quarter to half of their speed on rows that do not. A row has `width` numbers,
-    `rank * (num_heads + head_dim)` where `num_heads` is such a multiple. Factors that need no caching have size 0: with constant A factors `num_heads` is 0 and a
-    row holds B alone, with constant or shared B factors `head_dim` is 0 and it holds A alone.
+    `rank * (num_heads + head_dim)` where `num_heads` is such a multiple. Factors that need no caching have size 0: with
+    constant A factors `num_heads` is 0 and a row holds B alone, with constant or shared B factors `head_dim` is 0 and it
+    holds A alone.
     """
 
     def __init__(self, rank: int, num_heads: int, head_dim: int):

@@ -108,6 +108,7 @@ def choose_launch(
         block_n = 128 if k_rank + v_rank == 2 and bytes_used(128, stages=3) <= 150_000 else 64
     unroll = itemsize < 4 and k_rank + v_rank <= 6 and bytes_used(block_n, stages=2) <= shared_memory
     ranks = k_rank + v_rank if unroll else 1
+    # Where more than two programs read the same rows, two of them side by side are faster than a third block in flight.
     stages = 3 if bytes_used(block_n, 3, ranks) <= min(150_000, shared_memory) and num_heads <= 2 * block_h else 2
     programs_per_sm = 2 if 2 * (bytes_used(block_n, stages, ranks) + 1024) <= shared_memory + 1024 else 1
     warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4

@@ -11,7 +11,8 @@ the edge), and used for all, each with several seeds; TPA is then tuned alike. A
 as MHA instead of as many parameters, and ranks 1, 2, 4.
 
 `run` does the runs that the results lack, one at a time on each GPU, and may be stopped and called again: results are
-added as runs end, and a run that was stopped goes on from its checkpoint, if WORK_DIR is still there.
+added as runs end, and a run that was stopped goes on from its checkpoint, if WORK_DIR is still there. Several calls at
+once with one WORK_DIR, of one machine or of several that share their files, share out the runs.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from shutil import rmtree
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from transformers import AutoConfig
 
 import pretrain
@@ -41,6 +43,7 @@ ROOT = Path(__file__).parents[1]
 MAIN = ("MHA", "MQA", "GQA", "MLA", "TPA-KVonly", "TPA")
 EXTENSIONS = 3  # doublings or halvings of a sweep of learning rates, on each side
 MARGIN = 0.5  # minutes that a run needs to start, and to save what it has
+PATIENCE = 5.0  # seconds between looks at what other calls have done
 
 # What the runs have in common; a later call must have the same.
 SETTINGS = {
@@ -253,9 +256,10 @@ class Runner:
         self.results, self.architectures = open_results(args)
         self.deadline = time.monotonic() + 60 * args.max_minutes
         self.changed = threading.Condition()
-        self.running: set[str] = set()
+        self.running: dict[str, FileLock] = {}
         self.failures: list[str] = []
         self.stopped = False
+        args.work_dir.mkdir(parents=True, exist_ok=True)
 
     def seconds_of(self, run: Run) -> float:
         """How long a run takes, by those of its length that are done: of its architecture, or else the longest."""
@@ -266,18 +270,42 @@ class Runner:
     def remaining(self) -> float:
         return self.deadline - time.monotonic()
 
+    def claim(self, run: Run) -> bool:
+        """Whether the run is left to do and no other call is doing it; from then on this one is."""
+        lock = FileLock(f"{self.paths(run)[0]}.lock", thread_local=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return False
+        self.look()
+        if run.key in self.results["runs"]:
+            lock.release()
+            return False
+        self.running[run.key] = lock
+        return True
+
+    def look(self) -> None:
+        """What this call and others have done so far."""
+        if self.args.results.exists():
+            self.results = read_results(self.args.results)
+
     def next_run(self) -> Run | None:
         with self.changed:
             while not self.failures and not self.stopped:
+                self.look()
                 known = plan(self.results, list(self.architectures))
                 todo = [run for run in known if run.key not in self.results["runs"] and run.key not in self.running]
-                for run in todo:
-                    if self.checkpointed(run) or self.seconds_of(run) + 60 * MARGIN < self.remaining():
-                        self.running.add(run.key)
+                feasible = [
+                    run
+                    for run in todo
+                    if self.checkpointed(run) or self.seconds_of(run) + 60 * MARGIN < self.remaining()
+                ]
+                for run in feasible:
+                    if self.claim(run):
                         return run
-                if todo or not self.running:  # no time for any; or all is done
+                if not feasible and (todo or not self.running):  # no time for any; or all is done
                     return None
-                self.changed.wait()  # what is needed next depends on a run that is going on
+                self.changed.wait(PATIENCE)  # what is needed next depends on runs that are going on
             return None
 
     def paths(self, run: Run) -> tuple[Path, Path, Path]:
@@ -318,13 +346,11 @@ class Runner:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
-        args.work_dir.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         with log_file.open("a") as log:
             code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
         seconds = time.monotonic() - start
         with self.changed:
-            self.running.discard(run.key)
             if code == 0:
                 measured = json.loads(read_text(checkpoints / "training.json"))
                 # No path of this machine belongs to the results.
@@ -333,14 +359,17 @@ class Runner:
                     for entry in pretrain.read_log(checkpoints)
                     if "eval_loss_per_token" in entry
                 ]
-                self.results["runs"][run.key] = {
+                result = {
                     "name": run.architecture,
                     "seconds": seconds,
                     "cache_bytes_per_token": 2 * cache_numbers(AutoConfig.for_model(**measured["config"]))[1],
                     "curve": curve,
                     **measured,
                 }
-                write_results(self.args.results, self.results)
+                with FileLock(args.work_dir / "results.lock"):
+                    self.look()
+                    self.results["runs"][run.key] = result
+                    write_results(args.results, self.results)
                 rmtree(folder)
                 rmtree(checkpoints)
                 print(f"{run.key}: loss {measured['loss_per_token']:.4f}, {seconds:.0f} s", flush=True)
@@ -350,6 +379,10 @@ class Runner:
             else:
                 end = read_text(log_file).splitlines()[-15:]
                 self.failures.append("\n".join([f"{run.key}: exit code {code}", *end]))
+            lock = self.running.pop(run.key)
+            if code == 0:
+                Path(lock.lock_file).unlink()  # whoever waits for it finds the run done
+            lock.release()
             self.changed.notify_all()
 
     def work(self, device: str | None) -> None:

@@ -122,6 +122,24 @@ class InProcess:
         return argparse.Namespace(returncode=code)
 
 
+def test_calls_at_once(data, tmp_path):
+    """A run is done by one of two calls, and both see what either has done."""
+    results_file = tmp_path / "comparison.json"
+    options = ["run", "--data", str(data), "--results", str(results_file), *TINY, "--work-dir", str(tmp_path), "--cpu"]
+    one, other = (compare.Runner(compare.parse_args(options)) for _ in range(2))
+    first, second, third = (one.next_run(), other.next_run(), one.next_run())
+    assert [run.learning_rate for run in (first, second, third)] == [1e-3, 2e-3, 4e-3]
+    assert not one.claim(second) and not other.claim(first)
+
+    result = {"name": "MHA", "seconds": 1.0, "loss_per_token": 1.0}
+    compare.write_results(results_file, one.results | {"runs": {first.key: result}})
+    one.running.pop(first.key).release()
+    assert not other.claim(first)  # it is done
+    assert first.key in other.results["runs"]
+    other.running.pop(second.key).release()  # its call was killed
+    assert one.next_run() == second
+
+
 @pytest.mark.once
 def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     process = InProcess()
@@ -169,7 +187,7 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "EXTENSIONS", 0)
     compare.main(options)
     assert "0 of the runs known to be needed are left" in capsys.readouterr().out
-    assert not [path for path in work.iterdir() if path.suffix != ".log"]
+    assert {path.name for path in work.iterdir() if path.suffix != ".log"} == {"results.lock"}
     number = len(process.commands)
     compare.main(options)
     assert len(process.commands) == number  # nothing is done twice

@@ -289,6 +289,7 @@ def decode_kernel(
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """
     Attention over one of `num_splits` pieces of the cache, for one block of columns of one sequence.
@@ -298,6 +299,8 @@ def decode_kernel(
     grid depends on the room in the cache alone. Batch strides of the rows count `STRIDE_UNIT` numbers, which tells the
     compiler that rows start on 16 bytes.
     """
+    if OVERLAP:  # the combine kernel's programs may take their places, and wait there
+        tl.extra.cuda.gdc_launch_dependents()
     HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
     QUERY_BLOCKS: tl.constexpr = (NUM_QUERIES + BLOCK_T - 1) // BLOCK_T
     BLOCK_C: tl.constexpr = BLOCK_T * BLOCK_H
@@ -395,8 +398,11 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The pieces of one column (a query token's head) into its output: their mean, weighted by exponentials."""
+    if OVERLAP:  # started early: until the decode kernel is complete, and what it wrote is visible
+        tl.extra.cuda.gdc_wait()
     column = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     first = batch * num_splits * COLUMNS + column

@@ -38,6 +38,8 @@ MAX_QUERIES = 16
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 1024
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# On Hopper and newer, the combine kernel's launch overlaps the decode kernel; a benchmark may switch it off.
+OVERLAP = True
 # Triton's interpreter runs the kernels on a CPU, to test them.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -124,6 +126,12 @@ def _device_limits(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
+    """Whether the chip has programmatic dependent launch, by which a kernel starts before the last one ends."""
+    return device.type == "cuda" and _capability(device) >= (9, 0)
+
+
 def _rows_as_read(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Rows whose numbers are contiguous, and the largest power of 2 that divides every offset of one, to 16 bytes."""
     if rows.stride(-1) != 1:
@@ -171,6 +179,7 @@ def _flash_tpa(
     partial = query.new_empty((batch_size, num_splits, num_queries, num_heads, head_dim), dtype=torch.float32)
     lse = query.new_empty((batch_size, num_splits, num_queries, num_heads), dtype=torch.float32)
     output = query.new_empty(query.shape)
+    overlap = OVERLAP and _can_overlap(query.device)
     with torch.cuda.device_of(query):
         decode_kernel[(columns * num_splits, batch_size)](
             query,
@@ -214,6 +223,7 @@ def _flash_tpa(
             STAGES=launch.stages,
             # Three products of tf32 keep float32's digits; of half precision there is one way.
             PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
+            OVERLAP=overlap,
             num_warps=launch.warps,
         )
         combine_kernel[(num_queries * num_heads, batch_size)](
@@ -227,7 +237,9 @@ def _flash_tpa(
             BLOCK_D=launch.block_d,
             BLOCK_S=32,
             MAX_SPLITS=MAX_SPLITS,
+            OVERLAP=overlap,
             num_warps=2,
+            **({"launch_pdl": True} if overlap else {}),
         )
     return output
 

@@ -23,6 +23,7 @@ from modeling_t6.flash_tpa_t6 import choose_launch
 SHAPES = [  # heads, head_dim, k_rank, v_rank, queries, constant A, dtype, dtype of the cache, mask, rows on 16 bytes
     (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),
     (34, 64, 2, 2, 1, False, "bf16", "bf16", "boolean", True),
+    (78, 64, 2, 2, 1, False, "bf16", "bf16", "none", True),
     (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
     (12, 96, 8, 3, 1, False, "fp16", "fp16", "none", True),
     (12, 64, 2, 3, 1, False, "bf16", "bf16", "additive", False),
@@ -58,8 +59,9 @@ def compile_shape(shape: tuple, capability: int):
         "V_HEADS": layouts[1].padded_heads, "CONSTANT_A": constant_a, "CAUSAL": True, "MASK": mask,
         "MASK_BY_COLUMN": mask == "additive", "HAS_LENGTHS": True, "STRIDE_UNIT": 16 // BYTES[cache_dtype] if aligned else 1,
         "BLOCK_N": launch.block_n, "BLOCK_T": launch.block_t, "BLOCK_H": launch.block_h,
-        "BLOCK_D": launch.block_d, "UNROLL": launch.unroll, "STAGES": launch.stages,
+        "BLOCK_D": launch.block_d, "UNROLL": launch.unroll and aligned, "STAGES": launch.stages,
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+        "OVERLAP": capability >= 90,
     }  # fmt: skip
     types = dict.fromkeys(("query_ptr", "key_a_ptr", "value_a_ptr"), f"*{dtype}")
     types |= {
@@ -69,7 +71,7 @@ def compile_shape(shape: tuple, capability: int):
     decode = compile_kernel(decode_kernel, types, constants, launch.warps, capability)
     constants = {
         "COLUMNS": queries * heads, "HEAD_DIM": head_dim, "V_RANK": v_rank, "BLOCK_D": launch.block_d, "BLOCK_S": 32,
-        "MAX_SPLITS": 1024,
+        "MAX_SPLITS": 1024, "OVERLAP": capability >= 90,
     }  # fmt: skip
     types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": f"*{dtype}"}
     return launch, decode, compile_kernel(combine_kernel, types, constants, 2, capability)

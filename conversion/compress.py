@@ -15,7 +15,9 @@ factor. Values are not rotated and allow more, a matrix for each head that goes 
 
 Both are fitted by alternating least squares on second moments of the activations: the error of a key is weighted by the
 power of the queries that read it, the error of a value by what the output projection makes of it, and values are
-averaged by the attention as in the model. Nothing is rotated differently, so RoPE stays exact at every position.
+averaged by the attention as in the model. Small relative errors of B count, too: without them, heads come out as small
+differences of large B, which rounding to half precision damages and from which healing diverges. Nothing is rotated
+differently, so RoPE stays exact at every position.
 """
 
 import copy
@@ -42,6 +44,7 @@ VALUE_ITERATIONS = 200
 TRIAL_ITERATIONS = 30  # enough to compare ranks
 PERTURBATION = 0.3
 CONVERGED = 1e-6  # relative gain of an iteration below which a fit ends
+NOISE = 0.01  # relative errors of B that a fit is to stand: rounding to half precision, and steps of healing
 RIDGE = 1e-9  # relative to the mean of a diagonal: moments of few tokens are singular
 CHECK = 5  # steps between two looks at whether a fit has ended
 SUBSPACE_ITERATIONS = 8
@@ -178,6 +181,11 @@ def cholesky_solve(matrix: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(factor.mH, half, upper=True)
 
 
+def noisy(moments: torch.Tensor) -> torch.Tensor:
+    """Second moments [..., n, n] if each number had an independent error, `NOISE` of its size."""
+    return moments + NOISE**2 * torch.diag_embed(moments.diagonal(dim1=-2, dim2=-1))
+
+
 def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a head's size, these are found sooner on the CPU than on a GPU, whose algorithms work on both."""
     values, vectors = torch.linalg.eigh(matrix.cpu())
@@ -305,9 +313,9 @@ class KeyProblem:
             """Of A [..., L, R, h] and z [..., L, h, F]."""
             d = z.mT[..., None] * a.mT[..., None, :, :]  # [F, h, R]
             weighted = d.mH * weights[..., None, :]  # D^H W
-            m = solve(weighted @ d, weighted @ s)
+            m = solve(noisy(weighted @ d), weighted @ s)
             c_m = c @ m.mH
-            c_b, cross = m @ c_m, s @ c_m  # E b b^H [F, R, R] and E K b^H [F, h, R]
+            c_b, cross = noisy(m @ c_m), s @ c_m  # E b b^H [F, R, R] and E K b^H [F, h, R]
             # A for each head, then its z.
             z2 = weights * z.mT.abs().square()
             left = torch.einsum("...fh,...frk->...hrk", z2, c_b.real)
@@ -390,9 +398,9 @@ class ValueProblem:
             squared = weighted @ u
             left = torch.einsum("...hrk,...hef->...rekf", a.mT[..., None] * a.mT[..., None, :], squared)
             right = torch.einsum("...rhg,...hed->...regd", a[..., None] * selections[:, None], weighted)
-            m = solve(left.flatten(-4, -3).flatten(-2), right.flatten(-4, -3).flatten(-2))  # [R d, G d]
+            m = solve(noisy(left.flatten(-4, -3).flatten(-2)), right.flatten(-4, -3).flatten(-2))  # [R d, G d]
             m_c = m @ c
-            c_b = (m_c @ m.mT).unflatten(-1, (rank, d)).unflatten(-3, (rank, d))  # E b b^T
+            c_b = noisy(m_c @ m.mT).unflatten(-1, (rank, d)).unflatten(-3, (rank, d))  # E b b^T
             cross = m_c.unflatten(-1, (num_groups, d)).unflatten(-3, (rank, d))
             cross = torch.einsum("...hg,...regd->...hdre", selections, cross)  # E V_i b^T
             # A for each head, then its U.
@@ -469,20 +477,22 @@ def compressed_attention(attention: T6Attention, keys: KeyFit | None, values: Va
     parts = ["weight", "bias"] if config.attention_bias else ["weight"]
     if keys is not None:
         config.k_rank = len(keys.a)
-        state["k_a"] = config.k_rank * keys.a
+        size = keys.z.abs().square().mean(1).sqrt().clamp(min=1e-300)  # free between A and z
+        state["k_a"] = config.k_rank * keys.a * size
         for part in parts:
             query, key = state[f"q_proj.{part}"], state[f"k_b_proj.{part}"]
-            new_query = key_space(query, attention) * keys.z.conj()[:, None]
+            new_query = key_space(query, attention) * (keys.z.conj() / size[:, None])[:, None]
             new_key = torch.einsum("frg,gxf->rxf", keys.m, key_space(key, attention))
             state[f"q_proj.{part}"] = from_key_space(new_query, attention, query.shape)
             state[f"k_b_proj.{part}"] = from_key_space(new_key, attention, key.shape)
     if values is not None:
         config.v_rank = len(values.a)
-        state["v_a"] = config.v_rank * values.a
+        size = values.u.square().mean((1, 2)).mul(attention.head_dim).sqrt().clamp(min=1e-300)  # 1 of a rotation
+        state["v_a"] = config.v_rank * values.a * size
         for part in parts:
             state[f"v_b_proj.{part}"] = values.m @ state[f"v_b_proj.{part}"].double()
         output = state["o_proj.weight"].double().unflatten(1, (-1, attention.head_dim))
-        state["o_proj.weight"] = torch.einsum("xhd,hde->xhe", output, values.u).flatten(1)
+        state["o_proj.weight"] = torch.einsum("xhd,hde->xhe", output, values.u / size[:, None, None]).flatten(1)
     with torch.device("meta"):
         result = T6Attention(config, attention.layer_idx)
     result.load_state_dict({name: tensor.to(attention.k_a.dtype) for name, tensor in state.items()}, assign=True)
@@ -494,10 +504,23 @@ def balance(attention: T6Attention) -> None:
     """
     Gives the two sides of each product weights of one size, in place, without a change of what the layer computes.
 
-    The features of all B_K may be multiplied by any number, those of all B_V by any matrix, if queries and output
-    projection undo it. A fit leaves that open; optimizers need weights of like size to train from it.
+    The rows of A may be multiplied by any matrix, if B undoes it, the features of all B_K by any number, and those of all
+    B_V by any matrix, if queries and output projection undo it. A fit leaves that open, and its heads can be small
+    differences of large B: rounding to half precision, and every step of an optimizer, are then as large as the heads.
+    With orthogonal rows, A passes neither on enlarged.
     """
     parts = ["weight", "bias"] if attention.config.attention_bias else ["weight"]
+    sides = [(attention.v_a, attention.v_b_proj)]
+    if not attention.config.qk_norm:
+        sides.append((attention.k_a, attention.k_b_proj))
+    for a, projection in sides:
+        rows, mixture = torch.linalg.qr(a.double().T)  # A = mixture^T rows^T
+        size = a.numel() ** 0.5  # A of an exact conversion has such rows if each B has as many heads
+        a.copy_(size * rows.T)
+        for part in parts:
+            tensor = getattr(projection, part)
+            tensor.copy_((mixture / size @ tensor.double().reshape(len(a), -1)).reshape(tensor.shape))
+
     if not attention.config.qk_norm:
         query, key = (key_space(proj.weight, attention) for proj in (attention.q_proj, attention.k_b_proj))
         factor = (query.abs().square().mean((0, 1)) / key.abs().square().mean((0, 1)).clamp(min=1e-300)) ** 0.25

@@ -101,7 +101,7 @@ def main() -> None:
             f"{capability} {shape}: products of 8 columns, which Triton 3.6 miscompiles"
         )
         registers, spills = registers_and_spills(decode)
-        assert spills <= 256, f"{capability} {shape}: {spills} bytes of spills"
+        assert spills <= 320, f"{capability} {shape}: {spills} bytes of spills"
         print(
             f"{capability} {shape}: {registers} registers, {spills} bytes of spills, {shared} bytes of shared memory, {launch}"
         )

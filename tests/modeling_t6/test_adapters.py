@@ -79,7 +79,8 @@ def test_round_trip(overrides, targets, tmp_path):
     with torch.no_grad():
         logits = peft_model(ids).logits
         with peft_model.disable_adapter():
-            assert torch.equal(peft_model(ids).logits, original(ids).logits)
+            # PEFT's constants lie elsewhere in memory, by which matrix products of some CPUs round otherwise.
+            assert torch.allclose(peft_model(ids).logits, original(ids).logits, rtol=0, atol=1e-5)
         assert (logits - original(ids).logits).std() > 0.1 * logits.std()
     tokens = generate(peft_model, ids)
     assert torch.equal(tokens, greedy(peft_model, ids))

@@ -169,6 +169,7 @@ def test_two_at_once(hub, uploader, folder):
     assert is_whole(hub, folder) and "theirs.txt" in hub.repositories["someone/t6"].files()
 
 
+@pytest.mark.once
 def test_a_pull_that_breaks_leaves_nothing_that_loads(hub, uploader, folder, tmp_path):
     """Plain Transformers, and its cache: broken connections are mended, and a broken shard never enters the cache."""
     assert uploader(folder, "someone/t6").code == 0

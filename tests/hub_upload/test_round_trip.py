@@ -271,6 +271,7 @@ def test_push_to_hub_alone(hub, tmp_path):
     assert len(found) == 2 and all(torch.equal(logits, expected) for logits in found.values())
 
 
+@pytest.mark.once
 def test_lm_eval(hub, uploader, tmp_path):
     """lm-eval's hf model at a commit; its scores by another way, and then in the card."""
     make_model(tmp_path / "model", seed=4)

@@ -201,11 +201,10 @@ def tensor_parallel_with_flash_tpa(folder: Path) -> None:
 
 def tensor_parallel_refusal(folder: Path) -> None:
     """Of heads that the processes cannot share out evenly."""
-    for options in ({}, {"noncontextual_a": True}):
+    for name, options in {"contextual": {}, "constant": {"noncontextual_a": True}}.items():
+        one = random_model(config_of(num_attention_heads=47, **options))
         try:
-            distributed(
-                random_model(config_of(num_attention_heads=47, **options)), folder, tp_size=dist.get_world_size()
-            )
+            distributed(one, folder / name, tp_size=dist.get_world_size())
         except ValueError as error:
             message = (
                 f"`num_attention_heads`=47 must be a multiple of the number of processes, got {dist.get_world_size()}."

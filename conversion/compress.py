@@ -181,9 +181,10 @@ def cholesky_solve(matrix: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(factor.mH, half, upper=True)
 
 
-def noisy(moments: torch.Tensor) -> torch.Tensor:
-    """Second moments [..., n, n] if each number had an independent error, `NOISE` of its size."""
-    return moments + NOISE**2 * torch.diag_embed(moments.diagonal(dim1=-2, dim2=-1))
+def add_noise(moments: torch.Tensor) -> torch.Tensor:
+    """Makes second moments [..., n, n], in place, those of numbers with independent errors, `NOISE` of their size."""
+    moments.diagonal(dim1=-2, dim2=-1).mul_(1 + NOISE**2)
+    return moments
 
 
 def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -313,9 +314,9 @@ class KeyProblem:
             """Of A [..., L, R, h] and z [..., L, h, F]."""
             d = z.mT[..., None] * a.mT[..., None, :, :]  # [F, h, R]
             weighted = d.mH * weights[..., None, :]  # D^H W
-            m = solve(noisy(weighted @ d), weighted @ s)
+            m = solve(add_noise(weighted @ d), weighted @ s)
             c_m = c @ m.mH
-            c_b, cross = noisy(m @ c_m), s @ c_m  # E b b^H [F, R, R] and E K b^H [F, h, R]
+            c_b, cross = add_noise(m @ c_m), s @ c_m  # E b b^H [F, R, R] and E K b^H [F, h, R]
             # A for each head, then its z.
             z2 = weights * z.mT.abs().square()
             left = torch.einsum("...fh,...frk->...hrk", z2, c_b.real)
@@ -398,9 +399,9 @@ class ValueProblem:
             squared = weighted @ u
             left = torch.einsum("...hrk,...hef->...rekf", a.mT[..., None] * a.mT[..., None, :], squared)
             right = torch.einsum("...rhg,...hed->...regd", a[..., None] * selections[:, None], weighted)
-            m = solve(noisy(left.flatten(-4, -3).flatten(-2)), right.flatten(-4, -3).flatten(-2))  # [R d, G d]
+            m = solve(add_noise(left.flatten(-4, -3).flatten(-2)), right.flatten(-4, -3).flatten(-2))  # [R d, G d]
             m_c = m @ c
-            c_b = noisy(m_c @ m.mT).unflatten(-1, (rank, d)).unflatten(-3, (rank, d))  # E b b^T
+            c_b = add_noise(m_c @ m.mT).unflatten(-1, (rank, d)).unflatten(-3, (rank, d))  # E b b^T
             cross = m_c.unflatten(-1, (num_groups, d)).unflatten(-3, (rank, d))
             cross = torch.einsum("...hg,...regd->...hdre", selections, cross)  # E V_i b^T
             # A for each head, then its U.
@@ -499,6 +500,15 @@ def compressed_attention(attention: T6Attention, keys: KeyFit | None, values: Va
     return result.train(attention.training)
 
 
+def orthogonalize(a: torch.Tensor, projection: torch.nn.Linear) -> None:
+    """Gives constant factors A [R, h] orthogonal rows, in place, and the projection of B what undoes it."""
+    rows, mixture = torch.linalg.qr(a.double().T)  # A = mixture^T rows^T
+    size = a.numel() ** 0.5  # A of an exact conversion has such rows if each B has as many heads
+    a.copy_(size * rows.T)
+    for tensor in projection.parameters():
+        tensor.copy_((mixture / size @ tensor.double().reshape(len(a), -1)).reshape(tensor.shape))
+
+
 @torch.no_grad()
 def balance(attention: T6Attention) -> None:
     """
@@ -509,24 +519,13 @@ def balance(attention: T6Attention) -> None:
     differences of large B: rounding to half precision, and every step of an optimizer, are then as large as the heads.
     With orthogonal rows, A passes neither on enlarged.
     """
-    parts = ["weight", "bias"] if attention.config.attention_bias else ["weight"]
-    sides = [(attention.v_a, attention.v_b_proj)]
+    orthogonalize(attention.v_a, attention.v_b_proj)
     if not attention.config.qk_norm:
-        sides.append((attention.k_a, attention.k_b_proj))
-    for a, projection in sides:
-        rows, mixture = torch.linalg.qr(a.double().T)  # A = mixture^T rows^T
-        size = a.numel() ** 0.5  # A of an exact conversion has such rows if each B has as many heads
-        a.copy_(size * rows.T)
-        for part in parts:
-            tensor = getattr(projection, part)
-            tensor.copy_((mixture / size @ tensor.double().reshape(len(a), -1)).reshape(tensor.shape))
-
-    if not attention.config.qk_norm:
+        orthogonalize(attention.k_a, attention.k_b_proj)
         query, key = (key_space(proj.weight, attention) for proj in (attention.q_proj, attention.k_b_proj))
         factor = (query.abs().square().mean((0, 1)) / key.abs().square().mean((0, 1)).clamp(min=1e-300)) ** 0.25
         for projection, scale in ((attention.q_proj, 1 / factor), (attention.k_b_proj, factor)):
-            for part in parts:
-                tensor = getattr(projection, part)
+            for tensor in projection.parameters():
                 tensor.copy_(from_key_space(key_space(tensor, attention) * scale, attention, tensor.shape))
 
     d = attention.head_dim
@@ -539,8 +538,7 @@ def balance(attention: T6Attention) -> None:
     (middle,) = matrix_powers(root @ q @ root, 0.5)
     (t,) = matrix_powers(inverse @ middle @ inverse, 0.5)
     attention.o_proj.weight.copy_((output @ torch.linalg.inv(t)).flatten(1))
-    for part in parts:
-        tensor = getattr(attention.v_b_proj, part)
+    for tensor in attention.v_b_proj.parameters():
         tensor.copy_((t @ tensor.double().reshape(-1, d, tensor[0].numel())).reshape(tensor.shape))
 
 

@@ -27,10 +27,13 @@ SHAPES = {  # batch, tokens, heads, head_dim, rank, dtype of the cache
     "8 x 32k, h 32, rank 2": (8, 32768, 32, 64, 2, "bfloat16"),
     "8 x 128k, h 32, rank 1": (8, 131072, 32, 64, 1, "bfloat16"),
     "8 x 128k, h 32, rank 2": (8, 131072, 32, 64, 2, "bfloat16"),
+    "8 x 32k, h 34, rank 2": (8, 32768, 34, 64, 2, "bfloat16"),
     "8 x 128k, h 34, rank 2": (8, 131072, 34, 64, 2, "bfloat16"),
     "8 x 128k, h 47, rank 2": (8, 131072, 47, 64, 2, "bfloat16"),
     "8 x 32k, h 78, rank 2": (8, 32768, 78, 64, 2, "bfloat16"),
     "8 x 128k, h 78, rank 2": (8, 131072, 78, 64, 2, "bfloat16"),
+    "8 x 128k, h 32, d 128, rank 1": (8, 131072, 32, 128, 1, "bfloat16"),
+    "8 x 32k, h 32, d 128, rank 2": (8, 32768, 32, 128, 2, "bfloat16"),
     "8 x 128k, h 32, d 128, rank 2": (8, 131072, 32, 128, 2, "bfloat16"),
     "8 x 128k, h 32, rank 1, fp8": (8, 131072, 32, 64, 1, "float8_e4m3fn"),
     "8 x 128k, h 32, rank 2, fp8": (8, 131072, 32, 64, 2, "float8_e4m3fn"),
@@ -52,14 +55,13 @@ def candidates(shape) -> list[Launch]:
     base, heads = default_launch(shape), shape[2]
     widths = {base.block_h, 32, min(64, 1 << (heads - 1).bit_length())} | ({128} if heads > 64 else set())
     found = []
-    for n, h, stages, warps, programs in itertools.product((32, 64, 128), widths, (2, 3), (4, 8), (1, 2, 3)):
-        used = stages * n * 2 * shape[4] * (h + base.block_d) * getattr(torch, shape[5]).itemsize
+    sizes = itertools.product((32, 64, 128), widths, (2, 3, 4), (1, 2), (4, 8), (1, 2, 3, 4))
+    for n, h, stages, step, warps, programs in sizes:
+        used = n * 2 * shape[4] * (stages * base.block_d + (stages - 1) * h) * getattr(torch, shape[5]).itemsize
         # 8 warps must not share out a tile of 16 columns: see `choose_launch`.
-        fits = programs * used <= 260_000 and (warps == 8 if h == 128 else n == 128 or warps == 4)
-        if fits and (n > 32 or heads > 64):
-            found.append(
-                dataclasses.replace(base, block_n=n, block_h=h, stages=stages, warps=warps, programs_per_sm=programs)
-            )
+        fits = 100_000 < programs * used <= 220_000 and (warps == 8 if h == 128 else n == 128 or warps == 4)
+        if fits and shape[4] % step == 0 and n * step >= 64:  # rows of a product
+            found.append(Launch(n, 1, h, base.block_d, True, stages, step, warps, programs))
     return [base, *(launch for launch in found if launch != base)]
 
 
@@ -133,7 +135,7 @@ def main() -> None:
         for row in [chosen, *sorted(timed, key=lambda row: row["seconds"])[: args.top]]:
             print(
                 f"  {row['seconds'] * 1e6:7.1f} us {row['share']:4.0%}  tokens {row['block_n']} heads {row['block_h']} "
-                f"stages {row['stages']} warps {row['warps']} programs {row['programs_per_sm']}"
+                f"stages {row['stages']} step {row['step']} warps {row['warps']} programs {row['programs_per_sm']}"
                 + (" (chosen)" if row is chosen else "")
                 + (f" WRONG by {row['difference']:.0%}" if not row["difference"] < 0.01 else ""),
                 flush=True,

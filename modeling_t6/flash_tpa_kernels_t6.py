@@ -22,7 +22,43 @@ except ImportError:
 
 # A block of tokens is a tile's rows; its columns are pairs of a query token and a head, `BLOCK_T * BLOCK_H` of them.
 # Heads come last, as A lies in the cache: a score tile is weighted by A as it was loaded, and B's products are plain
-# matrix products.
+# matrix products. A product may go through `STEP` = 2 ranks at once, since each has to be waited for.
+
+
+@triton.jit
+def _token_of(rows, STEP: tl.constexpr):
+    """
+    The token of a tile's row. Of 16 rows, the first 8 are one rank's, the others the same tokens' of the next rank:
+    one thread holds the results of both.
+    """
+    if STEP == 1:
+        return rows
+    return rows // (8 * STEP) * 8 + rows % 8
+
+
+@triton.jit
+def _rank_of(rows, STEP: tl.constexpr):
+    return rows // 8 % STEP
+
+
+@triton.jit
+def _sum_ranks(columns, STEP: tl.constexpr):
+    """Columns [STEP * BLOCK_N, ...] to [BLOCK_N, ...]"""
+    if STEP == 1:
+        return columns
+    N: tl.constexpr = columns.shape[0] // STEP
+    C: tl.constexpr = columns.shape[1]
+    return tl.reshape(tl.sum(tl.reshape(columns, [N // 8, STEP, 8, C]), 1), [N, C])
+
+
+@triton.jit
+def _repeat_ranks(columns, STEP: tl.constexpr):
+    """Columns [BLOCK_N, ...] to [STEP * BLOCK_N, ...]"""
+    if STEP == 1:
+        return columns
+    N: tl.constexpr = columns.shape[0]
+    C: tl.constexpr = columns.shape[1]
+    return tl.reshape(tl.broadcast_to(tl.reshape(columns, [N // 8, 1, 8, C]), [N // 8, STEP, 8, C]), [STEP * N, C])
 
 
 @triton.jit
@@ -50,7 +86,7 @@ def _load_a(
     rows_ptr,
     constant_ptr,
     first_head,
-    is_row,
+    num_rows,
     rank,
     ROW: tl.constexpr,
     A_START: tl.constexpr,
@@ -59,16 +95,19 @@ def _load_a(
     CONSTANT_A: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """A of one rank, float32: [BLOCK_N, BLOCK_H] from the cache, or [1, BLOCK_H] of the constants."""
+    """A from `rank` on: [STEP * BLOCK_N, BLOCK_H] from the cache, or [1, BLOCK_H] of the constants."""
     heads = first_head + tl.arange(0, BLOCK_H)
     if CONSTANT_A:
         a = tl.load(constant_ptr + rank * NUM_HEADS + heads, mask=heads < NUM_HEADS, other=0.0)[None, :]
     else:
-        offsets = (tl.arange(0, BLOCK_N) * ROW)[:, None] + heads[None, :]
-        is_a = is_row[:, None] & (heads < A_HEADS)[None, :]
+        rows = tl.arange(0, STEP * BLOCK_N)
+        tokens = _token_of(rows, STEP)
+        offsets = (tokens * ROW + _rank_of(rows, STEP) * A_HEADS)[:, None] + heads[None, :]
+        is_a = (tokens < num_rows)[:, None] & (heads < A_HEADS)[None, :]
         a = tl.load(rows_ptr + (offsets + A_START + rank * A_HEADS), mask=is_a, other=0.0)
-    return a.to(tl.float32)
+    return a
 
 
 @triton.jit
@@ -90,8 +129,7 @@ def _hide(
     tokens,
     is_row,
     last_token,
-    scale,
-    log2_e,
+    mask_scale,
     mask_stride_h,
     mask_stride_t,
     mask_stride_n,
@@ -101,11 +139,12 @@ def _hide(
     MASK: tl.constexpr,
     MASK_BY_COLUMN: tl.constexpr,
 ):
-    """Scores times `scale`, -inf where a query must not look."""
+    """Scores, -inf where a query must not look. Those of rows that do not count are so already."""
+    if MASK == "none" and (NUM_QUERIES == 1 or not CAUSAL):
+        return scores
     visible = is_row[:, None]
     if CAUSAL and NUM_QUERIES > 1:
         visible = visible & (tokens[:, None] <= (last_token + queries)[None, :])
-    scores *= scale
     if MASK != "none":
         if MASK_BY_COLUMN:
             columns = heads * mask_stride_h + queries * mask_stride_t
@@ -117,27 +156,22 @@ def _hide(
         if MASK == "boolean":
             visible = visible & (mask != 0)
         else:
-            scores += mask.to(tl.float32) * log2_e
+            scores += mask.to(tl.float32) * mask_scale
     return tl.where(visible, scores, -float("inf"))
 
 
 @triton.jit
-def _sum_pairs(weights):
-    """Sums rows i and i + 8 of every 16, which one thread holds. The rest of the sum waits until the end."""
-    return tl.sum(tl.reshape(weights, [weights.shape[0] // 16, 2, 8, weights.shape[1]]), 1)
-
-
-@triton.jit
-def _exponentiate(scores, maximum, normalizer, output):
+def _exponentiate(scores, scale, maximum, normalizer, output):
     """A block's part of the softmax: its weights, and the running sums that they enter."""
     # The maximum may lag by 2^8 before it is worth a reduction over tokens for each column: a power of 2 changes
     # no digit, and is undone at the end.
-    if tl.max(tl.max(scores - maximum[None, :], 1), 0) > 8.0:
-        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+    if tl.max(scores * scale - maximum[None, :]) > 8.0:
+        new_maximum = tl.maximum(maximum, tl.max(scores, 0) * scale)
         decay = tl.exp2(maximum - new_maximum)
-        maximum, normalizer, output = new_maximum, normalizer * decay[None, None, :], output * decay[None, :]
-    weights = tl.exp2(scores - maximum[None, :])
-    return weights, maximum, normalizer + _sum_pairs(weights), output
+        maximum, normalizer, output = new_maximum, normalizer * decay[None, :], output * decay[None, :]
+    weights = tl.exp2(scores * scale - maximum[None, :])
+    # Summed over rows at the end: for a sum here, in a layout of its own, Triton 3.6 computes the exponentials again.
+    return weights, maximum, normalizer + weights, output
 
 
 @triton.jit
@@ -149,7 +183,7 @@ def _add_scores(
     rows_ptr,
     constant_ptr,
     first_head,
-    is_row,
+    num_rows,
     rank,
     ROW: tl.constexpr,
     A_START: tl.constexpr,
@@ -159,15 +193,16 @@ def _add_scores(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the scores of one rank: A (B Q^T)."""
+    """Adds the scores of `STEP` ranks: A (B Q^T)."""
     b = tl.load(rows_ptr + b_offsets, mask=is_b, other=0.0).to(query.dtype)
     products = tl.dot(b, query, input_precision=PRECISION)
     a = _load_a(
-        rows_ptr, constant_ptr, first_head, is_row, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H
+        rows_ptr, constant_ptr, first_head, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H, STEP
     )  # fmt: skip
-    return scores + _weigh(products, a, BLOCK_T)
+    return scores + _sum_ranks(_weigh(products, a.to(tl.float32), BLOCK_T), STEP)
 
 
 @triton.jit
@@ -179,7 +214,7 @@ def _add_output(
     rows_ptr,
     constant_ptr,
     first_head,
-    is_row,
+    num_rows,
     rank,
     ROW: tl.constexpr,
     A_START: tl.constexpr,
@@ -189,15 +224,16 @@ def _add_output(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    DTYPE: tl.constexpr,
+    STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the output of one rank: B^T (A P)."""
-    b = tl.load(rows_ptr + b_offsets, mask=is_b, other=0.0).to(DTYPE)
+    """Adds the output of `STEP` ranks: B^T (A P)."""
+    b = tl.load(rows_ptr + b_offsets, mask=is_b, other=0.0).to(weights.dtype)
     a = _load_a(
-        rows_ptr, constant_ptr, first_head, is_row, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H
+        rows_ptr, constant_ptr, first_head, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H, STEP
     )  # fmt: skip
-    return tl.dot(tl.trans(b), _weigh(weights, a, BLOCK_T).to(DTYPE), output, input_precision=PRECISION)
+    weights = _weigh(_repeat_ranks(weights, STEP), a.to(weights.dtype), BLOCK_T)
+    return tl.dot(tl.trans(b), weights, output, input_precision=PRECISION)
 
 
 @triton.jit
@@ -215,7 +251,7 @@ def _store_partial(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    normalizer = tl.sum(tl.sum(normalizer, 0), 0)
+    normalizer = tl.sum(normalizer, 0)
     is_empty = normalizer == 0.0
     normalizer = tl.where(is_empty, 1.0, normalizer)
     lse = tl.where(is_empty, -float("inf"), maximum + tl.log2(normalizer))
@@ -288,6 +324,7 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
+    STEP: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -299,8 +336,6 @@ def decode_kernel(
     grid depends on the room in the cache alone. Batch strides of the rows count `STRIDE_UNIT` numbers, which tells the
     compiler that rows start on 16 bytes.
     """
-    if OVERLAP:  # the combine kernel's programs may take their places, and wait there
-        tl.extra.cuda.gdc_launch_dependents()
     HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
     QUERY_BLOCKS: tl.constexpr = (NUM_QUERIES + BLOCK_T - 1) // BLOCK_T
     BLOCK_C: tl.constexpr = BLOCK_T * BLOCK_H
@@ -328,62 +363,80 @@ def decode_kernel(
     )  # fmt: skip
     # Finite, so that -inf less it is -inf: a block in which a column sees nothing adds nothing.
     maximum = tl.full([BLOCK_C], -1e30, tl.float32)
-    normalizer = tl.zeros([BLOCK_N // 16, 8, BLOCK_C], tl.float32)
+    normalizer = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     output = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
 
     key_ptr += batch * key_stride_b * STRIDE_UNIT
     value_ptr += batch * value_stride_b * STRIDE_UNIT
     mask_ptr += batch * mask_stride_b
     features = tl.arange(0, BLOCK_D)
-    block_rows = tl.arange(0, BLOCK_N)
-    key_b_offsets = (block_rows * K_ROW)[:, None] + features[None, :]
-    value_b_offsets = (block_rows * V_ROW)[:, None] + features[None, :]
+    K_STEP: tl.constexpr = STEP if K_RANK % STEP == 0 else 1
+    V_STEP: tl.constexpr = STEP if V_RANK % STEP == 0 else 1
+    k_rows = tl.arange(0, K_STEP * BLOCK_N)
+    v_rows = tl.arange(0, V_STEP * BLOCK_N)
+    k_tokens = _token_of(k_rows, K_STEP)
+    v_tokens = _token_of(v_rows, V_STEP)
+    key_b_offsets = (k_tokens * K_ROW + _rank_of(k_rows, K_STEP) * HEAD_DIM)[:, None] + features[None, :]
+    value_b_offsets = (v_tokens * V_ROW + _rank_of(v_rows, V_STEP) * HEAD_DIM)[:, None] + features[None, :]
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES if UNROLL else 1):
         key_rows = key_ptr + first * tl.full((), K_ROW, tl.int64)
         value_rows = value_ptr + first * tl.full((), V_ROW, tl.int64)
-        tokens = first + block_rows
+        tokens = first + tl.arange(0, BLOCK_N)
         is_row = tokens < end
-        is_b = is_row[:, None] & (features < HEAD_DIM)[None, :]
+        is_key_b = (k_tokens < end - first)[:, None] & (features < HEAD_DIM)[None, :]
+        is_value_b = (v_tokens < end - first)[:, None] & (features < HEAD_DIM)[None, :]
 
         # Loads of every rank are in flight at once if there is room for them, else those of a few ranks.
-        scores = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        scores = tl.broadcast_to(tl.where(is_row, 0.0, -float("inf"))[:, None], [BLOCK_N, BLOCK_C])
         if UNROLL:
-            for r in tl.static_range(K_RANK):
+            for r in tl.static_range(0, K_RANK, K_STEP):
                 scores = _add_scores(
-                    scores, query, key_b_offsets + r * HEAD_DIM, is_b, key_rows, key_a_ptr, first_head, is_row, r, K_ROW,
-                    K_A_START, K_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
+                    scores, query, key_b_offsets + r * HEAD_DIM, is_key_b, key_rows, key_a_ptr, first_head, end - first, r, K_ROW,
+                    K_A_START, K_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, K_STEP, PRECISION,
                 )  # fmt: skip
         else:
-            for r in tl.range(0, K_RANK, num_stages=STAGES):
+            for r in tl.range(0, K_RANK, K_STEP, num_stages=STAGES):
                 scores = _add_scores(
-                    scores, query, key_b_offsets + r * HEAD_DIM, is_b, key_rows, key_a_ptr, first_head, is_row, r, K_ROW,
-                    K_A_START, K_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, PRECISION,
+                    scores, query, key_b_offsets + r * HEAD_DIM, is_key_b, key_rows, key_a_ptr, first_head, end - first, r, K_ROW,
+                    K_A_START, K_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, K_STEP, PRECISION,
                 )  # fmt: skip
 
         scores = _hide(
-            scores, mask_ptr, queries, heads, tokens, is_row, length - NUM_QUERIES, scale, log2_e,
+            scores, mask_ptr, queries, heads, tokens, is_row, length - NUM_QUERIES, log2_e / scale,
             mask_stride_h, mask_stride_t, mask_stride_n, NUM_QUERIES, NUM_HEADS, CAUSAL, MASK, MASK_BY_COLUMN,
         )  # fmt: skip
-        weights, maximum, normalizer, output = _exponentiate(scores, maximum, normalizer, output)
+        weights, maximum, normalizer, output = _exponentiate(scores, scale, maximum, normalizer, output)
+        weights = weights.to(query.dtype)
 
         if UNROLL:
-            for r in tl.static_range(V_RANK):
+            for r in tl.static_range(0, V_RANK, V_STEP):
                 output = _add_output(
-                    output, weights, value_b_offsets + r * HEAD_DIM, is_b, value_rows, value_a_ptr, first_head, is_row, r, V_ROW,
-                    V_A_START, V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, query.dtype, PRECISION,
+                    output, weights, value_b_offsets + r * HEAD_DIM, is_value_b, value_rows, value_a_ptr, first_head, end - first, r, V_ROW,
+                    V_A_START, V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, V_STEP, PRECISION,
                 )  # fmt: skip
         else:
-            for r in tl.range(0, V_RANK, num_stages=STAGES):
+            for r in tl.range(0, V_RANK, V_STEP, num_stages=STAGES):
                 output = _add_output(
-                    output, weights, value_b_offsets + r * HEAD_DIM, is_b, value_rows, value_a_ptr, first_head, is_row, r, V_ROW,
-                    V_A_START, V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, query.dtype, PRECISION,
+                    output, weights, value_b_offsets + r * HEAD_DIM, is_value_b, value_rows, value_a_ptr, first_head, end - first, r, V_ROW,
+                    V_A_START, V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, V_STEP, PRECISION,
                 )  # fmt: skip
 
+    if OVERLAP:  # the combine kernel's programs may take the places that empty, and wait there
+        tl.extra.cuda.gdc_launch_dependents()
     row = batch * num_splits + split
     _store_partial(
         output, normalizer, maximum, partial_ptr, lse_ptr, row, queries, heads,
         NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
+
+
+@triton.jit
+def _load_pieces(partial_ptr, first, splits, features, num_splits, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    return tl.load(
+        partial_ptr + (first + splits * COLUMNS)[:, None] * HEAD_DIM + features[None, :],
+        mask=(splits < num_splits)[:, None] & (features < HEAD_DIM)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -406,6 +459,11 @@ def combine_kernel(
     column = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     first = batch * num_splits * COLUMNS + column
+    splits = tl.arange(0, BLOCK_S)
+    features = tl.arange(0, BLOCK_D)
+    piece = _load_pieces(
+        partial_ptr, first, splits, features, num_splits, COLUMNS, HEAD_DIM
+    )  # with the sums, not after
     all_splits = tl.arange(0, MAX_SPLITS)
     all_lse = tl.load(lse_ptr + first + all_splits * COLUMNS, mask=all_splits < num_splits, other=-float("inf"))
     maximum = tl.max(all_lse, 0)
@@ -413,17 +471,11 @@ def combine_kernel(
     normalizer = tl.sum(tl.exp2(all_lse - maximum), 0)
     normalizer = tl.where(normalizer == 0.0, 1.0, normalizer)
 
-    features = tl.arange(0, BLOCK_D)
     output = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    for start in tl.range(0, num_splits, BLOCK_S):
-        splits = start + tl.arange(0, BLOCK_S)
-        is_split = splits < num_splits
-        lse = tl.load(lse_ptr + first + splits * COLUMNS, mask=is_split, other=-float("inf"))
-        piece = tl.load(
-            partial_ptr + (first + splits * COLUMNS)[:, None] * HEAD_DIM + features[None, :],
-            mask=is_split[:, None] & (features < HEAD_DIM)[None, :],
-            other=0.0,
-        )
+    for _ in tl.range(0, num_splits, BLOCK_S):
+        lse = tl.load(lse_ptr + first + splits * COLUMNS, mask=splits < num_splits, other=-float("inf"))
         output += piece * tl.exp2(lse - maximum)[:, None]
+        splits += BLOCK_S
+        piece = _load_pieces(partial_ptr, first, splits, features, num_splits, COLUMNS, HEAD_DIM)
     output = tl.sum(output, 0) / (normalizer * V_RANK)
     tl.store(out_ptr + (batch * COLUMNS + column) * HEAD_DIM + features, output, mask=features < HEAD_DIM)

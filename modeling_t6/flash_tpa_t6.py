@@ -54,6 +54,7 @@ class Launch:
     block_d: int  # features of a head, padded
     unroll: bool  # whether the loads of every rank are in flight at once
     stages: int  # blocks (of a rank, if not unrolled) in flight
+    step: int  # ranks in one product, of a rank that it divides
     warps: int
     programs_per_sm: int  # that fit side by side
 
@@ -77,9 +78,9 @@ def choose_launch(
     shared_memory: int,
 ) -> Launch:
     """
-    The sizes for one shape of model. Two or three blocks of cached rows in flight in each program, 140 to 230 kB on each
-    multiprocessor, are from a sweep on an H200 such as `benchmarks/flash_tpa_sweep.py` makes; tiles of heads, and the
-    sizes for float32, from what the compiler fits into registers.
+    The sizes for one shape of model: those of the fastest settings of `benchmarks/flash_tpa_sweep.py` on an H200, by
+    rules that cover the shapes in between. Tiles of heads, and the sizes for float32, are what the compiler fits into
+    registers.
 
     Args:
         itemsize: bytes of a number of the cache.
@@ -95,26 +96,52 @@ def choose_launch(
     else:
         widths = [width for width in (16, 32, 64) if narrowest <= width <= widest]
         # Few columns, in few blocks, since each reads B again.
-        block_h = min(widths, key=lambda width: -(-num_heads // width) * (width + 32))
+        block_h = min(reversed(widths), key=lambda width: -(-num_heads // width) * (width + 32))
     block_t = min(widest // block_h, 1 << (num_queries - 1).bit_length())
+    columns = block_t * block_h
 
     def bytes_used(block_n: int, stages: int, ranks: int = k_rank + v_rank) -> int:
         """Shared memory of a program: B, A with one buffer less, the query, and the weights of a block."""
         a_columns = 0 if constant_a else block_h
         buffers = block_n * ranks * (stages * block_d + (stages - 1) * a_columns)
-        return (buffers + (block_n + block_d) * block_t * block_h) * itemsize
+        return (buffers + (max(64, block_n) + block_d) * columns) * itemsize
 
+    # Products go through two ranks at once in tiles so narrow that both fit the registers.
+    unroll = itemsize < 4 and k_rank + v_rank <= 6
+    is_even = not constant_a and k_rank % 2 == v_rank % 2 == 0
+    step = 2 if unroll and is_even and columns <= 32 and bytes_used(32, stages=2) <= shared_memory else 1
     if itemsize == 4:
         block_n = 16  # more spills
+    elif step == 2:
+        block_n = 32  # products of 64 rows
     else:
         block_n = 128 if k_rank + v_rank == 2 and bytes_used(128, stages=3) <= 150_000 else 64
-    unroll = itemsize < 4 and k_rank + v_rank <= 6 and bytes_used(block_n, stages=2) <= shared_memory
+    unroll = unroll and bytes_used(block_n, stages=2) <= shared_memory
     ranks = k_rank + v_rank if unroll else 1
-    # Where more than two programs read the same rows, two of them side by side are faster than a third block in flight.
-    stages = 3 if bytes_used(block_n, 3, ranks) <= min(150_000, shared_memory) and num_heads <= 2 * block_h else 2
-    programs_per_sm = 2 if 2 * (bytes_used(block_n, stages, ranks) + 1024) <= shared_memory + 1024 else 1
+    # A third block in flight, or rather another program: of a wide tile, which few heads may fill, and of 8-bit numbers.
+    is_full = columns <= 32 or 3 * num_heads > 2 * block_h * -(-num_heads // block_h)
+    is_8_bit = itemsize == 1 and block_n == 128
+    most_bytes = min(190_000 if columns > 32 and is_full else 150_000, shared_memory)
+    stages = 3 if bytes_used(block_n, 3, ranks) <= most_bytes and is_full and not is_8_bit else 2
+    programs_that_fit = (shared_memory + 1024) // (bytes_used(block_n, stages, ranks) + 1024)
+    programs_per_sm = max(1, min(programs_that_fit, 4 if is_8_bit else 3 if step == 2 else 2))
     warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
-    return Launch(block_n, block_t, block_h, block_d, unroll, stages, warps, programs_per_sm)
+    return Launch(block_n, block_t, block_h, block_d, unroll, stages, step, warps, programs_per_sm)
+
+
+@functools.cache
+def choose_splits(pieces: int, places: int, num_blocks: int) -> int:
+    """
+    Into how many pieces the cache is divided, where one division makes `pieces` programs, of which `places` run at
+    once: as many as run at once, or two, three or four times as many where that leaves fewer places empty at the end.
+    """
+
+    def filled(rounds: int) -> float:
+        return rounds * places // pieces * pieces / (rounds * places)
+
+    long_enough = [n for n in (1, 2, 3, 4) if n == 1 or 8 * (n * places // pieces) <= num_blocks]
+    rounds = max(long_enough, key=lambda n: filled(n) - 0.06 * n)
+    return max(1, min(rounds * places // pieces, num_blocks, MAX_SPLITS))
 
 
 @functools.cache
@@ -174,8 +201,9 @@ def _flash_tpa(
     length_stride = lengths.stride(0) if lengths is not None and lengths.shape[0] > 1 else 0
 
     columns = launch.column_blocks(num_queries, num_heads)
-    num_splits = num_sms * launch.programs_per_sm // (batch_size * columns)
-    num_splits = max(1, min(num_splits, -(-key_length // launch.block_n), MAX_SPLITS))
+    num_splits = choose_splits(
+        batch_size * columns, num_sms * launch.programs_per_sm, -(-key_length // launch.block_n)
+    )
     partial = query.new_empty((batch_size, num_splits, num_queries, num_heads, head_dim), dtype=torch.float32)
     lse = query.new_empty((batch_size, num_splits, num_queries, num_heads), dtype=torch.float32)
     output = query.new_empty(query.shape)
@@ -221,6 +249,7 @@ def _flash_tpa(
             BLOCK_D=launch.block_d,
             UNROLL=launch.unroll and is_aligned,
             STAGES=launch.stages,
+            STEP=launch.step if is_aligned else 1,
             # Three products of tf32 keep float32's digits; of half precision there is one way.
             PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
             OVERLAP=overlap,
@@ -235,10 +264,10 @@ def _flash_tpa(
             HEAD_DIM=head_dim,
             V_RANK=v_rank,
             BLOCK_D=launch.block_d,
-            BLOCK_S=32,
+            BLOCK_S=64,
             MAX_SPLITS=MAX_SPLITS,
             OVERLAP=overlap,
-            num_warps=2,
+            num_warps=4,
             **({"launch_pdl": True} if overlap else {}),
         )
     return output
@@ -276,6 +305,7 @@ def flash_tpa(
             query's dtype, or float8_e4m3fn.
         key_a, value_a: constant A factors [R_K, h] and [R_V, h]; rows then hold B alone.
         mask: boolean (True: attend) or additive, [batch or 1, h or 1, query_length or 1, as many as the rows that count].
+        scaling: of the scores, positive.
         lengths: int [batch] or [1], how many of the rows count. Read on the device. `None`: all.
         causal: whether the last query sees the last row that counts, the one before it one row less, and so on.
 

@@ -60,6 +60,7 @@ def compile_shape(shape: tuple, capability: int):
         "MASK_BY_COLUMN": mask == "additive", "HAS_LENGTHS": True, "STRIDE_UNIT": 16 // BYTES[cache_dtype] if aligned else 1,
         "BLOCK_N": launch.block_n, "BLOCK_T": launch.block_t, "BLOCK_H": launch.block_h,
         "BLOCK_D": launch.block_d, "UNROLL": launch.unroll and aligned, "STAGES": launch.stages,
+        "STEP": launch.step if aligned else 1,
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
         "OVERLAP": capability >= 90,
     }  # fmt: skip
@@ -70,11 +71,11 @@ def compile_shape(shape: tuple, capability: int):
     }  # fmt: skip
     decode = compile_kernel(decode_kernel, types, constants, launch.warps, capability)
     constants = {
-        "COLUMNS": queries * heads, "HEAD_DIM": head_dim, "V_RANK": v_rank, "BLOCK_D": launch.block_d, "BLOCK_S": 32,
+        "COLUMNS": queries * heads, "HEAD_DIM": head_dim, "V_RANK": v_rank, "BLOCK_D": launch.block_d, "BLOCK_S": 64,
         "MAX_SPLITS": 1024, "OVERLAP": capability >= 90,
     }  # fmt: skip
     types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-    return launch, decode, compile_kernel(combine_kernel, types, constants, 2, capability)
+    return launch, decode, compile_kernel(combine_kernel, types, constants, 4, capability)
 
 
 def registers_and_spills(kernel) -> tuple[int, int]:

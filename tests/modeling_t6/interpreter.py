@@ -1,24 +1,40 @@
-"""What Triton's interpreter does not do by itself: bfloat16 products, and checks of every address."""
+"""What Triton's interpreter does not do by itself: bfloat16 arithmetic, and checks of every address."""
 
 import numpy as np
 from triton.runtime import interpreter
 
 
-def multiply_bfloat16(monkeypatch) -> None:
-    """The interpreter multiplies the bits of bfloat16 numbers as if they were integers: widen them first."""
-    plain_dot = interpreter.InterpreterBuilder.create_dot
+def compute_bfloat16(monkeypatch) -> None:
+    """
+    The interpreter multiplies the bits of bfloat16 numbers as if they were integers, and cuts digits off: widen factors
+    first, and round to the nearest number, ties to even, as a GPU does.
+    """
+    builder = interpreter.InterpreterBuilder
+    plain_dot, plain_multiply, plain_cast = builder.create_dot, builder.create_fmul, builder.cast_impl
+    bfloat16, float32 = interpreter.tl.bfloat16, interpreter.tl.float32
 
     def widened(operand):
-        if operand.dtype.scalar != interpreter.tl.bfloat16:
+        if operand.dtype.scalar != bfloat16:
             return operand
-        return interpreter.TensorHandle(
-            (operand.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32
-        )
+        return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), float32)
+
+    def cast(self, operand, dtype):
+        if operand.dtype.scalar != float32 or dtype.scalar != bfloat16:
+            return plain_cast(self, operand, dtype)
+        bits = np.ascontiguousarray(operand.data).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return interpreter.TensorHandle(np.where(np.isnan(operand.data), np.uint16(0x7FC0), rounded), bfloat16)
 
     def create_dot(self, a, b, *args):
         return plain_dot(self, widened(a), widened(b), *args)
 
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    def create_fmul(self, a, b):
+        product = plain_multiply(self, widened(a), widened(b))
+        return cast(self, product, bfloat16) if a.dtype.scalar == bfloat16 else product
+
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+    monkeypatch.setattr(builder, "create_fmul", create_fmul)
+    monkeypatch.setattr(builder, "cast_impl", cast)
 
 
 def check_addresses(monkeypatch) -> None:

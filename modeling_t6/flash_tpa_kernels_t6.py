@@ -461,9 +461,8 @@ def combine_kernel(
     first = batch * num_splits * COLUMNS + column
     splits = tl.arange(0, BLOCK_S)
     features = tl.arange(0, BLOCK_D)
-    piece = _load_pieces(
-        partial_ptr, first, splits, features, num_splits, COLUMNS, HEAD_DIM
-    )  # with the sums, not after
+    # Sent for with the sums, not after them.
+    piece = _load_pieces(partial_ptr, first, splits, features, num_splits, COLUMNS, HEAD_DIM)
     all_splits = tl.arange(0, MAX_SPLITS)
     all_lse = tl.load(lse_ptr + first + all_splits * COLUMNS, mask=all_splits < num_splits, other=-float("inf"))
     maximum = tl.max(all_lse, 0)

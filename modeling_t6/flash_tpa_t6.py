@@ -37,6 +37,8 @@ LOG2_E = 1 / math.log(2)
 MAX_QUERIES = 16
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 1024
+COMBINED_SPLITS = 64  # at a time
+COMBINE_WARPS = 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # On Hopper and newer, the combine kernel's launch overlaps the decode kernel; a benchmark may switch it off.
 OVERLAP = True
@@ -129,19 +131,16 @@ def choose_launch(
     return Launch(block_n, block_t, block_h, block_d, unroll, stages, step, warps, programs_per_sm)
 
 
-@functools.cache
-def choose_splits(pieces: int, places: int, num_blocks: int) -> int:
+@functools.lru_cache  # one length after another: the layers of a model share it
+def choose_splits(programs: int, places: int, num_blocks: int) -> int:
     """
-    Into how many pieces the cache is divided, where one division makes `pieces` programs, of which `places` run at
-    once: as many as run at once, or two, three or four times as many where that leaves fewer places empty at the end.
+    Into how many pieces the cache is divided, each of which takes `programs` programs, of which `places` run at once: as
+    many as run at once, or two, three or four times as many where that leaves fewer places empty at the end.
     """
-
-    def filled(rounds: int) -> float:
-        return rounds * places // pieces * pieces / (rounds * places)
-
-    long_enough = [n for n in (1, 2, 3, 4) if n == 1 or 8 * (n * places // pieces) <= num_blocks]
-    rounds = max(long_enough, key=lambda n: filled(n) - 0.06 * n)
-    return max(1, min(rounds * places // pieces, num_blocks, MAX_SPLITS))
+    splits = {rounds: rounds * places // programs for rounds in (1, 2, 3, 4)}
+    long_enough = [n for n in splits if n == 1 or 8 * splits[n] <= num_blocks]
+    best = max(long_enough, key=lambda n: splits[n] * programs / (n * places) - 0.06 * n)
+    return max(1, min(splits[best], num_blocks, MAX_SPLITS))
 
 
 @functools.cache
@@ -264,10 +263,10 @@ def _flash_tpa(
             HEAD_DIM=head_dim,
             V_RANK=v_rank,
             BLOCK_D=launch.block_d,
-            BLOCK_S=64,
+            BLOCK_S=COMBINED_SPLITS,
             MAX_SPLITS=MAX_SPLITS,
             OVERLAP=overlap,
-            num_warps=4,
+            num_warps=COMBINE_WARPS,
             **({"launch_pdl": True} if overlap else {}),
         )
     return output

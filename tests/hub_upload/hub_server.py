@@ -276,16 +276,17 @@ class Handler(BaseHTTPRequestHandler):
         }.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            if fault is not None and fault.drop == "response":
-                self.wfile.write(body[: len(body) // 2])
-                self.wfile.flush()
-                raise Disconnect
+        if self.command == "HEAD":
+            body = b""
+        elif fault is not None and fault.drop == "response":
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            raise Disconnect
         # Logged before the answer is whole: a test whose client has it may look, and the next one clears the log.
         entry = (self.command, self.path, answer.status, "Authorization" in self.headers)
         self.hub.log.append(entry)
         try:
-            self.wfile.write(body if self.command != "HEAD" else b"")
+            self.wfile.write(body)
             self.wfile.flush()
         except ConnectionError:
             self.hub.log.remove(entry)

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.flash_tpa_kernels_t6 import combine_kernel, decode_kernel
-from modeling_t6.flash_tpa_t6 import choose_launch
+from modeling_t6.flash_tpa_t6 import COMBINE_WARPS, COMBINED_SPLITS, MAX_SPLITS, choose_launch
 
 
 SHAPES = [  # heads, head_dim, k_rank, v_rank, queries, constant A, dtype, dtype of the cache, mask, rows on 16 bytes
@@ -71,11 +71,11 @@ def compile_shape(shape: tuple, capability: int):
     }  # fmt: skip
     decode = compile_kernel(decode_kernel, types, constants, launch.warps, capability)
     constants = {
-        "COLUMNS": queries * heads, "HEAD_DIM": head_dim, "V_RANK": v_rank, "BLOCK_D": launch.block_d, "BLOCK_S": 64,
-        "MAX_SPLITS": 1024, "OVERLAP": capability >= 90,
+        "COLUMNS": queries * heads, "HEAD_DIM": head_dim, "V_RANK": v_rank, "BLOCK_D": launch.block_d,
+        "BLOCK_S": COMBINED_SPLITS, "MAX_SPLITS": MAX_SPLITS, "OVERLAP": capability >= 90,
     }  # fmt: skip
     types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-    return launch, decode, compile_kernel(combine_kernel, types, constants, 4, capability)
+    return launch, decode, compile_kernel(combine_kernel, types, constants, COMBINE_WARPS, capability)
 
 
 def registers_and_spills(kernel) -> tuple[int, int]:

@@ -108,10 +108,12 @@ def choose_launch(
         buffers = block_n * ranks * (stages * block_d + (stages - 1) * a_columns)
         return (buffers + (max(64, block_n) + block_d) * columns) * itemsize
 
-    # Products go through two ranks at once in tiles so narrow that both fit the registers.
+    # Products go through two ranks at once in narrow tiles, and where several wide ones share out the heads.
     unroll = itemsize < 4 and k_rank + v_rank <= 6
     is_even = not constant_a and k_rank % 2 == v_rank % 2 == 0
-    step = 2 if unroll and is_even and columns <= 32 and bytes_used(32, stages=2) <= shared_memory else 1
+    is_shared = itemsize == 2 and num_heads > block_h
+    takes_two = unroll and is_even and (columns <= 32 or is_shared)
+    step = 2 if takes_two and bytes_used(32, stages=2) <= shared_memory else 1
     if itemsize == 4:
         block_n = 16  # more spills
     elif step == 2:
@@ -121,12 +123,12 @@ def choose_launch(
     unroll = unroll and bytes_used(block_n, stages=2) <= shared_memory
     ranks = k_rank + v_rank if unroll else 1
     # A third block in flight, or rather another program: of a wide tile, which few heads may fill, and of 8-bit numbers.
-    is_full = columns <= 32 or 3 * num_heads > 2 * block_h * -(-num_heads // block_h)
+    is_full = columns <= 32 or step == 2 or 3 * num_heads > 2 * block_h * -(-num_heads // block_h)
     is_8_bit = itemsize == 1 and block_n == 128
     most_bytes = min(190_000 if columns > 32 and is_full else 150_000, shared_memory)
     stages = 3 if bytes_used(block_n, 3, ranks) <= most_bytes and is_full and not is_8_bit else 2
     programs_that_fit = (shared_memory + 1024) // (bytes_used(block_n, stages, ranks) + 1024)
-    programs_per_sm = max(1, min(programs_that_fit, 4 if is_8_bit else 3 if step == 2 else 2))
+    programs_per_sm = max(1, min(programs_that_fit, 4 if is_8_bit else 3 if itemsize == 1 and step == 2 else 2))
     warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
     return Launch(block_n, block_t, block_h, block_d, unroll, stages, step, warps, programs_per_sm)
 

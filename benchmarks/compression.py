@@ -40,6 +40,7 @@ SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst")
 WINDOW = 1024
 HEALED_PART = 0.05
 RUNS = [(method, ratio) for ratio in (4, 2, 8) for method in ("fit", "mean-pool")]
+CONTROL = ("fit", 1)  # the whole cache: what the loss on the text does to the source itself
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -188,9 +189,11 @@ def train(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     """Every run in a process of its own, `--processes` at a time on each GPU."""
     facts = json.loads((args.work / "training.json").read_text())
-    steps = max(1, int(HEALED_PART * facts["tokens"] / (args.heal_windows * WINDOW)))
+    tokens = int(HEALED_PART * facts["tokens"])
+    steps = max(1, args.passes * tokens // (args.heal_windows * WINDOW))
     config = json.loads((args.work / "llama" / "config.json").read_text())
-    waiting, running = list(args.runs or RUNS), {}
+    runs = args.runs or RUNS + ([CONTROL] if args.cross_entropy > 0 else [])
+    waiting, running = list(runs), {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else list(map(str, range(max(1, torch.cuda.device_count()))))
     free = [(device, n) for n in range(args.processes) for device in devices]
@@ -208,8 +211,8 @@ def convert(args: argparse.Namespace) -> None:
                 sys.executable, "-m", "conversion", "hf", str(args.work / "llama"), str(target), "--overwrite",
                 "--method", method, *ranks, "--calibration", str(args.work / "heal.txt"),
                 "--held-out", str(args.work / "held_out.txt"), "--heal", str(args.work / "heal.txt"),
-                "--heal-steps", str(steps), "--batch-size", str(args.heal_windows),
-                "--heal-learning-rate", str(args.learning_rate), *args.options,
+                "--heal-tokens", str(tokens), "--heal-steps", str(steps), "--batch-size", str(args.heal_windows),
+                "--heal-cross-entropy", str(args.cross_entropy), *args.options,
             ]  # fmt: skip
             log = open(args.work / f"{target.name}.log", "w")  # noqa: SIM115  the process writes to it
             environment = limits | os.environ | {"CUDA_VISIBLE_DEVICES": place[0]}
@@ -236,7 +239,7 @@ def stage_times(log: Path) -> str:
 def report(args: argparse.Namespace) -> None:
     facts = json.loads((args.work / "training.json").read_text())
     results = {}
-    for method, ratio in RUNS:
+    for method, ratio in [*RUNS, CONTROL]:
         path = args.work / f"{method}-{ratio}" / "conversion.json"
         if path.exists():
             results[f"{method}-{ratio}"] = json.loads(path.read_text())
@@ -250,6 +253,10 @@ def report(args: argparse.Namespace) -> None:
     print(json.dumps(facts))
     print(f"{'':<14}{'bytes per token':>16}{'compressed':>22}{'healed':>22}")
     print(f"{'source':<14}{source['cache_bytes_per_token']:>16,.0f}{base:>13.4f}")
+    control = rows.pop("{}-{}".format(*CONTROL), None)
+    if control is not None:
+        trained_on = control["healed"]["perplexity"]
+        print(f"{'  trained on':<14}{'':>16}{'':>22}{trained_on:>13.4f} {100 * (trained_on / base - 1):>+7.2f}%")
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["compressed"]["cache_bytes_per_token"]):
         columns = "".join(
             f"{row[stage]['perplexity']:>13.4f} {100 * (row[stage]['perplexity'] / base - 1):>+7.2f}%"
@@ -272,9 +279,13 @@ def report(args: argparse.Namespace) -> None:
                 if name.startswith(method)
             )
             axes.plot(*zip(*points), f"o{style}", color=color, label=f"{method}, {stage}") if points else None
+    if control is not None:
+        size = source["cache_bytes_per_token"]
+        axes.plot([size], [100 * (trained_on / base - 1)], "*", color="C2", markersize=12, label="source, trained on")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    ticks = sorted({row["compressed"]["cache_bytes_per_token"] for row in rows.values()})
+    axes.set_yscale("symlog", linthresh=1)
+    sizes = {row["compressed"]["cache_bytes_per_token"] for row in rows.values()}
+    ticks = sorted(sizes | ({size} if control is not None else set()))
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.set_xlabel(f"cache, bytes per token (source: {source['cache_bytes_per_token']:,.0f})")
     axes.set_ylabel(f"held-out perplexity above the source's {base:.3f}, %")
@@ -312,7 +323,13 @@ def main() -> None:
             command.add_argument("--runs", nargs="+", type=run_name, metavar="METHOD-RATIO")
             command.add_argument("--processes", type=int, default=1, help="at a time on each GPU")
             command.add_argument("--heal-windows", type=int, default=8, help="windows of 1024 tokens in a step")
-            command.add_argument("--learning-rate", type=float, default=6e-4, help="of the healing")
+            command.add_argument("--passes", type=int, default=1, help="of healing through its tokens")
+            command.add_argument(
+                "--cross-entropy",
+                type=float,
+                default=0.0,
+                help="weight of the loss on the text; then, the source is trained on, too",
+            )
             command.add_argument(
                 "--options", nargs=argparse.REMAINDER, default=[], help="of `python -m conversion hf`"
             )

@@ -25,12 +25,13 @@ class Windows(Dataset):
 class DistillationTrainer(Trainer):
     """
     The loss is KL(teacher || model), in nats per token, plus the error of the hidden states behind each layer as a part
-    of their power: with it, the same number of tokens heals more than by KL alone.
+    of their power: with it, the same number of tokens heals more than by KL alone. To these, `cross_entropy` times
+    the loss on the text itself may come.
     """
 
-    def __init__(self, *args, teacher: PreTrainedModel, **kwargs):
+    def __init__(self, *args, teacher: PreTrainedModel, cross_entropy: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.teacher = teacher.to(self.args.device).eval()
+        self.teacher, self.cross_entropy = teacher.to(self.args.device).eval(), cross_entropy
         self.model_accepts_loss_kwargs = False  # the loss is a mean already
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
@@ -39,12 +40,15 @@ class DistillationTrainer(Trainer):
             expected = self.teacher(**options)
         outputs = model(**options)
         log_probs, expected_log_probs = (x.logits.log_softmax(-1, dtype=torch.float32) for x in (outputs, expected))
-        loss = F.kl_div(log_probs, expected_log_probs, log_target=True, reduction="sum") / inputs["input_ids"].numel()
+        ids = inputs["input_ids"]
+        loss = F.kl_div(log_probs, expected_log_probs, log_target=True, reduction="sum") / ids.numel()
         errors = [
             F.mse_loss(state.float(), target.float()) / target.float().square().mean()
             for state, target in zip(outputs.hidden_states[1:], expected.hidden_states[1:])
         ]
         loss = loss + sum(errors) / len(errors)
+        if self.cross_entropy > 0:
+            loss = loss + self.cross_entropy * F.nll_loss(log_probs[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         return (loss, outputs) if return_outputs else loss
 
 
@@ -66,6 +70,7 @@ def heal(
     batch_size: int,
     accumulation: int,
     learning_rate: float,
+    cross_entropy: float,
     seed: int,
     device: str,
 ) -> None:
@@ -78,6 +83,7 @@ def heal(
         batch_size: windows in a batch; a step takes `accumulation` of them.
         learning_rate: the highest, after a warm-up of a twentieth of the steps; a cosine leads to zero. It is that of
             attention; the rest, which compression left as it was, has a third of it.
+        cross_entropy: the weight of the loss on the text beside that of the teacher's predictions.
     """
     on_gpu = device == "cuda"
     args = TrainingArguments(
@@ -116,6 +122,7 @@ def heal(
         args=args,
         train_dataset=Windows(ids),
         teacher=teacher,
+        cross_entropy=cross_entropy,
         callbacks=[FiniteLoss()],
         optimizers=(optimizer, None),
     )

@@ -21,6 +21,9 @@ from .stages import stage
 from .verify import cache_bytes_per_token
 
 
+LEARNING_RATES = {"fit": 1e-4, "mean-pool": 3e-4}  # docs/compression.md has others
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     def positive(kind):
         def convert(value: str):
@@ -31,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
         convert.__name__ = f"positive {kind.__name__}"  # argparse's message names the type
         return convert
+
+    def not_negative(value: str) -> float:
+        number = float(value)
+        if not 0 <= number < float("inf"):
+            raise ValueError
+        return number
+
+    not_negative.__name__ = "non-negative float"
 
     def ranks(value: str) -> list[int]:
         return [int(rank) for rank in value.split(",")]
@@ -68,7 +79,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--heal", type=Path, metavar="TEXT", help="a UTF-8 file")
     group.add_argument("--heal-steps", type=positive(int), metavar="N")
     group.add_argument("--heal-accumulation", type=positive(int), default=1, metavar="N", help="batches a step (1)")
-    group.add_argument("--heal-learning-rate", type=positive(float), default=6e-4, metavar="X", help="(%(default)s)")
+    group.add_argument(
+        "--heal-tokens", type=positive(int), metavar="N", help="read of it, again and again if need be (all)"
+    )
+    group.add_argument(
+        "--heal-learning-rate", type=positive(float), metavar="X",
+        help=f"({LEARNING_RATES['fit']:g}, mean-pool {LEARNING_RATES['mean-pool']:g})",
+    )  # fmt: skip
+    group.add_argument(
+        "--heal-cross-entropy", type=not_negative, default=0.0, metavar="X",
+        help="weight of the loss on the text itself beside the source's predictions (%(default)s)",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
 
 
@@ -84,6 +105,8 @@ def wanted(args: argparse.Namespace) -> bool:
         raise ConversionError("--cache-ratio chooses the ranks itself: expected it, or --k-rank and --v-rank")
     if args.calibration is None:
         raise ConversionError("a smaller cache needs --calibration TEXT")
+    if args.heal_learning_rate is None:
+        args.heal_learning_rate = LEARNING_RATES[args.method]
     if (args.heal is None) != (args.heal_steps is None):
         raise ConversionError("--heal and --heal-steps go together")
     if args.method == "mean-pool" and args.cache_ratio is not None:
@@ -119,13 +142,16 @@ class Texts:
             if args.held_out is None:
                 healing = text.split_held_out(healing)[0]
             self.healing = text.windows(tokenizer, healing, length, str(args.heal))
+        if self.healing is not None and args.heal_tokens is not None:
+            self.healing = self.healing[: max(1, args.heal_tokens // length)]
 
 
 def settings(args: argparse.Namespace) -> dict:
     """What a run must have in common with the interrupted one that it continues."""
     names = (
         "source", "revision", "k_rank", "v_rank", "cache_ratio", "calibration", "calibration_tokens", "method", "held_out",
-        "window", "compute_dtype", "heal", "heal_steps", "batch_size", "heal_accumulation", "heal_learning_rate", "seed",
+        "window", "compute_dtype", "heal", "heal_steps", "heal_tokens", "batch_size", "heal_accumulation", "heal_learning_rate",
+        "heal_cross_entropy", "seed",
     )  # fmt: skip
     return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
 
@@ -209,7 +235,7 @@ def make_smaller(
     with stage("healing"):
         heal(
             model, source_model, texts.healing, working / "checkpoints", args.heal_steps, args.batch_size,
-            args.heal_accumulation, args.heal_learning_rate, args.seed, args.device,
+            args.heal_accumulation, args.heal_learning_rate, args.heal_cross_entropy, args.seed, args.device,
         )  # fmt: skip
     save(model, folder)
     measure("healed", load(T6ForCausalLM, folder))

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from conversion import smaller, text
-from conversion.__main__ import main
+from conversion.__main__ import main, parse_args
 from conversion.compress import divergence, log_probabilities
 from conversion.heal import DistillationTrainer
-from modeling_t6 import T6ForCausalLM
+from modeling_t6 import T6Config, T6ForCausalLM
 
 from .common import last_error, source_model
 
@@ -168,6 +168,48 @@ def test_a_missing_package_is_named_before_any_work(package, folder, tmp_path, c
     assert main(options(folder, tmp_path / "t6", "--k-rank", "1", *healing(folder, 40))) == 1
     assert f"needs {package}: pip install" in last_error(capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_loss_of_healing(folder, tmp_path):
+    """KL, hidden states and the text's own loss, against float64 sums over the two models' outputs."""
+    assert main(["hf", str(folder / "source"), str(tmp_path / "exact")]) == 0
+    model = T6ForCausalLM.from_pretrained(tmp_path / "exact")
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "source")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    ids = torch.randint(1, 99, (3, 32))
+    expected = teacher(ids, output_hidden_states=True)
+    outputs = model(ids, labels=ids, output_hidden_states=True)
+    p, q = (x.logits.double().softmax(-1) for x in (expected, outputs))
+    loss = (p * (p / q).log()).sum(-1).mean()
+    for state, target in zip(outputs.hidden_states[1:], expected.hidden_states[1:]):
+        loss += (state - target).double().square().sum() / target.double().square().sum() / 2  # layers
+
+    def healing_loss(weight: float) -> torch.Tensor:
+        arguments = TrainingArguments(str(tmp_path / "trainer"), use_cpu=True, report_to="none")
+        trainer = DistillationTrainer(model=model, args=arguments, teacher=teacher, cross_entropy=weight)
+        return trainer.compute_loss(model, {"input_ids": ids}).double()
+
+    torch.testing.assert_close(healing_loss(0.0), loss, rtol=1e-4, atol=0)  # float32 sums of a hundred numbers
+    torch.testing.assert_close(healing_loss(0.3), loss + 0.3 * outputs.loss, rtol=1e-4, atol=0)
+
+
+def test_heals_on_some_tokens(folder, tmp_path):
+    """What healing reads of its text, and options that reach it."""
+    more = [*healing(folder, 4), "--heal-tokens", "100", "--heal-cross-entropy", "0.5"]
+    args = parse_args(options(folder, tmp_path / "t6", "--k-rank", "1", *more))
+    assert smaller.wanted(args) and args.heal_cross_entropy == 0.5
+    config = T6Config(max_position_embeddings=32)
+    texts = smaller.Texts(args, folder / "source", config)
+    assert texts.healing.shape == (3, 32)
+    args.heal_tokens = None
+    whole = smaller.Texts(args, folder / "source", config).healing
+    assert len(whole) > 3 and torch.equal(texts.healing, whole[:3])
+    for method, rate in smaller.LEARNING_RATES.items():
+        args = parse_args(options(folder, tmp_path / "t6", "--k-rank", "1", "--method", method))
+        assert smaller.wanted(args) and args.heal_learning_rate == rate
 
 
 def test_a_loss_that_is_no_number(folder, tmp_path, capsys, monkeypatch):

@@ -168,9 +168,14 @@ def prepare(args: argparse.Namespace) -> dict:
             common = set().union(*parallel(common_lines, parts, [every_line] * len(parts)))
             near = {key for key, hashes in lines.items() if hashes and 2 * len(hashes & common) >= len(hashes)}
             kept = [text for key, text in held_out.items() if key not in near]
-            for name, texts in (("training", training), ("held-out", kept)):
-                if not texts:
-                    raise InputError(f"there is no {name} text")
+            if not training:
+                raise InputError("there is no training text")
+            if not kept:
+                reason = f"the {len(near)} held out repeat the training text" if near else "the share took none"
+                raise InputError(
+                    f"there is no held-out text: of {len(documents)} documents, {reason}; expected a larger "
+                    "--held-out-fraction, or --held-out PATH"
+                )
 
             dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "uint32")
             counts, digest = {}, hashlib.sha256()

@@ -105,7 +105,10 @@ def test_prepare_deduplicates(tmp_path, capsys):
         prepare.main([*options, "--output-dir", str(tmp_path / "two")])
     for end, message in (
         (["--held-out", str(tmp_path / "a")], "there is no training text"),
-        (["--held-out-fraction", "0"], "there is no held-out text"),
+        (
+            ["--held-out-fraction", "0"],
+            "no held-out text: of 40 documents, the share took none; expected a larger --held-out-f",
+        ),
     ):
         with pytest.raises(SystemExit, match=message):
             prepare.main(

@@ -25,9 +25,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conversion.folders import last_checkpoint
+from modeling_t6.cache_t6 import CACHE_NAME
 
 
 IGNORED = -100  # the label that Transformers' losses skip; in a window it marks what lies beyond the text
@@ -218,12 +219,23 @@ def loss_report(nats: float, num_tokens: int, num_characters: int, num_bytes: in
 
 
 @torch.inference_mode()
-def total_loss(model: nn.Module, windows: list[torch.Tensor], batch_size: int) -> float:
+def total_loss(
+    model: nn.Module, windows: list[torch.Tensor], batch_size: int, new_cache: Callable[[], Cache] | None = None
+) -> float:
+    """
+    Nats of all windows. With `new_cache`, which makes an empty cache, tokens go through the model one by one, as in decoding.
+    """
     model.eval()
     nats = 0.0
     for batch in DataLoader(windows, batch_size=batch_size, collate_fn=collate):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        nats += window_losses(model(batch["input_ids"], use_cache=False).logits, batch["labels"]).double().sum().item()
+        if new_cache is None:
+            logits = model(batch["input_ids"], use_cache=False).logits
+        else:
+            cache = {CACHE_NAME: new_cache()}
+            steps = batch["input_ids"].split(1, dim=1)
+            logits = torch.cat([model(tokens, use_cache=True, **cache).logits for tokens in steps], dim=1)
+        nats += window_losses(logits, batch["labels"]).double().sum().item()
     return nats
 
 

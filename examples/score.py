@@ -3,6 +3,7 @@ Evaluates a causal language model: the nine tasks of the T6 paper with lm-eval, 
 
     python examples/score.py tasks runs/t6-medium --size medium --output-dir runs/t6-medium-scores
     python examples/score.py perplexity runs/t6-medium book.txt
+    python examples/score.py perplexity runs/t6-medium book.txt --cache-dtype float8_e4m3fn
 
 `tasks` runs lm-eval's group t6_paper at 0 and at 2 shots and prints the scores beside the paper's; the same with lm-eval
 alone is `lm_eval --model hf --model_args pretrained=MODEL,trust_remote_code=True --include_path examples/tasks --tasks t6_paper`. `table`
@@ -21,7 +22,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-import modeling_t6  # noqa: F401  (registers T6 with the Auto classes)
 from configuration.make_configs import SIZES
 from language_modeling import (
     InputError,
@@ -35,6 +35,7 @@ from language_modeling import (
     text_size,
     total_loss,
 )
+from modeling_t6 import T6Cache  # which registers T6 with the Auto classes
 
 
 TASKS = Path(__file__).parent / "tasks"
@@ -97,6 +98,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model(perplexity)
     perplexity.add_argument("text", nargs="+", type=Path, metavar="FILE")
     perplexity.add_argument("--window", type=number(int, 2), metavar="N", help="tokens (max_position_embeddings)")
+    perplexity.add_argument(
+        "--cache-dtype", choices=("model", "float8_e4m3fn"), help="token by token, through a T6Cache of this dtype"
+    )
     perplexity.add_argument("--output", type=Path, metavar="JSON", help="write the figures there too")
 
     export = commands.add_parser("export", help="write the tasks' data of the Hub as files")
@@ -319,13 +323,19 @@ def perplexity(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     window = args.window or getattr(model.config, "max_position_embeddings", None)
     if window is None:
         raise InputError(f"--window is needed: the configuration of {args.model} has no max_position_embeddings")
+    new_cache = None
+    if args.cache_dtype is not None:
+        if model.config.model_type != "t6":
+            raise InputError(f"--cache-dtype is for T6 models: {args.model} is {model.config.model_type}")
+        dtype = None if args.cache_dtype == "model" else getattr(torch, args.cache_dtype)
+        new_cache = functools.partial(T6Cache, config=model.config, dtype=dtype)
     reports = {}
     for path in args.text:
         text = read_text(path)
         if not text.strip():
             raise InputError(f"{path} is empty")
         tokens = encode(tokenizer, [text])
-        nats = total_loss(model, held_out_windows(tokens, window), args.batch_size)
+        nats = total_loss(model, held_out_windows(tokens, window), args.batch_size, new_cache)
         report = loss_report(nats, len(tokens) - 1, *text_size([text]))
         loss = report["loss_per_token"]
         reports[str(path)] = {"tokens": len(tokens) - 1, "perplexity": math.exp(loss), "window": window, **report}

@@ -16,7 +16,7 @@ import pytest
 import task_data
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import score
 from conversion.__main__ import main as convert
@@ -308,10 +308,23 @@ def test_perplexity(tmp_path, capsys):
     assert f"{report['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out
     whole = score.main(["perplexity", str(SHIPPED), str(path), *options])[str(path)]
     assert whole["window"] == 512 and whole["loss_per_token"] < report["loss_per_token"]  # more context
+
+    decoded = score.main(["perplexity", str(SHIPPED), str(path), "--window", "40", "--cache-dtype", "model", *options])
+    assert decoded[str(path)] == pytest.approx(report, rel=1e-4)  # factor space sums in another order
+    rounded = score.main(
+        ["perplexity", str(SHIPPED), str(path), "--window", "40", "--cache-dtype", "float8_e4m3fn", *options]
+    )[str(path)]
+    assert 1e-5 < abs(rounded["loss_per_token"] / report["loss_per_token"] - 1) < 0.02  # 3 bits of mantissa, averaged
+
     (tmp_path / "empty.txt").write_text("\n")
     for name, message in (("missing.txt", "cannot read"), ("empty.txt", "empty.txt is empty")):
         with pytest.raises(SystemExit, match=message):
             score.main(["perplexity", str(SHIPPED), str(tmp_path / name), *options])
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    with pytest.raises(SystemExit, match="--cache-dtype is for T6 models: .*llama is llama"):
+        score.main(["perplexity", str(tmp_path / "llama"), str(path), "--cache-dtype", "model", *options])
 
 
 def test_command_of_lm_eval(shipped_results, data, tmp_path):

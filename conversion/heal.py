@@ -1,5 +1,6 @@
 """Healing: a compressed model learns its source's predictions and hidden states (knowledge distillation)."""
 
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -52,6 +53,47 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class Together(torch.optim.Optimizer):
+    """Optimizers that are one to `Trainer`: it sees their groups of parameters, and saves their states."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+
+    def step(self, closure=None):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"]):
+            optimizer.load_state_dict(state)  # which makes new groups
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+def make_optimizer(model: PreTrainedModel, name: str, learning_rate: float, fused: bool) -> torch.optim.Optimizer:
+    """
+    Args:
+        name: `"adamw"`, or `"muon"` for the weights of linear layers with AdamW, at a third of the rate, for the others.
+        learning_rate: that of attention; the rest, which compression left as it was, has a third of it.
+    """
+    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = defaultdict(list)
+    for path, parameter in model.named_parameters():
+        rate = learning_rate if ".self_attn." in path else learning_rate / 3
+        by_muon = name == "muon" and path.endswith("proj.weight")
+        groups[by_muon, rate if by_muon or name == "adamw" else rate / 3].append(parameter)
+    parts = {
+        by_muon: [{"params": some, "lr": rate} for (kind, rate), some in groups.items() if kind == by_muon]
+        for by_muon in (False, True)
+    }
+    adamw = torch.optim.AdamW(parts[False], betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+    if not parts[True]:
+        return adamw
+    return Together(adamw, torch.optim.Muon(parts[True], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+
+
 class FiniteLoss(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
@@ -69,6 +111,7 @@ def heal(
     steps: int,
     batch_size: int,
     accumulation: int,
+    optimizer: str,
     learning_rate: float,
     cross_entropy: float,
     seed: int,
@@ -81,8 +124,8 @@ def heal(
         ids: token ids [n, length], in passes of random order.
         folder: of checkpoints, which stay there.
         batch_size: windows in a batch; a step takes `accumulation` of them.
-        learning_rate: the highest, after a warm-up of a twentieth of the steps; a cosine leads to zero. It is that of
-            attention; the rest, which compression left as it was, has a third of it.
+        optimizer, learning_rate: see `make_optimizer`. The rate is the highest, after a warm-up of a twentieth of the
+            steps; a cosine leads to zero.
         cross_entropy: the weight of the loss on the text beside that of the teacher's predictions.
     """
     on_gpu = device == "cuda"
@@ -108,15 +151,6 @@ def heal(
     )
     args._n_gpu = min(1, args.n_gpu)  # the teacher is on one device: without a launcher, no DataParallel
     use_cache = model.config.use_cache
-    groups: dict[float, list[torch.nn.Parameter]] = {learning_rate: [], learning_rate / 3: []}
-    for name, parameter in model.named_parameters():
-        groups[learning_rate if ".self_attn." in name else learning_rate / 3].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        fused=on_gpu,
-    )
     trainer = DistillationTrainer(
         model=model,
         args=args,
@@ -124,7 +158,7 @@ def heal(
         teacher=teacher,
         cross_entropy=cross_entropy,
         callbacks=[FiniteLoss()],
-        optimizers=(optimizer, None),
+        optimizers=(make_optimizer(model, optimizer, learning_rate, fused=on_gpu), None),
     )
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:

@@ -83,8 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heal-tokens", type=positive(int), metavar="N", help="read of it, again and again if need be (all)"
     )
     group.add_argument(
+        "--heal-optimizer", choices=("adamw", "muon"), default="adamw",
+        help="muon: for the weights of linear layers (%(default)s)",
+    )  # fmt: skip
+    group.add_argument(
         "--heal-learning-rate", type=positive(float), metavar="X",
-        help=f"({LEARNING_RATES['fit']:g}, mean-pool {LEARNING_RATES['mean-pool']:g})",
+        help=f"({LEARNING_RATES['fit']:g}, mean-pool {LEARNING_RATES['mean-pool']:g}, three times that with muon)",
     )  # fmt: skip
     group.add_argument(
         "--heal-cross-entropy", type=not_negative, default=0.0, metavar="X",
@@ -106,7 +110,7 @@ def wanted(args: argparse.Namespace) -> bool:
     if args.calibration is None:
         raise ConversionError("a smaller cache needs --calibration TEXT")
     if args.heal_learning_rate is None:
-        args.heal_learning_rate = LEARNING_RATES[args.method]
+        args.heal_learning_rate = LEARNING_RATES[args.method] * (3 if args.heal_optimizer == "muon" else 1)
     if (args.heal is None) != (args.heal_steps is None):
         raise ConversionError("--heal and --heal-steps go together")
     if args.method == "mean-pool" and args.cache_ratio is not None:
@@ -150,8 +154,8 @@ def settings(args: argparse.Namespace) -> dict:
     """What a run must have in common with the interrupted one that it continues."""
     names = (
         "source", "revision", "k_rank", "v_rank", "cache_ratio", "calibration", "calibration_tokens", "method", "held_out",
-        "window", "compute_dtype", "heal", "heal_steps", "heal_tokens", "batch_size", "heal_accumulation", "heal_learning_rate",
-        "heal_cross_entropy", "seed",
+        "window", "compute_dtype", "heal", "heal_steps", "heal_tokens", "batch_size", "heal_accumulation", "heal_optimizer",
+        "heal_learning_rate", "heal_cross_entropy", "seed",
     )  # fmt: skip
     return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
 
@@ -235,7 +239,7 @@ def make_smaller(
     with stage("healing"):
         heal(
             model, source_model, texts.healing, working / "checkpoints", args.heal_steps, args.batch_size,
-            args.heal_accumulation, args.heal_learning_rate, args.heal_cross_entropy, args.seed, args.device,
+            args.heal_accumulation, args.heal_optimizer, args.heal_learning_rate, args.heal_cross_entropy, args.seed, args.device,
         )  # fmt: skip
     save(model, folder)
     measure("healed", load(T6ForCausalLM, folder))

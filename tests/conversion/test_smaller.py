@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Training
 from conversion import smaller, text
 from conversion.__main__ import main, parse_args
 from conversion.compress import divergence, log_probabilities
-from conversion.heal import DistillationTrainer
+from conversion.heal import DistillationTrainer, make_optimizer
 from modeling_t6 import T6Config, T6ForCausalLM
 
 from .common import last_error, source_model
@@ -90,9 +90,10 @@ def test_compresses_and_heals(folder, tmp_path, capsys):
     assert tokens.shape == (2, 16)
 
 
-def test_goes_on_after_a_kill(folder, tmp_path, capsys):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_goes_on_after_a_kill(optimizer, folder, tmp_path, capsys):
     """A run that is killed while it heals leaves no result, and ends as if it had not been killed."""
-    more = ["--k-rank", "1,2", "--v-rank", "1", *healing(folder, 40)]
+    more = ["--heal-optimizer", optimizer, "--k-rank", "1,2", "--v-rank", "1", *healing(folder, 40)]
     assert main(options(folder, tmp_path / "whole", *more)) == 0
     command = [sys.executable, "-m", "conversion", *options(folder, tmp_path / "t6", *more)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -208,8 +209,36 @@ def test_heals_on_some_tokens(folder, tmp_path):
     whole = smaller.Texts(args, folder / "source", config).healing
     assert len(whole) > 3 and torch.equal(texts.healing, whole[:3])
     for method, rate in smaller.LEARNING_RATES.items():
-        args = parse_args(options(folder, tmp_path / "t6", "--k-rank", "1", "--method", method))
-        assert smaller.wanted(args) and args.heal_learning_rate == rate
+        for optimizer, times in (("adamw", 1), ("muon", 3)):
+            args = parse_args(
+                options(folder, tmp_path / "t6", "--k-rank", "1", "--method", method, "--heal-optimizer", optimizer)
+            )
+            assert smaller.wanted(args) and args.heal_learning_rate == times * rate
+
+
+def test_optimizers_of_healing(folder, tmp_path):
+    """Each parameter is in one group, at its rate; a step of Muon has singular values of one size."""
+    assert main(["hf", str(folder / "source"), str(tmp_path / "exact")]) == 0
+    model = T6ForCausalLM.from_pretrained(tmp_path / "exact")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, divisor in (("adamw", 1), ("muon", 3)):
+        optimizer = make_optimizer(model, name, 0.9, fused=False)
+        rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert sorted(rates) == sorted(names.values()) and len(rates) == sum(
+            len(g["params"]) for g in optimizer.param_groups
+        )
+        assert rates["model.layers.0.self_attn.q_proj.weight"] == 0.9
+        assert rates["model.layers.1.mlp.down_proj.weight"] == pytest.approx(0.3)
+        assert rates["model.layers.0.self_attn.k_a"] == pytest.approx(0.9 / divisor)
+        assert rates["model.embed_tokens.weight"] == pytest.approx(0.3 / divisor)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    old, ids = weight.detach().clone(), torch.randint(1, 99, (2, 32))
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    values = torch.linalg.svdvals(weight.detach() - old)
+    expected = 0.9 * 0.2 * max(weight.shape) ** 0.5  # whose root mean square is that of AdamW's steps
+    # Five Newton-Schulz steps in bfloat16 take the gradient's singular values to 0.7 to 1.2, but for the smallest.
+    assert (values[: len(values) // 4] > 0.6 * expected).all() and (values < 1.3 * expected).all()
 
 
 def test_a_loss_that_is_no_number(folder, tmp_path, capsys, monkeypatch):

@@ -192,8 +192,7 @@ def convert(args: argparse.Namespace) -> None:
     tokens = int(HEALED_PART * facts["tokens"])
     steps = max(1, args.passes * tokens // (args.heal_windows * WINDOW))
     config = json.loads((args.work / "llama" / "config.json").read_text())
-    runs = args.runs or RUNS + ([CONTROL] if args.cross_entropy > 0 else [])
-    waiting, running = list(runs), {}
+    waiting, running = list(args.runs or RUNS + [CONTROL] * (args.cross_entropy > 0)), {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else list(map(str, range(max(1, torch.cuda.device_count()))))
     free = [(device, n) for n in range(args.processes) for device in devices]
@@ -250,16 +249,21 @@ def report(args: argparse.Namespace) -> None:
     rows = {name: {row["model"]: row for row in result["perplexity"]} for name, result in results.items()}
     source = next(iter(rows.values()))["source"]
     base = source["perplexity"]
+
+    def above(perplexity: float) -> float:
+        return 100 * (perplexity / base - 1)
+
     print(json.dumps(facts))
     print(f"{'':<14}{'bytes per token':>16}{'compressed':>22}{'healed':>22}")
     print(f"{'source':<14}{source['cache_bytes_per_token']:>16,.0f}{base:>13.4f}")
-    control = rows.pop("{}-{}".format(*CONTROL), None)
+    sizes = sorted({row["compressed"]["cache_bytes_per_token"] for row in rows.values()})
+    control = rows.pop("{}-{}".format(*CONTROL), {}).get("healed")
     if control is not None:
-        trained_on = control["healed"]["perplexity"]
-        print(f"{'  trained on':<14}{'':>16}{'':>22}{trained_on:>13.4f} {100 * (trained_on / base - 1):>+7.2f}%")
+        perplexity = control["perplexity"]
+        print(f"{'  trained on':<14}{'':>16}{'':>22}{perplexity:>13.4f} {above(perplexity):>+7.2f}%")
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["compressed"]["cache_bytes_per_token"]):
         columns = "".join(
-            f"{row[stage]['perplexity']:>13.4f} {100 * (row[stage]['perplexity'] / base - 1):>+7.2f}%"
+            f"{row[stage]['perplexity']:>13.4f} {above(row[stage]['perplexity']):>+7.2f}%"
             for stage in ("compressed", "healed")
         )
         print(f"{name:<14}{row['compressed']['cache_bytes_per_token']:>16,.0f}{columns}")
@@ -274,19 +278,17 @@ def report(args: argparse.Namespace) -> None:
     for method, color in (("fit", "C0"), ("mean-pool", "C1")):
         for stage, style in (("compressed", "--"), ("healed", "-")):
             points = sorted(
-                (row[stage]["cache_bytes_per_token"], 100 * (row[stage]["perplexity"] / base - 1))
+                (row[stage]["cache_bytes_per_token"], above(row[stage]["perplexity"]))
                 for name, row in rows.items()
                 if name.startswith(method)
             )
             axes.plot(*zip(*points), f"o{style}", color=color, label=f"{method}, {stage}") if points else None
     if control is not None:
-        size = source["cache_bytes_per_token"]
-        axes.plot([size], [100 * (trained_on / base - 1)], "*", color="C2", markersize=12, label="source, trained on")
+        point = control["cache_bytes_per_token"], above(control["perplexity"])
+        axes.plot(*point, "*", color="C2", markersize=12, label="source, trained on")
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=1)
-    sizes = {row["compressed"]["cache_bytes_per_token"] for row in rows.values()}
-    ticks = sorted(sizes | ({size} if control is not None else set()))
-    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
     axes.set_xlabel(f"cache, bytes per token (source: {source['cache_bytes_per_token']:,.0f})")
     axes.set_ylabel(f"held-out perplexity above the source's {base:.3f}, %")
     axes.grid(alpha=0.3, which="both")

@@ -74,6 +74,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             command.add_argument("--revision", help="of a source on the Hub")
             smaller.add_arguments(command)
     args = parser.parse_args(argv)
+    if args.command == "hf":
+        smaller.set_defaults(args)
     args.words = sys.argv[1:] if argv is None else argv
     return args
 

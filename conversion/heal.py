@@ -79,19 +79,22 @@ def make_optimizer(model: PreTrainedModel, name: str, learning_rate: float, fuse
         name: `"adamw"`, or `"muon"` for the weights of linear layers with AdamW, at a third of the rate, for the others.
         learning_rate: that of attention; the rest, which compression left as it was, has a third of it.
     """
-    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = defaultdict(list)
+    by_adamw, by_muon = defaultdict(list), defaultdict(list)  # parameters of each rate
     for path, parameter in model.named_parameters():
         rate = learning_rate if ".self_attn." in path else learning_rate / 3
-        by_muon = name == "muon" and path.endswith("proj.weight")
-        groups[by_muon, rate if by_muon or name == "adamw" else rate / 3].append(parameter)
-    parts = {
-        by_muon: [{"params": some, "lr": rate} for (kind, rate), some in groups.items() if kind == by_muon]
-        for by_muon in (False, True)
-    }
-    adamw = torch.optim.AdamW(parts[False], betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
-    if not parts[True]:
+        if name == "adamw":
+            by_adamw[rate].append(parameter)
+        elif path.endswith("proj.weight"):
+            by_muon[rate].append(parameter)
+        else:
+            by_adamw[rate / 3].append(parameter)
+    adamw_groups, muon_groups = (
+        [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()] for by_rate in (by_adamw, by_muon)
+    )
+    adamw = torch.optim.AdamW(adamw_groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+    if name == "adamw":
         return adamw
-    return Together(adamw, torch.optim.Muon(parts[True], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return Together(adamw, torch.optim.Muon(muon_groups, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
 
 
 class FiniteLoss(TrainerCallback):

@@ -25,23 +25,20 @@ LEARNING_RATES = {"fit": 1e-4, "mean-pool": 3e-4}  # docs/compression.md has oth
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def positive(kind):
+    def checked(kind, adjective: str, accepts):
         def convert(value: str):
             number = kind(value)
-            if not number > 0:
+            if not accepts(number):
                 raise ValueError
             return number
 
-        convert.__name__ = f"positive {kind.__name__}"  # argparse's message names the type
+        convert.__name__ = f"{adjective} {kind.__name__}"  # argparse's message names the type
         return convert
 
-    def not_negative(value: str) -> float:
-        number = float(value)
-        if not 0 <= number < float("inf"):
-            raise ValueError
-        return number
+    def positive(kind):
+        return checked(kind, "positive", lambda number: number > 0)
 
-    not_negative.__name__ = "non-negative float"
+    not_negative = checked(float, "non-negative", lambda number: 0 <= number < float("inf"))
 
     def ranks(value: str) -> list[int]:
         return [int(rank) for rank in value.split(",")]
@@ -97,6 +94,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
 
 
+def set_defaults(args: argparse.Namespace) -> None:
+    """Those of options that depend on others."""
+    if args.heal_learning_rate is None:
+        args.heal_learning_rate = LEARNING_RATES[args.method] * (3 if args.heal_optimizer == "muon" else 1)
+
+
 def wanted(args: argparse.Namespace) -> bool:
     """Whether the cache is to be smaller. Raises a `ConversionError` for options that do not go together."""
     smaller = any(value is not None for value in (args.k_rank, args.v_rank, args.cache_ratio))
@@ -109,8 +112,6 @@ def wanted(args: argparse.Namespace) -> bool:
         raise ConversionError("--cache-ratio chooses the ranks itself: expected it, or --k-rank and --v-rank")
     if args.calibration is None:
         raise ConversionError("a smaller cache needs --calibration TEXT")
-    if args.heal_learning_rate is None:
-        args.heal_learning_rate = LEARNING_RATES[args.method] * (3 if args.heal_optimizer == "muon" else 1)
     if (args.heal is None) != (args.heal_steps is None):
         raise ConversionError("--heal and --heal-steps go together")
     if args.method == "mean-pool" and args.cache_ratio is not None:

@@ -53,15 +53,18 @@ def device() -> torch.device:
 
 def candidates(shape) -> list[Launch]:
     base, heads = default_launch(shape), shape[2]
-    widths = {base.block_h, 32, min(64, 1 << (heads - 1).bit_length())} | ({128} if heads > 64 else set())
+    widths = {(base.block_h, base.rest_h), (32, 0), (min(64, 1 << (heads - 1).bit_length()), 0)}
+    widths |= {(32, 16)} if 32 < heads <= 48 else {(64, 16)} if 64 < heads else set()
     found = []
-    sizes = itertools.product((32, 64, 128), widths, (2, 3, 4), (1, 2), (4, 8), (1, 2, 3, 4))
-    for n, h, stages, step, warps, programs in sizes:
-        used = n * 2 * shape[4] * (stages * base.block_d + (stages - 1) * h) * getattr(torch, shape[5]).itemsize
+    sizes = itertools.product((32, 64, 128), sorted(widths), (2, 3, 4), (1, 2), (4, 8), (1, 2, 3, 4))
+    for n, (h, rest), stages, step, warps, programs in sizes:
+        used = (
+            n * 2 * shape[4] * (stages * base.block_d + (stages - 1) * (h + rest)) * getattr(torch, shape[5]).itemsize
+        )
         # 8 warps must not share out a tile of 16 columns: see `choose_launch`.
-        fits = 100_000 < programs * used <= 220_000 and (warps == 8 if h == 128 else n == 128 or warps == 4)
+        fits = 100_000 < programs * used <= 220_000 and (warps == 4 or n == 128 and not rest)
         if fits and shape[4] % step == 0 and n * step >= 64:  # rows of a product
-            found.append(Launch(n, 1, h, base.block_d, True, stages, step, warps, programs))
+            found.append(Launch(n, 1, h, rest, base.block_d, True, stages, step, warps, programs))
     return [base, *(launch for launch in found if launch != base)]
 
 
@@ -134,7 +137,7 @@ def main() -> None:
         print(f"{name}: {num_bytes / 1e6:.0f} MB, {num_bytes / bandwidth * 1e6:.1f} us at the bandwidth of copies")
         for row in [chosen, *sorted(timed, key=lambda row: row["seconds"])[: args.top]]:
             print(
-                f"  {row['seconds'] * 1e6:7.1f} us {row['share']:4.0%}  tokens {row['block_n']} heads {row['block_h']} "
+                f"  {row['seconds'] * 1e6:7.1f} us {row['share']:4.0%}  tokens {row['block_n']} heads {row['block_h']}+{row['rest_h']} "
                 f"stages {row['stages']} step {row['step']} warps {row['warps']} programs {row['programs_per_sm']}"
                 + (" (chosen)" if row is chosen else "")
                 + (f" WRONG by {row['difference']:.0%}" if not row["difference"] < 0.01 else ""),

@@ -52,10 +52,11 @@ class FactorLayout:
     the `rank` rows of B, then the `rank` rows of A.
 
     A's rows are padded by at most 7 numbers each, to a multiple of 8, so that in half precision each starts on 16 bytes:
-    kernels lose a quarter to half of their speed on rows that do not. A row has `width` numbers,
-    `rank * (num_heads + head_dim)` where `num_heads` is such a multiple. Factors that need no caching have size 0: with
-    constant A factors `num_heads` is 0 and a row holds B alone, with constant or shared B factors `head_dim` is 0 and it
-    holds A alone.
+    kernels lose a quarter to half of their speed on rows that do not. After an odd multiple (24, 40, ...) every other row
+    would start in the middle of the 32 bytes that memory is read by: these rows begin with their last 8 numbers.
+    A row has `width` numbers, `rank * (num_heads + head_dim)` where `num_heads` is such a multiple. Factors that need no
+    caching have size 0: with constant A factors `num_heads` is 0 and a row holds B alone, with constant or shared B
+    factors `head_dim` is 0 and it holds A alone.
     """
 
     def __init__(self, rank: int, num_heads: int, head_dim: int):
@@ -66,6 +67,7 @@ class FactorLayout:
             n for n in range(num_heads, num_heads + 8) if n % unit == 0 and rank * (n + head_dim) % 8 == 0
         )
         self.width = rank * (self.padded_heads + head_dim)
+        self.rotates = unit == 8 and rank > 1 and self.padded_heads % 16 == 8 and self.padded_heads > 8
 
     def pack(self, a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
         """
@@ -78,13 +80,23 @@ class FactorLayout:
             b = a[..., :0]
         if self.padded_heads > self.num_heads:  # no padding would copy it
             a = torch.nn.functional.pad(a, (0, self.padded_heads - self.num_heads))
-        return torch.cat([b.flatten(-2), a.flatten(-2)], dim=-1).unsqueeze(1)
+        parts = [b.flatten(-2), a.flatten(-2)]
+        if self.rotates:
+            parts = [parts[0]]
+            for r, row in enumerate(a.unbind(-2)):
+                parts += [row[..., -8:], row[..., :-8]] if r % 2 else [row]
+        return torch.cat(parts, dim=-1).unsqueeze(1)
 
     def unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim] into rows [batch, 1, seq, width]."""
+        """
+        A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim] of rows [batch, 1, seq, width]: views, but for
+        an A of rotated rows.
+        """
         b, a = rows.squeeze(1).split([self.rank * self.head_dim, self.rank * self.padded_heads], dim=-1)
-        a = a.unflatten(-1, (self.rank, self.padded_heads))[..., : self.num_heads]
-        return a, b.unflatten(-1, (self.rank, self.head_dim))
+        a = a.unflatten(-1, (self.rank, self.padded_heads))
+        if self.rotates:
+            a = torch.stack([row.roll(-8, -1) if r % 2 else row for r, row in enumerate(a.unbind(-2))], dim=-2)
+        return a[..., : self.num_heads], b.unflatten(-1, (self.rank, self.head_dim))
 
 
 def factor_layouts(config: PreTrainedConfig, layer_idx: int) -> tuple[FactorLayout, FactorLayout]:

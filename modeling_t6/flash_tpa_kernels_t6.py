@@ -22,7 +22,8 @@ except ImportError:
 
 # A block of tokens is a tile's rows; its columns are pairs of a query token and a head, `BLOCK_T * BLOCK_H` of them.
 # Heads come last, as A lies in the cache: a score tile is weighted by A as it was loaded, and B's products are plain
-# matrix products. A product may go through `STEP` = 2 ranks at once, since each has to be waited for.
+# matrix products. A product may go through `STEP` = 2 ranks at once, since each has to be waited for. Heads that are no
+# power of 2 may take two tiles, of `BLOCK_H` and of `REST_H` heads, which share the loads of B.
 
 
 @triton.jit
@@ -59,6 +60,21 @@ def _repeat_ranks(columns, STEP: tl.constexpr):
     N: tl.constexpr = columns.shape[0]
     C: tl.constexpr = columns.shape[1]
     return tl.reshape(tl.broadcast_to(tl.reshape(columns, [N // 8, 1, 8, C]), [N // 8, STEP, 8, C]), [STEP * N, C])
+
+
+@triton.jit
+def _columns(first_head, first_query, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The head and the query token of each of a tile's columns."""
+    columns = tl.arange(0, BLOCK_T * BLOCK_H)
+    return first_head + columns % BLOCK_H, first_query + columns // BLOCK_H
+
+
+@triton.jit
+def _no_tokens(BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The running sums of a tile: the maximum, the normalizer of each row, the output."""
+    # Finite, so that -inf less it is -inf: a block in which a column sees nothing adds nothing.
+    maximum = tl.full([BLOCK_C], -1e30, tl.float32)
+    return maximum, tl.zeros([BLOCK_N, BLOCK_C], tl.float32), tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
 
 
 @triton.jit
@@ -104,7 +120,10 @@ def _load_a(
     else:
         rows = tl.arange(0, STEP * BLOCK_N)
         tokens = _token_of(rows, STEP)
-        offsets = (tokens * ROW + _rank_of(rows, STEP) * A_HEADS)[:, None] + heads[None, :]
+        columns = heads[None, :]
+        if A_HEADS % 16 == 8 and A_HEADS > 8:  # see `FactorLayout`
+            columns = (columns + ((rank + _rank_of(rows, STEP)) % 2 * 8)[:, None]) % A_HEADS
+        offsets = (tokens * ROW + _rank_of(rows, STEP) * A_HEADS)[:, None] + columns
         is_a = (tokens < num_rows)[:, None] & (heads < A_HEADS)[None, :]
         a = tl.load(rows_ptr + (offsets + A_START + rank * A_HEADS), mask=is_a, other=0.0)
     return a
@@ -161,25 +180,24 @@ def _hide(
 
 
 @triton.jit
-def _exponentiate(scores, scale, maximum, normalizer, output):
-    """A block's part of the softmax: its weights, and the running sums that they enter."""
-    # The maximum may lag by 2^8 before it is worth a reduction over tokens for each column: a power of 2 changes
-    # no digit, and is undone at the end.
-    if tl.max(scores * scale - maximum[None, :]) > 8.0:
-        new_maximum = tl.maximum(maximum, tl.max(scores, 0) * scale)
-        decay = tl.exp2(maximum - new_maximum)
-        maximum, normalizer, output = new_maximum, normalizer * decay[None, :], output * decay[None, :]
-    weights = tl.exp2(scores * scale - maximum[None, :])
-    # Summed over rows at the end: for a sum here, in a layout of its own, Triton 3.6 computes the exponentials again.
-    return weights, maximum, normalizer + weights, output
+def _above(scores, scale, maximum):
+    """By how much each row's scores are above the running maximum at most."""
+    return tl.max(scores * scale - maximum[None, :], 1, keep_dims=True)
+
+
+@triton.jit
+def _raise(scores, scale, maximum, normalizer, output):
+    """The running sums relative to a maximum over these scores, too."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, 0) * scale)
+    decay = tl.exp2(maximum - new_maximum)
+    return new_maximum, normalizer * decay[None, :], output * decay[None, :]
 
 
 @triton.jit
 def _add_scores(
     scores,
     query,
-    b_offsets,
-    is_b,
+    b,
     rows_ptr,
     constant_ptr,
     first_head,
@@ -197,7 +215,6 @@ def _add_scores(
     PRECISION: tl.constexpr,
 ):
     """Adds the scores of `STEP` ranks: A (B Q^T)."""
-    b = tl.load(rows_ptr + b_offsets, mask=is_b, other=0.0).to(query.dtype)
     products = tl.dot(b, query, input_precision=PRECISION)
     a = _load_a(
         rows_ptr, constant_ptr, first_head, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H, STEP
@@ -206,11 +223,9 @@ def _add_scores(
 
 
 @triton.jit
-def _add_output(
-    output,
+def _times_a(
     weights,
-    b_offsets,
-    is_b,
+    output,
     rows_ptr,
     constant_ptr,
     first_head,
@@ -225,10 +240,8 @@ def _add_output(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Adds the output of `STEP` ranks: B^T (A P)."""
-    b = tl.load(rows_ptr + b_offsets, mask=is_b, other=0.0).to(weights.dtype)
+    """A P of `STEP` ranks, whose product with B^T is their part of the output: [STEP * BLOCK_N, BLOCK_T * BLOCK_H]"""
     a = _load_a(
         rows_ptr, constant_ptr, first_head, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H, STEP
     )  # fmt: skip
@@ -236,8 +249,7 @@ def _add_output(
     if STEP > 1 and output.shape[0] == weights.shape[0]:
         # A zero in the layout of a product: Triton 3.6 swizzles A, which meets it, in shared memory only then.
         weights += (output * 0.0).to(weights.dtype)
-    weights = _weigh(weights, a.to(weights.dtype), BLOCK_T)
-    return tl.dot(tl.trans(b), weights, output, input_precision=PRECISION)
+    return _weigh(weights, a.to(weights.dtype), BLOCK_T)
 
 
 @triton.jit
@@ -325,6 +337,7 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    REST_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
@@ -340,7 +353,8 @@ def decode_kernel(
     grid depends on the room in the cache alone. Batch strides of the rows count `STRIDE_UNIT` numbers, which tells the
     compiler that rows start on 16 bytes.
     """
-    HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
+    ALL_H: tl.constexpr = BLOCK_H + REST_H
+    HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + ALL_H - 1) // ALL_H
     QUERY_BLOCKS: tl.constexpr = (NUM_QUERIES + BLOCK_T - 1) // BLOCK_T
     BLOCK_C: tl.constexpr = BLOCK_T * BLOCK_H
     K_A_START: tl.constexpr = K_RANK * HEAD_DIM
@@ -357,18 +371,20 @@ def decode_kernel(
     start = split * piece
     end = tl.minimum(start + piece, length)
 
-    first_head = (column_block % HEAD_BLOCKS) * BLOCK_H
+    first_head = (column_block % HEAD_BLOCKS) * ALL_H
     first_query = (column_block // HEAD_BLOCKS) * BLOCK_T
-    heads = first_head + tl.arange(0, BLOCK_C) % BLOCK_H
-    queries = first_query + tl.arange(0, BLOCK_C) // BLOCK_H
     query_ptr += batch * query_stride_b
+    heads, queries = _columns(first_head, first_query, BLOCK_T, BLOCK_H)
     query = _load_query(
         query_ptr, queries, heads, query_stride_t, query_stride_h, NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D
     )  # fmt: skip
-    # Finite, so that -inf less it is -inf: a block in which a column sees nothing adds nothing.
-    maximum = tl.full([BLOCK_C], -1e30, tl.float32)
-    normalizer = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    output = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
+    maximum, normalizer, output = _no_tokens(BLOCK_N, BLOCK_C, BLOCK_D)
+    if REST_H:
+        rest_heads, rest_queries = _columns(first_head + BLOCK_H, first_query, BLOCK_T, REST_H)
+        rest_query = _load_query(
+            query_ptr, rest_queries, rest_heads, query_stride_t, query_stride_h, NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+        rest_maximum, rest_normalizer, rest_output = _no_tokens(BLOCK_N, BLOCK_T * REST_H, BLOCK_D)
 
     key_ptr += batch * key_stride_b * STRIDE_UNIT
     value_ptr += batch * value_stride_b * STRIDE_UNIT
@@ -391,39 +407,95 @@ def decode_kernel(
         is_value_b = (v_tokens < end - first)[:, None] & (features < HEAD_DIM)[None, :]
 
         # Loads of every rank are in flight at once if there is room for them, else those of a few ranks.
-        scores = tl.broadcast_to(tl.where(is_row, 0.0, -float("inf"))[:, None], [BLOCK_N, BLOCK_C])
+        no_scores = tl.where(is_row, 0.0, -float("inf"))[:, None]
+        scores = tl.broadcast_to(no_scores, [BLOCK_N, BLOCK_C])
+        if REST_H:
+            rest_scores = tl.broadcast_to(no_scores, [BLOCK_N, BLOCK_T * REST_H])
         if UNROLL:
             for r in tl.static_range(0, K_RANK, K_STEP):
+                b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_key_b, other=0.0).to(query.dtype)
                 scores = _add_scores(
-                    scores, query, key_b_offsets + r * HEAD_DIM, is_key_b, key_rows, key_a_ptr, first_head, end - first, r, K_ROW,
-                    K_A_START, K_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, K_STEP, PRECISION,
+                    scores, query, b, key_rows, key_a_ptr, first_head, end - first, r, K_ROW, K_A_START, K_HEADS,
+                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, K_STEP, PRECISION,
                 )  # fmt: skip
+                if REST_H:
+                    rest_scores = _add_scores(
+                        rest_scores, rest_query, b, key_rows, key_a_ptr, first_head + BLOCK_H, end - first, r, K_ROW, K_A_START, K_HEADS,
+                        NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, REST_H, K_STEP, PRECISION,
+                    )  # fmt: skip
         else:
             for r in tl.range(0, K_RANK, K_STEP, num_stages=STAGES):
+                b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_key_b, other=0.0).to(query.dtype)
                 scores = _add_scores(
-                    scores, query, key_b_offsets + r * HEAD_DIM, is_key_b, key_rows, key_a_ptr, first_head, end - first, r, K_ROW,
-                    K_A_START, K_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, K_STEP, PRECISION,
+                    scores, query, b, key_rows, key_a_ptr, first_head, end - first, r, K_ROW, K_A_START, K_HEADS,
+                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, K_STEP, PRECISION,
                 )  # fmt: skip
+                if REST_H:
+                    rest_scores = _add_scores(
+                        rest_scores, rest_query, b, key_rows, key_a_ptr, first_head + BLOCK_H, end - first, r, K_ROW, K_A_START, K_HEADS,
+                        NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, REST_H, K_STEP, PRECISION,
+                    )  # fmt: skip
 
         scores = _hide(
             scores, mask_ptr, queries, heads, tokens, is_row, length - NUM_QUERIES, log2_e / scale,
             mask_stride_h, mask_stride_t, mask_stride_n, NUM_QUERIES, NUM_HEADS, CAUSAL, MASK, MASK_BY_COLUMN,
         )  # fmt: skip
-        weights, maximum, normalizer, output = _exponentiate(scores, scale, maximum, normalizer, output)
+        above = _above(scores, scale, maximum)
+        if REST_H:
+            rest_scores = _hide(
+                rest_scores, mask_ptr, rest_queries, rest_heads, tokens, is_row, length - NUM_QUERIES, log2_e / scale,
+                mask_stride_h, mask_stride_t, mask_stride_n, NUM_QUERIES, NUM_HEADS, CAUSAL, MASK, MASK_BY_COLUMN,
+            )  # fmt: skip
+            above = tl.maximum(above, _above(rest_scores, scale, rest_maximum))
+        # The maximum may lag by 2^8 before it is worth a reduction over tokens for each column: a power of 2 changes
+        # no digit, and is undone at the end.
+        if tl.max(above) > 8.0:
+            maximum, normalizer, output = _raise(scores, scale, maximum, normalizer, output)
+            if REST_H:
+                rest_maximum, rest_normalizer, rest_output = _raise(
+                    rest_scores, scale, rest_maximum, rest_normalizer, rest_output
+                )
+        weights = tl.exp2(scores * scale - maximum[None, :])
+        # Summed over rows at the end: for a sum here, in a layout of its own, Triton 3.6 computes the exponentials again.
+        normalizer += weights
         weights = weights.to(query.dtype)
+        if REST_H:
+            rest_weights = tl.exp2(rest_scores * scale - rest_maximum[None, :])
+            rest_normalizer += rest_weights
+            rest_weights = rest_weights.to(query.dtype)
 
+        # Both tiles are weighted before either is multiplied, and so lie in different places: where two products take turns
+        # with one, ptxas 12.8 loses its address.
         if UNROLL:
             for r in tl.static_range(0, V_RANK, V_STEP):
-                output = _add_output(
-                    output, weights, value_b_offsets + r * HEAD_DIM, is_value_b, value_rows, value_a_ptr, first_head, end - first, r, V_ROW,
-                    V_A_START, V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, V_STEP, PRECISION,
+                b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_value_b, other=0.0).to(query.dtype)
+                weighted = _times_a(
+                    weights, output, value_rows, value_a_ptr, first_head, end - first, r, V_ROW, V_A_START, V_HEADS,
+                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, V_STEP,
                 )  # fmt: skip
+                if REST_H:
+                    rest_weighted = _times_a(
+                        rest_weights, rest_output, value_rows, value_a_ptr, first_head + BLOCK_H, end - first, r, V_ROW, V_A_START, V_HEADS,
+                        NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, REST_H, V_STEP,
+                    )  # fmt: skip
+                output = tl.dot(tl.trans(b), weighted, output, input_precision=PRECISION)
+                if REST_H:
+                    rest_output = tl.dot(tl.trans(b), rest_weighted, rest_output, input_precision=PRECISION)
         else:
             for r in tl.range(0, V_RANK, V_STEP, num_stages=STAGES):
-                output = _add_output(
-                    output, weights, value_b_offsets + r * HEAD_DIM, is_value_b, value_rows, value_a_ptr, first_head, end - first, r, V_ROW,
-                    V_A_START, V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, V_STEP, PRECISION,
+                b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_value_b, other=0.0).to(query.dtype)
+                weighted = _times_a(
+                    weights, output, value_rows, value_a_ptr, first_head, end - first, r, V_ROW, V_A_START, V_HEADS,
+                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, V_STEP,
                 )  # fmt: skip
+                if REST_H:
+                    rest_weighted = _times_a(
+                        rest_weights, rest_output, value_rows, value_a_ptr, first_head + BLOCK_H, end - first, r, V_ROW, V_A_START, V_HEADS,
+                        NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, REST_H, V_STEP,
+                    )  # fmt: skip
+                output = tl.dot(tl.trans(b), weighted, output, input_precision=PRECISION)
+                if REST_H:
+                    rest_output = tl.dot(tl.trans(b), rest_weighted, rest_output, input_precision=PRECISION)
 
     if OVERLAP:  # the combine kernel's programs may take the places that empty, and wait there
         tl.extra.cuda.gdc_launch_dependents()
@@ -432,6 +504,11 @@ def decode_kernel(
         output, normalizer, maximum, partial_ptr, lse_ptr, row, queries, heads,
         NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
+    if REST_H:
+        _store_partial(
+            rest_output, rest_normalizer, rest_maximum, partial_ptr, lse_ptr, row, rest_queries, rest_heads,
+            NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit

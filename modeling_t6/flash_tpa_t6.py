@@ -53,6 +53,7 @@ class Launch:
     block_n: int  # tokens in a block
     block_t: int  # query tokens in a block of columns
     block_h: int  # heads in it
+    rest_h: int  # heads in a second, narrower tile, or 0
     block_d: int  # features of a head, padded
     unroll: bool  # whether the loads of every rank are in flight at once
     stages: int  # blocks (of a rank, if not unrolled) in flight
@@ -61,7 +62,7 @@ class Launch:
     programs_per_sm: int  # that fit side by side
 
     def column_blocks(self, num_queries: int, num_heads: int) -> int:
-        return -(-num_queries // self.block_t) * -(-num_heads // self.block_h)
+        return -(-num_queries // self.block_t) * -(-num_heads // (self.block_h + self.rest_h))
 
 
 def _power_of_2(n: int, least: int) -> int:
@@ -93,44 +94,44 @@ def choose_launch(
     # issue 7830). So 8 warps run only where they share out features, and 16 columns are the fewest.
     narrowest = 16 if block_d <= 64 and itemsize <= 2 else 32
     widest = 64 if block_d == 64 and itemsize <= 2 else 32
-    if num_queries > 1:
-        block_h = min(_power_of_2(num_heads, narrowest), widest)
-    else:
-        widths = [width for width in (16, 32, 64) if narrowest <= width <= widest]
+    block_h, rest_h = min(_power_of_2(num_heads, narrowest), widest), 0
+    if num_queries == 1:
+        widths = [(width, 0) for width in (16, 32, 64) if narrowest <= width <= widest]
+        if widest == 64 and itemsize == 2:
+            widths += [(32, 16), (64, 16)]
         # Few columns, in few blocks, since each reads B again.
-        block_h = min(reversed(widths), key=lambda width: -(-num_heads // width) * (width + 32))
+        block_h, rest_h = min(reversed(widths), key=lambda width: -(-num_heads // sum(width)) * (sum(width) + 32))
     block_t = min(widest // block_h, 1 << (num_queries - 1).bit_length())
-    columns = block_t * block_h
+    columns = block_t * (block_h + rest_h)
 
     def bytes_used(block_n: int, stages: int, ranks: int = k_rank + v_rank) -> int:
         """Shared memory of a program: B, A with one buffer less, the query, and the weights of a block."""
-        a_columns = 0 if constant_a else block_h
+        a_columns = 0 if constant_a else block_h + rest_h
         buffers = block_n * ranks * (stages * block_d + (stages - 1) * a_columns)
         return (buffers + (max(64, block_n) + block_d) * columns) * itemsize
 
-    # Products go through two ranks at once in narrow tiles, and where several wide ones share out the heads.
+    # Products go through two ranks at once, of 8-bit numbers in narrow tiles alone.
     unroll = itemsize < 4 and k_rank + v_rank <= 6
     is_even = not constant_a and k_rank % 2 == v_rank % 2 == 0
-    is_shared = itemsize == 2 and num_heads > block_h
-    takes_two = unroll and is_even and (columns <= 32 or is_shared)
+    takes_two = unroll and is_even and (columns <= 32 or itemsize == 2)
     step = 2 if takes_two and bytes_used(32, stages=2) <= shared_memory else 1
     if itemsize == 4:
         block_n = 16  # more spills
-    elif step == 2:
-        block_n = 32  # products of 64 rows
+    elif step == 2:  # products of 64 rows or more
+        block_n = 64 if itemsize == 2 and bytes_used(64, stages=3) <= 150_000 else 32
     else:
         block_n = 128 if k_rank + v_rank == 2 and bytes_used(128, stages=3) <= 150_000 else 64
     unroll = unroll and bytes_used(block_n, stages=2) <= shared_memory
     ranks = k_rank + v_rank if unroll else 1
     # A third block in flight, or rather another program: of a wide tile, which few heads may fill, and of 8-bit numbers.
-    is_full = columns <= 32 or step == 2 or 3 * num_heads > 2 * block_h * -(-num_heads // block_h)
+    is_full = columns <= 32 or step == 2 or 3 * num_heads > 2 * columns * -(-num_heads // columns)
     is_8_bit = itemsize == 1 and block_n == 128
     most_bytes = min(190_000 if columns > 32 and is_full else 150_000, shared_memory)
     stages = 3 if bytes_used(block_n, 3, ranks) <= most_bytes and is_full and not is_8_bit else 2
     programs_that_fit = (shared_memory + 1024) // (bytes_used(block_n, stages, ranks) + 1024)
     programs_per_sm = max(1, min(programs_that_fit, 4 if is_8_bit else 3 if itemsize == 1 and step == 2 else 2))
     warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
-    return Launch(block_n, block_t, block_h, block_d, unroll, stages, step, warps, programs_per_sm)
+    return Launch(block_n, block_t, block_h, rest_h, block_d, unroll, stages, step, warps, programs_per_sm)
 
 
 @functools.lru_cache  # one length after another: the layers of a model share it
@@ -247,6 +248,7 @@ def _flash_tpa(
             BLOCK_N=launch.block_n,
             BLOCK_T=launch.block_t,
             BLOCK_H=launch.block_h,
+            REST_H=launch.rest_h,
             BLOCK_D=launch.block_d,
             UNROLL=launch.unroll and is_aligned,
             STAGES=launch.stages,

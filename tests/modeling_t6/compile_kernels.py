@@ -58,7 +58,7 @@ def compile_shape(shape: tuple, capability: int):
         "K_ROW": layouts[0].width + (not aligned), "V_ROW": layouts[1].width + (not aligned), "K_HEADS": layouts[0].padded_heads,
         "V_HEADS": layouts[1].padded_heads, "CONSTANT_A": constant_a, "CAUSAL": True, "MASK": mask,
         "MASK_BY_COLUMN": mask == "additive", "HAS_LENGTHS": True, "STRIDE_UNIT": 16 // BYTES[cache_dtype] if aligned else 1,
-        "BLOCK_N": launch.block_n, "BLOCK_T": launch.block_t, "BLOCK_H": launch.block_h,
+        "BLOCK_N": launch.block_n, "BLOCK_T": launch.block_t, "BLOCK_H": launch.block_h, "REST_H": launch.rest_h,
         "BLOCK_D": launch.block_d, "UNROLL": launch.unroll and aligned, "STAGES": launch.stages,
         "STEP": launch.step if aligned else 1,
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
@@ -78,20 +78,43 @@ def compile_shape(shape: tuple, capability: int):
     return launch, decode, compile_kernel(combine_kernel, types, constants, COMBINE_WARPS, capability)
 
 
-def registers_and_spills(kernel) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack: what did not fit them."""
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _report(tool: str, option: str, kernel) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        report = subprocess.run(
-            [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def registers_and_spills(kernel) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack: what did not fit them."""
+    report = _report("cuobjdump", "-res-usage", kernel)
     return tuple(int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
 
 
+def unset_registers(kernel) -> set[int]:
+    """
+    Uniform registers that the machine code reads and nothing before sets. ptxas 12.8 forgets to set those of a product's
+    operand where two products, of different shapes, take turns with one place in shared memory.
+    """
+    is_set, unset = {63}, set()  # 63 is zero
+    for line in _report("nvdisasm", "-c", kernel).splitlines():
+        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(\S+) (.*?) ;", line)
+        if instruction is None:
+            continue
+        name, operands = instruction.groups()
+        # A product's operands lie where four registers say, two each; its first may be in other registers.
+        products = re.findall(r", (R\d+, )?gdesc\[UR(\d+)\]", operands)
+        read = [n for first, at in products for n in range(int(at) + (2 if first else 0), int(at) + 4)]
+        others = [int(n) for n in re.findall(r"\bUR(\d+)", re.sub(r"gdesc\[UR\d+\]", "", operands))]
+        target = [others.pop(0)] if re.match(r"UR\d", operands) else []
+        unset |= {*read, *others} - is_set
+        is_set |= {n + high for n in target for high in range(2 if re.search(r"\.64|\.WIDE", name) else 1)}
+    return unset
+
+
 def main() -> None:
-    """Fails for a kernel that does not fit the GPU, spills much, or has products that Triton miscompiles."""
+    """Fails for a kernel that does not fit the GPU, spills much, or is known to be miscompiled."""
     for capability, shape in itertools.product(map(int, sys.argv[1:]), SHAPES):
         if "fp8e4nv" in shape and capability < 89:
             continue
@@ -101,8 +124,9 @@ def main() -> None:
         assert "m64n8k" not in decode.asm["ptx"], (
             f"{capability} {shape}: products of 8 columns, which Triton 3.6 miscompiles"
         )
+        assert capability != 90 or not unset_registers(decode), f"{capability} {shape}: ptxas lost a register's value"
         registers, spills = registers_and_spills(decode)
-        assert spills <= 320, f"{capability} {shape}: {spills} bytes of spills"
+        assert spills <= 512, f"{capability} {shape}: {spills} bytes of spills"
         print(
             f"{capability} {shape}: {registers} registers, {spills} bytes of spills, {shared} bytes of shared memory, {launch}"
         )

@@ -11,7 +11,8 @@ from .common import cached, random_ids, random_model, tiny_config
 
 
 @pytest.mark.parametrize(
-    "heads,rank,d,width", [(32, 2, 64, 192), (34, 2, 64, 208), (47, 2, 64, 224), (47, 1, 64, 112), (5, 1, 16, 24)]
+    "heads,rank,d,width",
+    [(32, 2, 64, 192), (34, 2, 64, 208), (40, 3, 64, 312), (47, 2, 64, 224), (47, 1, 64, 112), (5, 1, 16, 24)],
 )
 def test_layout(heads, rank, d, width):
     layout = FactorLayout(rank, heads, d)
@@ -22,7 +23,13 @@ def test_layout(heads, rank, d, width):
     assert rows.shape == (2, 1, 3, width)
     for unpacked, original in zip(layout.unpack(rows), (a, b)):
         assert torch.equal(unpacked, original)
-        assert unpacked.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
+    views = [x.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr() for x in layout.unpack(rows)]
+    assert views == [not layout.rotates, True]
+    assert layout.rotates == (heads in (34, 40))
+    for r in range(rank):
+        start = rank * d + r * layout.padded_heads + (8 if layout.rotates and r % 2 else 0)
+        assert start % (16 if d == 64 else 8) == 0
+        assert torch.equal(rows[:, 0, :, start : start + min(heads, 8)], a[:, :, r, :8])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

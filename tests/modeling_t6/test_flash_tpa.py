@@ -158,10 +158,11 @@ def test_launches_fit_the_chip():
             for shared_memory in (101376, 166912, 232448):
                 launch = choose_launch(queries, heads, head_dim, k_rank, v_rank, constant_a, itemsize, shared_memory)
                 ranks = k_rank + v_rank if launch.unroll else 1
-                a_buffers = 0 if constant_a else (launch.stages - 1) * launch.block_h
+                a_buffers = 0 if constant_a else (launch.stages - 1) * (launch.block_h + launch.rest_h)
                 numbers = launch.block_n * ranks * (launch.stages * launch.block_d + a_buffers)
                 assert numbers * itemsize * launch.programs_per_sm <= shared_memory
-                assert heads <= launch.column_blocks(1, heads) * launch.block_h < heads + launch.block_h
+                width = launch.block_h + launch.rest_h
+                assert heads <= launch.column_blocks(1, heads) * width < heads + width
 
 
 def operator_arguments(**changes):

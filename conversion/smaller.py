@@ -140,15 +140,14 @@ class Texts:
         count = min(len(whole), max(1, args.calibration_tokens // length))
         self.calibration = whole[torch.linspace(0, len(whole) - 1, count).long()]
         self.healing = None
+        most = None if args.heal_tokens is None else max(1, args.heal_tokens // length)
         if args.heal is not None and args.heal.resolve() == args.calibration.resolve():
-            self.healing = whole  # a long text takes long to tokenise
+            self.healing = whole[:most]  # a long text takes long to tokenise
         elif args.heal is not None:
             healing = text.read_text(args.heal)
             if args.held_out is None:
                 healing = text.split_held_out(healing)[0]
-            self.healing = text.windows(tokenizer, healing, length, str(args.heal))
-        if self.healing is not None and args.heal_tokens is not None:
-            self.healing = self.healing[: max(1, args.heal_tokens // length)]
+            self.healing = text.windows(tokenizer, healing, length, str(args.heal), most)
 
 
 def settings(args: argparse.Namespace) -> dict:

@@ -12,6 +12,7 @@ from .errors import ConversionError, reason
 
 
 PIECE = 100_000  # characters: a tokenizer works on many pieces side by side, and slowly on one long text
+PIECES = 256  # at a time
 HELD_OUT = 0.1
 
 
@@ -40,8 +41,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ConversionError(f"{folder} has no tokenizer to read text with: {reason(error)}") from error
 
 
-def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str) -> torch.Tensor:
-    """Token ids [n, length] of a text, without the rest that fills no window; `name` is what errors call the text."""
+def windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str, most: int | None = None
+) -> torch.Tensor:
+    """
+    Token ids [n, length] of a text, without the rest that fills no window, or of its first `most` windows; `name` is
+    what errors call the text.
+    """
     pieces, start = [], 0
     while start < len(text):
         end = len(text) if len(text) <= start + PIECE else text.rfind("\n", start, start + PIECE) + 1
@@ -49,10 +55,15 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: st
         pieces.append(text[start:end])
         start = end
     options = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids", "verbose"), False)
-    ids = torch.cat([torch.tensor(piece, dtype=torch.long) for piece in tokenizer(pieces, **options)["input_ids"]])
+    parts, count = [], 0
+    while pieces and (most is None or count < most * length):
+        batch, pieces = pieces[:PIECES], pieces[PIECES:]
+        parts += [torch.tensor(ids, dtype=torch.long) for ids in tokenizer(batch, **options)["input_ids"]]
+        count = sum(map(len, parts))
+    ids = torch.cat(parts)
     if len(ids) < length:
         raise ConversionError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
-    return ids[: len(ids) // length * length].view(-1, length)
+    return ids[: len(ids) // length * length].view(-1, length)[:most]
 
 
 @torch.no_grad()

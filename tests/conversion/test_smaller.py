@@ -256,11 +256,18 @@ def test_a_loss_that_is_no_number(folder, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "t6").exists()
 
 
-def test_windows_hold_the_text(folder):
-    """Reading a text in pieces loses and repeats nothing."""
+def test_windows_hold_the_text(folder, monkeypatch):
+    """Reading a text in pieces loses and repeats nothing; of the first windows, no more is read than they need."""
     tokenizer = text.load_tokenizer(folder / "source")
     lines = "".join(f"w{i % 98 + 1} w{i % 7 + 1}\n" for i in range(40_000))
     ids = text.windows(tokenizer, lines, 32, "text").flatten().tolist()
     assert ids == [int(word[1:]) for word in lines.split()][: len(ids)] and len(ids) == 80_000
+    monkeypatch.setattr(text, "PIECES", 1)
+    monkeypatch.setattr(text, "PIECE", 10_000)
+    read = []
+    first = text.windows(
+        lambda pieces, **options: read.append(pieces) or tokenizer(pieces, **options), lines, 32, "text", 99
+    )
+    assert first.flatten().tolist() == ids[: 99 * 32] and len(read) == 2
     kept, held_out = text.split_held_out(lines)
     assert kept + held_out == lines and kept.endswith("\n") and 0.09 < len(held_out) / len(lines) < 0.11

@@ -509,6 +509,14 @@ def orthogonalize(a: torch.Tensor, projection: torch.nn.Linear) -> None:
         tensor.copy_((mixture / size @ tensor.double().reshape(len(a), -1)).reshape(tensor.shape))
 
 
+def even_rows(a: torch.Tensor, projection: torch.nn.Linear) -> None:
+    """Gives the rows of constant factors A [R, h] one size, in place, and the projection of B what undoes it."""
+    size = a.double().norm(dim=1) / a.shape[1] ** 0.5 / len(a) ** 0.5
+    a.copy_(a.double() / size[:, None])
+    for tensor in projection.parameters():
+        tensor.copy_((size[:, None] * tensor.double().reshape(len(a), -1)).reshape(tensor.shape))
+
+
 @torch.no_grad()
 def balance(attention: T6Attention) -> None:
     """
@@ -517,11 +525,12 @@ def balance(attention: T6Attention) -> None:
     The rows of A may be multiplied by any matrix, if B undoes it, the features of all B_K by any number, and those of all
     B_V by any matrix, if queries and output projection undo it. A fit leaves that open, and its heads can be small
     differences of large B: rounding to half precision, and every step of an optimizer, are then as large as the heads.
-    With orthogonal rows, A passes neither on enlarged.
+    With orthogonal rows, A_V passes neither on enlarged. Those of A_K keep their directions: some B_K are a hundred times as
+    large as others in a feature pair, of which a fit gives none to heads that read it small, and a mixture some to all.
     """
     orthogonalize(attention.v_a, attention.v_b_proj)
     if not attention.config.qk_norm:
-        orthogonalize(attention.k_a, attention.k_b_proj)
+        even_rows(attention.k_a, attention.k_b_proj)
         query, key = (key_space(proj.weight, attention) for proj in (attention.q_proj, attention.k_b_proj))
         factor = (query.abs().square().mean((0, 1)) / key.abs().square().mean((0, 1)).clamp(min=1e-300)) ** 0.25
         for projection, scale in ((attention.q_proj, 1 / factor), (attention.k_b_proj, factor)):

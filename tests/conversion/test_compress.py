@@ -204,10 +204,29 @@ def test_fit_stands_rounding():
     of_the_source = compress.divergence(rounded, ids, expected)
     for ranks in ((3, 2), (2, 1)):
         small = compress.compress(model, calibration, *([rank] for rank in ranks), quiet=True)
-        assert torch.linalg.cond(small.model.layers[0].self_attn.k_a) == pytest.approx(1)
+        assert torch.linalg.cond(small.model.layers[0].self_attn.v_a) == pytest.approx(1)
         fitted = compress.divergence(small, ids, expected)
         round_weights(small)
         assert compress.divergence(small, ids, expected) - fitted < 0.1 * fitted + 3 * of_the_source
+
+
+@torch.no_grad()
+def test_balanced_keys_stand_noise():
+    """A B that is large in a feature pair stays out of the heads that do not read it, which noise of B would drown."""
+    attention = exact_model("llama", "mha").model.layers[0].self_attn.double()
+    num_heads, d = attention.k_a.shape[1], attention.head_dim
+    attention.k_a.copy_(torch.eye(num_heads).roll(1, 1) + torch.eye(num_heads))  # B r is read by heads r and r + 1
+    pair = [0, d // 2]
+    attention.k_b_proj.weight.unflatten(0, (-1, d))[1, pair] *= 1000
+    attention.q_proj.weight.unflatten(0, (-1, d))[1:3, pair] /= 1000
+    balance(attention)
+    x = torch.randn(50, attention.q_proj.in_features, dtype=torch.double)
+    query, b = attention.q_proj(x).view(50, num_heads, d), attention.k_b_proj(x).view(50, num_heads, d)
+    noisy = b * (1 + 0.01 * torch.randn_like(b))
+    scores, disturbed = (
+        torch.einsum("qhd,rh,krd->hqk", query[..., pair], attention.k_a, keys[..., pair]) for keys in (b, noisy)
+    )
+    assert ((disturbed - scores).norm(dim=(1, 2)) < 0.02 * scores.norm(dim=(1, 2))).all()
 
 
 @torch.no_grad()

@@ -511,7 +511,7 @@ def orthogonalize(a: torch.Tensor, projection: torch.nn.Linear) -> None:
 
 def even_rows(a: torch.Tensor, projection: torch.nn.Linear) -> None:
     """Gives the rows of constant factors A [R, h] one size, in place, and the projection of B what undoes it."""
-    size = a.double().norm(dim=1) / a.shape[1] ** 0.5 / len(a) ** 0.5
+    size = a.double().norm(dim=1) / a.numel() ** 0.5  # as `orthogonalize` leaves them
     a.copy_(a.double() / size[:, None])
     for tensor in projection.parameters():
         tensor.copy_((size[:, None] * tensor.double().reshape(len(a), -1)).reshape(tensor.shape))

@@ -80,11 +80,9 @@ class FactorLayout:
             b = a[..., :0]
         if self.padded_heads > self.num_heads:  # no padding would copy it
             a = torch.nn.functional.pad(a, (0, self.padded_heads - self.num_heads))
-        parts = [b.flatten(-2), a.flatten(-2)]
-        if self.rotates:
-            parts = [parts[0]]
-            for r, row in enumerate(a.unbind(-2)):
-                parts += [row[..., -8:], row[..., :-8]] if r % 2 else [row]
+        parts = [b.flatten(-2)]
+        for r, row in enumerate(a.unbind(-2) if self.rotates else [a.flatten(-2)]):
+            parts += [row[..., -8:], row[..., :-8]] if r % 2 else [row]
         return torch.cat(parts, dim=-1).unsqueeze(1)
 
     def unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

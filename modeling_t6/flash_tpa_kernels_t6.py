@@ -194,8 +194,7 @@ def _raise(scores, scale, maximum, normalizer, output):
 
 
 @triton.jit
-def _add_scores(
-    scores,
+def _scores(
     query,
     b,
     rows_ptr,
@@ -214,12 +213,49 @@ def _add_scores(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the scores of `STEP` ranks: A (B Q^T)."""
+    """Scores of `STEP` ranks: A (B Q^T)."""
     products = tl.dot(b, query, input_precision=PRECISION)
     a = _load_a(
         rows_ptr, constant_ptr, first_head, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H, STEP
     )  # fmt: skip
-    return scores + _sum_ranks(_weigh(products, a.to(tl.float32), BLOCK_T), STEP)
+    return _sum_ranks(_weigh(products, a.to(tl.float32), BLOCK_T), STEP)
+
+
+@triton.jit
+def _add_scores(
+    scores,
+    rest_scores,
+    query,
+    rest_query,
+    b,
+    rows_ptr,
+    constant_ptr,
+    first_head,
+    num_rows,
+    rank,
+    ROW: tl.constexpr,
+    A_START: tl.constexpr,
+    A_HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    CONSTANT_A: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    REST_H: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the scores of `STEP` ranks to those of both tiles."""
+    scores += _scores(
+        query, b, rows_ptr, constant_ptr, first_head, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A,
+        BLOCK_N, BLOCK_T, BLOCK_H, STEP, PRECISION,
+    )  # fmt: skip
+    if REST_H:
+        rest_scores += _scores(
+            rest_query, b, rows_ptr, constant_ptr, first_head + BLOCK_H, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A,
+            BLOCK_N, BLOCK_T, REST_H, STEP, PRECISION,
+        )  # fmt: skip
+    return scores, rest_scores
 
 
 @triton.jit
@@ -250,6 +286,47 @@ def _times_a(
         # A zero in the layout of a product: Triton 3.6 swizzles A, which meets it, in shared memory only then.
         weights += (output * 0.0).to(weights.dtype)
     return _weigh(weights, a.to(weights.dtype), BLOCK_T)
+
+
+@triton.jit
+def _add_output(
+    output,
+    rest_output,
+    weights,
+    rest_weights,
+    b,
+    rows_ptr,
+    constant_ptr,
+    first_head,
+    num_rows,
+    rank,
+    ROW: tl.constexpr,
+    A_START: tl.constexpr,
+    A_HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    CONSTANT_A: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    REST_H: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the output of `STEP` ranks, B^T (A P), to that of both tiles."""
+    weighted = _times_a(
+        weights, output, rows_ptr, constant_ptr, first_head, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A,
+        BLOCK_N, BLOCK_T, BLOCK_H, STEP,
+    )  # fmt: skip
+    # Before either product, and so in another place: where two take turns with one, ptxas 12.8 loses its address.
+    if REST_H:
+        rest_weighted = _times_a(
+            rest_weights, rest_output, rows_ptr, constant_ptr, first_head + BLOCK_H, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS,
+            CONSTANT_A, BLOCK_N, BLOCK_T, REST_H, STEP,
+        )  # fmt: skip
+    output = tl.dot(tl.trans(b), weighted, output, input_precision=PRECISION)
+    if REST_H:
+        rest_output = tl.dot(tl.trans(b), rest_weighted, rest_output, input_precision=PRECISION)
+    return output, rest_output
 
 
 @triton.jit
@@ -379,6 +456,7 @@ def decode_kernel(
         query_ptr, queries, heads, query_stride_t, query_stride_h, NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D
     )  # fmt: skip
     maximum, normalizer, output = _no_tokens(BLOCK_N, BLOCK_C, BLOCK_D)
+    rest_query, rest_output = query, output  # stand for a second tile where there is none
     if REST_H:
         rest_heads, rest_queries = _columns(first_head + BLOCK_H, first_query, BLOCK_T, REST_H)
         rest_query = _load_query(
@@ -409,32 +487,23 @@ def decode_kernel(
         # Loads of every rank are in flight at once if there is room for them, else those of a few ranks.
         no_scores = tl.where(is_row, 0.0, -float("inf"))[:, None]
         scores = tl.broadcast_to(no_scores, [BLOCK_N, BLOCK_C])
+        rest_scores = scores
         if REST_H:
             rest_scores = tl.broadcast_to(no_scores, [BLOCK_N, BLOCK_T * REST_H])
         if UNROLL:
             for r in tl.static_range(0, K_RANK, K_STEP):
                 b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_key_b, other=0.0).to(query.dtype)
-                scores = _add_scores(
-                    scores, query, b, key_rows, key_a_ptr, first_head, end - first, r, K_ROW, K_A_START, K_HEADS,
-                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, K_STEP, PRECISION,
+                scores, rest_scores = _add_scores(
+                    scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, end - first, r, K_ROW, K_A_START,
+                    K_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, REST_H, K_STEP, PRECISION,
                 )  # fmt: skip
-                if REST_H:
-                    rest_scores = _add_scores(
-                        rest_scores, rest_query, b, key_rows, key_a_ptr, first_head + BLOCK_H, end - first, r, K_ROW, K_A_START, K_HEADS,
-                        NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, REST_H, K_STEP, PRECISION,
-                    )  # fmt: skip
         else:
             for r in tl.range(0, K_RANK, K_STEP, num_stages=STAGES):
                 b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_key_b, other=0.0).to(query.dtype)
-                scores = _add_scores(
-                    scores, query, b, key_rows, key_a_ptr, first_head, end - first, r, K_ROW, K_A_START, K_HEADS,
-                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, K_STEP, PRECISION,
+                scores, rest_scores = _add_scores(
+                    scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, end - first, r, K_ROW, K_A_START,
+                    K_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, REST_H, K_STEP, PRECISION,
                 )  # fmt: skip
-                if REST_H:
-                    rest_scores = _add_scores(
-                        rest_scores, rest_query, b, key_rows, key_a_ptr, first_head + BLOCK_H, end - first, r, K_ROW, K_A_START, K_HEADS,
-                        NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, REST_H, K_STEP, PRECISION,
-                    )  # fmt: skip
 
         scores = _hide(
             scores, mask_ptr, queries, heads, tokens, is_row, length - NUM_QUERIES, log2_e / scale,
@@ -459,43 +528,26 @@ def decode_kernel(
         # Summed over rows at the end: for a sum here, in a layout of its own, Triton 3.6 computes the exponentials again.
         normalizer += weights
         weights = weights.to(query.dtype)
+        rest_weights = weights
         if REST_H:
             rest_weights = tl.exp2(rest_scores * scale - rest_maximum[None, :])
             rest_normalizer += rest_weights
             rest_weights = rest_weights.to(query.dtype)
 
-        # Both tiles are weighted before either is multiplied, and so lie in different places: where two products take turns
-        # with one, ptxas 12.8 loses its address.
         if UNROLL:
             for r in tl.static_range(0, V_RANK, V_STEP):
                 b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_value_b, other=0.0).to(query.dtype)
-                weighted = _times_a(
-                    weights, output, value_rows, value_a_ptr, first_head, end - first, r, V_ROW, V_A_START, V_HEADS,
-                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, V_STEP,
+                output, rest_output = _add_output(
+                    output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, end - first, r, V_ROW, V_A_START,
+                    V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, REST_H, V_STEP, PRECISION,
                 )  # fmt: skip
-                if REST_H:
-                    rest_weighted = _times_a(
-                        rest_weights, rest_output, value_rows, value_a_ptr, first_head + BLOCK_H, end - first, r, V_ROW, V_A_START, V_HEADS,
-                        NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, REST_H, V_STEP,
-                    )  # fmt: skip
-                output = tl.dot(tl.trans(b), weighted, output, input_precision=PRECISION)
-                if REST_H:
-                    rest_output = tl.dot(tl.trans(b), rest_weighted, rest_output, input_precision=PRECISION)
         else:
             for r in tl.range(0, V_RANK, V_STEP, num_stages=STAGES):
                 b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_value_b, other=0.0).to(query.dtype)
-                weighted = _times_a(
-                    weights, output, value_rows, value_a_ptr, first_head, end - first, r, V_ROW, V_A_START, V_HEADS,
-                    NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, V_STEP,
+                output, rest_output = _add_output(
+                    output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, end - first, r, V_ROW, V_A_START,
+                    V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, REST_H, V_STEP, PRECISION,
                 )  # fmt: skip
-                if REST_H:
-                    rest_weighted = _times_a(
-                        rest_weights, rest_output, value_rows, value_a_ptr, first_head + BLOCK_H, end - first, r, V_ROW, V_A_START, V_HEADS,
-                        NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, REST_H, V_STEP,
-                    )  # fmt: skip
-                output = tl.dot(tl.trans(b), weighted, output, input_precision=PRECISION)
-                if REST_H:
-                    rest_output = tl.dot(tl.trans(b), rest_weighted, rest_output, input_precision=PRECISION)
 
     if OVERLAP:  # the combine kernel's programs may take the places that empty, and wait there
         tl.extra.cuda.gdc_launch_dependents()

@@ -172,15 +172,14 @@ def test_a_missing_package_is_named_before_any_work(package, folder, tmp_path, c
 
 
 @pytest.fixture
-def exact(folder) -> T6ForCausalLM:
+def model(folder) -> T6ForCausalLM:
     if not (folder / "exact").exists():
         assert main(["hf", str(folder / "source"), str(folder / "exact")]) == 0
     return T6ForCausalLM.from_pretrained(folder / "exact")
 
 
-def test_loss_of_healing(exact, folder, tmp_path):
+def test_loss_of_healing(model, folder, tmp_path):
     """KL, hidden states and the text's own loss, against float64 sums over the two models' outputs."""
-    model = exact
     teacher = AutoModelForCausalLM.from_pretrained(folder / "source")
     torch.manual_seed(0)
     with torch.no_grad():
@@ -222,9 +221,8 @@ def test_heals_on_some_tokens(folder, tmp_path):
             assert smaller.wanted(args) and args.heal_learning_rate == times * rate
 
 
-def test_optimizers_of_healing(exact):
+def test_optimizers_of_healing(model):
     """Each parameter is in one group, at its rate; a step of Muon has singular values of one size."""
-    model = exact
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, divisor in (("adamw", 1), ("muon", 3)):
         optimizer = make_optimizer(model, name, 0.9, fused=False)

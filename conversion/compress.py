@@ -16,7 +16,7 @@ factor. Values are not rotated and allow more, a matrix for each head that goes 
 Both are fitted by alternating least squares on second moments of the activations: the error of a key is weighted by the
 power of the queries that read it, the error of a value by what the output projection makes of it, and values are
 averaged by the attention as in the model. Small relative errors of B count, too: without them, heads come out as small
-differences of large B, which rounding to half precision damages and from which healing diverges. Nothing is rotated
+differences of large B, which rounding to half precision damages and from which training diverges. Nothing is rotated
 differently, so RoPE stays exact at every position.
 """
 
@@ -44,7 +44,7 @@ VALUE_ITERATIONS = 200
 TRIAL_ITERATIONS = 30  # enough to compare ranks
 PERTURBATION = 0.3
 CONVERGED = 1e-6  # relative gain of an iteration below which a fit ends
-NOISE = 0.01  # relative errors of B that a fit is to stand: rounding to half precision, and steps of healing
+NOISE = 0.03  # relative errors of B that a fit is to stand: rounding to half precision, and steps of training
 RIDGE = 1e-9  # relative to the mean of a diagonal: moments of few tokens are singular
 CHECK = 5  # steps between two looks at whether a fit has ended
 SUBSPACE_ITERATIONS = 8

@@ -16,11 +16,13 @@ from .compress import METHODS, compress
 from .errors import ConversionError
 from .folders import new_folder
 from .heal import heal
+from .reconstruct import reconstruct
 from .report import Row
 from .stages import stage
 from .verify import cache_bytes_per_token
 
 
+RECONSTRUCT_STEPS = {"fit": 500, "mean-pool": 0}  # the GQA paper's recipe has none
 LEARNING_RATES = {"fit": 1e-4, "mean-pool": 3e-4}  # docs/compression.md has others
 
 
@@ -57,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration-tokens", type=positive(int), default=131072, metavar="N", help="read of it (%(default)s)"
     )
     group.add_argument("--method", choices=METHODS, default="fit", help="mean-pool: the GQA paper's (%(default)s)")
+    group.add_argument(
+        "--reconstruct-steps", type=checked(int, "non-negative", lambda number: number >= 0), metavar="N",
+        help="in which each attention learns its source's output on the calibration text "
+        f"({RECONSTRUCT_STEPS['fit']}, mean-pool {RECONSTRUCT_STEPS['mean-pool']})",
+    )  # fmt: skip
     group.add_argument(
         "--held-out", type=Path, metavar="TEXT",
         help="for perplexity (the last tenth of the calibration text; a tenth of the healing text is left out, too)",
@@ -96,6 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def set_defaults(args: argparse.Namespace) -> None:
     """Those of options that depend on others."""
+    if args.reconstruct_steps is None:
+        args.reconstruct_steps = RECONSTRUCT_STEPS[args.method]
     if args.heal_learning_rate is None:
         args.heal_learning_rate = LEARNING_RATES[args.method] * (3 if args.heal_optimizer == "muon" else 1)
 
@@ -153,8 +162,8 @@ class Texts:
 def settings(args: argparse.Namespace) -> dict:
     """What a run must have in common with the interrupted one that it continues."""
     names = (
-        "source", "revision", "k_rank", "v_rank", "cache_ratio", "calibration", "calibration_tokens", "method", "held_out",
-        "window", "compute_dtype", "heal", "heal_steps", "heal_tokens", "batch_size", "heal_accumulation", "heal_optimizer",
+        "source", "revision", "k_rank", "v_rank", "cache_ratio", "calibration", "calibration_tokens", "method",
+        "reconstruct_steps", "held_out", "window", "compute_dtype", "heal", "heal_steps", "heal_tokens", "batch_size", "heal_accumulation", "heal_optimizer",
         "heal_learning_rate", "heal_cross_entropy", "seed",
     )  # fmt: skip
     return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
@@ -226,6 +235,12 @@ def make_smaller(
         calibration = texts.calibration.to(args.device)
         ranks = args.k_rank, args.v_rank, args.cache_ratio
         model = compress(exact_model, calibration, *ranks, args.method, args.batch_size)
+        if args.reconstruct_steps > 0:
+            found = reconstruct(model, exact_model, calibration, args.reconstruct_steps, args.seed)
+            print(
+                "error of each attention's output, of its power: "
+                + ", ".join(f"{old:.2%} to {new:.2%}" for old, new in found)
+            )
         with new_folder(compressed_folder) as new:
             save(model, new)
     del exact_model

@@ -5,6 +5,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conversion.hf import make_plan
+from modeling_t6 import T6ForCausalLM
+
 
 SIZES = {
     "vocab_size": 99,
@@ -72,6 +75,24 @@ def source_model(family: str, layout: str, dtype: torch.dtype = torch.float32, *
             else:
                 parameter.normal_(std=0.15 if parameter.dim() > 1 else 0.3)
     return model.to(dtype)
+
+
+def exact_model(family: str = "llama", layout: str = "gqa", **overrides) -> T6ForCausalLM:
+    """A converted model with random weights, in float64."""
+    source = source_model(family, layout, **overrides)
+    plan = make_plan(source.config)
+    model = T6ForCausalLM(plan.config).double().eval()
+    state = dict(plan.constants)
+    for name, tensor in source.state_dict().items():
+        state |= {target: transform(tensor) for target, transform in plan.moves.get(name, ())}
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(2, 99, shape, generator=torch.Generator().manual_seed(1))
 
 
 def save_source(folder: Path, family: str = "llama", layout: str = "gqa", **kwargs) -> Path:

@@ -23,30 +23,11 @@ from conversion.compress import (
     to_complex,
 )
 from conversion.errors import ConversionError
-from conversion.hf import make_plan
 from conversion.plan import unchanged
 from modeling_t6 import T6ForCausalLM
 from modeling_t6.modeling_t6 import apply_rotary_pos_emb
 
-from .common import FAMILIES, LAYOUTS, source_model
-
-
-def exact_model(family: str = "llama", layout: str = "gqa", **overrides) -> T6ForCausalLM:
-    """A converted model with random weights, in float64."""
-    source = source_model(family, layout, **overrides)
-    plan = make_plan(source.config)
-    model = T6ForCausalLM(plan.config).double().eval()
-    state = dict(plan.constants)
-    for name, tensor in source.state_dict().items():
-        state |= {target: transform(tensor) for target, transform in plan.moves.get(name, ())}
-    missing = model.load_state_dict(state, strict=False).missing_keys
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-    return model
-
-
-def random_ids(*shape: int) -> torch.Tensor:
-    return torch.randint(2, 99, shape, generator=torch.Generator().manual_seed(1))
+from .common import FAMILIES, LAYOUTS, exact_model, random_ids
 
 
 def correlated(*shape: int, seed: int = 0) -> torch.Tensor:

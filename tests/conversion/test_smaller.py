@@ -44,7 +44,8 @@ def folder(tmp_path_factory) -> Path:
 
 def options(folder: Path, target: Path, *more: str) -> list[str]:
     calibration = ["--calibration", str(folder / "calibration.txt")]
-    return ["hf", str(folder / "source"), str(target), *calibration, "--batch-size", "4", "--device", "cpu", *more]
+    few = ["--batch-size", "4", "--device", "cpu", "--reconstruct-steps", "10"]
+    return ["hf", str(folder / "source"), str(target), *calibration, *few, *more]
 
 
 def healing(folder: Path, steps: int) -> list[str]:
@@ -55,7 +56,15 @@ def test_compresses_and_heals(folder, tmp_path, capsys):
     target = tmp_path / "t6"
     assert main(options(folder, target, "--cache-ratio", "2", *healing(folder, 160))) == 0
     output = capsys.readouterr().out
-    for word in ("source", "exact", "compressed", "healed", "bytes per token", "perplexity"):
+    for word in (
+        "source",
+        "exact",
+        "compressed",
+        "healed",
+        "bytes per token",
+        "perplexity",
+        "each attention's output",
+    ):
         assert word in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t6"]
 
@@ -116,7 +125,8 @@ def test_goes_on_after_a_kill(optimizer, folder, tmp_path, capsys):
 
 def test_mean_pool(folder, tmp_path):
     target = tmp_path / "t6"
-    assert main(options(folder, target, "--method", "mean-pool", "--k-rank", "2", "--v-rank", "2")) == 0
+    more = ["--method", "mean-pool", "--k-rank", "2", "--v-rank", "2", "--reconstruct-steps", "0"]
+    assert main(options(folder, target, *more)) == 0
     source = AutoModelForCausalLM.from_pretrained(folder / "source")
     weight = T6ForCausalLM.from_pretrained(target).model.layers[1].self_attn.k_b_proj.weight
     heads = source.model.layers[1].self_attn.k_proj.weight.view(2, 2, 16, 64)
@@ -213,12 +223,15 @@ def test_heals_on_some_tokens(folder, tmp_path):
     args.heal_tokens = None
     whole = smaller.Texts(args, folder / "source", config).healing
     assert len(whole) > 3 and torch.equal(texts.healing, whole[:3])
-    for method, rate in smaller.LEARNING_RATES.items():
+
+
+def test_defaults_of_methods():
+    words = ["hf", "SRC", "DST", "--k-rank", "1", "--calibration", "TEXT"]
+    for method, steps, rate in (("fit", 500, 1e-4), ("mean-pool", 0, 3e-4)):
         for optimizer, times in (("adamw", 1), ("muon", 3)):
-            args = parse_args(
-                options(folder, tmp_path / "t6", "--k-rank", "1", "--method", method, "--heal-optimizer", optimizer)
-            )
-            assert smaller.wanted(args) and args.heal_learning_rate == times * rate
+            args = parse_args([*words, "--method", method, "--heal-optimizer", optimizer])
+            assert smaller.wanted(args)
+            assert (args.reconstruct_steps, args.heal_learning_rate) == (steps, times * rate)
 
 
 def test_optimizers_of_healing(model):

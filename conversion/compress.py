@@ -20,9 +20,10 @@ differences of large B, which rounding to half precision damages and from which 
 differently, so RoPE stays exact at every position.
 """
 
+import contextlib
 import copy
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -115,25 +116,32 @@ def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_
     return Moments(complex_key @ complex_key.mH, powers, values)
 
 
+@contextlib.contextmanager
+def attention_hooks(model: T6ForCausalLM, hook: Callable) -> Iterator[None]:
+    """Calls `hook(attention, args, kwargs, output)` for each attention that runs in the block."""
+    handles = [layer.self_attn.register_forward_hook(hook, with_kwargs=True) for layer in model.model.layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def collect_moments(model: T6ForCausalLM, batches: Iterable[torch.Tensor]) -> list[Moments]:
     """The moments of each layer over batches of token ids [batch, seq]."""
     totals: list[Moments | None] = [None] * model.config.num_hidden_layers
 
-    def hook(attention: T6Attention, args, kwargs) -> None:
+    def hook(attention: T6Attention, args, kwargs, output) -> None:
         new = layer_moments(attention, args[0], kwargs["position_embeddings"], kwargs["attention_mask"])
         old = totals[attention.layer_idx]
         if old is not None:
             new = Moments(old.keys + new.keys, old.queries + new.queries, old.values + new.values)
         totals[attention.layer_idx] = new
 
-    hooks = [layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True) for layer in model.model.layers]
-    try:
+    with attention_hooks(model, hook):
         for ids in batches:
             model.model(ids, use_cache=False)
-    finally:
-        for handle in hooks:
-            handle.remove()
     return totals
 
 
@@ -500,21 +508,25 @@ def compressed_attention(attention: T6Attention, keys: KeyFit | None, values: Va
     return result.train(attention.training)
 
 
+def mix_factors(projection: torch.nn.Linear, mixture: torch.Tensor) -> None:
+    """Puts mixture [R, R] times B in the place of the factors B [R, d] that a projection gives."""
+    for tensor in projection.parameters():
+        tensor.copy_((mixture @ tensor.double().reshape(len(mixture), -1)).reshape(tensor.shape))
+
+
 def orthogonalize(a: torch.Tensor, projection: torch.nn.Linear) -> None:
     """Gives constant factors A [R, h] orthogonal rows, in place, and the projection of B what undoes it."""
     rows, mixture = torch.linalg.qr(a.double().T)  # A = mixture^T rows^T
     size = a.numel() ** 0.5  # A of an exact conversion has such rows if each B has as many heads
     a.copy_(size * rows.T)
-    for tensor in projection.parameters():
-        tensor.copy_((mixture / size @ tensor.double().reshape(len(a), -1)).reshape(tensor.shape))
+    mix_factors(projection, mixture / size)
 
 
 def even_rows(a: torch.Tensor, projection: torch.nn.Linear) -> None:
     """Gives the rows of constant factors A [R, h] one size, in place, and the projection of B what undoes it."""
     size = a.double().norm(dim=1) / a.numel() ** 0.5  # as `orthogonalize` leaves them
     a.copy_(a.double() / size[:, None])
-    for tensor in projection.parameters():
-        tensor.copy_((size[:, None] * tensor.double().reshape(len(a), -1)).reshape(tensor.shape))
+    mix_factors(projection, size.diag())
 
 
 @torch.no_grad()

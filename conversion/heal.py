@@ -73,6 +73,16 @@ class Together(torch.optim.Optimizer):
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
+def join_optimizers(adamw: list[dict], muon: list[dict], fused: bool = False) -> torch.optim.Optimizer:
+    """AdamW and Muon for the groups of parameters of each, of which there may be none."""
+    optimizers = []
+    if adamw:
+        optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.0, fused=fused))
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers[0] if len(optimizers) == 1 else Together(*optimizers)
+
+
 def make_optimizer(model: PreTrainedModel, name: str, learning_rate: float, fused: bool) -> torch.optim.Optimizer:
     """
     Args:
@@ -91,10 +101,7 @@ def make_optimizer(model: PreTrainedModel, name: str, learning_rate: float, fuse
     adamw_groups, muon_groups = (
         [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()] for by_rate in (by_adamw, by_muon)
     )
-    adamw = torch.optim.AdamW(adamw_groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
-    if name == "adamw":
-        return adamw
-    return Together(adamw, torch.optim.Muon(muon_groups, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return join_optimizers(adamw_groups, muon_groups, fused)
 
 
 class FiniteLoss(TrainerCallback):

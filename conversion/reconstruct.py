@@ -17,7 +17,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from modeling_t6 import T6ForCausalLM
 
-from .heal import Together
+from .compress import attention_hooks
+from .heal import join_optimizers
 from .stages import stage
 
 
@@ -85,13 +86,8 @@ def reconstruct(
                 error.backward()
             found[attention.layer_idx] = error.detach()
 
-        handles = [layer.self_attn.register_forward_hook(hook, with_kwargs=True) for layer in source.model.layers]
-        try:
-            with torch.no_grad():
-                source.model(batch, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with torch.no_grad(), attention_hooks(source, hook):
+            source.model(batch, use_cache=False)
         return found
 
     def errors() -> list[float]:
@@ -99,10 +95,11 @@ def reconstruct(
             sum(len(batch) * visit(batch, learn=False) for batch in checked.split(WINDOWS)) / len(checked)
         ).tolist()
 
+    by_rows = [projection for student in students for projection in (student.q_proj, student.k_b_proj)]
+    for projection in by_rows:
+        parametrize.register_parametrization(projection, "weight", RowSizes(projection.weight))
     matrices, others = [], []
     for student in students:
-        for projection in (student.q_proj, student.k_b_proj):
-            parametrize.register_parametrization(projection, "weight", RowSizes(projection.weight))
         for name, parameter in student.named_parameters():
             size = parameter.detach().square().mean().sqrt().item()
             if name in ("k_a", "v_a"):
@@ -111,10 +108,7 @@ def reconstruct(
                 matrices.append({"params": [parameter], "lr": STEP * size / MUON_SIZE})
             else:
                 others.append({"params": [parameter], "lr": STEP * size})
-    optimizers = [torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
-    if others:
-        optimizers.append(torch.optim.Adam(others, betas=(0.9, 0.95)))
-    optimizer = Together(*optimizers)
+    optimizer = join_optimizers(others, matrices)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
     generator = torch.Generator().manual_seed(seed)
     before, order = errors(), torch.empty(0, dtype=torch.long)
@@ -128,9 +122,8 @@ def reconstruct(
             optimizer.zero_grad()
             schedule.step()
     after = errors()
-    for student in students:
-        for projection in (student.q_proj, student.k_b_proj):
-            parametrize.remove_parametrizations(projection, "weight")
+    for projection in by_rows:
+        parametrize.remove_parametrizations(projection, "weight")
     for attention, student, old, new in zip(attentions, students, before, after):
         if new < old:
             attention.load_state_dict(student.state_dict())  # in the dtype of the model

@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def positive(kind):
         return checked(kind, "positive", lambda number: number > 0)
 
-    not_negative = checked(float, "non-negative", lambda number: 0 <= number < float("inf"))
+    def not_negative(kind):
+        return checked(kind, "non-negative", lambda number: 0 <= number < float("inf"))
 
     def ranks(value: str) -> list[int]:
         return [int(rank) for rank in value.split(",")]
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--method", choices=METHODS, default="fit", help="mean-pool: the GQA paper's (%(default)s)")
     group.add_argument(
-        "--reconstruct-steps", type=checked(int, "non-negative", lambda number: number >= 0), metavar="N",
+        "--reconstruct-steps", type=not_negative(int), metavar="N",
         help="in which each attention learns its source's output on the calibration text "
         f"({RECONSTRUCT_STEPS['fit']}, mean-pool {RECONSTRUCT_STEPS['mean-pool']})",
     )  # fmt: skip
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"({LEARNING_RATES['fit']:g}, mean-pool {LEARNING_RATES['mean-pool']:g}, three times that with muon)",
     )  # fmt: skip
     group.add_argument(
-        "--heal-cross-entropy", type=not_negative, default=0.0, metavar="X",
+        "--heal-cross-entropy", type=not_negative(float), default=0.0, metavar="X",
         help="weight of the loss on the text itself beside the source's predictions (%(default)s)",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
@@ -163,8 +164,8 @@ def settings(args: argparse.Namespace) -> dict:
     """What a run must have in common with the interrupted one that it continues."""
     names = (
         "source", "revision", "k_rank", "v_rank", "cache_ratio", "calibration", "calibration_tokens", "method",
-        "reconstruct_steps", "held_out", "window", "compute_dtype", "heal", "heal_steps", "heal_tokens", "batch_size", "heal_accumulation", "heal_optimizer",
-        "heal_learning_rate", "heal_cross_entropy", "seed",
+        "reconstruct_steps", "held_out", "window", "compute_dtype", "heal", "heal_steps", "heal_tokens", "batch_size",
+        "heal_accumulation", "heal_optimizer", "heal_learning_rate", "heal_cross_entropy", "seed",
     )  # fmt: skip
     return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
 

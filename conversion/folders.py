@@ -1,6 +1,7 @@
 """Folders that appear whole or not at all."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -55,9 +56,10 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint: `trainer_state.json` is the file that Trainer writes last."""
-    checkpoints = {
-        int(path.parent.name.removeprefix("checkpoint-")): path.parent
-        for path in folder.glob("checkpoint-*/trainer_state.json")
-    }
+    """The last complete checkpoint: `trainer_state.json` is the file that Trainer writes last, and in its place."""
+    checkpoints = {}
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(ValueError):  # a killed run left the beginning of the file
+            json.loads(path.read_text(encoding="utf-8"))
+            checkpoints[int(path.parent.name.removeprefix("checkpoint-"))] = path.parent
     return checkpoints[max(checkpoints)] if checkpoints else None

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerState, TrainingArguments
 
 from conversion import smaller, text
 from conversion.__main__ import main, parse_args
 from conversion.compress import divergence, log_probabilities
+from conversion.folders import last_checkpoint
 from conversion.heal import DistillationTrainer, make_optimizer
 from modeling_t6 import T6Config, T6ForCausalLM
 
@@ -106,8 +107,8 @@ def test_goes_on_after_a_kill(optimizer, folder, tmp_path, capsys):
     assert main(options(folder, tmp_path / "whole", *more)) == 0
     command = [sys.executable, "-m", "conversion", *options(folder, tmp_path / "t6", *more)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = tmp_path / ".t6.unfinished" / "checkpoints" / "checkpoint-10" / "trainer_state.json"
-    while not checkpoint.exists() and process.poll() is None:
+    checkpoints = tmp_path / ".t6.unfinished" / "checkpoints"
+    while last_checkpoint(checkpoints) is None and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "t6").exists()
@@ -121,6 +122,23 @@ def test_goes_on_after_a_kill(optimizer, folder, tmp_path, capsys):
     assert not list(tmp_path.glob(".t6.unfinished"))
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "t6"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_part_of_a_checkpoint(part, tmp_path):
+    """Whatever part of its last file a killed run wrote, the checkpoint before is the one to go on from."""
+    for step in (10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_checkpoint(tmp_path) is None
+    state = tmp_path / "checkpoint-9" / "trainer_state.json"
+    TrainerState(global_step=9).save_to_json(str(state))
+    assert last_checkpoint(tmp_path) == state.parent
+    whole = state.read_text().strip()
+    state_10 = tmp_path / "checkpoint-10" / "trainer_state.json"
+    state_10.write_text(whole[: int(part * (len(whole) - 1))])
+    assert last_checkpoint(tmp_path) == state.parent
+    state_10.write_text(whole)
+    assert last_checkpoint(tmp_path) == state_10.parent
 
 
 def test_mean_pool(folder, tmp_path):

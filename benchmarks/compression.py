@@ -162,7 +162,8 @@ def train(args: argparse.Namespace) -> None:
         output_dir=str(args.work / "trainer"), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate, weight_decay=0.1, adam_beta2=0.95, bf16=on_gpu, torch_compile=on_gpu,
         optim="adamw_torch_fused", logging_steps=max(1, args.steps // 20), save_strategy="no", report_to="none",
-        dataloader_num_workers=4 if on_gpu else 0, dataloader_drop_last=True, remove_unused_columns=False, tf32=on_gpu or None,
+        dataloader_num_workers=4 if on_gpu else 0, dataloader_drop_last=True, remove_unused_columns=False,
+        tf32=on_gpu or None, use_cpu=not on_gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
     world = training.world_size
     data = RandomWindows(args.work / "train.bin", args.steps * args.batch_size * world)

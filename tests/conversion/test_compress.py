@@ -30,6 +30,9 @@ from modeling_t6.modeling_t6 import apply_rotary_pos_emb
 from .common import FAMILIES, LAYOUTS, exact_model, random_ids
 
 
+pytestmark = pytest.mark.once
+
+
 def correlated(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random features [..., n, d] in which the n heads resemble one another."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,6 +13,9 @@ from modeling_t6 import T6ForCausalLM
 from .common import FAMILIES, exact_model, random_ids
 
 
+pytestmark = pytest.mark.once
+
+
 def output_errors(model: T6ForCausalLM, source: T6ForCausalLM, ids: torch.Tensor) -> list[float]:
     """For each layer, the error of the output of its attention where it reads what the source's reads."""
     states = source.model(ids, output_hidden_states=True).hidden_states

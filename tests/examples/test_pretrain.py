@@ -391,6 +391,7 @@ pretrain.torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.once
 def test_two_processes(run, data, tmp_path):
     """FSDP2 by torchrun and DDP by accelerate, with gloo: resumed equals uninterrupted, and both equal one process."""
     (tmp_path / "script.py").write_text(DISTRIBUTED)

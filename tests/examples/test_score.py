@@ -327,6 +327,7 @@ def test_perplexity(tmp_path, capsys):
         score.main(["perplexity", str(tmp_path / "llama"), str(path), "--cache-dtype", "model", *options])
 
 
+@pytest.mark.once
 def test_command_of_lm_eval(shipped_results, data, tmp_path):
     """lm-eval's own command line on the shipped folder, with the code that it carries, gives the same scores."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "m"), "OMP_NUM_THREADS": "1"}

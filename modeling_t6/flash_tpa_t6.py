@@ -14,6 +14,7 @@
 """FlashTPA: decoding attention that reads the cached factors once. Works without Triton by not being there."""
 
 import functools
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -276,8 +277,17 @@ def _flash_tpa(
     return output
 
 
+def _operator_name() -> str:
+    """
+    Free in this process, where the code of a model on the Hub may be beside the package: to define an operator anew frees
+    the old one, which the other copy still calls.
+    """
+    names = itertools.chain(["flash_tpa"], (f"flash_tpa_{count}" for count in itertools.count(2)))
+    return next(name for name in names if not hasattr(torch.ops.t6, name))
+
+
 # torch.compile takes the operator whole; without it the function is called as it is, which costs the host less.
-_flash_tpa_op = torch.library.custom_op("t6::flash_tpa", _flash_tpa, mutates_args=())
+_flash_tpa_op = torch.library.custom_op(f"t6::{_operator_name()}", _flash_tpa, mutates_args=())
 
 
 @_flash_tpa_op.register_fake

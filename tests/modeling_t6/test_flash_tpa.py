@@ -1,5 +1,6 @@
 """The Triton kernels of FlashTPA, on a GPU or through Triton's interpreter, against float64 and the other paths."""
 
+import importlib.util
 import os
 import random
 import subprocess
@@ -184,6 +185,29 @@ def test_operator():
     query = torch.randn(2, 5, 2, 32, device=DEVICE).transpose(1, 2)
     mask = torch.ones(2, 1, 1, 40, dtype=torch.bool, device=DEVICE)
     torch.library.opcheck(operator, operator_arguments(query=query, mask=mask, lengths=None))
+
+
+@pytest.mark.once
+@needs_triton
+def test_two_copies_of_the_code(monkeypatch):
+    """As when a model on the Hub brings its own: either copy compiles its own operator, and leaves the other's alone."""
+    spec = importlib.util.spec_from_file_location("modeling_t6.copied_flash_tpa_t6", flash_tpa_t6.__file__)
+    copied = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, copied)
+    spec.loader.exec_module(copied)
+    arguments = torch.randn(1, 1, 5, 32, device=DEVICE), *torch.randn(2, 1, 1, 40, 2 * 37, device=DEVICE), 2, 2, 0.2
+    expected = flash_tpa(*arguments)
+    operators = set()
+
+    def backend(graph, inputs):
+        operators.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch._dynamo.reset()
+    for module in (copied, flash_tpa_t6):
+        compiled = torch.compile(module.flash_tpa, backend=backend, fullgraph=True)
+        assert torch.equal(compiled(*arguments), expected)
+    assert len({name for name in operators if name.startswith("t6.flash_tpa")}) == 2
 
 
 # Through the model.

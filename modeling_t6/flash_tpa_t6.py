@@ -14,7 +14,6 @@
 """FlashTPA: decoding attention that reads the cached factors once. Works without Triton by not being there."""
 
 import functools
-import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -282,8 +281,11 @@ def _operator_name() -> str:
     Free in this process, where the code of a model on the Hub may be beside the package: to define an operator anew frees
     the old one, which the other copy still calls.
     """
-    names = itertools.chain(["flash_tpa"], (f"flash_tpa_{count}" for count in itertools.count(2)))
-    return next(name for name in names if not hasattr(torch.ops.t6, name))
+    name, copies = "flash_tpa", 1
+    while hasattr(torch.ops.t6, name):
+        copies += 1
+        name = f"flash_tpa_{copies}"
+    return name
 
 
 # torch.compile takes the operator whole; without it the function is called as it is, which costs the host less.

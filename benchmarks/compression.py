@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst")
 WINDOW = 1024
 HEALED_PART = 0.05
 RUNS = [(method, ratio) for ratio in (4, 2, 8) for method in ("fit", "mean-pool")]
+TRIES = 3  # several processes on a GPU met faults of it in Muon's steps; a conversion goes on from its checkpoint
 CONTROL = ("fit", 1)  # the whole cache: what the loss on the text does to the source itself
 
 
@@ -215,14 +217,22 @@ def convert(args: argparse.Namespace) -> None:
                 "--heal-cross-entropy", str(args.cross_entropy), *args.options,
             ]  # fmt: skip
             log = open(args.work / f"{target.name}.log", "w")  # noqa: SIM115  the process writes to it
-            environment = limits | os.environ | {"CUDA_VISIBLE_DEVICES": place[0]}
-            running[place] = target, time.time(), subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        for place, (target, start, process) in list(running.items()):
-            if process.poll() is not None:
-                del running[place]
-                free.append(place)
-                print(f"{target.name}: exit code {process.returncode} after {time.time() - start:.0f} s", flush=True)
-                print(f"    {stage_times(args.work / f'{target.name}.log')}", flush=True)
+            call = partial(
+                subprocess.Popen, command, stdout=log, stderr=log,
+                env=limits | os.environ | {"CUDA_VISIBLE_DEVICES": place[0]},
+            )  # fmt: skip
+            running[place] = target, time.time(), call, [call()]
+        for place, (target, start, call, tries) in list(running.items()):
+            code = tries[-1].poll()
+            if code is None:
+                continue
+            print(f"{target.name}: exit code {code} after {time.time() - start:.0f} s", flush=True)
+            if code and len(tries) < TRIES:
+                tries.append(call())
+                continue
+            del running[place]
+            free.append(place)
+            print(f"    {stage_times(args.work / f'{target.name}.log')}", flush=True)
         time.sleep(0.5)
 
 
@@ -289,6 +299,8 @@ def report(args: argparse.Namespace) -> None:
         axes.plot(*point, "*", color="C2", markersize=12, label="source, trained on")
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=1)
+    if axes.dataLim.ymin >= 0:
+        axes.set_ylim(bottom=0)
     axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
     axes.set_xlabel(f"cache, bytes per token (source: {source['cache_bytes_per_token']:,.0f})")
     axes.set_ylabel(f"held-out perplexity above the source's {base:.3f}, %")

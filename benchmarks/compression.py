@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import time
-from functools import partial
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,8 @@ SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst")
 WINDOW = 1024
 HEALED_PART = 0.05
 RUNS = [(method, ratio) for ratio in (4, 2, 8) for method in ("fit", "mean-pool")]
-TRIES = 3  # several processes on a GPU met faults of it in Muon's steps; a conversion goes on from its checkpoint
 CONTROL = ("fit", 1)  # the whole cache: what the loss on the text does to the source itself
+TRIES = 3  # several processes on a GPU met faults of it in Muon's steps; a conversion goes on from its checkpoint
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -199,6 +199,7 @@ def convert(args: argparse.Namespace) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else list(map(str, range(max(1, torch.cuda.device_count()))))
     free = [(device, n) for n in range(args.processes) for device in devices]
+    failures: Counter[tuple[str, int]] = Counter()
     threads = str(max(1, len(os.sched_getaffinity(0)) // min(len(free), len(waiting))))
     limits = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}  # torch, tokenizers
     while waiting or running:
@@ -216,23 +217,20 @@ def convert(args: argparse.Namespace) -> None:
                 "--heal-tokens", str(tokens), "--heal-steps", str(steps), "--batch-size", str(args.heal_windows),
                 "--heal-cross-entropy", str(args.cross_entropy), *args.options,
             ]  # fmt: skip
-            log = open(args.work / f"{target.name}.log", "w")  # noqa: SIM115  the process writes to it
-            call = partial(
-                subprocess.Popen, command, stdout=log, stderr=log,
-                env=limits | os.environ | {"CUDA_VISIBLE_DEVICES": place[0]},
-            )  # fmt: skip
-            running[place] = target, time.time(), call, [call()]
-        for place, (target, start, call, tries) in list(running.items()):
-            code = tries[-1].poll()
-            if code is None:
-                continue
-            print(f"{target.name}: exit code {code} after {time.time() - start:.0f} s", flush=True)
-            if code and len(tries) < TRIES:
-                tries.append(call())
-                continue
-            del running[place]
-            free.append(place)
-            print(f"    {stage_times(args.work / f'{target.name}.log')}", flush=True)
+            mode = "a" if failures[method, ratio] else "w"
+            log = open(args.work / f"{target.name}.log", mode)  # noqa: SIM115  the process writes to it
+            environment = limits | os.environ | {"CUDA_VISIBLE_DEVICES": place[0]}
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            running[place] = (method, ratio), target, time.time(), process
+        for place, (run, target, start, process) in list(running.items()):
+            if process.poll() is not None:
+                del running[place]
+                free.append(place)
+                print(f"{target.name}: exit code {process.returncode} after {time.time() - start:.0f} s", flush=True)
+                print(f"    {stage_times(args.work / f'{target.name}.log')}", flush=True)
+                failures[run] += process.returncode != 0
+                if process.returncode and failures[run] < TRIES:
+                    waiting.insert(0, run)
         time.sleep(0.5)
 
 

@@ -18,8 +18,9 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from modeling_t6 import T6Cache, T6Config
-from modeling_t6.attention_t6 import factor_space_attention, form_heads
 from modeling_t6.cache_t6 import factor_layouts
+from modeling_t6.factor_space_t6 import factor_space_attention
+from modeling_t6.factors_t6 import form_heads
 
 
 LARGER_THAN_PROCESSOR_CACHES = 128 * 2**20  # bytes

@@ -37,8 +37,8 @@ MAX_BYTES = 60e9
 
 
 def time_t6(batch: int, tokens: int, heads: int, head_dim: int, rank: int, dtype: str) -> dict:
-    from modeling_t6.attention_t6 import factor_space_attention
     from modeling_t6.cache_t6 import FactorLayout
+    from modeling_t6.factor_space_t6 import factor_space_attention
     from modeling_t6.flash_tpa_t6 import flash_tpa
 
     layout, scaling = FactorLayout(rank, heads, head_dim), head_dim**-0.5

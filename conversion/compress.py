@@ -31,8 +31,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from modeling_t6 import T6Config, T6ForCausalLM
-from modeling_t6.attention_t6 import form_heads
-from modeling_t6.modeling_t6 import T6Attention, apply_rotary_pos_emb
+from modeling_t6.factors_t6 import apply_rotary_pos_emb, form_heads
+from modeling_t6.modeling_t6 import T6Attention
 
 from .errors import ConversionError
 from .stages import stage

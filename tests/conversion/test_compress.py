@@ -25,7 +25,7 @@ from conversion.compress import (
 from conversion.errors import ConversionError
 from conversion.plan import unchanged
 from modeling_t6 import T6ForCausalLM
-from modeling_t6.modeling_t6 import apply_rotary_pos_emb
+from modeling_t6.factors_t6 import apply_rotary_pos_emb
 
 from .common import FAMILIES, LAYOUTS, exact_model, random_ids
 

@@ -53,10 +53,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
 import modeling_t6
-from conversion.__main__ import shard_size
-from conversion.checkpoint import INDEX, Checkpoint, ShardWriter, read_json
-from conversion.errors import ConversionError
-from conversion.verify import available_memory
+from conversion.files.checkpoints import INDEX, Checkpoint, ShardWriter, shard_size
+from conversion.files.errors import ConversionError
+from conversion.files.folders import read_json
+from conversion.files.memory import available_memory
 from modeling_t6 import T6Config
 from modeling_t6.cache_t6 import factor_layouts
 from modeling_t6.modeling_t6 import AUTO_MAP

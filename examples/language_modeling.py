@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from conversion.folders import last_checkpoint
+from conversion.files.folders import last_checkpoint
 from modeling_t6.cache_t6 import CACHE_NAME
 
 

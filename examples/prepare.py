@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from conversion.folders import replace_folder
+from conversion.files.folders import replace_folder
 from language_modeling import (
     InputError,
     encode,

@@ -48,7 +48,7 @@ from transformers import (
 
 import modeling_t6  # noqa: F401  (registers T6 with the Auto classes)
 from configuration.make_configs import DIRECTORY, SIZES
-from conversion.folders import replace_folder
+from conversion.files.folders import replace_folder
 from language_modeling import (
     TRAINING,
     InputError,

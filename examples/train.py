@@ -42,7 +42,7 @@ from transformers import (
     set_seed,
 )
 
-from conversion.folders import replace_folder
+from conversion.files.folders import replace_folder
 from language_modeling import (
     TRAINING,
     InputError,

@@ -6,28 +6,22 @@ import itertools
 import pytest
 import torch
 
-from conversion import compress
-from conversion.compress import (
-    NOISE,
-    KeyProblem,
-    Moments,
-    ValueProblem,
-    balance,
-    choose_ranks,
-    collect_moments,
-    compressed_attention,
-    compressed_model,
-    from_complex,
-    mean_pool,
-    selections,
-    to_complex,
-)
-from conversion.errors import ConversionError
-from conversion.plan import unchanged
+from conversion.files.errors import ConversionError
+from conversion.smaller.compress import compress
+from conversion.smaller.fits import mean_pool, selections
+from conversion.smaller.key_fits import KeyFit, KeyProblem
+from conversion.smaller.least_squares import NOISE
+from conversion.smaller.measure import divergence, log_probabilities
+from conversion.smaller.moments import Moments, collect_moments, from_complex, to_complex
+from conversion.smaller.options import METHODS
+from conversion.smaller.ranks import choose_ranks
+from conversion.smaller.value_fits import ValueFit, ValueProblem
+from conversion.smaller.weights import balance, compressed_attention, compressed_model
+from conversion.sources.plan import unchanged
 from modeling_t6 import T6ForCausalLM
 from modeling_t6.factors_t6 import apply_rotary_pos_emb
 
-from .common import FAMILIES, LAYOUTS, exact_model, random_ids
+from ..common import FAMILIES, LAYOUTS, exact_model, random_ids
 
 
 pytestmark = pytest.mark.once
@@ -40,11 +34,11 @@ def correlated(*shape: int, seed: int = 0) -> torch.Tensor:
     return common + torch.randn(*shape, generator=generator, dtype=torch.double)
 
 
-def fit_keys(moments: Moments, selection: torch.Tensor, rank: int) -> compress.KeyFit:
+def fit_keys(moments: Moments, selection: torch.Tensor, rank: int) -> KeyFit:
     return KeyProblem([moments], selection[None]).fit(rank)[0]
 
 
-def fit_values(moments: Moments, selection: torch.Tensor, output: torch.Tensor, rank: int) -> compress.ValueFit:
+def fit_values(moments: Moments, selection: torch.Tensor, output: torch.Tensor, rank: int) -> ValueFit:
     return ValueProblem([moments], selection[None], [output]).fit(rank)[0]
 
 
@@ -181,17 +175,17 @@ def test_fit_stands_rounding():
     """Heads that are small differences of large B are not: bfloat16 numbers lose little more than the fit does."""
     model = exact_model("llama", "mha")
     calibration, ids = random_ids(8, 60), random_ids(4, 60)
-    expected = compress.log_probabilities(model, ids)
+    expected = log_probabilities(model, ids)
     rounded = copy.deepcopy(model)
     round_weights(rounded)
     # What rounding does to the source is all of the model's weights; the rest is what a fit adds.
-    of_the_source = compress.divergence(rounded, ids, expected)
+    of_the_source = divergence(rounded, ids, expected)
     for ranks in ((3, 2), (2, 1)):
-        small = compress.compress(model, calibration, *([rank] for rank in ranks), quiet=True)
+        small = compress(model, calibration, *([rank] for rank in ranks), quiet=True)
         assert torch.linalg.cond(small.model.layers[0].self_attn.v_a) == pytest.approx(1)
-        fitted = compress.divergence(small, ids, expected)
+        fitted = divergence(small, ids, expected)
         round_weights(small)
-        assert compress.divergence(small, ids, expected) - fitted < 0.1 * fitted + 3 * of_the_source
+        assert divergence(small, ids, expected) - fitted < 0.1 * fitted + 3 * of_the_source
 
 
 @torch.no_grad()
@@ -217,7 +211,7 @@ def test_balanced_keys_stand_noise():
 def test_rope_stays_exact():
     """The logits of a compressed model depend on distances alone: RoPE turns its keys as it turned the source's."""
     model = exact_model("llama", "mha")
-    small = compress.compress(model, random_ids(4, 40), [2], [2], quiet=True)
+    small = compress(model, random_ids(4, 40), [2], [2], quiet=True)
     ids = random_ids(2, 30)
     positions = torch.arange(30)[None]
     logits = small(ids, position_ids=positions).logits
@@ -230,16 +224,16 @@ def test_rope_stays_exact():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", compress.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_less_is_lost_with_more_ranks_and_nothing_with_all(method):
     model = exact_model("llama", "mha")
     calibration, ids = random_ids(8, 60), random_ids(4, 60)
-    expected = compress.log_probabilities(model, ids)
+    expected = log_probabilities(model, ids)
     losses = []
     for rank in (1, 2, 4):
-        small = compress.compress(model, calibration, [rank], [rank], method=method, quiet=True)
+        small = compress(model, calibration, [rank], [rank], method=method, quiet=True)
         assert (small.config.k_rank, small.config.v_rank) == (rank, rank)
-        losses.append(compress.divergence(small, ids, expected))
+        losses.append(divergence(small, ids, expected))
     assert losses[0] > losses[1] > losses[2] and abs(losses[2]) < 1e-6
 
 
@@ -247,9 +241,9 @@ def test_less_is_lost_with_more_ranks_and_nothing_with_all(method):
 def test_fit_loses_less_than_mean_pool():
     model = exact_model("llama", "mha")
     calibration, ids = random_ids(8, 60), random_ids(4, 60)
-    expected = compress.log_probabilities(model, ids)
+    expected = log_probabilities(model, ids)
     fit, pooled = (
-        compress.divergence(compress.compress(model, calibration, [2], [2], method=method, quiet=True), ids, expected)
+        divergence(compress(model, calibration, [2], [2], method=method, quiet=True), ids, expected)
         for method in ("fit", "mean-pool")
     )
     assert fit < 0.9 * pooled
@@ -275,13 +269,13 @@ def test_ranks_by_layer_lose_less_than_equal_ranks():
     for layer in (1, 2):
         model.model.layers[layer].self_attn.o_proj.weight.mul_(0.05)
     ids = random_ids(16, 60)
-    expected = compress.log_probabilities(model, ids)
-    chosen = compress.compress(model, ids, cache_ratio=2, quiet=True)
-    equal = compress.compress(model, ids, [2], [2], quiet=True)
+    expected = log_probabilities(model, ids)
+    chosen = compress(model, ids, cache_ratio=2, quiet=True)
+    equal = compress(model, ids, [2], [2], quiet=True)
     k_ranks, v_ranks = chosen.config.k_rank, chosen.config.v_rank
     assert sum(k_ranks) + sum(v_ranks) <= 16
     assert k_ranks[1] + k_ranks[2] < k_ranks[0] + k_ranks[3]
-    assert compress.divergence(chosen, ids, expected) < compress.divergence(equal, ids, expected)
+    assert divergence(chosen, ids, expected) < divergence(equal, ids, expected)
 
 
 def test_choose_ranks_against_all_choices():
@@ -305,10 +299,10 @@ def test_normalised_keys_are_not_mixed():
     model = exact_model("qwen3", "mha")
     ids = random_ids(4, 40)
     with pytest.raises(ConversionError, match="does not commute with mixing heads"):
-        compress.compress(model, ids, [2], [4], quiet=True)
-    small = compress.compress(model, ids, None, [2], quiet=True)
+        compress(model, ids, [2], [4], quiet=True)
+    small = compress(model, ids, None, [2], quiet=True)
     assert (small.config.k_rank, small.config.v_rank) == (4, 2)
-    small = compress.compress(model, ids, cache_ratio=1.5, quiet=True)
+    small = compress(model, ids, cache_ratio=1.5, quiet=True)
     assert small.config.k_rank == 4
     # Balancing must leave what the norms see alone.
     attention = compressed_model(model, 3 * [(None, None)]).model.layers[0].self_attn
@@ -324,7 +318,7 @@ def test_heads_that_do_nothing():
     attention = model.model.layers[0].self_attn
     for projection in (attention.q_proj, attention.k_b_proj, attention.v_b_proj):
         projection.weight[16:32] = 0
-    small = compress.compress(model, random_ids(4, 40), [2], [3], quiet=True)
+    small = compress(model, random_ids(4, 40), [2], [3], quiet=True)
     assert small(random_ids(2, 30)).logits.isfinite().all()
 
 
@@ -333,6 +327,6 @@ def test_every_family_is_compressed():
     for family in FAMILIES:
         model = exact_model(family, "gqa")
         ids = random_ids(2, 30)
-        small = compress.compress(model, ids, None if model.config.qk_norm else [1], [1], quiet=True)
+        small = compress(model, ids, None if model.config.qk_norm else [1], [1], quiet=True)
         assert small(ids).logits.isfinite().all(), family
     assert unchanged(ids) is ids

@@ -17,8 +17,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from modeling_t6 import T6ForCausalLM
 
-from .compress import attention_hooks
 from .heal import join_optimizers
+from .moments import attention_hooks
 from .stages import stage
 
 

@@ -1,14 +1,11 @@
 """Text for calibration, healing and measurement."""
 
-import math
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .errors import ConversionError, reason
+from ..files.errors import ConversionError, reason
 
 
 PIECE = 100_000  # characters: a tokenizer works on many pieces side by side, and slowly on one long text
@@ -64,14 +61,3 @@ def windows(
     if len(ids) < length:
         raise ConversionError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
     return ids[: len(ids) // length * length].view(-1, length)[:most]
-
-
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int, name: str, quiet: bool = False) -> float:
-    """exp of the mean loss of each token of the windows `ids` [n, length] after those before it in its window."""
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    for batch in tqdm(ids.split(batch_size), desc=f"perplexity, {name}", unit="batch", disable=quiet):
-        batch = batch.to(model.device)
-        logits = model(batch, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").double()
-    return math.exp(total.item() / (ids.shape[0] * (ids.shape[1] - 1)))

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and the JSON in them."""
 
 import contextlib
 import json
@@ -9,6 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import ConversionError
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, or a `ConversionError` that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
 
 
 @contextlib.contextmanager

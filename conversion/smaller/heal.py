@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from .errors import ConversionError
-from .folders import last_checkpoint
+from ..files.errors import ConversionError
+from ..files.folders import last_checkpoint
 
 
 class Windows(Dataset):

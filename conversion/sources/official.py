@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from modeling_t6 import T6Config
 
-from .checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, read_json
-from .errors import ConversionError, reason
+from ..files.checkpoints import INDEX, SINGLE, Checkpoint, TensorInfo
+from ..files.errors import ConversionError, reason
+from ..files.folders import read_json
 from .plan import Plan, Transform
 
 

@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import ConversionError
+from .folders import read_json
+from .sizes import shard_size as shard_size  # the size of a shard belongs to checkpoints; it needs no torch
 
 
 INDEX = "model.safetensors.index.json"
@@ -27,17 +29,6 @@ class TensorInfo(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, or a `ConversionError` that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} must hold a JSON object, got a {type(content).__name__}")
-    return content
 
 
 def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

@@ -15,17 +15,19 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerState, TrainingArguments
 
-from conversion import smaller, text
 from conversion.__main__ import main, parse_args
-from conversion.compress import divergence, log_probabilities
-from conversion.folders import last_checkpoint
-from conversion.heal import DistillationTrainer, make_optimizer
+from conversion.files.folders import last_checkpoint
+from conversion.smaller import options as smaller_options
+from conversion.smaller import text
+from conversion.smaller.heal import DistillationTrainer, make_optimizer
+from conversion.smaller.measure import divergence, log_probabilities
+from conversion.smaller.order import Texts
 from modeling_t6 import T6Config, T6ForCausalLM
 
-from .common import last_error, source_model
+from ..common import last_error, source_model
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +195,7 @@ def test_needs_calibration_and_a_tokenizer(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("package", ["matplotlib", "accelerate"])
 def test_a_missing_package_is_named_before_any_work(package, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(smaller, "find_spec", lambda name: None if name == package else True)
+    monkeypatch.setattr(smaller_options, "find_spec", lambda name: None if name == package else True)
     assert main(options(folder, tmp_path / "t6", "--k-rank", "1", *healing(folder, 40))) == 1
     assert f"needs {package}: pip install" in last_error(capsys)
     assert not list(tmp_path.iterdir())
@@ -234,12 +236,12 @@ def test_heals_on_some_tokens(folder, tmp_path):
     """What healing reads of its text, and options that reach it."""
     more = [*healing(folder, 4), "--heal-tokens", "100", "--heal-cross-entropy", "0.5"]
     args = parse_args(options(folder, tmp_path / "t6", "--k-rank", "1", *more))
-    assert smaller.wanted(args) and args.heal_cross_entropy == 0.5
+    assert smaller_options.wanted(args) and args.heal_cross_entropy == 0.5
     config = T6Config(max_position_embeddings=32)
-    texts = smaller.Texts(args, folder / "source", config)
+    texts = Texts(args, folder / "source", config)
     assert texts.healing.shape == (3, 32)
     args.heal_tokens = None
-    whole = smaller.Texts(args, folder / "source", config).healing
+    whole = Texts(args, folder / "source", config).healing
     assert len(whole) > 3 and torch.equal(texts.healing, whole[:3])
 
 
@@ -248,7 +250,7 @@ def test_defaults_of_methods():
     for method, steps, rate in (("fit", 500, 1e-4), ("mean-pool", 0, 3e-4)):
         for optimizer, times in (("adamw", 1), ("muon", 3)):
             args = parse_args([*words, "--method", method, "--heal-optimizer", optimizer])
-            assert smaller.wanted(args)
+            assert smaller_options.wanted(args)
             assert (args.reconstruct_steps, args.heal_learning_rate) == (steps, times * rate)
 
 

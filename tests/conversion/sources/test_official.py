@@ -8,8 +8,8 @@ import torch
 from conversion.__main__ import main
 from modeling_t6 import T6ForCausalLM
 
+from ..common import last_error
 from . import research
-from .common import last_error
 
 
 MODELS = {

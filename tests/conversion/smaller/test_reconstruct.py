@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 
-from conversion import compress
-from conversion.compress import METHODS, divergence, log_probabilities
-from conversion.reconstruct import CHECKED, reconstruct
+from conversion.smaller.compress import compress
+from conversion.smaller.measure import divergence, log_probabilities
+from conversion.smaller.options import METHODS
+from conversion.smaller.reconstruct import CHECKED, reconstruct
 from modeling_t6 import T6ForCausalLM
 
-from .common import FAMILIES, exact_model, random_ids
+from ..common import FAMILIES, exact_model, random_ids
 
 
 pytestmark = pytest.mark.once
@@ -67,7 +68,7 @@ def test_what_is_learnt():
 def test_a_smaller_cache_loses_less(method):
     source = exact_model("llama", "mha")
     ids = random_ids(200, 60)
-    model = compress.compress(source, ids, [2], [1], method=method, quiet=True)
+    model = compress(source, ids, [2], [1], method=method, quiet=True)
     before = copy.deepcopy(model)
     assert all(new < old for old, new in reconstruct(model, source, ids, 200, quiet=True))
     others = random_ids(208, 60)[200:]

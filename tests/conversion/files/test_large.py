@@ -11,10 +11,10 @@ import pytest
 from transformers import LlamaConfig
 
 from conversion.__main__ import main
-from conversion.checkpoint import Checkpoint
+from conversion.files.checkpoints import Checkpoint
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 path = ROOT / "benchmarks" / "conversion_memory.py"
 spec = importlib.util.spec_from_file_location("conversion_memory", path)
 conversion_memory = importlib.util.module_from_spec(spec)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from conversion.__main__ import main
 
-from .common import last_error, save_source
+from ..common import last_error, save_source
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 K = "model.layers.1.self_attn.k_proj.weight"
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00004.safetensors"

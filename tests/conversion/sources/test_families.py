@@ -6,13 +6,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from conversion.__main__ import main
-from conversion.hf import FAMILIES as SUPPORTED
-from conversion.hf import REFUSED
+from conversion.sources import llama
+from conversion.sources.families import FAMILIES as SUPPORTED
+from conversion.sources.families import REFUSED
 from modeling_t6 import T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME, cache_nbytes
 
-from ..modeling_t6.common import DEVICE
-from .common import FAMILIES, LAYOUTS, last_error, save_source, source_model
+from ...modeling_t6.common import DEVICE
+from ..common import FAMILIES, LAYOUTS, last_error, save_source, source_model
 
 
 CACHES = {
@@ -128,11 +129,9 @@ def test_family_names():
 
 def test_a_mismatch_is_refused(tmp_path, monkeypatch, capsys):
     """Verification compares with the source, not with itself."""
-    from conversion import hf
-
     folder = save_source(tmp_path / "source")
     monkeypatch.setattr(
-        hf, "group_matrix", lambda h, g: g * torch.eye(g).repeat(1, h // g)
+        llama, "group_matrix", lambda h, g: g * torch.eye(g).repeat(1, h // g)
     )  # heads dealt, not blocked
     assert main(["hf", str(folder), str(tmp_path / "t6")]) == 1
     assert "verification failed: logits differ" in capsys.readouterr().err

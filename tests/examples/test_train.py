@@ -234,7 +234,7 @@ def test_random_windows():
 
 @pytest.mark.parametrize("length", [2, 9, 10, 11, 28, 29])
 def test_held_out_windows_predict_each_token_once(length):
-    batch = train.collate(train.held_out_windows(torch.arange(length), block_length=10))
+    batch = language_modeling.collate(train.held_out_windows(torch.arange(length), block_length=10))
     labels = batch["labels"][:, 1:]
     assert labels[labels != language_modeling.IGNORED].tolist() == list(range(1, length))
     assert batch["input_ids"].min() >= 0

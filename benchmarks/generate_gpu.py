@@ -13,18 +13,8 @@ for which Transformers compiles the model.
 """
 
 import argparse
-import statistics
-import time
-from unittest import mock
 
-import torch
-from gpu import copy_bandwidth, machine, parse_args, release_memory, save
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
-from transformers.cache_utils import DynamicLayer
-
-from modeling_t6 import T6Cache, T6Config
-from modeling_t6.cache_t6 import CACHE_NAME, factor_layouts
+from options import add_output, describe, draw, save
 
 
 EIGHT_B = {
@@ -38,6 +28,34 @@ MODELS = {
     "T6 8B (8, 1, 1)": lambda: T6Config(**EIGHT_B, q_rank=8, k_rank=1, v_rank=1),
     "Llama 8B, GQA-8": lambda: LlamaConfig(**EIGHT_B, num_key_value_heads=8),
 }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = describe(__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--skip-generate", action="store_true", help="leave out the times of generate()")
+    add_output(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
+import statistics
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+from gpu import copy_bandwidth, machine, release_memory
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from modeling_t6 import T6Cache, T6Config
+from modeling_t6.cache_t6 import CACHE_NAME, factor_layouts
+
+
 REFERENCES = {  # what a model is held against
     "t6-xl": "llama-mha-xl",
     "llama-mha-xl": "llama-mha-xl",
@@ -279,13 +297,8 @@ def print_largest(data: dict) -> None:
         )
 
 
-def plot(data: dict, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+def plot(data: dict, figure) -> None:
+    axes = figure.subplots(1, 2)
     names = [name for name in MODELS if any(row["model"] == name for row in data["results"])]
     for offset, context in ((-0.2, 32768), (0.2, 131072)):
         batches = {name: equal_batch(data, name, context) for name in names}
@@ -306,11 +319,9 @@ def plot(data: dict, path: str) -> None:
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
     figure.suptitle(f"bfloat16: {data['machine']}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
 
 
-def measure(names: list[str], skip_generate: bool, output: str | None) -> None:
+def measure(names: list[str], skip_generate: bool, output: Path | None) -> None:
     bandwidth = copy_bandwidth()
     data = {"machine": machine(), "copy_bandwidth": bandwidth, "results": [], "largest": []}
 
@@ -368,11 +379,11 @@ def measure(names: list[str], skip_generate: bool, output: str | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--skip-generate", action="store_true", help="leave out the times of generate()")
-    args = parse_args(parser, plot)
-    measure(args.models, args.skip_generate, args.output)
+    args = parse_args()
+    if args.plot:
+        draw(plot, args.plot, (11, 4.5))
+    else:
+        measure(args.models, args.skip_generate, args.output)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def read_rules(page: str) -> dict[str, list[str]]:
         name = name.strip()
         assert arrow and name not in rules, f"{line!r}: expected `name -> name, name`, one line for each name"
         folder = name.rpartition(".")[0]
-        rules[name] = [folder + word if word.startswith(".") else word for word in re.split(r",\s*", allowed.strip()) if word]
+        rules[name] = [
+            folder + word if word.startswith(".") else word for word in re.split(r",\s*", allowed.strip()) if word
+        ]
     return rules
 
 

@@ -298,27 +298,35 @@ def print_largest(data: dict) -> None:
 
 
 def plot(data: dict, figure) -> None:
-    axes = figure.subplots(1, 2)
-    names = [name for name in MODELS if any(row["model"] == name for row in data["results"])]
-    for offset, context in ((-0.2, 32768), (0.2, 131072)):
-        batches = {name: equal_batch(data, name, context) for name in names}
-        shown = {name: rates(data, name, context).get(batches[name]) for name in names}
-        shown = {name: rate for name, rate in shown.items() if rate is not None}
-        label = f"{context // 1024}k, batch " + " and ".join(dict.fromkeys(str(batches[name]) for name in shown))
-        bars = axes[0].bar([names.index(name) + offset for name in shown], list(shown.values()), 0.4, label=label)
-        axes[0].bar_label(bars, fmt="{:,.0f}", fontsize=8)
-    axes[0].set_xticks(range(len(names)), names)
-    axes[0].set_ylabel("decoded tokens per second")
-    axes[0].legend(fontsize=8)
-    largest = {row["model"]: row["tokens"] / 2**20 for row in data.get("largest", ())}
-    bars = axes[1].bar(list(largest), list(largest.values()), 0.6)
-    axes[1].bar_label(bars, fmt="{:.2f}", fontsize=8)
-    axes[1].set_ylabel("largest context of one sequence (2$^{20}$ tokens)")
-    for axis in axes:
-        axis.tick_params(axis="x", labelsize=8, rotation=20)
-        axis.grid(axis="y", alpha=0.3)
-        axis.set_axisbelow(True)
-    figure.suptitle(f"bfloat16: {data['machine']}", fontsize=9)
+    """Each model beside what it is held against: bytes of cache, tokens per second at the longest context, and what fits."""
+    largest = {row["model"]: row for row in data["largest"]}
+    context = max(row["context"] for row in data["results"])
+    batches = {name: equal_batch(data, name, context) for name in MODELS}
+    names = [name for name in MODELS if name in largest and batches[name] in rates(data, name, context)]
+    of_batches = " and ".join(dict.fromkeys(str(batches[name]) for name in names))
+    # A gap between the groups that are held against one another.
+    places = [place + 0.5 * sum(REFERENCES[n] == n for n in names[:place]) for place in range(len(names))]
+    colors = ["tab:gray" if REFERENCES[name] == name else "tab:blue" for name in names]
+    kib = [largest[name]["cache_bytes"] / largest[name]["tokens"] / 1024 for name in names]
+    speeds = [rates(data, name, context)[batches[name]] for name in names]
+    contexts = [largest[name]["tokens"] / 1e6 for name in names]
+    panels = (
+        ("KiB of cache for a token", "{:,.0f}", kib),
+        (f"tokens per second at {context // 1024}k, batch {of_batches}", "{:,.0f}", speeds),
+        ("largest context, million tokens", "{:.1f}", contexts),
+    )
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (title, form, values) in zip(axes, panels):
+        bars = axis.barh(places, values, 0.8, color=colors)
+        axis.bar_label(bars, fmt=form, fontsize=9, padding=3)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(0, 1.18 * max(values))
+        axis.xaxis.set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axes[0].set_yticks(places, names)
+    axes[0].invert_yaxis()
+    figure.supxlabel(f"bfloat16: {data['machine']}", fontsize=8)
 
 
 def measure(names: list[str], skip_generate: bool, output: Path | None) -> None:
@@ -381,7 +389,7 @@ def measure(names: list[str], skip_generate: bool, output: Path | None) -> None:
 def main() -> None:
     args = parse_args()
     if args.plot:
-        draw(plot, args.plot, (11, 4.5))
+        draw(plot, args.plot, (10, 2.9))
     else:
         measure(args.models, args.skip_generate, args.output)
 

@@ -119,6 +119,50 @@ def quantization_group_size(config: PreTrainedConfig) -> int:
     return min(divisors, key=lambda size: abs(size - 64))
 
 
+def refuse_other_rows(
+    rows: tuple[torch.Tensor, torch.Tensor], layouts: tuple[FactorLayout, FactorLayout], layer_idx: int | None = None
+) -> None:
+    """
+    Raises `RuntimeError` if the keys and values of a cache layer are not rows of factors of these layouts: such as those
+    of heads, [batch, num_heads, seq, head_dim], that tools for other models make.
+    """
+    if all(x.shape[1] == 1 and x.shape[-1] == layout.width for x, layout in zip(rows, layouts)):
+        return
+    widths, sizes = [layout.width for layout in layouts], [list(x.shape) for x in rows]
+    raise RuntimeError(
+        "The cache of a T6 model holds rows of factors, not keys and values of heads: "
+        f"[batch, 1, seq, {widths[0]}] and [batch, 1, seq, {widths[1]}] here"
+        f"{'' if layer_idx is None else f' in layer {layer_idx}'}, got sizes {sizes[0]} and {sizes[1]}; use a cache that "
+        "this model has filled, from `T6Cache(config=model.config)` on, and in place of prefix tuning, which makes heads, "
+        "prompt tuning or LoRA."
+    )
+
+
+def validate_cache(
+    cache: Cache, config: PreTrainedConfig, layouts: Sequence[tuple[FactorLayout, FactorLayout]], layers: Sequence[int]
+) -> None:
+    """
+    Refuses what a T6 model would misread or fail on deep inside: tuples of tensors, rows that are not of the `layouts` of
+    the model's layers, and rows of fewer tokens than the window shows. `layers` are the indices of those that `cache` has.
+    """
+    if not hasattr(cache, "get_seq_length"):
+        raise ValueError(
+            f"`{CACHE_NAME}` must be a cache of factors, `T6Cache(config=model.config)` or one of Transformers' caches "
+            f"that this model has filled, got a {type(cache).__name__}."
+        )
+    for layer_idx, layer in zip(layers, getattr(cache, "layers", ())):
+        rows = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in rows):
+            refuse_other_rows(rows, layouts[layer_idx], layer_idx)
+        window = getattr(layer, "sliding_window", None)
+        is_full = config.layer_types is None or config.layer_types[layer_idx] == "full_attention"
+        if window is not None and (is_full or window < config.sliding_window):
+            raise ValueError(
+                f"Layer {layer_idx} of the cache holds the last {window} tokens alone, and `sliding_window` of the model "
+                f"is {None if is_full else config.sliding_window} there: make the cache anew, `T6Cache(config=model.config)`."
+            )
+
+
 class FactorViewsMixin:
     """What a cache layer shows of the factors that it holds. `layouts` are those of its rows."""
 
@@ -131,6 +175,13 @@ class FactorViewsMixin:
             return rows
         limits = torch.finfo(self.stored_dtype)
         return rows.clamp(limits.min, limits.max).to(self.stored_dtype)
+
+    def _rows_to_store(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.layouts is not None:
+            refuse_other_rows((key_states, value_states), self.layouts)
+        return self.as_stored(key_states), self.as_stored(value_states)
 
     @property
     def nbytes(self) -> int:
@@ -234,7 +285,7 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
         Returns:
             The rows of all the tokens seen, as views of the storage.
         """
-        new = self.as_stored(key_states), self.as_stored(value_states)
+        new = self._rows_to_store(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(*new)
 
@@ -254,6 +305,10 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
 
     def _append(self, storage: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Writes `new` behind `rows`, the first in `storage`: in place, or in storage that has room for them."""
+        if new.shape[0] != rows.shape[0]:  # one sequence would be written to all
+            raise RuntimeError(
+                f"The cache holds a batch of {rows.shape[0]} sequences, got rows of size {new.shape[0]}."
+            )
         start, end = rows.shape[-2], rows.shape[-2] + new.shape[-2]
         dtype = new.dtype if self.stored_dtype is not None else torch.promote_types(rows.dtype, new.dtype)
         if end > storage.shape[-2] or storage.dtype != dtype:
@@ -325,7 +380,7 @@ class T6DynamicSlidingWindowLayer(FactorViewsMixin, DynamicSlidingWindowLayer):
         Returns:
             The rows that the new tokens see, at most `sliding_window - 1 + new`.
         """
-        new = self.as_stored(key_states), self.as_stored(value_states)
+        new = self._rows_to_store(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(*new)
         self.cumulative_length += new[0].shape[-2]

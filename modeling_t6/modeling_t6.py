@@ -54,6 +54,7 @@ from .cache_t6 import (
     factor_layouts,
     quantization_group_size,
     rename_past_key_values,
+    validate_cache,
 )
 from .configuration_t6 import T6Config
 from .flash_tpa_t6 import cached_lengths, decode_with_flash_tpa, flash_tpa, padding_mask
@@ -559,6 +560,7 @@ class T6Model(T6PreTrainedModel):
         self.norm = T6RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = T6RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.row_layouts = [factor_layouts(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
 
         # Asks for masks as tensors. Made here because torch.compile does not trace a copy on every version.
         self.tensor_mask_config = copy.copy(config)
@@ -597,6 +599,9 @@ class T6Model(T6PreTrainedModel):
             cache = T6Cache(config=self.config)
 
         stage_cache, layer_types = self._of_this_stage(cache)
+        is_paged = isinstance(cache, PagedAttentionCache)  # continuous batching
+        if cache is not None and not is_paged and not torch.compiler.is_compiling():
+            validate_cache(stage_cache, self.config, self.row_layouts, self._layers_of_this_stage())
         _validate_inputs(inputs_embeds, attention_mask, stage_cache)
 
         if position_ids is None:
@@ -604,7 +609,7 @@ class T6Model(T6PreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
-        if isinstance(cache, PagedAttentionCache):  # continuous batching
+        if is_paged:
             cache = stage_cache = PagedFactors(self.config, cache, position_ids, kwargs)
         use_flash_tpa = decode_with_flash_tpa(self.config, inputs_embeds, cache)
         factor_space = use_flash_tpa or attend_in_factor_space(inputs_embeds.shape[1], cache)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 
@@ -88,6 +88,40 @@ def test_cache_of_another_model(model):
         cache = cached(other(ids))
         with pytest.raises(RuntimeError, match="size"):
             model(ids[:, :1], cache=cache)
+
+
+HEADS = [[torch.zeros(1, 5, 4, 16)] * 2] * 2  # keys and values of the model's heads, in two layers
+CACHES_OF_HEADS = {
+    "tuple": lambda config: tuple(map(tuple, HEADS)),
+    "list": lambda config: HEADS,
+    "DynamicCache": lambda config: DynamicCache(HEADS),
+    "DynamicCache-config": lambda config: DynamicCache(HEADS, config=config),
+    "one layer": lambda config: DynamicCache([[torch.zeros(1, 1, 4, 48), torch.zeros(1, 1, 4, 24)], HEADS[1]]),
+    "T6Cache": lambda config: T6Cache(HEADS),
+    "T6Cache-config": lambda config: T6Cache(HEADS, config=config),
+}
+
+
+@pytest.mark.parametrize("make_cache", CACHES_OF_HEADS.values(), ids=CACHES_OF_HEADS)
+@pytest.mark.parametrize("query_length", [1, 12])  # in factor space, and with K and V
+def test_caches_of_heads(model, make_cache, query_length):
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with (
+            context,
+            pytest.raises((RuntimeError, ValueError), match=r"factors.* use|factors.* this model has filled"),
+        ):
+            model(random_ids(model.config, 1, query_length), cache=make_cache(model.config))
+
+
+@torch.no_grad()
+def test_cache_of_another_batch(model):
+    ids = random_ids(model.config, 2, 6)
+    cache = cached(model(ids))
+    with pytest.raises(RuntimeError, match="a batch of 2 sequences"):
+        model(ids[:1], cache=cache)
+    assert torch.equal(
+        cached(model(ids[:, :1], cache=cache)).layers[1].keys[:, :, :6], cached(model(ids)).layers[1].keys
+    )
 
 
 def test_labels_of_another_shape(model):

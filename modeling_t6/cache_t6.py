@@ -396,6 +396,11 @@ class T6DynamicSlidingWindowLayer(FactorViewsMixin, DynamicSlidingWindowLayer):
         past = min(held, self.sliding_window - 1)
         return past + query_length, self.cumulative_length - past
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in `DynamicSlidingWindowLayer`. A layer that holds nothing, as behind an early exit, is left as it is."""
+        if self.is_initialized:
+            super().crop(tokens_to_remove)
+
     def reset(self) -> None:
         """Drops the factors; the next `update` starts an empty cache."""
         self.keys = self.values = None

@@ -5,12 +5,26 @@ Bytes of cache per token and layer of the published architectures, counted in ca
 """
 
 import argparse
+
+from options import describe
+
+
+def parse_args() -> argparse.Namespace:
+    parser = describe(__doc__)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import configuration
+from configuration.make_configs import DIRECTORY
+from configuration.sizes import SIZES
 from modeling_t6.cache_t6 import CACHE_NAME
 
 
@@ -27,19 +41,16 @@ def bytes_per_token_and_layer(folder: Path, dtype: torch.dtype, num_tokens: int 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    args = parser.parse_args()
+    args = parse_args()
     print(f"bytes of cache per token and layer, {args.dtype}; T6 beside MHA with T6's own number of heads")
     print("| architecture | heads | T6 | MHA, same heads | smaller | MHA, same parameters | smaller |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    directory = Path(configuration.__file__).parent
     dtype = getattr(torch, args.dtype)
-    for size in ("small", "medium", "large", "xl"):
-        matched = bytes_per_token_and_layer(directory / f"llama-mha-{size}", dtype)
+    for size in SIZES:
+        matched = bytes_per_token_and_layer(DIRECTORY / f"llama-mha-{size}", dtype)
         for name in (f"t6-{size}", f"t6-{size}-kvonly"):
-            config = AutoConfig.from_pretrained(directory / name)
-            held = bytes_per_token_and_layer(directory / name, dtype)
+            config = AutoConfig.from_pretrained(DIRECTORY / name)
+            held = bytes_per_token_and_layer(DIRECTORY / name, dtype)
             same_heads = 2 * config.num_attention_heads * config.head_dim * dtype.itemsize
             print(
                 f"| {name} | {config.num_attention_heads} | {held:,.0f} | {same_heads:,} | {same_heads / held:.1f}x "

@@ -10,6 +10,57 @@ Each conversion is a call of `python -m conversion hf`, healed on at most a twen
 """
 
 import argparse
+from pathlib import Path
+
+from options import describe
+
+
+def run_name(text: str) -> tuple[str, int]:
+    method, ratio = text.rsplit("-", 1)
+    return method, int(ratio)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = describe(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("prepare", "train", "convert", "report"):
+        command = commands.add_parser(name)
+        command.add_argument("work", type=Path, metavar="WORK")
+        if name == "prepare":
+            command.add_argument("--sources", nargs="+", type=Path, required=True, metavar="DIR")
+            command.add_argument("--vocab-size", type=int, default=4096)
+            command.add_argument("--passes", type=float, default=3, help="over the text that `train` will make")
+            command.add_argument("--held-out-characters", type=int, default=2_000_000)
+        if name == "train":
+            command.add_argument("--hidden-size", type=int, default=512)
+            command.add_argument("--layers", type=int, default=8)
+            command.add_argument("--heads", type=int, default=8)
+            command.add_argument("--steps", type=int, default=2000, help="the most, with --max-minutes")
+            command.add_argument("--max-minutes", type=float, help="fewer steps if these do not fit")
+            command.add_argument("--batch-size", type=int, default=64, help="windows of 1024 tokens a device")
+            command.add_argument("--learning-rate", type=float, default=1e-3)
+        if name == "convert":
+            command.add_argument("--runs", nargs="+", type=run_name, metavar="METHOD-RATIO")
+            command.add_argument("--processes", type=int, default=1, help="at a time on each GPU")
+            command.add_argument("--heal-windows", type=int, default=8, help="windows of 1024 tokens in a step")
+            command.add_argument("--passes", type=int, default=1, help="of healing through its tokens")
+            command.add_argument(
+                "--cross-entropy",
+                type=float,
+                default=0.0,
+                help="weight of the loss on the text; then, the source is trained on, too",
+            )
+            command.add_argument(
+                "--options", nargs=argparse.REMAINDER, default=[], help="of `python -m conversion hf`"
+            )
+        if name == "report":
+            command.add_argument("--output", type=Path, default=Path("docs"), metavar="DIR")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
 import hashlib
 import json
 import math
@@ -20,7 +71,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -84,7 +134,7 @@ def prepare(args: argparse.Namespace) -> None:
     )
 
 
-class RandomWindows(Dataset):
+class SampledWindows(Dataset):
     """Windows at random places of the tokens; which, the index says."""
 
     def __init__(self, path: Path, count: int):
@@ -168,7 +218,7 @@ def train(args: argparse.Namespace) -> None:
         tf32=on_gpu or None, use_cpu=not on_gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
     world = training.world_size
-    data = RandomWindows(args.work / "train.bin", args.steps * args.batch_size * world)
+    data = SampledWindows(args.work / "train.bin", args.steps * args.batch_size * world)
     trainer = ScheduledTrainer(model=model, args=training, train_dataset=data)
     start = time.time()
     if args.max_minutes is not None:
@@ -307,49 +357,9 @@ def report(args: argparse.Namespace) -> None:
     figure.savefig(args.output / "compression.png", dpi=150)
 
 
-def run_name(text: str) -> tuple[str, int]:
-    method, ratio = text.rsplit("-", 1)
-    return method, int(ratio)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    for function in (prepare, train, convert, report):
-        command = commands.add_parser(function.__name__)
-        command.add_argument("work", type=Path, metavar="WORK")
-        command.set_defaults(function=function)
-        if function is prepare:
-            command.add_argument("--sources", nargs="+", type=Path, required=True, metavar="DIR")
-            command.add_argument("--vocab-size", type=int, default=4096)
-            command.add_argument("--passes", type=float, default=3, help="over the text that `train` will make")
-            command.add_argument("--held-out-characters", type=int, default=2_000_000)
-        if function is train:
-            command.add_argument("--hidden-size", type=int, default=512)
-            command.add_argument("--layers", type=int, default=8)
-            command.add_argument("--heads", type=int, default=8)
-            command.add_argument("--steps", type=int, default=2000, help="the most, with --max-minutes")
-            command.add_argument("--max-minutes", type=float, help="fewer steps if these do not fit")
-            command.add_argument("--batch-size", type=int, default=64, help="windows of 1024 tokens a device")
-            command.add_argument("--learning-rate", type=float, default=1e-3)
-        if function is convert:
-            command.add_argument("--runs", nargs="+", type=run_name, metavar="METHOD-RATIO")
-            command.add_argument("--processes", type=int, default=1, help="at a time on each GPU")
-            command.add_argument("--heal-windows", type=int, default=8, help="windows of 1024 tokens in a step")
-            command.add_argument("--passes", type=int, default=1, help="of healing through its tokens")
-            command.add_argument(
-                "--cross-entropy",
-                type=float,
-                default=0.0,
-                help="weight of the loss on the text; then, the source is trained on, too",
-            )
-            command.add_argument(
-                "--options", nargs=argparse.REMAINDER, default=[], help="of `python -m conversion hf`"
-            )
-        if function is report:
-            command.add_argument("--output", type=Path, default=Path("docs"), metavar="DIR")
-    args = parser.parse_args()
-    args.function(args)
+    args = parse_args()
+    {"prepare": prepare, "train": train, "convert": convert, "report": report}[args.command](args)
 
 
 if __name__ == "__main__":

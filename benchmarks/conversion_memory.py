@@ -8,19 +8,35 @@ the resident set of the converting process, the pages of the shard that it maps 
 """
 
 import argparse
+from pathlib import Path
+
+from options import ROOT, describe
+
+
+def parse_args() -> argparse.Namespace:
+    parser = describe(__doc__)
+    parser.add_argument("work", type=Path, metavar="WORK")
+    parser.add_argument("--hidden-size", type=int, default=4096)
+    parser.add_argument("--intermediate-size", type=int, default=11008)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--shard-size", type=int, default=5_000_000_000, help="bytes")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def write_sparse_checkpoint(folder: Path, config: LlamaConfig, shard_size: int) -> list[Path]:
@@ -71,15 +87,7 @@ def convert(source: Path, target: Path) -> tuple[float, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, metavar="WORK")
-    parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--intermediate-size", type=int, default=11008)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--vocab-size", type=int, default=32000)
-    parser.add_argument("--shard-size", type=int, default=5_000_000_000, help="bytes")
-    args = parser.parse_args()
+    args = parse_args()
     config = LlamaConfig(
         hidden_size=args.hidden_size, intermediate_size=args.intermediate_size, num_hidden_layers=args.layers,
         num_attention_heads=args.heads, vocab_size=args.vocab_size,

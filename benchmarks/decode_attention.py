@@ -9,6 +9,25 @@ times appending one token to each cache.
 """
 
 import argparse
+
+from options import describe
+
+
+def parse_args() -> argparse.Namespace:
+    parser = describe(__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--num-heads", type=int, default=32)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--ranks", type=int, nargs=3, default=(6, 2, 2), metavar=("Q", "K", "V"))
+    parser.add_argument("--seq-lengths", type=int, nargs="+", default=(2048, 8192, 32768, 131072))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
 import statistics
 import time
 from collections.abc import Callable
@@ -18,8 +37,9 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from modeling_t6 import T6Cache, T6Config
-from modeling_t6.attention_t6 import factor_space_attention, form_heads
 from modeling_t6.cache_t6 import factor_layouts
+from modeling_t6.factor_space_t6 import factor_space_attention
+from modeling_t6.factors_t6 import form_heads
 
 
 LARGER_THAN_PROCESSOR_CACHES = 128 * 2**20  # bytes
@@ -89,15 +109,7 @@ def append_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dty
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--num-heads", type=int, default=32)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--ranks", type=int, nargs=3, default=(6, 2, 2), metavar=("Q", "K", "V"))
-    parser.add_argument("--seq-lengths", type=int, nargs="+", default=(2048, 8192, 32768, 131072))
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    args = parser.parse_args()
+    args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)

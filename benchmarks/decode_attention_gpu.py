@@ -10,13 +10,31 @@ where that is faster. Shares are of the bandwidth of copies, measured in the sam
 """
 
 import argparse
+
+from options import add_output, describe, draw, save
+from shapes import CacheShape
+
+
+def parse_args() -> argparse.Namespace:
+    parser = describe(__doc__)
+    add_output(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
 import functools
 import itertools
 
 import torch
-from gpu import LARGER_THAN_L2, copy_bandwidth, graph_seconds, machine, parse_args, save
+from gpu import copies_larger_than_l2, copy_bandwidth, graph_seconds, machine, random_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from modeling_t6.cache_t6 import FactorLayout
+from modeling_t6.factor_space_t6 import factor_space_attention
+from modeling_t6.flash_tpa_t6 import flash_tpa
 
 
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
@@ -36,18 +54,11 @@ HEADS, HEAD_DIM = 32, 64
 MAX_BYTES = 60e9
 
 
-def time_t6(batch: int, tokens: int, heads: int, head_dim: int, rank: int, dtype: str) -> dict:
-    from modeling_t6.attention_t6 import factor_space_attention
-    from modeling_t6.cache_t6 import FactorLayout
-    from modeling_t6.flash_tpa_t6 import flash_tpa
-
-    layout, scaling = FactorLayout(rank, heads, head_dim), head_dim**-0.5
-    shape = (batch, 1, tokens, layout.width)
-    num_bytes = 2 * batch * tokens * rank * (heads + head_dim) * getattr(torch, dtype).itemsize  # without padding
-    copies = min(16, -(-LARGER_THAN_L2 // num_bytes))
-    make = lambda: torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(getattr(torch, dtype))  # noqa: E731
-    rows = [(make(), make()) for _ in range(copies)]
-    query = torch.randn(batch, 1, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+def time_t6(shape: CacheShape) -> dict:
+    rank, scaling = shape.rank, shape.head_dim**-0.5
+    layout = FactorLayout(rank, shape.heads, shape.head_dim)
+    copies = copies_larger_than_l2(shape.num_bytes)
+    query, rows = random_cache(shape, copies)
     factors = [layout.unpack(x[:1].float()) for x in rows[0]]
     expected = factor_space_attention(query[:1].float(), *factors, None, scaling)[0]
     output = flash_tpa(query, *rows[0], rank, rank, scaling)[:1]
@@ -57,12 +68,12 @@ def time_t6(batch: int, tokens: int, heads: int, head_dim: int, rank: int, dtype
     calls = [lambda pair=pair: flash_tpa(query, *pair, rank, rank, scaling) for pair in rows]
     seconds = graph_seconds(calls * max(1, 8 // copies))
     cache_bytes = 2 * rows[0][0].nbytes
-    return {"seconds": seconds, "bytes": num_bytes, "cache_bytes": cache_bytes, "error": error}
+    return {"seconds": seconds, "bytes": shape.num_bytes, "cache_bytes": cache_bytes, "error": error}
 
 
 def time_sdpa(batch: int, tokens: int, heads: int) -> dict:
     num_bytes = 2 * batch * tokens * heads * HEAD_DIM * 2
-    copies = min(16, -(-LARGER_THAN_L2 // num_bytes))
+    copies = copies_larger_than_l2(num_bytes)
     shape = (batch, heads, tokens, HEAD_DIM)
     states = [tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)) for _ in range(copies)]
     query = torch.randn(batch, HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
@@ -93,7 +104,9 @@ def measure(caches) -> dict:
     print(f"{'batch x tokens':16}{'model':20}{'time':>10}  {'cache':>10}  {'of copies':>9}")
     results = []
     for batch, tokens in caches:
-        jobs = {name: lambda m=model, b=batch, t=tokens: time_t6(b, t, *m) for name, model in MODELS.items()}
+        jobs = {
+            name: lambda m=model, b=batch, t=tokens: time_t6(CacheShape(b, t, *m)) for name, model in MODELS.items()
+        }
         jobs |= {name: lambda h=h, b=batch, t=tokens: time_sdpa(b, t, h) for name, h in KEY_VALUE_HEADS.items()}
         for name, job in jobs.items():
             if name in KEY_VALUE_HEADS and 4 * batch * tokens * KEY_VALUE_HEADS[name] * HEAD_DIM > MAX_BYTES:
@@ -110,13 +123,8 @@ def measure(caches) -> dict:
     return {"machine": machine(), "copy_bandwidth": bandwidth, "results": results}
 
 
-def plot(data: dict, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+def plot(data: dict, figure) -> None:
+    axes = figure.subplots(1, 2)
     shown = ("MHA", "GQA-8", "GQA-4", "MQA", "T6 rank 2", "T6 rank 1", "T6 rank 2, FP8", "T6 rank 1, FP8")
     for name in shown:
         rows = [row for row in data["results"] if row["model"] == name and row["batch"] == 8]
@@ -131,14 +139,14 @@ def plot(data: dict, path: str) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.suptitle(f"h = 32, d = 64, bfloat16: {data['machine']}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args = parse_args(parser, plot)
-    save(measure(CACHES), args.output)
+    args = parse_args()
+    if args.plot:
+        draw(plot, args.plot, (11, 4.5))
+    else:
+        save(measure(CACHES), args.output)
 
 
 if __name__ == "__main__":

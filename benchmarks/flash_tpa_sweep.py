@@ -8,40 +8,55 @@ the one that `choose_launch` takes.
 """
 
 import argparse
-import dataclasses
-import functools
-import itertools
-import json
 
-import torch
-from gpu import LARGER_THAN_L2, copy_bandwidth, graph_seconds, machine
-from triton.runtime.errors import OutOfResources
-
-from modeling_t6 import flash_tpa_t6
-from modeling_t6.cache_t6 import FactorLayout
-from modeling_t6.flash_tpa_t6 import Launch, choose_launch, flash_tpa
+from options import add_output, describe, save
+from shapes import CacheShape
 
 
-SHAPES = {  # batch, tokens, heads, head_dim, rank, dtype of the cache
-    "8 x 32k, h 32, rank 1": (8, 32768, 32, 64, 1, "bfloat16"),
-    "8 x 32k, h 32, rank 2": (8, 32768, 32, 64, 2, "bfloat16"),
-    "8 x 128k, h 32, rank 1": (8, 131072, 32, 64, 1, "bfloat16"),
-    "8 x 128k, h 32, rank 2": (8, 131072, 32, 64, 2, "bfloat16"),
-    "8 x 32k, h 34, rank 2": (8, 32768, 34, 64, 2, "bfloat16"),
-    "8 x 128k, h 34, rank 2": (8, 131072, 34, 64, 2, "bfloat16"),
-    "8 x 128k, h 47, rank 2": (8, 131072, 47, 64, 2, "bfloat16"),
-    "8 x 32k, h 78, rank 2": (8, 32768, 78, 64, 2, "bfloat16"),
-    "8 x 128k, h 78, rank 2": (8, 131072, 78, 64, 2, "bfloat16"),
-    "8 x 128k, h 32, d 128, rank 1": (8, 131072, 32, 128, 1, "bfloat16"),
-    "8 x 32k, h 32, d 128, rank 2": (8, 32768, 32, 128, 2, "bfloat16"),
-    "8 x 128k, h 32, d 128, rank 2": (8, 131072, 32, 128, 2, "bfloat16"),
-    "8 x 128k, h 32, rank 1, fp8": (8, 131072, 32, 64, 1, "float8_e4m3fn"),
-    "8 x 128k, h 32, rank 2, fp8": (8, 131072, 32, 64, 2, "float8_e4m3fn"),
-    "1 x 4k, h 32, rank 2": (1, 4096, 32, 64, 2, "bfloat16"),
+SHAPES = {
+    "8 x 32k, h 32, rank 1": CacheShape(8, 32768, 32, 64, 1, "bfloat16"),
+    "8 x 32k, h 32, rank 2": CacheShape(8, 32768, 32, 64, 2, "bfloat16"),
+    "8 x 128k, h 32, rank 1": CacheShape(8, 131072, 32, 64, 1, "bfloat16"),
+    "8 x 128k, h 32, rank 2": CacheShape(8, 131072, 32, 64, 2, "bfloat16"),
+    "8 x 32k, h 34, rank 2": CacheShape(8, 32768, 34, 64, 2, "bfloat16"),
+    "8 x 128k, h 34, rank 2": CacheShape(8, 131072, 34, 64, 2, "bfloat16"),
+    "8 x 128k, h 47, rank 2": CacheShape(8, 131072, 47, 64, 2, "bfloat16"),
+    "8 x 32k, h 78, rank 2": CacheShape(8, 32768, 78, 64, 2, "bfloat16"),
+    "8 x 128k, h 78, rank 2": CacheShape(8, 131072, 78, 64, 2, "bfloat16"),
+    "8 x 128k, h 32, d 128, rank 1": CacheShape(8, 131072, 32, 128, 1, "bfloat16"),
+    "8 x 32k, h 32, d 128, rank 2": CacheShape(8, 32768, 32, 128, 2, "bfloat16"),
+    "8 x 128k, h 32, d 128, rank 2": CacheShape(8, 131072, 32, 128, 2, "bfloat16"),
+    "8 x 128k, h 32, rank 1, fp8": CacheShape(8, 131072, 32, 64, 1, "float8_e4m3fn"),
+    "8 x 128k, h 32, rank 2, fp8": CacheShape(8, 131072, 32, 64, 2, "float8_e4m3fn"),
+    "1 x 4k, h 32, rank 2": CacheShape(1, 4096, 32, 64, 2, "bfloat16"),
 }
 
 
-def default_launch(shape) -> Launch:
+def parse_args() -> argparse.Namespace:
+    parser = describe(__doc__)
+    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
+    parser.add_argument("--top", type=int, default=4)
+    add_output(parser, plots=False)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
+import dataclasses
+import functools
+import itertools
+
+import torch
+from gpu import copies_larger_than_l2, copy_bandwidth, graph_seconds, machine, random_cache
+from triton.runtime.errors import OutOfResources
+
+from modeling_t6 import flash_tpa_t6
+from modeling_t6.flash_tpa_t6 import Launch, choose_launch, flash_tpa
+
+
+def default_launch(shape: CacheShape) -> Launch:
     _, _, heads, head_dim, rank, dtype = shape
     itemsize = getattr(torch, dtype).itemsize
     return choose_launch(1, heads, head_dim, rank, rank, False, itemsize, flash_tpa_t6._device_limits(device())[1])
@@ -51,29 +66,25 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def candidates(shape) -> list[Launch]:
-    base, heads = default_launch(shape), shape[2]
+def candidates(shape: CacheShape) -> list[Launch]:
+    base, heads = default_launch(shape), shape.heads
     widths = {(base.block_h, base.rest_h), (32, 0), (min(64, 1 << (heads - 1).bit_length()), 0)}
     widths |= {(32, 16)} if 32 < heads <= 48 else {(64, 16)} if 64 < heads else set()
     found = []
     sizes = itertools.product((32, 64, 128), sorted(widths), (2, 3, 4), (1, 2), (4, 8), (1, 2, 3, 4))
     for n, (h, rest), stages, step, warps, programs in sizes:
         used = (
-            n * 2 * shape[4] * (stages * base.block_d + (stages - 1) * (h + rest)) * getattr(torch, shape[5]).itemsize
+            n
+            * 2
+            * shape.rank
+            * (stages * base.block_d + (stages - 1) * (h + rest))
+            * getattr(torch, shape.dtype).itemsize
         )
         # 8 warps must not share out a tile of 16 columns: see `choose_launch`.
         fits = 100_000 < programs * used <= 220_000 and (warps == 4 or n == 128 and not rest)
-        if fits and shape[4] % step == 0 and n * step >= 64:  # rows of a product
+        if fits and shape.rank % step == 0 and n * step >= 64:  # rows of a product
             found.append(Launch(n, 1, h, rest, base.block_d, True, stages, step, warps, programs))
     return [base, *(launch for launch in found if launch != base)]
-
-
-def inputs(shape, copies: int = 1):
-    batch, tokens, heads, head_dim, rank, dtype = shape
-    width = FactorLayout(rank, heads, head_dim).width
-    rows = lambda: torch.randn(batch, 1, tokens, width, device="cuda", dtype=torch.bfloat16).to(getattr(torch, dtype))  # noqa: E731
-    query = torch.randn(batch, 1, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-    return query, [(rows(), rows()) for _ in range(copies)]
 
 
 def run(launch: Launch, query: torch.Tensor, rows, rank: int) -> torch.Tensor:
@@ -84,9 +95,9 @@ def run(launch: Launch, query: torch.Tensor, rows, rank: int) -> torch.Tensor:
 def compiles(job: tuple) -> tuple:
     """Fills Triton's cache on disk; whether the setting fits the chip."""
     shape, launch = job
-    query, rows = inputs((1, 256, *shape[2:]))
+    query, rows = random_cache(shape._replace(batch=1, tokens=256))
     try:
-        run(launch, query, rows[0], shape[4])
+        run(launch, query, rows[0], shape.rank)
         torch.cuda.synchronize()
         return job, True
     except OutOfResources:
@@ -94,16 +105,12 @@ def compiles(job: tuple) -> tuple:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
-    parser.add_argument("--top", type=int, default=4)
-    parser.add_argument("--output")
-    args = parser.parse_args()
+    args = parse_args()
     shapes = {name: SHAPES[name] for name in args.shapes}
-    # The grid is no part of what is compiled.
+    # Neither the grid nor the size of the cache is part of what is compiled.
     one_program = lambda launch: dataclasses.replace(launch, programs_per_sm=1)  # noqa: E731
-    jobs = {((0, 0, *s[2:]), one_program(c)) for s in shapes.values() for c in candidates(s)}
+    compiled = lambda shape: shape._replace(batch=0, tokens=0)  # noqa: E731
+    jobs = {(compiled(shape), one_program(c)) for shape in shapes.values() for c in candidates(shape)}
     with torch.multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         fits = dict(pool.imap_unordered(compiles, jobs, chunksize=2))
     bandwidth = copy_bandwidth()
@@ -111,12 +118,11 @@ def main() -> None:
 
     results = []
     for name, shape in shapes.items():
-        batch, tokens, heads, head_dim, rank, dtype = shape
-        num_bytes = batch * tokens * 2 * rank * (heads + head_dim) * getattr(torch, dtype).itemsize
-        query, rows = inputs(shape, copies=min(16, -(-LARGER_THAN_L2 // num_bytes)))
+        rank, num_bytes = shape.rank, shape.num_bytes
+        query, rows = random_cache(shape, copies_larger_than_l2(num_bytes))
         timed, expected = [], None
         for launch in candidates(shape):
-            if not fits[((0, 0, *shape[2:]), one_program(launch))]:
+            if not fits[compiled(shape), one_program(launch)]:
                 continue
             seconds = graph_seconds(
                 [functools.partial(run, launch, query, pair, rank) for pair in rows] * max(1, 4 // len(rows)), 5
@@ -145,9 +151,7 @@ def main() -> None:
             )
         del rows
         torch.cuda.empty_cache()
-    if args.output:
-        with open(args.output, "w") as file:
-            json.dump({"machine": machine(), "copy_bandwidth": bandwidth, "results": results}, file)
+    save({"machine": machine(), "copy_bandwidth": bandwidth, "results": results}, args.output)
 
 
 if __name__ == "__main__":

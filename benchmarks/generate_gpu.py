@@ -13,18 +13,8 @@ for which Transformers compiles the model.
 """
 
 import argparse
-import statistics
-import time
-from unittest import mock
 
-import torch
-from gpu import copy_bandwidth, machine, parse_args, release_memory, save
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
-from transformers.cache_utils import DynamicLayer
-
-from modeling_t6 import T6Cache, T6Config
-from modeling_t6.cache_t6 import CACHE_NAME, factor_layouts
+from options import add_output, describe, draw, save
 
 
 EIGHT_B = {
@@ -38,6 +28,34 @@ MODELS = {
     "T6 8B (8, 1, 1)": lambda: T6Config(**EIGHT_B, q_rank=8, k_rank=1, v_rank=1),
     "Llama 8B, GQA-8": lambda: LlamaConfig(**EIGHT_B, num_key_value_heads=8),
 }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = describe(__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--skip-generate", action="store_true", help="leave out the times of generate()")
+    add_output(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
+import statistics
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+from gpu import copy_bandwidth, machine, release_memory
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from modeling_t6 import T6Cache, T6Config
+from modeling_t6.cache_t6 import CACHE_NAME, factor_layouts
+
+
 REFERENCES = {  # what a model is held against
     "t6-xl": "llama-mha-xl",
     "llama-mha-xl": "llama-mha-xl",
@@ -279,38 +297,39 @@ def print_largest(data: dict) -> None:
         )
 
 
-def plot(data: dict, path: str) -> None:
-    import matplotlib
+def plot(data: dict, figure) -> None:
+    """Each model beside what it is held against: bytes of cache, tokens per second at the longest context, and what fits."""
+    largest = {row["model"]: row for row in data["largest"]}
+    context = max(row["context"] for row in data["results"])
+    batches = {name: equal_batch(data, name, context) for name in MODELS}
+    names = [name for name in MODELS if name in largest and batches[name] in rates(data, name, context)]
+    of_batches = " and ".join(dict.fromkeys(str(batches[name]) for name in names))
+    # A gap between the groups that are held against one another.
+    places = [place + 0.5 * sum(REFERENCES[n] == n for n in names[:place]) for place in range(len(names))]
+    colors = ["tab:gray" if REFERENCES[name] == name else "tab:blue" for name in names]
+    kib = [largest[name]["cache_bytes"] / largest[name]["tokens"] / 1024 for name in names]
+    speeds = [rates(data, name, context)[batches[name]] for name in names]
+    contexts = [largest[name]["tokens"] / 1e6 for name in names]
+    panels = (
+        ("KiB of cache for a token", "{:,.0f}", kib),
+        (f"tokens per second at {context // 1024}k, batch {of_batches}", "{:,.0f}", speeds),
+        ("largest context, million tokens", "{:.1f}", contexts),
+    )
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (title, form, values) in zip(axes, panels):
+        bars = axis.barh(places, values, 0.8, color=colors)
+        axis.bar_label(bars, fmt=form, fontsize=9, padding=3)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(0, 1.18 * max(values))
+        axis.xaxis.set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axes[0].set_yticks(places, names)
+    axes[0].invert_yaxis()
+    figure.supxlabel(f"bfloat16: {data['machine']}", fontsize=8)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    names = [name for name in MODELS if any(row["model"] == name for row in data["results"])]
-    for offset, context in ((-0.2, 32768), (0.2, 131072)):
-        batches = {name: equal_batch(data, name, context) for name in names}
-        shown = {name: rates(data, name, context).get(batches[name]) for name in names}
-        shown = {name: rate for name, rate in shown.items() if rate is not None}
-        label = f"{context // 1024}k, batch " + " and ".join(dict.fromkeys(str(batches[name]) for name in shown))
-        bars = axes[0].bar([names.index(name) + offset for name in shown], list(shown.values()), 0.4, label=label)
-        axes[0].bar_label(bars, fmt="{:,.0f}", fontsize=8)
-    axes[0].set_xticks(range(len(names)), names)
-    axes[0].set_ylabel("decoded tokens per second")
-    axes[0].legend(fontsize=8)
-    largest = {row["model"]: row["tokens"] / 2**20 for row in data.get("largest", ())}
-    bars = axes[1].bar(list(largest), list(largest.values()), 0.6)
-    axes[1].bar_label(bars, fmt="{:.2f}", fontsize=8)
-    axes[1].set_ylabel("largest context of one sequence (2$^{20}$ tokens)")
-    for axis in axes:
-        axis.tick_params(axis="x", labelsize=8, rotation=20)
-        axis.grid(axis="y", alpha=0.3)
-        axis.set_axisbelow(True)
-    figure.suptitle(f"bfloat16: {data['machine']}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
-def measure(names: list[str], skip_generate: bool, output: str | None) -> None:
+def measure(names: list[str], skip_generate: bool, output: Path | None) -> None:
     bandwidth = copy_bandwidth()
     data = {"machine": machine(), "copy_bandwidth": bandwidth, "results": [], "largest": []}
 
@@ -368,11 +387,11 @@ def measure(names: list[str], skip_generate: bool, output: str | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--skip-generate", action="store_true", help="leave out the times of generate()")
-    args = parse_args(parser, plot)
-    measure(args.models, args.skip_generate, args.output)
+    args = parse_args()
+    if args.plot:
+        draw(plot, args.plot, (10, 2.9))
+    else:
+        measure(args.models, args.skip_generate, args.output)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,44 @@
-"""
-What the GPU benchmarks share: timing by CUDA graph, the copy bandwidth, a line that says what ran, and the options of those
-that write JSON and draw it.
-"""
+"""What the GPU benchmarks share: timing by CUDA graph, the copy bandwidth, random caches, a line that says what ran."""
 
-import argparse
 import gc
-import json
 import statistics
 from collections.abc import Callable
 
 import torch
+from shapes import CacheShape
+
+from modeling_t6.cache_t6 import FactorLayout
 
 
 LARGER_THAN_L2 = 256 * 2**20  # bytes
+
+
+def copies_larger_than_l2(num_bytes: int) -> int:
+    """As many caches of `num_bytes` as the L2 cache does not hold together, at most 16."""
+    return min(16, -(-LARGER_THAN_L2 // num_bytes))
+
+
+def random_cache(shape: CacheShape, copies: int = 1) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A query [batch, 1, heads, head_dim], and rows of keys and of values [batch, 1, tokens, width] for each copy."""
+    batch, tokens, heads, head_dim, rank, dtype = shape
+    width = FactorLayout(rank, heads, head_dim).width
+
+    def rows() -> torch.Tensor:
+        random = torch.randn(batch, 1, tokens, width, device="cuda", dtype=torch.bfloat16)
+        return random.to(getattr(torch, dtype))
+
+    query = torch.randn(batch, 1, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    return query, [(rows(), rows()) for _ in range(copies)]
+
+
+def event_seconds(call: Callable) -> float:
+    """Seconds of one call on the current stream, as the GPU counts them."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
 
 
 def graph_seconds(calls: list[Callable], repeats: int = 7) -> float:
@@ -30,14 +56,7 @@ def graph_seconds(calls: list[Callable], repeats: int = 7) -> float:
             for call in calls:
                 call()
         graph.replay()
-        times = []
-        for _ in range(repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e-3 / len(calls))
+        times = [event_seconds(graph.replay) / len(calls) for _ in range(repeats)]
     return statistics.median(times)
 
 
@@ -45,14 +64,7 @@ def copy_bandwidth(num_bytes: int = 2**32, repeats: int = 10) -> float:
     """Bytes read and written each second by copies between two tensors of `num_bytes`."""
     source = torch.randint(0, 2**62, (num_bytes // 8,), device="cuda")
     target = torch.empty_like(source)
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
+    times = [event_seconds(lambda: target.copy_(source)) for _ in range(repeats)]
     return 2 * num_bytes / statistics.median(times)
 
 
@@ -70,21 +82,3 @@ def machine() -> str:
 def release_memory() -> None:
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def parse_args(parser: argparse.ArgumentParser, plot: Callable[[dict, str], None]) -> argparse.Namespace:
-    """With `--output` and `--plot`; if a picture is asked for, it is drawn, and the program ends."""
-    parser.add_argument("--output", metavar="JSON")
-    parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="draw what an earlier run wrote")
-    args = parser.parse_args()
-    if args.plot:
-        with open(args.plot[0]) as file:
-            plot(json.load(file), args.plot[1])
-        raise SystemExit
-    return args
-
-
-def save(data: dict, path: str | None) -> None:
-    if path:
-        with open(path, "w") as file:
-            json.dump(data, file, indent=1)

@@ -10,11 +10,26 @@ that were under way at once, and the steps of the engine until all were answered
 """
 
 import argparse
+
+from options import ROOT, add_output, describe, save
+
+
+def parse_args() -> argparse.Namespace:
+    parser = describe(__doc__)
+    parser.add_argument("--memory", type=int, default=2**32, help="bytes of each cache that is counted")
+    parser.add_argument("--page-size", type=int, default=256, help="tokens of a page in these")
+    parser.add_argument("--served-memory", type=int, default=3 * 2**20, help="bytes of each cache that serves")
+    parser.add_argument("--requests", type=int, default=32, help="that are served, of 64 tokens and 64 new ones")
+    add_output(parser, plots=False)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
 import dataclasses
 import inspect
-import json
 import time
-from pathlib import Path
 
 import torch
 import transformers
@@ -23,39 +38,26 @@ from transformers import (
     AutoModelForCausalLM,
     ContinuousBatchingConfig,
     GenerationConfig,
-    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 
-import configuration
 import modeling_t6  # noqa: F401  registers T6
+from configuration.make_configs import DIRECTORY
+from configuration.twins import mha_twin
 from modeling_t6.paged_t6 import PagedConfig
 
 
-PUBLISHED = Path(configuration.__file__).parent
-SHIPPED = Path(__file__).parents[1] / "examples" / "t6-tiny-shakespeare"
+SHIPPED = ROOT / "examples" / "t6-tiny-shakespeare"
 # The number of tokens of a page is called `block_size` in older versions.
 PAGE_SIZE = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
 
 
-def mha_twin(config: PreTrainedConfig) -> MistralConfig:
-    """A Llama-like model of the same shape with as many key/value heads as heads (Llama's own wants h to divide sizes)."""
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "head_dim",
-        "max_position_embeddings",
-    )
-    shape = {name: getattr(config, name) for name in names}
-    heads = config.num_attention_heads
-    twin = MistralConfig(**shape, num_key_value_heads=heads, sliding_window=None, bos_token_id=None, eos_token_id=None)
-    twin._attn_implementation = "sdpa"
+def sdpa_twin(config: PreTrainedConfig) -> PreTrainedConfig:
+    twin = mha_twin(config)
+    twin._attn_implementation = "sdpa"  # which the engine asks for
     return twin
 
 
@@ -146,25 +148,18 @@ def serve(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", type=int, default=2**32, help="bytes of each cache that is counted")
-    parser.add_argument("--page-size", type=int, default=256, help="tokens of a page in these")
-    parser.add_argument("--served-memory", type=int, default=3 * 2**20, help="bytes of each cache that serves")
-    parser.add_argument("--requests", type=int, default=32, help="that are served, of 64 tokens and 64 new ones")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    args = parser.parse_args()
-
+    args = parse_args()
     results = {"transformers": transformers.__version__, "torch": torch.__version__}
     results |= {name: value for name, value in vars(args).items() if name != "output"} | {"capacity": {}, "served": {}}
     print(f"tokens of cache in {args.memory / 2**20:,.0f} MiB, bfloat16 (bytes per token; requests of 2,048 tokens)")
     print("| model | T6 | MHA, same heads | more | MHA, same parameters | more |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name in ("t6-small", "t6-xl", SHIPPED.name):
-        config = AutoConfig.from_pretrained(SHIPPED if name == SHIPPED.name else PUBLISHED / name)
-        configs = {"t6": PagedConfig(config), "same_heads": mha_twin(config)}
+        config = AutoConfig.from_pretrained(SHIPPED if name == SHIPPED.name else DIRECTORY / name)
+        configs = {"t6": PagedConfig(config), "same_heads": sdpa_twin(config)}
         if name != SHIPPED.name:
             configs["same_parameters"] = AutoConfig.from_pretrained(
-                PUBLISHED / name.replace("t6", "llama-mha"), attn_implementation="sdpa"
+                DIRECTORY / name.replace("t6", "llama-mha"), attn_implementation="sdpa"
             )
         held = {key: capacity(config, args.memory, args.page_size) for key, config in configs.items()}
         results["capacity"][name] = {key: dataclasses.asdict(value) for key, value in held.items()}
@@ -175,7 +170,7 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.bfloat16)
     torch.manual_seed(0)
-    twin = AutoModelForCausalLM.from_config(mha_twin(model.config), dtype=torch.bfloat16)
+    twin = AutoModelForCausalLM.from_config(sdpa_twin(model.config), dtype=torch.bfloat16)
     prompts = torch.randint(2, model.config.vocab_size, (args.requests, 64)).tolist()
     print(
         f"\n{SHIPPED.name}: {args.requests} requests of 64 tokens and 64 new ones, {args.served_memory / 2**20:g} MiB of "
@@ -189,8 +184,7 @@ def main() -> None:
         results["served"][name] = dataclasses.asdict(outcome) | {"tokens": 16 * blocks}
         print(f"| {name} | {16 * blocks:,} | {outcome.most_at_once} | {outcome.steps} | {outcome.seconds:.1f} |")
 
-    if args.output is not None:
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    save(results, args.output)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,39 @@ kernels that one attention layer spends its time in.
 """
 
 import argparse
+
+from options import add_output, describe, draw, save
+
+
+def batch_and_length(text: str) -> tuple[int, int]:
+    batch, length = text.split("x")
+    return int(batch), int(length)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = describe(__doc__)
+    parser.add_argument("--config", default="configuration/t6-medium")
+    parser.add_argument("--layers", type=int, help="of the model, instead of those in its configuration")
+    parser.add_argument("--attention", default="sdpa", help="an attention implementation of Transformers")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--prefill", type=batch_and_length, nargs="*", default=[(1, 32768), (8, 2048)], metavar="BxN")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--profile", action="store_true", help="list kernels of the baseline and of the default way")
+    add_output(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
 import contextlib
 import statistics
 import time
 from collections.abc import Iterator
 
 import torch
-from gpu import machine, parse_args, release_memory, save
+from gpu import machine, release_memory
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_t6 import attention_t6
@@ -247,13 +273,8 @@ def measure(args) -> tuple[dict, bool]:
     return {"machine": head, "training": training, "prefill": prefill}, passed and not failures
 
 
-def plot(data: dict, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+def plot(data: dict, figure) -> None:
+    axes = figure.subplots(1, 2, sharey=True)
     names = list(data["training"])[::-1]
     colors = ["tab:orange" if name == BASELINE else "tab:blue" for name in names]
     for axis, key, label, scale in (
@@ -265,26 +286,12 @@ def plot(data: dict, path: str) -> None:
         axis.set_xlabel(label)
         axis.margins(x=0.12)
     figure.suptitle(data["machine"], fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
-def batch_and_length(text: str) -> tuple[int, int]:
-    batch, length = text.split("x")
-    return int(batch), int(length)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configuration/t6-medium")
-    parser.add_argument("--layers", type=int, help="of the model, instead of those in its configuration")
-    parser.add_argument("--attention", default="sdpa", help="an attention implementation of Transformers")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--prefill", type=batch_and_length, nargs="*", default=[(1, 32768), (8, 2048)], metavar="BxN")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--profile", action="store_true", help="list kernels of the baseline and of the default way")
-    args = parse_args(parser, plot)
+    args = parse_args()
+    if args.plot:
+        return draw(plot, args.plot, (11, 3.6))
     data, passed = measure(args)
     save(data, args.output)
     if not passed:

@@ -20,45 +20,19 @@ Writes the published architectures as `config.json` folders beside this file, an
 import argparse
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from modeling_t6.cache_t6 import factor_layouts
 
+from .sizes import SIZES
+
 
 DIRECTORY = Path(__file__).parent
 
 
-class Heads(NamedTuple):
-    """Attention heads of each kind of model, chosen in the paper so that all kinds have as many parameters."""
-
-    t6: int
-    t6_kvonly: int
-    mha: int
-    mqa: int
-    gqa: int
-    mla: int
-
-
-class Size(NamedTuple):
-    """One row of the paper's table of sizes."""
-
-    num_hidden_layers: int
-    hidden_size: int
-    heads: Heads
-    kv_lora_rank: int
-    q_lora_rank: int
-    paper_total: float
-
-
-SIZES = {
-    "small": Size(12, 768, Heads(34, 22, 12, 23, 22, 12), 256, 512, 124e6),
-    "medium": Size(24, 1024, Heads(47, 29, 16, 31, 30, 23), 512, 1024, 353e6),
-    "large": Size(36, 1280, Heads(61, 37, 20, 39, 38, 34), 512, 1024, 773e6),
-    "xl": Size(48, 1600, Heads(78, 47, 25, 49, 48, 49), 512, 1024, 1.5e9),
-}
 HEAD_DIM = 64
 Q_RANK, KV_RANK = 6, 2
 # The paper's variants of TPA, of the small size: heads, and the fields that differ. The paper does not state the heads;

@@ -1,17 +1,17 @@
 """The source and the result side by side, in float32."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from modeling_t6 import T6Cache, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME, cache_nbytes
 
-from . import official
-from .errors import ConversionError
+from .files.errors import ConversionError
+from .files.memory import available_memory
+from .sources.official import research_logits
 
 
 EXACT = 1e-5  # of the largest logit: float32 has 7 digits, and a model adds up thousands of numbers
@@ -34,13 +34,6 @@ class Comparison:
         return text
 
 
-def available_memory() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 0
-
-
 def fits_in_memory(numbers: int) -> bool:
     """Whether source and result, `numbers` weights each, fit into what is free, in float32 and with room to run."""
     return 2.5 * 4 * numbers < available_memory()
@@ -52,14 +45,6 @@ def random_ids(vocab_size: int, length: int) -> torch.Tensor:
 
 def relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return ((logits - expected).abs().max() / expected.abs().max()).item()
-
-
-@torch.no_grad()
-def cache_bytes_per_token(model: PreTrainedModel, cache: Cache, itemsize: int) -> float:
-    """Bytes that an empty `cache` takes for each of some tokens, with numbers of `itemsize` bytes."""
-    ids = random_ids(model.config.vocab_size, min(48, model.config.max_position_embeddings)).to(model.device)
-    model(ids, use_cache=True, **{CACHE_NAME: cache})
-    return cache_nbytes(cache) / ids.numel() * itemsize / model.dtype.itemsize
 
 
 @torch.no_grad()
@@ -110,7 +95,7 @@ def compare_with_research_code(arguments: dict, checkpoint, result: Path, rounde
     length = min(48, model.config.max_position_embeddings)
     ids = random_ids(model.config.vocab_size, length)
     with torch.no_grad():
-        expected = official.research_logits(arguments, {name: tensor.float() for name, tensor in checkpoint}, ids)
+        expected = research_logits(arguments, {name: tensor.float() for name, tensor in checkpoint}, ids)
         cache = T6Cache(config=model.config)
         logits = model(ids, **{CACHE_NAME: cache}).logits
     difference = relative_difference(logits, expected)

@@ -30,16 +30,9 @@ from pathlib import Path
 from shutil import rmtree
 from typing import NamedTuple
 
-import torch
-from filelock import FileLock, Timeout
-from transformers import AutoConfig
-
-import pretrain
-from configuration.make_configs import cache_numbers, count_parameters
-from language_modeling import InputError, last_checkpoint, load_tokenizer, number, read_text
+from command_line import ROOT, InputError, input_errors, last_checkpoint, number, read_text, write_json
 
 
-ROOT = Path(__file__).parents[1]
 MAIN = ("MHA", "MQA", "GQA", "MLA", "TPA-KVonly", "TPA")
 EXTENSIONS = 3  # doublings or halvings of a sweep of learning rates, on each side
 MARGIN = 0.5  # minutes that a run needs to start, and to save what it has
@@ -57,22 +50,6 @@ SETTINGS = {
     "warmup_steps": 100,
     "eval_steps": 200,
 }
-
-
-class Architecture(NamedTuple):
-    folder: str  # of configuration/
-    overrides: dict[str, int | None]
-
-
-class Run(NamedTuple):
-    architecture: str
-    learning_rate: float
-    seed: int
-    is_tuning: bool = False
-
-    @property
-    def key(self) -> str:
-        return f"{self.architecture} lr {self.learning_rate:g} seed {self.seed}{' tuning' * self.is_tuning}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -106,7 +83,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
+import torch
+from filelock import FileLock, Timeout
+from transformers import AutoConfig
+
+import pretrain
+from configuration.make_configs import cache_numbers, count_parameters
+from language_modeling import load_tokenizer
+
+
 # What is compared
+
+
+class Architecture(NamedTuple):
+    folder: str  # of configuration/
+    overrides: dict[str, int | None]
+
+
+class Run(NamedTuple):
+    architecture: str
+    learning_rate: float
+    seed: int
+    is_tuning: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.architecture} lr {self.learning_rate:g} seed {self.seed}{' tuning' * self.is_tuning}"
 
 
 def architectures(settings: dict, make_config: Callable[[Architecture], object]) -> dict[str, Architecture]:
@@ -205,13 +210,6 @@ def plan(results: dict, names: list[str]) -> list[Run]:
 
 
 # Running
-
-
-def write_results(path: Path, results: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(path)
 
 
 def read_results(path: Path) -> dict:
@@ -369,7 +367,7 @@ class Runner:
                 with FileLock(args.work_dir / "results.lock"):
                     self.look()
                     self.results["runs"][run.key] = result
-                    write_results(args.results, self.results)
+                    write_json(args.results, self.results, indent=1)
                 rmtree(folder)
                 rmtree(checkpoints)
                 print(f"{run.key}: loss {measured['loss_per_token']:.4f}, {seconds:.0f} s", flush=True)
@@ -528,14 +526,13 @@ def report(args: argparse.Namespace) -> str:
 def plot(results: dict, rows: dict[str, list[dict]], path: Path) -> None:
     """Curves of the held-out loss, their last part, and the final loss against the size of the cache."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("the report needs the package matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     tokens_per_step = results["settings"]["sequences_per_step"] * results["settings"]["block_length"]
-    figure, (whole, end, cache) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    whole, end, cache = figure.subplots(1, 3)
     for (name, runs), marker in zip(rows.items(), itertools.cycle("osD^v*P")):
         tokens = [entry["step"] * tokens_per_step / 1e6 for entry in runs[0]["curve"]]
         curves = [[entry["eval_loss_per_token"] for entry in run["curve"]] for run in runs]
@@ -553,12 +550,11 @@ def plot(results: dict, rows: dict[str, list[dict]], path: Path) -> None:
     cache.set(xlabel="cache, bytes per token (bf16)", ylabel="final held-out loss", xscale="log")
     cache.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with input_errors("compare.py"):
         if args.command == "run":
             Runner(args).run()
         elif args.command == "report":
@@ -567,8 +563,6 @@ def main(argv: list[str] | None = None) -> None:
             results, names = open_results(args)
             for run in plan(results, list(names)):
                 print(f"{'done' if run.key in results['runs'] else 'to do'}  {run.key}  {names[run.architecture]}")
-    except InputError as error:
-        sys.exit(f"compare.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,35 @@ starts another text. The cache is a buffer of the loaded module.
 """
 
 import argparse
+from pathlib import Path
+
+from command_line import InputError, input_errors
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub name")
+    parser.add_argument("output", type=Path, help="file to write, *.pt2")
+    parser.add_argument("--max-cache-len", type=int, help="tokens that the cache holds; default: the model's context")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--dtype", default="auto", help="of weights and cache; auto: as the checkpoint")
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".pt2":
+        parser.error(f"OUTPUT must end in .pt2, got {args.output}")
+    if not args.output.parent.is_dir():
+        parser.error(f"the folder of OUTPUT does not exist: {args.output.parent}")
+    if args.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.max_cache_len is not None and args.max_cache_len < 1:
+        parser.error(f"--max-cache-len must be at least 1, got {args.max_cache_len}")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
 import os
 import tempfile
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -86,25 +112,15 @@ def export_decoding_step(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub name")
-    parser.add_argument("output", type=Path, help="file to write, *.pt2")
-    parser.add_argument("--max-cache-len", type=int, help="tokens that the cache holds; default: the model's context")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--dtype", default="auto", help="of weights and cache; auto: as the checkpoint")
-    args = parser.parse_args()
-    if args.output.suffix != ".pt2":
-        parser.error(f"OUTPUT must end in .pt2, got {args.output}")
-    if not args.output.parent.is_dir():
-        parser.error(f"the folder of OUTPUT does not exist: {args.output.parent}")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
-    if args.max_cache_len is not None and args.max_cache_len < 1:
-        parser.error(f"--max-cache-len must be at least 1, got {args.max_cache_len}")
+    with input_errors("export.py"):
+        export(parse_args())
 
+
+def export(args: argparse.Namespace) -> None:
+    """Writes the file, whole or not at all."""
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
     if model.config.model_type != "t6":
-        parser.error(f"MODEL must be a T6 model, got one of type {model.config.model_type!r}")
+        raise InputError(f"MODEL must be a T6 model, got one of type {model.config.model_type!r}")
     max_cache_len = args.max_cache_len or model.config.max_position_embeddings
     program = export_decoding_step(model, max_cache_len, args.batch_size)
     with tempfile.TemporaryDirectory(dir=args.output.parent) as directory:

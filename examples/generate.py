@@ -16,27 +16,41 @@ import os
 import time
 from pathlib import Path
 
+from command_line import InputError, input_errors
+
+
+SHIPPED = Path(__file__).parent / "t6-tiny-shakespeare"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(SHIPPED), help="folder or Hub name")
+    parser.add_argument("--prompt", default="ROMEO:")
+    parser.add_argument("--max-new-tokens", type=int, default=250)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy decoding")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", default="auto", help="of the weights and the cache; auto: as the checkpoint")
+    parser.add_argument("--parallel", choices=["tensor", "pipeline"], help="over the processes that torchrun started")
+    args = parser.parse_args(argv)
+    args.num_processes, args.rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "RANK"))
+    if args.parallel and args.num_processes < 2:
+        parser.error(f"--parallel {args.parallel} needs two processes or more: torchrun --nproc-per-node 2 ...")
+    if args.max_new_tokens < 2:
+        parser.error(f"--max-new-tokens must be at least 2, got {args.max_new_tokens}")
+    if not args.prompt:
+        parser.error("--prompt is empty: it must hold at least one token")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, set_seed
 from transformers.distributed import DistributedConfig
 
-
-def mha_of_same_shape(config) -> MistralForCausalLM:
-    """A Llama-like model with as many key/value heads as heads (Llama itself wants `hidden_size` to be a multiple of h)."""
-    mha_config = MistralConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        sliding_window=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return MistralForCausalLM(mha_config)
+from configuration.twins import mha_twin
 
 
 @torch.inference_mode()
@@ -59,57 +73,41 @@ def generate(model, input_ids: torch.Tensor, num_tokens: int, **kwargs) -> tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=str(Path(__file__).parent / "t6-tiny-shakespeare"), help="folder or Hub name"
-    )
-    parser.add_argument("--prompt", default="ROMEO:")
-    parser.add_argument("--max-new-tokens", type=int, default=250)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy decoding")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="auto", help="of the weights and the cache; auto: as the checkpoint")
-    parser.add_argument("--parallel", choices=["tensor", "pipeline"], help="over the processes that torchrun started")
-    args = parser.parse_args()
-    num_processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-    if args.parallel and num_processes < 2:
-        parser.error(f"--parallel {args.parallel} needs two processes or more: torchrun --nproc-per-node 2 ...")
-    if args.max_new_tokens < 2:
-        parser.error(f"--max-new-tokens must be at least 2, got {args.max_new_tokens}")
-
+    args = parse_args()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # The code of the tokenizer is Transformers' own, but Transformers learns the model's type from the model's code.
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     options = {"trust_remote_code": True, "dtype": args.dtype}
     if args.parallel:
         size = {"tensor": "tp_size", "pipeline": "pp_size"}[args.parallel]
-        options["distributed_config"] = DistributedConfig(**{size: num_processes})
+        options["distributed_config"] = DistributedConfig(**{size: args.num_processes})
     model = AutoModelForCausalLM.from_pretrained(args.model, **options)
     if not args.parallel:  # there, each process has been given its device
-        model = model.to(args.device)
+        model = model.to(device)
     input_ids = tokenizer(args.prompt, return_tensors="pt").input_ids.to(model.device)
     if input_ids.numel() == 0:
-        parser.error("--prompt is empty: it must hold at least one token")
+        raise InputError("--prompt must hold at least one token")
 
     sampling = {"do_sample": args.temperature > 0, "pad_token_id": tokenizer.pad_token_id}
     if args.temperature > 0:
         sampling["temperature"] = args.temperature
     set_seed(args.seed)
     sequences, speed, cache_bytes = generate(model, input_ids, args.max_new_tokens, **sampling)
-    if rank == 0:
+    if args.rank == 0:
         print(tokenizer.decode(sequences[0], skip_special_tokens=True))
     if args.parallel:
-        if rank == 0:
+        if args.rank == 0:
             print(
-                f"\n{speed:.1f} tokens per second; {cache_bytes:,.0f} bytes of cache per token in this process, one of {num_processes}"
+                f"\n{speed:.1f} tokens per second; {cache_bytes:,.0f} bytes of cache per token in this process, one of {args.num_processes}"
             )
         return
 
-    mha = mha_of_same_shape(model.config).to(args.device, model.dtype)
+    mha = MistralForCausalLM(mha_twin(model.config)).to(device, model.dtype)
     _, mha_speed, mha_cache_bytes = generate(mha, input_ids, args.max_new_tokens, **sampling)
     config = model.config
     print(
         f"\n{config.num_hidden_layers} layers, {config.num_attention_heads} heads of size {config.head_dim}, ranks "
-        f"{config.q_rank}, {config.k_rank}, {config.v_rank}; {model.dtype}, {args.device}, {torch.get_num_threads()} threads"
+        f"{config.q_rank}, {config.k_rank}, {config.v_rank}; {model.dtype}, {device}, {torch.get_num_threads()} threads"
     )
     print("                        tokens per second   bytes of cache per token")
     print(f"T6 (cache of factors)   {speed:17.1f}   {cache_bytes:24,.0f}")
@@ -118,6 +116,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with input_errors("generate.py"):
+        main()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -11,12 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the examples share: text, tokens, packed windows, held-out loss, and folders of checkpoints and models."""
+"""What the examples share: tokenizers, tokens, packed windows and held-out loss."""
 
-import argparse
-import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,84 +24,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from conversion.folders import last_checkpoint
+from command_line import InputError, one_line
 from modeling_t6.cache_t6 import CACHE_NAME
 
 
 IGNORED = -100  # the label that Transformers' losses skip; in a window it marks what lies beyond the text
 
-# What `TrainingArguments` of every example have in common: the paper's optimizer and schedule (appendix H.1), held-out
-# loss and checkpoints by steps, the best checkpoint and the last.
-TRAINING = {
-    "optim": "adamw_torch_fused",
-    "lr_scheduler_type": "cosine_with_min_lr",
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.95,
-    "max_grad_norm": 1.0,
-    "eval_strategy": "steps",
-    "save_strategy": "steps",
-    "save_total_limit": 2,
-    "remove_unused_columns": False,
-}
 
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line."""
-
-
-# Command lines
-
-
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
-    """An argparse type: a number in a range."""
-
-    def convert(text: str) -> int | float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-
-    convert.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse's message names the type
-    return convert
-
-
-def field_and_value(text: str) -> tuple[str, object]:
-    """An argparse type: FIELD=VALUE, the value as JSON or else as it is."""
-    field, value = text.split("=", 1)
-    try:
-        return field, json.loads(value)
-    except json.JSONDecodeError:
-        return field, value
-
-
-def add_folder_arguments(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the model folder to write")
-    parser.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="(OUTPUT_DIR-checkpoints)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the model folder and any old checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-
-
-def complete_folders(args: argparse.Namespace) -> None:
-    """Makes the folders absolute, since checkpoints record where the best of them lies."""
-    args.output_dir = Path(os.path.abspath(args.output_dir))
-    default_checkpoint_dir = args.output_dir.with_name(f"{args.output_dir.name}-checkpoints")
-    args.checkpoint_dir = Path(os.path.abspath(args.checkpoint_dir or default_checkpoint_dir))
-
-
-# Text and tokens
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+# Tokens
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -237,22 +164,3 @@ def total_loss(
             logits = torch.cat([model(tokens, use_cache=True, **cache).logits for tokens in steps], dim=1)
         nats += window_losses(logits, batch["labels"]).double().sum().item()
     return nats
-
-
-# Folders
-
-
-def check_folders(args: argparse.Namespace) -> Path | None:
-    """Refuses to overwrite unasked; returns the checkpoint to resume from, if that is asked for."""
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise InputError(f"{args.output_dir} is a file")
-    if args.output_dir.is_dir() and any(args.output_dir.iterdir()) and not args.overwrite:
-        raise InputError(f"{args.output_dir} is not empty: --overwrite replaces it")
-    checkpoint = last_checkpoint(args.checkpoint_dir)
-    if args.resume:
-        if checkpoint is None:
-            raise InputError(f"--resume: there is no checkpoint in {args.checkpoint_dir}")
-        return checkpoint
-    if checkpoint is not None and not args.overwrite:
-        raise InputError(f"{args.checkpoint_dir} holds checkpoints: --resume goes on, --overwrite starts anew")
-    return None

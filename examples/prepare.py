@@ -16,28 +16,11 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
-from conversion.folders import replace_folder
-from language_modeling import (
-    InputError,
-    encode,
-    load_tokenizer,
-    number,
-    read_text,
-    text_size,
-    train_tokenizer,
-)
-
-
-BATCH = 2**20  # characters of a process's portion
-MIN_LINE = 24  # characters: shorter lines are alike in documents that have nothing else in common
+from command_line import InputError, input_errors, number, read_text, replace_folder
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,6 +48,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
+import numpy as np
+from tqdm import tqdm
+
+from language_modeling import encode, load_tokenizer, text_size, train_tokenizer
+
+
+BATCH = 2**20  # characters of a process's portion
+MIN_LINE = 24  # characters: shorter lines are alike in documents that have nothing else in common
 
 
 def find_files(paths: list[Path], suffixes: list[str]) -> tuple[list[Path], set[Path]]:
@@ -213,10 +209,8 @@ def prepare(args: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    try:
+    with input_errors("prepare.py"):
         return prepare(parse_args(argv))
-    except InputError as error:
-        sys.exit(f"prepare.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -14,78 +14,26 @@ and `--max-minutes` save a checkpoint and end with exit code 75. `CHECKPOINT_DIR
 
 import argparse
 import contextlib
-import hashlib
-import itertools
 import json
 import math
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    EvalPrediction,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-
-import modeling_t6  # noqa: F401  (registers T6 with the Auto classes)
-from configuration.make_configs import DIRECTORY, SIZES
-from conversion.folders import replace_folder
-from language_modeling import (
-    TRAINING,
+from command_line import (
     InputError,
-    RandomWindows,
     add_folder_arguments,
     check_folders,
-    collate,
     complete_folders,
-    encode,
     field_and_value,
-    held_out_windows,
-    load_tokenizer,
-    loss_report,
+    input_errors,
     number,
     one_line,
     read_text,
-    text_size,
-    window_losses,
+    remove_checkpoints,
+    replace_folder,
 )
-
-
-STOPPED = 75  # exit code of a run that has more to do: EX_TEMPFAIL of sysexits.h
-
-# Learning rates, highest and last. The paper's text has 3e-4 and 6e-5 for the medium size, its main tables 6e-4.
-LEARNING_RATES = {"small": (6e-4, 3e-5), "medium": (6e-4, 3e-5), "large": (2e-4, 1e-5), "xl": (1e-4, 1e-5)}
-
-# Dense bf16 products of one device by its vendor's data sheet, in FLOP/s; the first name that matches counts.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-}
-
-DOCUMENTS = 256  # of a stream that are tokenized at once
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -147,6 +95,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+import modeling_t6  # noqa: F401  (registers T6 with the Auto classes)
+from configuration.make_configs import DIRECTORY, SIZES
+from language_modeling import held_out_windows, window_losses
+from pretraining_data import Data, data_state_file, load_data_state
+from throughput import Clock, PackedTrainer, peak_flops, training_flops
+from training import evaluation_options, training_options
+
+
+STOPPED = 75  # exit code of a run that has more to do: EX_TEMPFAIL of sysexits.h
+
+# Learning rates, highest and last. The paper's text has 3e-4 and 6e-5 for the medium size, its main tables 6e-4.
+LEARNING_RATES = {"small": (6e-4, 3e-5), "medium": (6e-4, 3e-5), "large": (2e-4, 1e-5), "xl": (1e-4, 1e-5)}
+
+
 # Model
 
 
@@ -191,196 +173,6 @@ def make_model(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     return model
 
 
-def training_flops(config: PreTrainedConfig, block_length: int) -> float:
-    """
-    Operations of one training token: thrice those of the forward pass's matrix products, attention over the whole square
-    of positions (the usual convention, PaLM's appendix B). Recomputed activations do not count.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        # A mask that is made already: making one reads numbers, which meta tensors do not have.
-        mask = torch.zeros(1, 1, block_length, block_length)
-        with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, block_length, dtype=torch.long), attention_mask=mask, use_cache=False)
-    return 3 * counter.get_total_flops() / block_length
-
-
-def peak_flops(args: argparse.Namespace) -> float | None:
-    """Of one device; `None` if it is not known."""
-    if args.peak_tflops:
-        return 1e12 * args.peak_tflops
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.cpu else ""
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-
-
-# Data
-
-
-class PreparedWindows(IterableDataset):
-    """This process's share of the windows of a run, in batches side by side with those of the other processes."""
-
-    def __init__(self, windows: RandomWindows, batch_size: int, rank: int, world_size: int):
-        self.windows, self.batch_size, self.rank, self.world_size = windows, batch_size, rank, world_size
-        self.taken = 0
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        while True:
-            batch, place = divmod(self.taken, self.batch_size)
-            index = (batch * self.world_size + self.rank) * self.batch_size + place
-            if index >= len(self.windows):
-                return
-            self.taken += 1
-            yield self.windows[index]
-
-    def state_dict(self) -> dict:
-        return {"windows": self.taken * self.world_size}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.taken = state["windows"] // self.world_size
-
-
-class StreamedWindows(IterableDataset):
-    """
-    Consecutive windows of a stream of documents, which starts again at its end.
-
-    The next documents are read and tokenized while the model works. The state is that of the stream before the
-    documents whose tokens are being used, the tokens left over from those before them, and the windows taken since.
-
-    Args:
-        make_stream: makes this process's share of the data set, a `datasets.IterableDataset` with a column "text".
-        held_out: hashes of documents to leave out.
-    """
-
-    def __init__(
-        self,
-        make_stream: Callable,
-        tokenizer: PreTrainedTokenizerBase,
-        block_length: int,
-        held_out: set[bytes],
-    ):
-        self.make_stream, self.tokenizer, self.block_length = make_stream, tokenizer, block_length
-        self.held_out = held_out
-        self.state = {"stream": None, "tokens": [], "taken": 0}
-
-    def _portions(self, stream_state: dict | None, tokens: list[int]) -> Iterator[tuple[dict, torch.Tensor]]:
-        rest = torch.tensor(tokens, dtype=torch.long)
-        while True:
-            stream, found = self.make_stream(), False
-            if stream_state:
-                stream.load_state_dict(stream_state)
-            documents = iter(stream)
-            state = stream_state
-            while portion := list(itertools.islice(documents, DOCUMENTS)):
-                texts = [row["text"] for row in portion if row["text"]]
-                texts = [text for text in texts if document_hash(text) not in self.held_out]
-                before = {"stream": state, "tokens": rest.tolist()}
-                state = stream.state_dict()
-                if not texts:
-                    continue
-                found = True
-                rest = torch.cat([rest, encode(self.tokenizer, texts)])
-                used = len(rest) // self.block_length * self.block_length
-                yield before, rest[:used].view(-1, self.block_length)
-                rest = rest[used:]
-            if not found and stream_state is None:
-                raise InputError("the data set has no training documents for each process")
-            stream_state = None
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        portions, taken = self._portions(self.state["stream"], self.state["tokens"]), self.state["taken"]
-        with ThreadPoolExecutor(1) as pool:
-            upcoming = pool.submit(next, portions)
-            while True:
-                before, windows = upcoming.result()
-                upcoming = pool.submit(next, portions)
-                for index in range(taken, len(windows)):
-                    self.state = {**before, "taken": index + 1}
-                    yield windows[index].clone()
-                taken = 0
-
-    def state_dict(self) -> dict:
-        return self.state
-
-    def load_state_dict(self, state: dict) -> None:
-        self.state = state
-
-
-def document_hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-class Data:
-    """
-    What a run trains and is evaluated on.
-
-    Attributes:
-        description: what must be the same when the run goes on.
-        held_out: token ids, `characters` and `bytes` of the held-out text.
-    """
-
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        if args.data:
-            path = args.data / "data.json"
-            self.tokenizer = load_tokenizer(args.data)
-            try:
-                facts = json.loads(read_text(path))
-                # Copy on write: PyTorch has no tensors that cannot be written.
-                train, held_out = (
-                    np.memmap(args.data / f"{name}.bin", dtype=facts["dtype"], mode="c")
-                    for name in ("train", "held_out")
-                )
-                self.description = {"sha256": facts["sha256"], "data_seed": args.data_seed}
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                if isinstance(error, InputError):
-                    raise
-                raise InputError(f"{args.data} is no folder of prepare.py: {one_line(error)}") from error
-            if [len(train), len(held_out)] != [facts["train_tokens"], facts["held_out_tokens"]]:
-                raise InputError(f"{args.data}: the sizes of its files are not those that data.json states")
-            self.tokens, self.held_out = train, torch.as_tensor(held_out, dtype=torch.long)
-            self.characters, self.bytes = facts["held_out_characters"], facts["held_out_bytes"]
-        else:
-            self.tokenizer = load_tokenizer(args.tokenizer)
-            texts = [row["text"] for row in itertools.islice(self._stream(), args.held_out_documents) if row["text"]]
-            if not texts:
-                raise InputError(f"the data set {args.dataset} has no documents")
-            self.hashes = {document_hash(text) for text in texts}
-            self.held_out = encode(self.tokenizer, texts)
-            self.characters, self.bytes = text_size(texts)
-            self.description = {
-                "dataset": [args.dataset, args.dataset_config, args.split],
-                "held_out_documents": args.held_out_documents,
-                "tokenizer": args.tokenizer,
-            }
-
-    def _stream(self, rank: int = 0, world_size: int = 1):
-        args = self.args
-        try:
-            from datasets import load_dataset
-            from datasets.distributed import split_dataset_by_node
-        except ImportError as error:
-            raise InputError("--dataset needs the package `datasets`; folders of prepare.py go to --data") from error
-        try:
-            stream = load_dataset(args.dataset, args.dataset_config, split=args.split, streaming=True)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot stream the data set {args.dataset}: {one_line(error)}") from error
-        if stream.column_names is not None and args.text_column not in stream.column_names:
-            raise InputError(f"the data set has no column {args.text_column!r}, only {', '.join(stream.column_names)}")
-        stream = stream.select_columns([args.text_column])
-        if args.text_column != "text":
-            stream = stream.rename_column(args.text_column, "text")
-        return split_dataset_by_node(stream, rank, world_size) if world_size > 1 else stream
-
-    def training(self, block_length: int, num_windows: int, rank: int, world_size: int) -> IterableDataset:
-        args = self.args
-        if not args.data:
-            return StreamedWindows(lambda: self._stream(rank, world_size), self.tokenizer, block_length, self.hashes)
-        if len(self.tokens) < block_length:
-            raise InputError(f"{args.data} has {len(self.tokens)} tokens, less than one block of {block_length}")
-        windows = RandomWindows(self.tokens, block_length, num_windows, args.data_seed)
-        return PreparedWindows(windows, args.batch_size, rank, world_size)
-
-
 # Training
 
 
@@ -416,84 +208,6 @@ class Stopping(TrainerCallback):
             data_state_file(folder, args).write_text(json.dumps(self.data.state_dict()))
             if args.world_size > 1:
                 torch.distributed.barrier()
-
-
-def data_state_file(checkpoint: Path, args: TrainingArguments) -> Path:
-    return checkpoint / f"data-{args.process_index}-of-{args.world_size}.json"
-
-
-def load_data_state(data: IterableDataset, checkpoint: Path, args: TrainingArguments) -> None:
-    path = data_state_file(checkpoint, args)
-    if not path.exists() and isinstance(data, PreparedWindows):  # its state is the same in all processes
-        path = next(checkpoint.glob("data-0-of-*.json"), path)
-    if not path.exists():
-        found = ", ".join(sorted(path.name for path in checkpoint.glob("data-*-of-*.json"))) or "none"
-        raise InputError(
-            f"--resume: {checkpoint} has no {path.name} (found: {found}); a stream goes on with as many processes"
-        )
-    data.load_state_dict(json.loads(read_text(path)))
-
-
-class PackedTrainer(Trainer):
-    """`Trainer` on windows that come in order already, with throughput in its logs and a log file of its own."""
-
-    def __init__(self, *args, flops_per_token: float, peak: float | None, tokens_per_step: int, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.log_file = Path(self.args.output_dir) / "log.jsonl"
-        self.flops_per_token, self.peak, self.tokens_per_step = flops_per_token, peak, tokens_per_step
-        self.start_clock()
-
-    def start_clock(self) -> None:
-        self.clock, self.clock_step = time.perf_counter(), self.state.global_step
-
-    def get_train_dataloader(self) -> DataLoader:
-        # No workers: the state of the data is then that of the batches which the model has seen.
-        return DataLoader(
-            self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-            drop_last=True,
-        )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # The first step compiles and tunes: it does not count.
-        steps, seconds = self.state.global_step - self.clock_step, time.perf_counter() - self.clock
-        if "loss" in logs:
-            logs["tokens"] = self.state.global_step * self.tokens_per_step
-            if steps > 0:
-                speed = steps * self.tokens_per_step / seconds
-                logs["tokens_per_second"], logs["step_seconds"] = speed, seconds / steps
-                if self.peak:
-                    logs["mfu"] = speed * self.flops_per_token / self.peak / self.args.world_size
-            if torch.cuda.is_available() and not self.args.use_cpu:
-                logs["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        logs.pop("eval_loss", None)  # a mean over batches, the last of which is smaller; ours is over tokens
-        super().log(logs, start_time)
-        if self.is_world_process_zero() and ("loss" in logs or "eval_loss_per_token" in logs):
-            with self.log_file.open("a") as file:
-                file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
-
-
-class Clock(TrainerCallback):
-    """Throughput is that of training steps: the clock starts again after all that is not one."""
-
-    trainer: PackedTrainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.first_step:
-            self.first_step = False
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.trainer.start_clock()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.first_step = True
-
-    def on_log(self, args, state, control, **kwargs):
-        self.trainer.start_clock()
-
-    on_evaluate = on_save = on_log
 
 
 class FiniteLoss(TrainerCallback):
@@ -552,27 +266,15 @@ def pretrain(args: argparse.Namespace) -> dict | None:
 
     on_gpu = torch.cuda.is_available() and not args.cpu
     training_args = Arguments(
-        **TRAINING,
-        output_dir=str(args.checkpoint_dir),
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        max_steps=args.max_steps,
+        **training_options(args, on_gpu),
         learning_rate=learning_rate,
         lr_scheduler_kwargs={"min_lr": min_learning_rate},
-        warmup_steps=args.warmup_steps,
-        weight_decay=args.weight_decay,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
         use_cpu=args.cpu,
         fsdp=True if args.fsdp else None,
-        torch_compile=args.compile,
-        eval_steps=args.eval_steps,
         save_steps=args.save_steps or args.eval_steps,
-        logging_steps=args.logging_steps,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
         ignore_data_skip=True,  # the data know their own state
-        dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
-        seed=args.seed,
         report_to=args.report_to,
         run_name=args.run_name or args.output_dir.name,
     )
@@ -606,7 +308,6 @@ def pretrain(args: argparse.Namespace) -> dict | None:
     windows = data.training(block_length, num_windows, training_args.process_index, training_args.world_size)
     if checkpoint:
         load_data_state(windows, checkpoint, training_args)
-    num_predicted = len(data.held_out) - 1
 
     set_seed(args.seed)
     model = make_model(config, args.attention)
@@ -616,10 +317,6 @@ def pretrain(args: argparse.Namespace) -> dict | None:
     parameters = model.num_parameters()
     embedding = model.get_input_embeddings().weight.numel()
 
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        nats = prediction.predictions.astype("float64").sum()
-        return loss_report(nats, num_predicted, data.characters, data.bytes)
-
     flops, peak = training_flops(config, block_length), peak_flops(args)
     clock, stopping = Clock(), Stopping(windows, args.max_minutes)
     trainer = PackedTrainer(
@@ -627,10 +324,9 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         args=training_args,
         train_dataset=windows,
         eval_dataset=held_out_windows(data.held_out, block_length),
-        data_collator=collate,
         processing_class=data.tokenizer,
         preprocess_logits_for_metrics=window_losses,  # sums per window instead of all logits: exact, and small
-        compute_metrics=metrics,
+        **evaluation_options(len(data.held_out) - 1, data.characters, data.bytes),
         callbacks=[clock, FiniteLoss(), stopping],
         flops_per_token=flops,
         peak=peak,
@@ -645,8 +341,7 @@ def pretrain(args: argparse.Namespace) -> dict | None:
             f"{training_args.world_size} x {args.batch_size} x {training_args.gradient_accumulation_steps}"
         )
         if checkpoint is None:
-            for path in args.checkpoint_dir.glob("checkpoint-*"):  # of an older run, by --overwrite
-                shutil.rmtree(path)
+            remove_checkpoints(args.checkpoint_dir)
         step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
         cut_log(trainer.log_file, step)
         settings_file.write_text(json.dumps(settings, indent=2) + "\n")
@@ -712,9 +407,8 @@ def pretrain(args: argparse.Namespace) -> dict | None:
 
 def main(argv: list[str] | None = None) -> dict | None:
     try:
-        measured = pretrain(parse_args(argv))
-    except InputError as error:
-        sys.exit(f"pretrain.py: error: {error}")
+        with input_errors("pretrain.py"):
+            measured = pretrain(parse_args(argv))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

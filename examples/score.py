@@ -15,27 +15,10 @@ import argparse
 import functools
 import json
 import math
-import os
-import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from configuration.make_configs import SIZES
-from language_modeling import (
-    InputError,
-    encode,
-    held_out_windows,
-    load_tokenizer,
-    loss_report,
-    number,
-    one_line,
-    read_text,
-    text_size,
-    total_loss,
-)
-from modeling_t6 import T6Cache  # which registers T6 with the Auto classes
+from command_line import InputError, input_errors, number, one_line, read_text, write_json
+from configuration.sizes import SIZES
 
 
 TASKS = Path(__file__).parent / "tasks"
@@ -76,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     def add_model(command: argparse.ArgumentParser) -> None:
         command.add_argument("model", metavar="MODEL", help="folder or Hub name")
         command.add_argument("--batch-size", type=number(int, 1), default=16, metavar="N", help="(%(default)s)")
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+        command.add_argument("--device", help="(cuda if there is one, else cpu)")
         command.add_argument("--dtype", default="auto", help="of the weights (auto: as the checkpoint)")
 
     def add_size(command: argparse.ArgumentParser) -> None:
@@ -115,6 +98,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from language_modeling import encode, held_out_windows, load_tokenizer, loss_report, text_size, total_loss
+from modeling_t6 import T6Cache  # which registers T6 with the Auto classes
+
+
+def device(args: argparse.Namespace) -> str:
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 # lm-eval
 
 
@@ -141,7 +138,7 @@ def run_tasks(args: argparse.Namespace) -> list[dict]:
     if args.data and not (args.data / f"{LOCAL}.yaml").exists():
         raise InputError(f"{args.data} has no {LOCAL}.yaml: `score.py local {args.data}` writes it")
     model = lm_eval.models.huggingface.HFLM(
-        pretrained=args.model, device=args.device, batch_size=args.batch_size, dtype=args.dtype
+        pretrained=args.model, device=device(args), batch_size=args.batch_size, dtype=args.dtype
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     written = []
@@ -162,12 +159,6 @@ def run_tasks(args: argparse.Namespace) -> list[dict]:
         print(table([results], args.size), end="\n\n")
         written.append(results)
     return written
-
-
-def write_json(path: Path, content: dict, default=None) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2, default=default) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def task_scores(results: dict) -> dict[str, tuple[str, dict]]:
@@ -317,7 +308,7 @@ def perplexity(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """
     tokenizer = load_tokenizer(args.model)
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device(args))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the model {args.model}: {one_line(error)}") from error
     window = args.window or getattr(model.config, "max_position_embeddings", None)
@@ -350,7 +341,7 @@ def perplexity(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    try:
+    with input_errors("score.py"):
         if args.command == "tasks":
             return run_tasks(args)
         if args.command == "table":
@@ -361,8 +352,6 @@ def main(argv: list[str] | None = None):
             names = export_data(args) if args.command == "export" else write_local_group(args.directory)
             print(f"{args.directory}: {', '.join(names)}")
             return names
-    except InputError as error:
-        sys.exit(f"score.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -5,19 +5,12 @@
     python examples/serve.py examples/t6-tiny-shakespeare --continuous-batching --cb-num-blocks 64
 
 Takes the arguments of `transformers serve`, which looks up the class that `config.json` names in Transformers itself, where
-no class of remote code is, and so fails with every such model. Here that class is there.
+no class of remote code is, and so fails with every such model. Here that class is there. Installed, it is `t6-serve`.
 """
 
-import sys
+import command_line  # noqa: F401  (finds the checkout)
+from serving.command import main
 
-import transformers
-from transformers.cli.transformers import main
-
-import modeling_t6
-
-
-transformers.T6ForCausalLM = modeling_t6.T6ForCausalLM
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "serve")
     main()

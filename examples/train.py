@@ -30,55 +30,19 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    EvalPrediction,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-
-from conversion.folders import replace_folder
-from language_modeling import (
-    TRAINING,
+from command_line import (
     InputError,
-    RandomWindows,
     add_folder_arguments,
     check_folders,
-    collate,
     complete_folders,
-    encode,
     field_and_value,
-    held_out_windows,
-    load_tokenizer,
-    loss_report,
+    input_errors,
     number,
     one_line,
     read_text,
-    text_size,
-    total_loss,
-    train_tokenizer,
-    window_losses,
+    remove_checkpoints,
+    replace_folder,
 )
-from modeling_t6 import T6Config, T6ForCausalLM
-from modeling_t6.cache_t6 import factor_layouts
-
-
-# The model that is trained where neither `--config` nor the options say otherwise.
-DEFAULT_ARCHITECTURE = {
-    "hidden_size": 256,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 16,
-    "head_dim": 32,
-    "q_rank": 6,
-    "k_rank": 2,
-    "v_rank": 2,
-    "max_position_embeddings": 512,
-}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -177,20 +141,48 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+
+from language_modeling import (
+    RandomWindows,
+    encode,
+    held_out_windows,
+    load_tokenizer,
+    loss_report,
+    text_size,
+    total_loss,
+    train_tokenizer,
+    window_losses,
+)
+from modeling_t6 import T6Config, T6ForCausalLM
+from modeling_t6.cache_t6 import factor_layouts
+from training import evaluation_options, load_dataset, training_options
+
+
+# The model that is trained where neither `--config` nor the options say otherwise.
+DEFAULT_ARCHITECTURE = {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "head_dim": 32,
+    "q_rank": 6,
+    "k_rank": 2,
+    "v_rank": 2,
+    "max_position_embeddings": 512,
+}
+
+
 # Text
 
 
 def read_dataset(args: argparse.Namespace) -> list[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InputError("--dataset needs the package `datasets`; plain files go to --text") from error
-    try:
-        dataset = load_dataset(args.dataset, args.dataset_config, split=args.split)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the data set {args.dataset}: {one_line(error)}") from error
-    if args.text_column not in dataset.column_names:
-        raise InputError(f"the data set has no column {args.text_column!r}, only {', '.join(dataset.column_names)}")
+    dataset = load_dataset(args, "plain files go to --text")
     return [text for text in dataset[args.text_column] if text]
 
 
@@ -395,28 +387,16 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
     on_gpu = torch.cuda.is_available()
     training_args = TrainingArguments(
-        **TRAINING,
-        output_dir=str(args.checkpoint_dir),
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
+        **training_options(args, on_gpu),
         gradient_accumulation_steps=args.gradient_accumulation,
-        max_steps=args.max_steps,
         learning_rate=args.learning_rate,
         lr_scheduler_kwargs={"min_lr_rate": args.min_lr_ratio},
-        warmup_steps=args.warmup_steps,
-        weight_decay=args.weight_decay,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
-        torch_compile=args.compile,
-        eval_steps=args.eval_steps,
         save_steps=args.eval_steps,
         load_best_model_at_end=True,
         metric_for_best_model="bits_per_byte",
         greater_is_better=False,
-        logging_steps=args.logging_steps,
         train_sampling_strategy="sequential",  # the windows come in random order already
         dataloader_num_workers=args.num_workers,
-        dataloader_pin_memory=on_gpu,
-        seed=args.seed,
         report_to="none",
     )
     windows_per_step = training_args.train_batch_size * training_args.world_size * args.gradient_accumulation
@@ -428,21 +408,16 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     model = T6ForCausalLM(config)
     add_dropout(model, args.dropout)
 
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return loss_report(
-            prediction.predictions.astype("float64").sum(), len(held_out_tokens) - 1, *text_size(held_out)
-        )
-
+    predicted = len(held_out_tokens) - 1, *text_size(held_out)
     trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=RandomWindows(train_tokens, block_length, num_windows, args.seed),
         eval_dataset=eval_windows,
-        data_collator=collate,
         processing_class=tokenizer,
         # Sums per window instead of all logits: exact, and small.
         preprocess_logits_for_metrics=window_losses,
-        compute_metrics=metrics,
+        **evaluation_options(*predicted),
     )
     if trainer.is_world_process_zero():
         print(
@@ -450,8 +425,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             f"{len(held_out_tokens):,} held out, {num_windows * block_length / len(train_tokens):.1f} passes"
         )
     if checkpoint is None and trainer.is_world_process_zero():
-        for path in args.checkpoint_dir.glob("checkpoint-*"):  # of an older run, by --overwrite
-            shutil.rmtree(path)
+        remove_checkpoints(args.checkpoint_dir)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.best_global_step is None:
         raise InputError("the held-out loss was never a number: lower --learning-rate or raise --warmup-steps")
@@ -467,9 +441,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         tokenizer.save_pretrained(new_folder)
         # What the card reports is measured on the folder as it will be loaded.
         saved = AutoModelForCausalLM.from_pretrained(new_folder, dtype=model.dtype).to(trainer.args.device)
-        report = loss_report(
-            total_loss(saved, eval_windows, args.batch_size), len(held_out_tokens) - 1, *text_size(held_out)
-        )
+        report = loss_report(total_loss(saved, eval_windows, args.batch_size), *predicted)
         prompt = args.prompt or next(line for line in "\n".join(held_out).splitlines() if line.strip())
         source = ", ".join(path.name for path in args.text) if args.text else f"`{args.dataset}`, split {args.split}"
         facts = {
@@ -496,10 +468,8 @@ def train(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    try:
+    with input_errors("train.py"):
         return train(parse_args(argv))
-    except InputError as error:
-        raise SystemExit(f"train.py: error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -18,7 +18,14 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+)
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
@@ -342,6 +349,13 @@ def allocate_static_cache(
         if not layer.is_initialized:
             shapes = [(batch_size, 1, 0, layout.width) for layout in factor_layouts(config, layer_idx)]
             layer.lazy_initialization(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
+
+
+def cached_lengths(cache: Cache, layer_idx: int) -> torch.Tensor | None:
+    """The number of rows that count, on the device, of a layer that has room for more than it holds."""
+    layer = cache.layers[layer_idx] if isinstance(cache, Cache) else None
+    is_static = isinstance(layer, StaticLayer) and not layer.is_sliding
+    return layer.cumulative_length.view(1) if is_static else None
 
 
 def cache_nbytes(cache: Cache) -> int:

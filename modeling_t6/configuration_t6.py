@@ -166,6 +166,10 @@ class T6Config(PreTrainedConfig):
         """R_K and R_V of a layer."""
         return tuple(rank if isinstance(rank, int) else rank[layer_idx] for rank in (self.k_rank, self.v_rank))
 
+    def layer_type(self, layer_idx: int) -> str:
+        """`"full_attention"` or `"sliding_attention"`."""
+        return "full_attention" if self.layer_types is None else self.layer_types[layer_idx]
+
     @property
     def b_dim(self) -> int:
         """Size of a B factor: d, or d_b if there is a third factor."""

@@ -19,10 +19,15 @@ import os
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache, StaticLayer
+from torch import nn
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .factors_t6 import Factors
 
 
 try:
@@ -333,6 +338,32 @@ def flash_tpa(
     )  # fmt: skip
 
 
+def flash_tpa_attention_forward(
+    module: nn.Module,
+    factors: Factors,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """[`flash_tpa`] over the rows as the cache stores them."""
+    constant_a = factors.a_k.dim() == 2
+    output = flash_tpa(
+        module.queries(factors),
+        factors.key_rows,
+        factors.value_rows,
+        module.k_rank,
+        module.v_rank,
+        scaling,
+        key_a=factors.a_k if constant_a else None,
+        value_a=factors.a_v if constant_a else None,
+        mask=attention_mask,
+        lengths=factors.lengths,
+        # A mask with a row for each query says all that there is to say.
+        causal=attention_mask is None or attention_mask.shape[2] == 1,
+    )
+    return output, None
+
+
 def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor, cache: Cache | None) -> bool:
     """
     Whether the kernels run: few query tokens over a cache, no gradient, Triton and an NVIDIA GPU from Ampere on (for a
@@ -366,26 +397,6 @@ def _is_supported(device: torch.device, is_float8: bool) -> bool:
 
 def _capability(device: torch.device) -> tuple[int, int]:
     return (0, 0) if torch.version.cuda is None else torch.cuda.get_device_capability(device)
-
-
-def cached_lengths(cache: Cache, layer_idx: int) -> torch.Tensor | None:
-    """The number of rows that count, on the device, of a layer that has room for more than it holds."""
-    layer = cache.layers[layer_idx]
-    is_static = isinstance(layer, StaticLayer) and not layer.is_sliding
-    return layer.cumulative_length.view(1) if is_static else None
-
-
-def padding_mask(attention_mask: torch.Tensor | None, cache: Cache, query_length: int) -> torch.Tensor | None:
-    """
-    The mask that `flash_tpa` reads beside causality: of padding only, [batch, 1, 1, key_length], `None` if there is
-    none. Over a static cache it is as long as the cache, so that its shape does not change from token to token.
-    A mask of four dimensions, which says more, stays as it is.
-    """
-    if attention_mask is None or attention_mask.dim() == 4:
-        return attention_mask
-    key_length = cache.get_mask_sizes(query_length, 0)[0]
-    mask = attention_mask[:, :key_length].to(torch.bool)
-    return torch.nn.functional.pad(mask, (0, key_length - mask.shape[1]))[:, None, None]
 
 
 # Prefill and training form K and V, and go through torch's attention.

@@ -22,10 +22,12 @@ import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
-from transformers.utils import logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
 
-from .attention_t6 import factor_space_attention, form_heads
 from .cache_t6 import factor_layouts
+from .factor_space_t6 import factor_space_attention
+from .factors_t6 import Factors, form_heads
 
 
 logger = logging.get_logger(__name__)
@@ -130,7 +132,7 @@ class PagedFactors:
         Stores the rows of the step's tokens, [1, 1, tokens, R_K (h + d)] and [1, 1, tokens, R_V (h + d)].
 
         Returns:
-            All rows that its requests attend to, [1, rows, R_K (h + d)] and [1, rows, R_V (h + d)].
+            All rows that its requests attend to, [1, 1, rows, R_K (h + d)] and [1, 1, rows, R_V (h + d)].
         """
         key_width, value_width = key_rows.shape[-1], value_rows.shape[-1]
         rows = torch.cat([key_rows, value_rows], dim=-1)
@@ -140,7 +142,7 @@ class PagedFactors:
         else:
             indices = {name: self.kwargs[name] for name in ("read_index", "write_index")}
         halves = self.cache.update(*rows.split(self.width, dim=-1), layer_idx, **indices)
-        rows = torch.cat([half.reshape(1, -1, self.width) for half in halves], dim=-1)
+        rows = torch.cat([half.reshape(1, 1, -1, self.width) for half in halves], dim=-1)
         return rows[..., :key_width], rows[..., key_width : key_width + value_width]
 
 
@@ -179,56 +181,35 @@ def _group_requests(
     return groups
 
 
-def paged_attention(
+def paged_attention_forward(
     module: nn.Module,
-    query: torch.Tensor,
-    key_factors: tuple[torch.Tensor, torch.Tensor],
-    value_factors: tuple[torch.Tensor, torch.Tensor],
-    factors: PagedFactors,
-    key_rotation: tuple[torch.Tensor, torch.Tensor] | None,
-) -> torch.Tensor:
+    factors: Factors,
+    attention_mask: list[tuple[tuple, tuple, torch.Tensor | None]],
+    scaling: float,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
     """
     Attention of one layer in one step of the engine: requests that decode attend in factor space, a prompt or a piece of
-    one forms K and V of its own request, for this layer and step.
-
-    Args:
-        module: the `T6Attention`.
-        query: [1, tokens, h, d], rotated.
-        key_factors, value_factors: A and B of the tokens as they are cached, [1, tokens, R, h] and [1, tokens, R, d], or
-            constant [R, h] or [R, d].
-        factors: of this step.
-        key_rotation: cos and sin of all rows [1, rows, rotary_dim], for models that rotate B_K where it is read.
-
-    Returns:
-        [1, tokens, h, d].
+    one forms K and V of its own request, for this layer and step. `attention_mask` is one of [`PagedFactors`]' groups.
     """
-    config = module.config
-    (a_k, b_k), (a_v, b_v) = key_factors, value_factors
-    layouts = module.key_layout, module.value_layout
-    all_rows = factors.update(layouts[0].pack(a_k, b_k), layouts[1].pack(a_v, b_v), module.layer_idx)
-    layer_type = "full_attention" if module.sliding_window is None else "sliding_attention"
+    query = module.queries(factors)
     output = torch.empty_like(query)
-    for queries, keys, mask in factors.groups[layer_type]:
-        (cached_a_k, cached_b_k), (cached_a_v, cached_b_v) = (
-            layout.unpack(rows[keys].unsqueeze(1)) for layout, rows in zip(layouts, all_rows)
-        )
-        if not config.noncontextual_a:
-            a_k, a_v = cached_a_k, cached_a_v
-        if not config.noncontextual_b:
-            b_k, b_v = cached_b_k, cached_b_k if config.shared_b else cached_b_v
-        rotation = None if key_rotation is None else tuple(angles[keys] for angles in key_rotation)
-        key_features = functools.partial(module._features, rotation=rotation)
+    for queries, keys, mask in attention_mask:
+        key_rows, value_rows = (rows[:, 0][keys].unsqueeze(1) for rows in (factors.key_rows, factors.value_rows))
+        a_k, b_k, a_v, b_v = module.unpack(factors, key_rows, value_rows)
+        rotation = None if factors.key_rotation is None else tuple(angles[keys] for angles in factors.key_rotation)
+        key_features = functools.partial(module.features, rotation=rotation)
 
         group = query[queries]
         if group.shape[1] == 1:
             output[queries], _ = factor_space_attention(
-                group, (a_k, b_k), (a_v, b_v), mask, module.scaling, False, key_features, module._features
+                group, (a_k, b_k), (a_v, b_v), mask, scaling, False, key_features, module.features
             )
             continue
         key = form_heads(a_k, key_features(b_k)).transpose(1, 2)
-        value = form_heads(a_v, module._features(b_v)).transpose(1, 2)
+        value = form_heads(a_v, module.features(b_v)).transpose(1, 2)
         attended = nn.functional.scaled_dot_product_attention(
-            group.transpose(1, 2), key, value, attn_mask=mask, is_causal=mask is None, scale=module.scaling
+            group.transpose(1, 2), key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
         output[queries] = attended.transpose(1, 2)
-    return output
+    return output, None

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conversion.hf import make_plan
+from conversion.sources.families import make_plan
 from modeling_t6 import T6ForCausalLM
 
 

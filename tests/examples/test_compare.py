@@ -12,8 +12,9 @@ import pytest
 import compare
 import prepare
 import pretrain
+from command_line import last_checkpoint
 from configuration.make_configs import count_parameters
-from language_modeling import last_checkpoint, load_tokenizer
+from language_modeling import load_tokenizer
 
 
 TINY = """--hidden-size 32 --num-layers 1 --head-dim 8 --block-length 16 --sequences-per-step 4 --max-steps 3
@@ -132,7 +133,7 @@ def test_calls_at_once(data, tmp_path):
     assert not one.claim(second) and not other.claim(first)
 
     result = {"name": "MHA", "seconds": 1.0, "loss_per_token": 1.0}
-    compare.write_results(results_file, one.results | {"runs": {first.key: result}})
+    compare.write_json(results_file, one.results | {"runs": {first.key: result}})
     one.running.pop(first.key).release()
     assert not other.claim(first)  # it is done
     assert first.key in other.results["runs"]

@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import command_line
 import language_modeling
 import prepare
 import pretrain
+import pretraining_data
+import throughput
 from configuration.make_configs import DIRECTORY, make_configs
 
 
@@ -119,16 +122,16 @@ def test_prepare_deduplicates(tmp_path, capsys):
 
 def test_windows_of_processes_make_up_the_batches():
     windows = language_modeling.RandomWindows(torch.arange(1000), 10, 48, seed=0)
-    whole = [window.tolist() for window in pretrain.PreparedWindows(windows, 8, 0, 1)]
+    whole = [window.tolist() for window in pretraining_data.PreparedWindows(windows, 8, 0, 1)]
     assert whole == [windows[index].tolist() for index in range(48)]
-    shares = [[w.tolist() for w in pretrain.PreparedWindows(windows, 4, rank, 2)] for rank in range(2)]
+    shares = [[w.tolist() for w in pretraining_data.PreparedWindows(windows, 4, rank, 2)] for rank in range(2)]
     assert [w for a in range(0, 24, 4) for share in shares for w in share[a : a + 4]] == whole
     # A run of one process goes on with two.
-    start = pretrain.PreparedWindows(windows, 8, 0, 1)
+    start = pretraining_data.PreparedWindows(windows, 8, 0, 1)
     taken = iter(start)
     assert [next(taken).tolist() for _ in range(16)] == whole[:16]
     for rank in range(2):
-        rest = pretrain.PreparedWindows(windows, 4, rank, 2)
+        rest = pretraining_data.PreparedWindows(windows, 4, rank, 2)
         rest.load_state_dict(start.state_dict())
         assert [w.tolist() for w in rest] == shares[rank][8:]
 
@@ -151,7 +154,7 @@ def stream_of(dataset: Path, tokenizer: Path, *options: str) -> pretrain.Data:
 @pytest.mark.parametrize("portion", [3, 256])
 def test_stream(dataset, data, documents, monkeypatch, portion):
     """All documents but those held out, in order, then again; from any place by its state."""
-    monkeypatch.setattr(pretrain, "DOCUMENTS", portion)
+    monkeypatch.setattr(pretraining_data, "DOCUMENTS", portion)
     source = stream_of(dataset, data)
     assert source.held_out.equal(language_modeling.encode(source.tokenizer, documents[:5]))
     expected = language_modeling.encode(source.tokenizer, documents[5:])
@@ -222,7 +225,7 @@ def test_flops(name):
         ranks = config.q_rank + config.k_rank + config.v_rank
         per_layer += 6 * ranks * config.num_attention_heads * config.head_dim
     # In some versions the angles of RoPE are a matrix product too, of 64 operations a token.
-    assert pretrain.training_flops(config, 256) == pytest.approx(6 * matrices + 3 * per_layer, rel=1e-5)
+    assert throughput.training_flops(config, 256) == pytest.approx(6 * matrices + 3 * per_layer, rel=1e-5)
 
 
 def test_recipe(monkeypatch):
@@ -303,7 +306,9 @@ def test_killed_run_goes_on(run, data, tmp_path, monkeypatch):
     """The same losses, to the last bit, and the same weights."""
     folder = tmp_path / "model"
     options = [*T6, *RUN, "--data", str(data), "--batch-size", "4", "--output-dir", str(folder)]
-    interrupt(monkeypatch, pretrain.PreparedWindows, 40)  # in the sixth step; the last checkpoint is that of the third
+    interrupt(
+        monkeypatch, pretraining_data.PreparedWindows, 40
+    )  # in the sixth step; the last checkpoint is that of the third
     with pytest.raises(KeyboardInterrupt):
         pretrain.main(options)
     monkeypatch.undo()
@@ -322,12 +327,12 @@ def test_killed_run_goes_on(run, data, tmp_path, monkeypatch):
 
 
 def test_streamed_run_goes_on(dataset, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "DOCUMENTS", 4)
+    monkeypatch.setattr(pretraining_data, "DOCUMENTS", 4)
     options = [*T6, *RUN, "--dataset", str(dataset), "--text-column", "words", "--tokenizer", str(data)]
     options += ["--held-out-documents", "5", "--batch-size", "8"]
     pretrain.main([*options, "--output-dir", str(tmp_path / "whole")])
     with monkeypatch.context() as context:
-        interrupt(context, pretrain.StreamedWindows, 40)
+        interrupt(context, pretraining_data.StreamedWindows, 40)
         with pytest.raises(KeyboardInterrupt):
             pretrain.main([*options, "--output-dir", str(tmp_path / "parts")])
     pretrain.main([*options, "--output-dir", str(tmp_path / "parts"), "--resume"])
@@ -338,18 +343,18 @@ def test_stopped_by_signal(run, data, tmp_path, monkeypatch):
     """SIGTERM saves a checkpoint, and the run goes on from there."""
     folder = tmp_path / "model"
     options = [*T6, *RUN, "--data", str(data), "--batch-size", "4", "--output-dir", str(folder)]
-    on_step_end = pretrain.Clock.on_step_end
+    on_step_end = throughput.Clock.on_step_end
 
     def on_fourth(self, args, state, control, **kwargs):
         on_step_end(self, args, state, control, **kwargs)
         if state.global_step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(pretrain.Clock, "on_step_end", on_fourth)
+    monkeypatch.setattr(throughput.Clock, "on_step_end", on_fourth)
     with pytest.raises(SystemExit) as caught:
         pretrain.main(options)
     assert caught.value.code == 75 and not folder.exists()
-    assert language_modeling.last_checkpoint(tmp_path / "model-checkpoints").name == "checkpoint-4"
+    assert command_line.last_checkpoint(tmp_path / "model-checkpoints").name == "checkpoint-4"
     monkeypatch.undo()
     pretrain.main([*options, "--resume"])
     assert losses(folder) == losses(run)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import command_line
 import language_modeling
 import train
 
@@ -115,9 +116,7 @@ def test_reported_loss(run):
     assert run.report["loss_per_token"] < math.log(300)  # it learned something
     # It is the best of the evaluations that Trainer made.
     state = json.loads(
-        (
-            language_modeling.last_checkpoint(run.folder.with_name("model-checkpoints")) / "trainer_state.json"
-        ).read_text()
+        (command_line.last_checkpoint(run.folder.with_name("model-checkpoints")) / "trainer_state.json").read_text()
     )
     evaluations = [entry["eval_bits_per_byte"] for entry in state["log_history"] if "eval_bits_per_byte" in entry]
     assert len(evaluations) == 3 and min(evaluations) == pytest.approx(run.report["bits_per_byte"], rel=1e-4)
@@ -138,7 +137,7 @@ def test_resumed_run_equals_uninterrupted_run(run, tmp_path, monkeypatch):
         train.main(options)
     monkeypatch.undo()
     assert not folder.exists()
-    assert language_modeling.last_checkpoint(tmp_path / "model-checkpoints").name == "checkpoint-4"
+    assert command_line.last_checkpoint(tmp_path / "model-checkpoints").name == "checkpoint-4"
     (tmp_path / "model-checkpoints" / "checkpoint-5").mkdir()  # a checkpoint that a killed run left half written
 
     with pytest.raises(SystemExit, match="hidden_size=16, this command 24"):
@@ -235,7 +234,7 @@ def test_random_windows():
 
 @pytest.mark.parametrize("length", [2, 9, 10, 11, 28, 29])
 def test_held_out_windows_predict_each_token_once(length):
-    batch = train.collate(train.held_out_windows(torch.arange(length), block_length=10))
+    batch = language_modeling.collate(train.held_out_windows(torch.arange(length), block_length=10))
     labels = batch["labels"][:, 1:]
     assert labels[labels != language_modeling.IGNORED].tolist() == list(range(1, length))
     assert batch["input_ids"].min() >= 0

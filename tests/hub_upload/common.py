@@ -55,9 +55,10 @@ def run(code: str, *arguments: str, env: dict[str, str], cwd: Path) -> Outcome:
 LOOP = """
 import json, os, sys, tempfile, time, traceback
 import hub_upload
+from hub import upload
 
 time.sleep = lambda seconds: print(f"waits {seconds:g} s", file=sys.stderr)
-available_memory = hub_upload.available_memory
+available_memory = upload.available_memory
 for line in sys.stdin:
     request = json.loads(line)
     with tempfile.TemporaryFile() as file:
@@ -65,7 +66,7 @@ for line in sys.stdin:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
         try:
             # Where a model does not fit into memory, its files are compared and it is not loaded.
-            hub_upload.available_memory = available_memory if request["load"] else lambda: 0
+            upload.available_memory = available_memory if request["load"] else lambda: 0
             code = hub_upload.main(request["arguments"])
         except SystemExit as exit:
             code = exit.code

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-import hub_upload
+from hub import upload
 
 from .common import Uploader, make_model
 from .hub_server import HubServer
@@ -36,7 +36,7 @@ def hub(server) -> Iterator[HubServer]:
 @pytest.fixture
 def nothing_is_loaded(monkeypatch) -> None:
     """As on a machine on which the model does not fit into memory: loading is for the tests of the round trip."""
-    monkeypatch.setattr(hub_upload, "available_memory", lambda: 0)
+    monkeypatch.setattr(upload, "available_memory", lambda: 0)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from huggingface_hub.repocard import metadata_load
 from transformers import DynamicCache, LlamaConfig
 
 import hub_upload
+from hub.card import cache_bytes
+from hub.code import code_commit, code_digest, code_files
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME, cache_nbytes
 
@@ -47,7 +49,7 @@ def test_new_card(folder, make_card, tmp_path):
     assert text.index("revision = ") < text.index("from_pretrained(") < text.index("## Architecture")
     calls = [line for line in text.splitlines() if "from_pretrained(" in line]
     assert len(calls) == 2 and all("revision=revision" in line and "trust_remote_code=True" in line for line in calls)
-    assert hub_upload.code_digest(hub_upload.code_files()) in text
+    assert code_digest(code_files()) in text
     parameters = sum(parameter.numel() for parameter in T6ForCausalLM.from_pretrained(folder).parameters())
     for row in (
         f"parameters | {parameters:,}",
@@ -56,7 +58,7 @@ def test_new_card(folder, make_card, tmp_path):
         "weights | float32",
     ):
         assert f"| {row} |" in text
-    assert hub_upload.code_commit() is None or hub_upload.code_commit() in text
+    assert code_commit() is None or code_commit() in text
     (tmp_path / "card.md").write_text(str(card))
     assert metadata_load(tmp_path / "card.md")["library_name"] == "transformers"
 
@@ -181,7 +183,7 @@ def test_cache_bytes_are_those_of_caches(seed):
         noncontextual_a=draw.random() < 0.3,
     )  # fmt: skip
     dtype, tokens = draw.choice([torch.float32, torch.bfloat16]), 5
-    sizes = hub_upload.cache_bytes(config, dtype)
+    sizes = cache_bytes(config, dtype)
     cache = T6Cache(config=config)
     T6ForCausalLM(config).to(dtype)(torch.randint(20, (1, tokens)), **{CACHE_NAME: cache})
     assert sizes.pop("T6, this model") * tokens == cache_nbytes(cache)

@@ -8,6 +8,8 @@ import subprocess
 import pytest
 
 import hub_upload
+from hub import code as hub_code
+from hub.code import code_digest, code_files, unsafe_code
 from modeling_t6 import T6Config, T6ForCausalLM
 
 from .common import ROOT, SHIPPED, make_model, run
@@ -19,7 +21,7 @@ CODE = sorted(path for path in (ROOT / "modeling_t6").glob("*.py") if path.name 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
 def test_code_names_nothing_that_opens_files_connections_or_processes(path):
     source = path.read_text()
-    assert hub_upload.unsafe_code(source) == []
+    assert unsafe_code(source) == []
     # By another way: the packages that are imported at all, and the words that occur.
     imported = set()
     for node in ast.walk(ast.parse(source)):
@@ -56,13 +58,13 @@ def test_code_names_nothing_that_opens_files_connections_or_processes(path):
 )  # fmt: skip
 def test_what_is_refused(line):
     source = (ROOT / "modeling_t6" / "modeling_t6.py").read_text()
-    assert hub_upload.unsafe_code(f"{source}\n{line}\n")
+    assert unsafe_code(f"{source}\n{line}\n")
 
 
 def test_what_kernels_and_tensor_parallelism_need_is_allowed():
     lines = "import os", "import triton.language as tl", "x = os.environ.get('TRITON_INTERPRET')", "y = tl.load(x)"
     lines += ("from torch.distributed.tensor import DTensor, Partial, Replicate, Shard",)
-    assert hub_upload.unsafe_code("\n".join(lines)) == []
+    assert unsafe_code("\n".join(lines)) == []
 
 
 def test_unsafe_code_is_not_pushed(tmp_path, monkeypatch, capsys):
@@ -72,7 +74,7 @@ def test_unsafe_code_is_not_pushed(tmp_path, monkeypatch, capsys):
     for path in CODE:
         (package / path.name).write_bytes(path.read_bytes())
     (package / "cache_t6.py").write_text((package / "cache_t6.py").read_text() + "\n\nimport socket\n")
-    monkeypatch.setattr(hub_upload, "ROOT", tmp_path / "root")
+    monkeypatch.setattr(hub_code, "ROOT", tmp_path / "root")
     assert hub_upload.main([str(tmp_path / "model"), "someone/t6", "--dry-run"]) == 1
     assert "modeling_t6/cache_t6.py is not safe to push: line" in capsys.readouterr().err.splitlines()[-1]
 
@@ -134,14 +136,14 @@ def test_code_files_are_those_that_transformers_saves(tmp_path):
         T6Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8)
     ).save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.glob("*.py")}
-    assert set(hub_upload.code_files()) == names == {path.name for path in SHIPPED.glob("*.py")}
+    assert set(code_files()) == names == {path.name for path in SHIPPED.glob("*.py")}
 
 
 def test_digest_is_that_of_the_command_in_the_card():
     answer = subprocess.run(
         "LC_ALL=C sha256sum *.py | sha256sum", shell=True, cwd=SHIPPED, capture_output=True, text=True
     )
-    assert answer.stdout.split()[0] == hub_upload.code_digest(hub_upload.code_files())
+    assert answer.stdout.split()[0] == code_digest(code_files())
 
 
 def test_digest_tells_names_and_contents_apart(tmp_path):
@@ -151,6 +153,6 @@ def test_digest_tells_names_and_contents_apart(tmp_path):
         for name, content in (contents | change).items():
             (tmp_path / name).write_text(content)
         files = {name: tmp_path / name for name in contents | change}
-        assert hub_upload.code_digest(files) == hub_upload.code_digest(dict(reversed(files.items())))
-        digests.append(hub_upload.code_digest(files))
+        assert code_digest(files) == code_digest(dict(reversed(files.items())))
+        digests.append(code_digest(files))
     assert len(set(digests)) == len(digests)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_t6 import T6Cache, attention_t6
-from modeling_t6.attention_t6 import attend_in_factor_space, factor_space_attention
+from modeling_t6 import T6Cache, factor_space_t6
+from modeling_t6.factor_space_t6 import attend_in_factor_space, factor_space_attention
 
 from .common import random_ids, random_model, tiny_config
 
@@ -33,7 +33,7 @@ def naive(query, key_factors, value_factors, visible, bias=0.0, scaling=0.3):
 @pytest.mark.parametrize("keys", [8, 15, 33, 100])
 @pytest.mark.parametrize("chunk", [16, 8192])
 def test_causal(monkeypatch, batch, queries, keys, chunk):
-    monkeypatch.setattr(attention_t6, "FACTOR_SPACE_CHUNK", chunk)
+    monkeypatch.setattr(factor_space_t6, "FACTOR_SPACE_CHUNK", chunk)
     inputs = random_inputs(batch, queries, keys)
     visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     output, probabilities = factor_space_attention(*inputs, None, 0.3)
@@ -45,7 +45,7 @@ def test_causal(monkeypatch, batch, queries, keys, chunk):
 @pytest.mark.parametrize("chunk", [16, 8192])
 def test_masks(monkeypatch, kind, chunk):
     """Left padding of 0, 5 and 40 tokens: the last hides whole chunks before the first that is seen."""
-    monkeypatch.setattr(attention_t6, "FACTOR_SPACE_CHUNK", chunk)
+    monkeypatch.setattr(factor_space_t6, "FACTOR_SPACE_CHUNK", chunk)
     inputs = random_inputs(3, 2, 50)
     visible = torch.arange(50) >= torch.tensor([0, 5, 40])[:, None, None, None]
     visible = visible & torch.ones(2, 50, dtype=torch.bool).tril(48)
@@ -79,7 +79,7 @@ def test_hidden_rows_do_not_count():
 
 
 def test_probabilities(monkeypatch):
-    monkeypatch.setattr(attention_t6, "FACTOR_SPACE_CHUNK", 16)
+    monkeypatch.setattr(factor_space_t6, "FACTOR_SPACE_CHUNK", 16)
     inputs = random_inputs(2, 3, 50)
     visible = torch.ones(3, 50, dtype=torch.bool).tril(47)
     output, probabilities = factor_space_attention(*inputs, None, 0.3, output_attentions=True)

@@ -15,9 +15,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_t6 import T6Cache, flash_tpa_t6
-from modeling_t6 import modeling_t6 as model_code
-from modeling_t6.attention_t6 import factor_space_attention
 from modeling_t6.cache_t6 import CACHE_NAME, FactorLayout
+from modeling_t6.factor_space_t6 import factor_space_attention
 from modeling_t6.flash_tpa_t6 import choose_launch, choose_splits, decode_with_flash_tpa, flash_tpa
 
 from .common import DEVICE, random_ids, random_model, tiny_config
@@ -227,7 +226,7 @@ class Calls:
             self.count += 1
             return flash_tpa(*args, **kwargs)
 
-        monkeypatch.setattr(model_code, "flash_tpa", counted)
+        monkeypatch.setattr(flash_tpa_t6, "flash_tpa", counted)
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, CompileConfig, DynamicCache, StaticCache
 
-from modeling_t6 import T6Cache, T6ForCausalLM, flash_tpa_t6
-from modeling_t6 import modeling_t6 as model_code
+from modeling_t6 import T6Cache, T6ForCausalLM, factor_space_t6, flash_tpa_t6
 from modeling_t6.cache_t6 import cache_nbytes, factor_layouts
 from modeling_t6.flash_tpa_t6 import decode_with_flash_tpa
 
@@ -263,16 +262,17 @@ def test_continues_from_a_returned_cache(variant, models):
 @every_variant
 def test_kernel(variant, models, monkeypatch):
     """The kernels decode the variants that they cover; the others decode in PyTorch's factor space all the same."""
-    counts = {"flash_tpa": 0, "factor_space_attention": 0}
+    ways = {"flash_tpa": flash_tpa_t6, "factor_space_attention": factor_space_t6}
+    counts = dict.fromkeys(ways, 0)
 
     def count(name):
-        function = getattr(model_code, name)
+        function = getattr(ways[name], name)
 
         def counted(*args, **kwargs):
             counts[name] += 1
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(model_code, name, counted)
+        monkeypatch.setattr(ways[name], name, counted)
 
     for name in counts:
         count(name)

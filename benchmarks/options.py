@@ -1,0 +1,47 @@
+"""
+What the benchmarks share, none of which waits for torch: the checkout on the path, and the options of those that write JSON
+and draw it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(1, str(ROOT))  # behind this folder
+
+
+def describe(doc: str | None) -> argparse.ArgumentParser:
+    """A parser of the options of the benchmark with that docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_output(parser: argparse.ArgumentParser, plots: bool = True) -> None:
+    parser.add_argument("--output", type=Path, metavar="JSON", help="file to write")
+    if plots:
+        parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="draw what an earlier run wrote")
+
+
+def save(data: dict, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def draw(plot: Callable, files: tuple[str, str], size: tuple[float, float]) -> None:
+    """
+    A picture of a JSON file.
+
+    Args:
+        plot: draws what the file holds into a figure of matplotlib.
+        files: the JSON file, and the picture to write.
+        size: of the picture, in inches.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    plot(json.loads(Path(files[0]).read_text(encoding="utf-8")), figure)
+    figure.savefig(files[1], dpi=130)

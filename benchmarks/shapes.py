@@ -1,0 +1,20 @@
+"""Shapes of caches whose attention the GPU benchmarks time."""
+
+from typing import NamedTuple
+
+
+class CacheShape(NamedTuple):
+    """One layer's cache of factors: `dtype` is its name in torch, `rank` that of keys and of values."""
+
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+    rank: int
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values, without the padding of their rows."""
+        itemsize = {"bfloat16": 2, "float8_e4m3fn": 1}[self.dtype]
+        return 2 * self.batch * self.tokens * self.rank * (self.heads + self.head_dim) * itemsize

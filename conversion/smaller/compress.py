@@ -1,0 +1,116 @@
+"""A model with a smaller cache: its moments, the ranks, the fits, and the weights that come of them."""
+
+from collections import defaultdict
+
+import torch
+from tqdm import tqdm
+
+from modeling_t6 import T6ForCausalLM
+
+from .fits import HeadFits
+from .key_fits import KEY_ITERATIONS
+from .measure import divergence, log_probabilities
+from .moments import collect_moments
+from .ranks import Ranks, check_options, choose_ranks
+from .stages import stage
+from .value_fits import VALUE_ITERATIONS
+from .weights import balance, compressed_attention, compressed_model
+
+
+TRIAL_ITERATIONS = 30  # enough to compare ranks
+CANDIDATE_RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
+SENSITIVITY_TOKENS = 4096
+
+
+@torch.no_grad()
+def compress(
+    model: T6ForCausalLM,
+    calibration: torch.Tensor,
+    k_ranks: Ranks = None,
+    v_ranks: Ranks = None,
+    cache_ratio: float | None = None,
+    method: str = "fit",
+    batch_size: int = 8,
+    quiet: bool = False,
+) -> T6ForCausalLM:
+    """
+    A copy of a converted model whose cache is smaller.
+
+    Args:
+        model: with constant A factors and queries of full rank, as `python -m conversion hf` makes them.
+        calibration: token ids [n, seq] of the text on whose activations little is to be lost.
+        k_ranks, v_ranks: one for all layers or one for each; `None` keeps the model's.
+        cache_ratio: in place of ranks, how many times smaller the cache is to be; the ranks then differ from layer to
+            layer, and between keys and values, where the predictions change less so than with equal ranks.
+        batch_size: rows of `calibration` that go through the model at a time.
+        method: `"fit"`, or `"mean-pool"` for the GQA paper's recipe.
+
+    Raises:
+        ConversionError: for ranks that the model cannot have.
+    """
+    check_options(model.config, k_ranks, v_ranks, cache_ratio)
+    attentions = [layer.self_attn for layer in model.model.layers]
+    fits = HeadFits(attentions, method)
+    if method == "fit":
+        batches = calibration.split(batch_size)
+        with stage("calibrating", quiet):
+            fits.use(collect_moments(model, tqdm(batches, desc="calibrating", unit="batch", disable=quiet)))
+
+    parts = [(layer, side) for layer in range(len(attentions)) for side in "kv"]
+    full = [getattr(model.config, f"{side}_rank") for _, side in parts]
+
+    def build(ranks: list[int]) -> T6ForCausalLM:
+        layers = defaultdict(list)  # of each side and rank
+        for (layer, side), rank in zip(parts, ranks):
+            layers[side, rank].append(layer)
+        found = {}
+        with stage("fitting", quiet):
+            for (side, rank), some in tqdm(layers.items(), desc="fitting", unit="rank", disable=quiet):
+                iterations = KEY_ITERATIONS if side == "k" else VALUE_ITERATIONS
+                found |= {(layer, side): fit for layer, fit in zip(some, fits(side, rank, iterations, some))}
+        result = compressed_model(model, [(found[layer, "k"], found[layer, "v"]) for layer in range(len(attentions))])
+        if method == "fit":
+            for layer in result.model.layers:
+                balance(layer.self_attn)
+        return result
+
+    if cache_ratio is None:
+        chosen = []
+        for layer, side in parts:
+            ranks = (k_ranks if side == "k" else v_ranks) or [getattr(model.config, f"{side}_rank")]
+            chosen.append(ranks[layer] if len(ranks) > 1 else ranks[0])
+        return build(chosen)
+
+    budget = int(sum(full) / cache_ratio)
+    ids = calibration[: max(1, SENSITIVITY_TOKENS // calibration.shape[1])]
+    expected = log_probabilities(model, ids)
+    candidates = [
+        [whole]
+        if side == "k" and model.config.qk_norm
+        else [rank for rank in CANDIDATE_RANKS if rank < whole] + [whole]
+        for (_, side), whole in zip(parts, full)
+    ]
+    costs: list[dict[int, float]] = [{} for _ in parts]
+    count = sum(map(len, candidates))
+    with (
+        stage("trying ranks", quiet),
+        tqdm(total=count, desc="trying ranks", unit="rank", disable=quiet) as progress,
+    ):
+        for side, rank in sorted({(side, rank) for (_, side), ranks in zip(parts, candidates) for rank in ranks}):
+            places = [place for place, part in enumerate(parts) if part[1] == side]
+            for place, fitted in zip(places, fits(side, rank, TRIAL_ITERATIONS)):
+                layer = parts[place][0]
+                if fitted is None:
+                    costs[place][rank] = 0.0
+                else:
+                    pair = (fitted, None) if side == "k" else (None, fitted)
+                    module = model.model.layers[layer]
+                    module.self_attn = compressed_attention(attentions[layer], *pair)
+                    costs[place][rank] = divergence(model, ids, expected)
+                    module.self_attn = attentions[layer]
+                progress.update()
+    trials = [build(choose_ranks(costs, budget))]
+    equal = [min(whole, int(budget / len(parts))) for whole in full]
+    if all(rank in cost for rank, cost in zip(equal, costs)) and sum(equal) == budget:
+        trials.append(build(equal))
+    return min(trials, key=lambda trial: divergence(trial, ids, expected))

@@ -1,0 +1,43 @@
+"""What a model loses, and what its cache takes."""
+
+import math
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import Cache, PreTrainedModel
+
+from modeling_t6.cache_t6 import CACHE_NAME, cache_nbytes
+
+
+@torch.no_grad()
+def cache_bytes_per_token(model: PreTrainedModel, cache: Cache, itemsize: int) -> float:
+    """Bytes that an empty `cache` takes for each of some tokens, with numbers of `itemsize` bytes."""
+    length = min(48, model.config.max_position_embeddings)
+    ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0)).to(
+        model.device
+    )
+    model(ids, use_cache=True, **{CACHE_NAME: cache})
+    return cache_nbytes(cache) / ids.numel() * itemsize / model.dtype.itemsize
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int, name: str, quiet: bool = False) -> float:
+    """exp of the mean loss of each token of the windows `ids` [n, length] after those before it in its window."""
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for batch in tqdm(ids.split(batch_size), desc=f"perplexity, {name}", unit="batch", disable=quiet):
+        batch = batch.to(model.device)
+        logits = model(batch, use_cache=False).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").double()
+    return math.exp(total.item() / (ids.shape[0] * (ids.shape[1] - 1)))
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids, use_cache=False).logits.float().log_softmax(-1)
+
+
+def divergence(model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor) -> float:
+    """Nats per token by which predictions for `ids` [batch, seq] differ from `expected` log-probabilities (KL)."""
+    log_probs = log_probabilities(model, ids)
+    return F.kl_div(log_probs, expected, log_target=True, reduction="sum").item() / ids.numel()

@@ -1,0 +1,96 @@
+"""Second moments of the activations of a text, which are all that a fit knows of a model."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from modeling_t6 import T6ForCausalLM
+from modeling_t6.factors_t6 import apply_rotary_pos_emb, form_heads
+from modeling_t6.modeling_t6 import T6Attention
+
+
+def to_complex(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+    """
+    Features [..., d] as complex numbers [..., d / 2], such that RoPE multiplies each by exp(i position frequency).
+    What is not rotated is paired the same way: it commutes with everything.
+    """
+    pairs = [part.unflatten(-1, (2, -1)) for part in x.split([rotary_dim, x.shape[-1] - rotary_dim], dim=-1)]
+    return torch.cat([torch.complex(pair[..., 0, :], pair[..., 1, :]) for pair in pairs], dim=-1)
+
+
+def from_complex(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+    """Features [..., d] of complex numbers [..., d / 2]."""
+    parts = x.split([rotary_dim // 2, x.shape[-1] - rotary_dim // 2], dim=-1)
+    return torch.cat([torch.cat([part.real, part.imag], dim=-1) for part in parts], dim=-1)
+
+
+@dataclass
+class Moments:
+    """
+    Sums over the tokens of a text, of one layer with G keys and values for h heads of size d.
+
+    Attributes:
+        keys: sum of K[f] K[f]^H before RoPE, [d / 2, G, G], complex.
+        queries: sum of |Q_i[f]|^2, [h, d / 2].
+        values: sum over heads and tokens of (p V)(p V)^T, V the values of all groups side by side, [G d, G d].
+    """
+
+    keys: torch.Tensor
+    queries: torch.Tensor
+    values: torch.Tensor
+
+
+def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_embeddings, mask) -> Moments:
+    """The moments of one batch of `hidden_states` [batch, seq, hidden]."""
+    d, rotary_dim = attention.head_dim, attention.config.rotary_dim
+    query = attention.q_proj(hidden_states).unflatten(-1, (-1, d))
+    key = attention.k_b_proj(hidden_states).unflatten(-1, (-1, d))
+    value = attention.v_b_proj(hidden_states)
+    if attention.config.qk_norm:
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    complex_key = to_complex(key.double(), rotary_dim).flatten(0, 1)
+    powers = to_complex(query.double(), rotary_dim).flatten(0, 1).abs().square().sum(0)
+
+    query, key = (apply_rotary_pos_emb(x, *position_embeddings) for x in (query, key))
+    key = form_heads(attention.k_a, key).transpose(1, 2)
+    # Every head reads the values of all groups, to see what the others' values would be to it.
+    averages = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key, value[:, None].expand(-1, key.shape[1], -1, -1), attn_mask=mask,
+        is_causal=mask is None, scale=attention.scaling,
+    )  # fmt: skip
+    # Sums of products in float32 are positive definite to its rounding only.
+    values = sum(row.mT @ row for row in (row.flatten(0, 1).double() for row in averages))
+    complex_key = complex_key.permute(2, 1, 0)  # [F, G, tokens]
+    return Moments(complex_key @ complex_key.mH, powers, values)
+
+
+@contextlib.contextmanager
+def attention_hooks(model: T6ForCausalLM, hook: Callable) -> Iterator[None]:
+    """Calls `hook(attention, args, kwargs, output)` for each attention that runs in the block."""
+    handles = [layer.self_attn.register_forward_hook(hook, with_kwargs=True) for layer in model.model.layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def collect_moments(model: T6ForCausalLM, batches: Iterable[torch.Tensor]) -> list[Moments]:
+    """The moments of each layer over batches of token ids [batch, seq]."""
+    totals: list[Moments | None] = [None] * model.config.num_hidden_layers
+
+    def hook(attention: T6Attention, args, kwargs, output) -> None:
+        new = layer_moments(attention, args[0], kwargs["position_embeddings"], kwargs["attention_mask"])
+        old = totals[attention.layer_idx]
+        if old is not None:
+            new = Moments(old.keys + new.keys, old.queries + new.queries, old.values + new.values)
+        totals[attention.layer_idx] = new
+
+    with attention_hooks(model, hook):
+        for ids in batches:
+            model.model(ids, use_cache=False)
+    return totals

@@ -1,0 +1,152 @@
+"""From an exact T6 model to one with a smaller cache: compression, healing, and the measurement of both."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
+
+from ..files.errors import ConversionError
+from ..files.folders import new_folder
+from . import text
+from .compress import compress
+from .heal import heal
+from .measure import cache_bytes_per_token, perplexity
+from .reconstruct import reconstruct
+from .report import Row
+from .stages import stage
+
+
+class Texts:
+    """The token windows of all texts that a run reads; a text that cannot be used is found before any work."""
+
+    def __init__(self, args: argparse.Namespace, source: Path, config: T6Config):
+        tokenizer = text.load_tokenizer(source)
+        length = args.window or min(1024, config.max_position_embeddings)
+        if not 2 <= length <= config.max_position_embeddings:
+            raise ConversionError(f"--window {length}: expected 2 to {config.max_position_embeddings}")
+        calibration = text.read_text(args.calibration)
+        if args.held_out is not None:
+            held_out, name = text.read_text(args.held_out), str(args.held_out)
+        else:
+            (calibration, held_out), name = text.split_held_out(calibration), f"the last tenth of {args.calibration}"
+        self.held_out = text.windows(tokenizer, held_out, length, name)
+        whole = text.windows(tokenizer, calibration, length, str(args.calibration))
+        count = min(len(whole), max(1, args.calibration_tokens // length))
+        self.calibration = whole[torch.linspace(0, len(whole) - 1, count).long()]
+        self.healing = None
+        most = None if args.heal_tokens is None else max(1, args.heal_tokens // length)
+        if args.heal is not None and args.heal.resolve() == args.calibration.resolve():
+            self.healing = whole[:most]  # a long text takes long to tokenise
+        elif args.heal is not None:
+            healing = text.read_text(args.heal)
+            if args.held_out is None:
+                healing = text.split_held_out(healing)[0]
+            self.healing = text.windows(tokenizer, healing, length, str(args.heal), most)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What a run must have in common with the interrupted one that it continues."""
+    names = (
+        "source", "revision", "k_rank", "v_rank", "cache_ratio", "calibration", "calibration_tokens", "method",
+        "reconstruct_steps", "held_out", "window", "compute_dtype", "heal", "heal_steps", "heal_tokens", "batch_size",
+        "heal_accumulation", "heal_optimizer", "heal_learning_rate", "heal_cross_entropy", "seed",
+    )  # fmt: skip
+    return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
+
+
+def working_folder(args: argparse.Namespace) -> Path:
+    """The folder beside DST from which an interrupted run goes on."""
+    target = args.target.absolute()
+    folder = target.with_name(f".{target.name}.unfinished")
+    new = settings(args)
+    if (folder / "settings.json").exists():
+        old = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        changed = [name for name in new if old.get(name) != new[name]]
+        if not changed:
+            return folder
+        if not args.overwrite:
+            option = changed[0].replace("_", "-")
+            raise ConversionError(
+                f"{folder} is an unfinished run with --{option} {old.get(changed[0])}, this one has {new[changed[0]]}: "
+                "--overwrite starts anew"
+            )
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConversionError(f"cannot write {folder}: {error}") from error
+    return folder
+
+
+def make_smaller(
+    args: argparse.Namespace,
+    source: Path,
+    exact_folder: Path,
+    working: Path,
+    texts: Texts,
+    folder: Path,
+    dtype: torch.dtype,
+) -> list[Row]:
+    """
+    Compresses and heals the exact model in `exact_folder`, and saves the result in `folder`, its weights in `dtype`.
+    What is finished in `working` is not done again.
+
+    Returns:
+        Cache size and perplexity of the source, the exact, the compressed and the healed model, each as it is saved.
+    """
+    compute_dtype = getattr(torch, args.compute_dtype)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[Row] = []
+
+    def load(cls, path: Path) -> PreTrainedModel:
+        return cls.from_pretrained(path, dtype=compute_dtype).eval().to(device)
+
+    def measure(name: str, model: PreTrainedModel) -> PreTrainedModel:
+        cache_class = T6Cache if isinstance(model, T6ForCausalLM) else DynamicCache
+        size = cache_bytes_per_token(model, cache_class(config=model.config), dtype.itemsize)
+        with stage("measuring"):
+            value = perplexity(model, texts.held_out, args.batch_size, name)
+        print(f"perplexity, {name}: {value:.4f}", flush=True)
+        rows.append(Row(name, size, value))
+        return model
+
+    def save(model: T6ForCausalLM, path: Path) -> None:
+        model.to(dtype).save_pretrained(path, max_shard_size=args.max_shard_size)
+
+    source_model = measure("source", load(AutoModelForCausalLM, source))
+    compressed_folder = working / "compressed"
+    exact_model = measure("exact", load(T6ForCausalLM, exact_folder))
+    if not compressed_folder.exists():
+        calibration = texts.calibration.to(device)
+        ranks = args.k_rank, args.v_rank, args.cache_ratio
+        model = compress(exact_model, calibration, *ranks, args.method, args.batch_size)
+        if args.reconstruct_steps > 0:
+            found = reconstruct(model, exact_model, calibration, args.reconstruct_steps, args.seed)
+            print(
+                "error of each attention's output, of its power: "
+                + ", ".join(f"{old:.2%} to {new:.2%}" for old, new in found)
+            )
+        with new_folder(compressed_folder) as new:
+            save(model, new)
+    del exact_model
+    model = measure("compressed", load(T6ForCausalLM, compressed_folder))
+    print(f"ranks of the keys {model.config.k_rank}, of the values {model.config.v_rank}")
+    if texts.healing is None:
+        save(model, folder)
+        return rows
+
+    model = model.float()
+    with stage("healing"):
+        heal(
+            model, source_model, texts.healing, working / "checkpoints", args.heal_steps, args.batch_size,
+            args.heal_accumulation, args.heal_optimizer, args.heal_learning_rate, args.heal_cross_entropy, args.seed, device,
+        )  # fmt: skip
+    save(model, folder)
+    measure("healed", load(T6ForCausalLM, folder))
+    return rows

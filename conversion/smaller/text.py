@@ -1,0 +1,63 @@
+"""Text for calibration, healing and measurement."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..files.errors import ConversionError, reason
+
+
+PIECE = 100_000  # characters: a tokenizer works on many pieces side by side, and slowly on one long text
+PIECES = 256  # at a time
+HELD_OUT = 0.1
+
+
+def read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConversionError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if not text.strip():
+        raise ConversionError(f"{path} is empty: expected text")
+    return text
+
+
+def split_held_out(text: str) -> tuple[str, str]:
+    """The text but its last tenth, and that; cut between lines."""
+    cut = text.find("\n", int(len(text) * (1 - HELD_OUT))) + 1
+    return (text[:cut], text[cut:]) if 0 < cut < len(text) else (text, "")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{folder} has no tokenizer to read text with: {reason(error)}") from error
+
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str, most: int | None = None
+) -> torch.Tensor:
+    """
+    Token ids [n, length] of a text, without the rest that fills no window, or of its first `most` windows; `name` is
+    what errors call the text.
+    """
+    pieces, start = [], 0
+    while start < len(text):
+        end = len(text) if len(text) <= start + PIECE else text.rfind("\n", start, start + PIECE) + 1
+        end = end or text.find("\n", start + PIECE) + 1 or len(text)  # a line longer than a piece is one
+        pieces.append(text[start:end])
+        start = end
+    options = dict.fromkeys(("add_special_tokens", "return_attention_mask", "return_token_type_ids", "verbose"), False)
+    parts, count = [], 0
+    while pieces and (most is None or count < most * length):
+        batch, pieces = pieces[:PIECES], pieces[PIECES:]
+        parts += [torch.tensor(ids, dtype=torch.long) for ids in tokenizer(batch, **options)["input_ids"]]
+        count = sum(map(len, parts))
+    ids = torch.cat(parts)
+    if len(ids) < length:
+        raise ConversionError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
+    return ids[: len(ids) // length * length].view(-1, length)[:most]

@@ -1,0 +1,47 @@
+"""What a conversion is: a configuration, and what becomes of each tensor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from modeling_t6 import T6Config
+
+from ..files.errors import ConversionError
+
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+def unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@dataclass
+class Plan:
+    """
+    Attributes:
+        config: of the T6 model.
+        moves: for each tensor of the source, the tensors of the T6 model that come from it.
+        constants: tensors of the T6 model that come from no tensor of the source.
+        ignored: endings of the names of tensors that the source may hold and that are not needed.
+        rounds: whether a transform multiplies or adds, which is exact enough in float32 only.
+    """
+
+    config: T6Config
+    moves: dict[str, list[tuple[str, Transform]]] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    rounds: bool = False
+
+    def move(self, source: str, target: str, transform: Transform = unchanged) -> None:
+        self.moves.setdefault(source, []).append((target, transform))
+
+    def check_names(self, names: set[str]) -> None:
+        """Raises a `ConversionError` that names every tensor that is missing, or that has no place."""
+        missing = sorted(set(self.moves) - names)
+        if missing:
+            raise ConversionError(f"missing from the checkpoint: {', '.join(missing)}")
+        unexpected = sorted(name for name in names - set(self.moves) if not name.endswith(self.ignored or ("\0",)))
+        if unexpected:
+            raise ConversionError(f"unexpected in the checkpoint: {', '.join(unexpected)}")

@@ -1,0 +1,140 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What the commands of this folder share, none of which waits for torch: arguments, errors of one line, files and folders.
+
+A command's arguments are parsed before its other imports, which take seconds. Importing this module puts the checkout on
+the path, so that an example runs without any installation.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(1, str(ROOT))  # behind this folder
+
+from conversion.files.folders import last_checkpoint, replace_folder
+
+
+__all__ = [
+    "InputError", "add_folder_arguments", "check_folders", "complete_folders", "field_and_value", "input_errors",
+    "last_checkpoint", "number", "one_line", "read_text", "remove_checkpoints", "replace_folder", "write_json",
+]  # fmt: skip
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line."""
+
+
+@contextlib.contextmanager
+def input_errors(command: str) -> Iterator[None]:
+    """Ends the process with one line where an `InputError` is raised."""
+    try:
+        yield
+    except InputError as error:
+        raise SystemExit(f"{command}: error: {error}") from None
+
+
+# Arguments
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
+    """An argparse type: a number in a range."""
+
+    def convert(text: str) -> int | float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse's message names the type
+    return convert
+
+
+def field_and_value(text: str) -> tuple[str, object]:
+    """An argparse type: FIELD=VALUE, the value as JSON or else as it is."""
+    field, value = text.split("=", 1)
+    try:
+        return field, json.loads(value)
+    except json.JSONDecodeError:
+        return field, value
+
+
+def add_folder_arguments(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="the model folder to write")
+    parser.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="(OUTPUT_DIR-checkpoints)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model folder and any old checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+
+def complete_folders(args: argparse.Namespace) -> None:
+    """Makes the folders absolute, since checkpoints record where the best of them lies."""
+    args.output_dir = Path(os.path.abspath(args.output_dir))
+    default_checkpoint_dir = args.output_dir.with_name(f"{args.output_dir.name}-checkpoints")
+    args.checkpoint_dir = Path(os.path.abspath(args.checkpoint_dir or default_checkpoint_dir))
+
+
+# Files and folders
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def write_json(path: Path, content: dict, indent: int = 2, default: Callable | None = None) -> None:
+    """Writes a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=indent, default=default) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Those of an older run, which a new run does not go on from."""
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+
+
+def check_folders(args: argparse.Namespace) -> Path | None:
+    """Refuses to overwrite unasked; returns the checkpoint to resume from, if that is asked for."""
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise InputError(f"{args.output_dir} is a file")
+    if args.output_dir.is_dir() and any(args.output_dir.iterdir()) and not args.overwrite:
+        raise InputError(f"{args.output_dir} is not empty: --overwrite replaces it")
+    checkpoint = last_checkpoint(args.checkpoint_dir)
+    if args.resume:
+        if checkpoint is None:
+            raise InputError(f"--resume: there is no checkpoint in {args.checkpoint_dir}")
+        return checkpoint
+    if checkpoint is not None and not args.overwrite:
+        raise InputError(f"{args.checkpoint_dir} holds checkpoints: --resume goes on, --overwrite starts anew")
+    return None

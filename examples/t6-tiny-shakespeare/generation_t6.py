@@ -1,0 +1,1 @@
+../../modeling_t6/generation_t6.py

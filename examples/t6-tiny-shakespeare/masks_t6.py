@@ -1,0 +1,1 @@
+../../modeling_t6/masks_t6.py

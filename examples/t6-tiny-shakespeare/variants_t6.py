@@ -1,1 +1,0 @@
-../../modeling_t6/variants_t6.py

@@ -1,0 +1,1 @@
+"""Puts T6 folders on the Hugging Face Hub; `hub_upload.py` is the command."""

@@ -1,0 +1,243 @@
+"""The model card: the author's text and metadata, completed by what is known of the model."""
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
+
+from modeling_t6 import T6Config
+from modeling_t6.cache_t6 import factor_layouts
+
+from .check import auto_class_of
+from .code import code_commit
+from .folder import UploadError
+from .shared import Checkpoint, read_json
+
+
+PAPER = "https://arxiv.org/abs/2501.06425"
+# The part of the card that is written here; what stands around it is the author's, and stays.
+BEGIN, END = "<!-- T6: written by hub_upload.py; text outside these marks is kept -->", "<!-- /T6 -->"
+PIPELINE_TAGS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+}
+TEMPLATE = Path(__file__).with_name("card.md")
+LOAD_TOKENIZER = "\ntokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=True)"
+
+
+def cache_bytes(config: T6Config, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of cache per token: of the factors, and of K and V with h, 8 and 2 heads of the same size."""
+    layers = range(config.num_hidden_layers)
+    numbers = sum(layout.width for layer in layers for layout in factor_layouts(config, layer))
+    rows = {"T6, this model": numbers * dtype.itemsize}
+    heads = config.num_attention_heads
+    for name, count in ((f"MHA, {heads} heads", heads), ("GQA, 8 KV heads", 8), ("GQA, 2 KV heads", 2)):
+        if count <= heads and (count < heads or name.startswith("MHA")):
+            rows[name] = 2 * len(layers) * count * config.head_dim * dtype.itemsize
+    return rows
+
+
+def read_results(paths: list[Path], task_type: str) -> list[EvalResult]:
+    """The scores in the JSON files that lm-eval writes with `--output_path`."""
+    results = []
+    for path in paths:
+        content = read_json(path)
+        tasks, shots = content.get("results"), content.get("n-shot", {})
+        if not (
+            isinstance(tasks, dict) and tasks and all(isinstance(part, dict) for part in (shots, *tasks.values()))
+        ):
+            raise UploadError(f"{path} has no `results`: expected a file that lm-eval wrote")
+        for task, scores in tasks.items():
+            for key, value in scores.items():
+                metric, _, choice = key.partition(",")
+                if isinstance(value, (int, float)) and choice and not metric.endswith("_stderr"):
+                    if not math.isfinite(value):
+                        raise UploadError(f"{path}: {key} of {task} is {value}, no score for a card")
+                    name = metric if choice == "none" else f"{metric} ({choice})"
+                    error = scores.get(f"{metric}_stderr,{choice}")
+                    results.append(
+                        EvalResult(
+                            task_type=task_type,
+                            dataset_type=task,
+                            dataset_name=str(scores.get("alias", task)).strip(" -") or task,
+                            # A part of what tells results apart: without it one number of shots replaces another.
+                            dataset_config=f"{shots[task]}-shot" if task in shots else None,
+                            dataset_args={"num_few_shot": shots[task]} if task in shots else None,
+                            metric_type=metric,
+                            metric_name=name,
+                            metric_value=value,
+                            metric_args={"stderr": error} if isinstance(error, float) else None,
+                        )
+                    )
+        if not results:
+            raise UploadError(f"{path} holds no score")
+    return results
+
+
+def read_card(path: Path | None) -> ModelCard:
+    try:
+        text = path.read_text(encoding="utf-8") if path else ""
+        card = ModelCard(text if text.startswith("---") else f"---\n{{}}\n---\n{text}")
+    except Exception as error:  # YAML's errors, and those of malformed results
+        raise UploadError(f"README.md: the metadata cannot be read: {' '.join(str(error).split())}") from error
+    for name in ("base_model", "datasets", "tags"):
+        values = card.data.get(name) or []
+        values = values if isinstance(values, list) else [values]
+        if not all(isinstance(value, str) for value in values):
+            raise UploadError(f"README.md: `{name}` must be a name or a list of names, got {values}")
+    return card
+
+
+def read_conversion(path: Path) -> dict:
+    """The report of a conversion, or an empty one; raises an `UploadError` if it is none."""
+    report = read_json(path) if path.is_file() else {}
+    rows, numbers = report.get("perplexity") or [], ("cache_bytes_per_token", "perplexity")
+    if not (
+        all(isinstance(report.get(name) or "", str) for name in ("command", "source", "base_model"))
+        and isinstance(report.get("versions") or {}, dict)
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and "model" in row for row in rows)
+        and all(isinstance(row.get(name), (int, float)) for row in rows for name in numbers)
+    ):
+        raise UploadError(f"{path} is not what `python -m conversion` writes")
+    return report
+
+
+def card_metadata(old: ModelCard, auto_class: str, conversion: dict, args: argparse.Namespace) -> ModelCardData:
+    """What the author's card says, completed; options go before it."""
+    task = PIPELINE_TAGS[auto_class]
+    data = {key: value for key, value in old.data.to_dict().items() if key not in ("model-index", "model_name")}
+    base_model = args.base_model or conversion.get("base_model") or data.get("base_model")
+    license_fields = license_of(args, data, base_model, bool(conversion))
+    for key in ("license", "license_name", "license_link"):
+        data.pop(key, None)
+    data |= {"library_name": "transformers", "pipeline_tag": task, **license_fields}
+    data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), "t6", "tensor-product-attention"]))
+    data |= {"base_model": base_model} if base_model else {}
+    data |= {"datasets": args.datasets} if args.datasets else {}
+    results = {}
+    for result in [*(old.data.eval_results or []), *read_results(args.eval_results or [], task)]:
+        name = result.metric_name or result.metric_type
+        results[result.task_type, result.dataset_type, result.dataset_config, name] = result
+    if results:
+        data |= {"model_name": args.repo_id.split("/")[-1], "eval_results": list(results.values())}
+    return ModelCardData(**data)
+
+
+def model_card(
+    old: ModelCard,
+    content: dict,
+    config: T6Config,
+    checkpoint: Checkpoint,
+    digest: str,
+    conversion: dict,
+    args: argparse.Namespace,
+) -> str:
+    """The text of README.md: metadata, and a part of its own in what the author wrote."""
+    auto_class, repo_id = auto_class_of(content), args.repo_id
+    data = card_metadata(old, auto_class, conversion, args)
+    results = [
+        (" ".join(filter(None, (r.dataset_name, r.dataset_config))), r.metric_name, f"{r.metric_value:.4f}")
+        for r in data.eval_results or []
+    ]
+    dtype = getattr(torch, content["dtype"])
+    sizes = cache_bytes(config, dtype)
+    parameters = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
+    ranks = ["no factors (one projection)" if config.q_rank is None else config.q_rank, config.k_rank, config.v_rank]
+    rows = {
+        "parameters": f"{parameters:,}",
+        "layers, hidden size, MLP": f"{config.num_hidden_layers}, {config.hidden_size}, {config.intermediate_size}",
+        "heads, head size": f"{config.num_attention_heads}, {config.head_dim}",
+        "ranks of Q, K, V": ", ".join(str(rank) for rank in ranks),
+        "A factors": "learned constants" if config.noncontextual_a else "of the token",
+        "sliding window": f"{config.sliding_window} tokens" if config.sliding_window else None,
+        "context, vocabulary": f"{config.max_position_embeddings:,}, {config.vocab_size:,}",
+        "weights": content["dtype"],
+    }
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "huggingface_hub")}
+    bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
+    provenance = {
+        "made from": conversion.get("source") or ", ".join(bases),
+        "converted by": conversion.get("command") and f"`{conversion['command']}`",
+        "converted with": ", ".join(f"{k} {v}" for k, v in (conversion.get("versions") or {}).items()),
+        "code": (commit := code_commit()) and f"commit {commit} of T6 for Transformers",
+        "pushed with": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    part = (
+        TEMPLATE.read_text(encoding="utf-8")
+        .rstrip("\n")
+        .format(
+            begin=BEGIN,
+            end=END,
+            paper=PAPER,
+            repo_id=repo_id,
+            endpoint=constants.ENDPOINT,
+            auto_class=auto_class,
+            tokenizer="" if args.no_tokenizer else LOAD_TOKENIZER,
+            imports=auto_class if args.no_tokenizer else f"{auto_class}, AutoTokenizer",
+            architecture=table(("", ""), [(name, value) for name, value in rows.items() if value]),
+            cache=table(
+                (f"bytes per token, {content['dtype']}", "", "beside this model"),
+                [(name, f"{size:,}", f"{size / sizes['T6, this model']:.2f}x") for name, size in sizes.items()],
+            ),
+            digest=digest,
+            results=f"\n## Evaluation\n\n{table(('task', 'metric', 'value'), results)}\n" if results else "",
+            conversion=conversion_results(conversion),
+            provenance=table(("", ""), [(name, value) for name, value in provenance.items() if value]),
+        )
+    )
+    text = old.text.strip()
+    start = text.find(BEGIN)
+    end = text.find(END, start)
+    if 0 <= start < end:
+        text = text[:start] + part + text[end + len(END) :]
+    else:
+        # After the author's introduction, before all else.
+        section = re.search(r"^## ", text, re.MULTILINE)
+        head, tail = (text[: section.start()], text[section.start() :]) if section else (text, "")
+        text = f"{head.strip() or '# ' + repo_id.split('/')[-1]}\n\n{part}\n\n{tail}"
+    return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def conversion_results(conversion: dict) -> str:
+    """What the conversion cost, as it measured it on held-out text."""
+    rows = conversion.get("perplexity") or []
+    if not rows:
+        return ""
+    cells = [(row["model"], f"{row['cache_bytes_per_token']:,.0f}", f"{row['perplexity']:.4f}") for row in rows]
+    text = table(("held-out text", "cache, bytes per token", "perplexity"), cells)
+    return f"\n{text}\n\n![Perplexity against cache size](conversion.png)\n"
+
+
+def license_of(args: argparse.Namespace, data: dict, base_model: str | None, converted: bool) -> dict[str, str]:
+    """The card's fields on the license of the weights. That of a base model cannot be known here: the card points to it."""
+    if args.license:
+        if args.license != "other":
+            return {"license": args.license}
+        return {"license": "other", "license_name": "see-license-file", "license_link": "LICENSE"}
+    if data.get("license"):
+        return {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
+    if not converted and not base_model:
+        return {"license": "apache-2.0"}
+    if base_model:
+        name = base_model if isinstance(base_model, str) else base_model[0]
+        link = f"{constants.ENDPOINT}/{name}"
+        return {"license": "other", "license_name": "that-of-the-base-model", "license_link": link}
+    if (args.folder / "LICENSE").is_file():
+        return {"license": "other", "license_name": "see-license-file", "license_link": "LICENSE"}
+    raise UploadError(
+        "the license of converted weights is that of their source: pass --license (as in the source's card) or --base-model"
+    )
+
+
+def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, ("---", *("---:" for _ in head[1:])) if len(head) > 2 else tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)

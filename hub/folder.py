@@ -1,0 +1,90 @@
+"""The files of a model folder: what they are, and what may be there."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+from .code import code_files
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+TEXTS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes")
+CONVERSION = ("conversion.json", "conversion.png")  # the report of `python -m conversion`
+PICKLES = (
+    "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.npz", "*.msgpack",
+    "*.h5", "*.dill",
+)  # fmt: skip
+# What other tools leave in a folder; not uploaded, and not worth an error.
+LEFT_OUT = (".git", ".cache", "__pycache__", ".DS_Store", ".ipynb_checkpoints")
+# A push replaces these: what the repository held of them and the folder does not have, would be loaded in its place.
+REPLACED = (*WEIGHTS, *TOKENIZER_FILES, *CONVERSION, *PICKLES, "*.py", "config.json", "generation_config.json")
+
+
+class UploadError(Exception):
+    """The folder, the repository or the Hub is not what a push needs; the message says what and where."""
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a file at the top of a repository has a name of one of these kinds."""
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of many names, for an error that stays one line."""
+    names = sorted(names)
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def collect(folder: Path) -> dict[str, Path]:
+    """The files of a model folder by name; raises an `UploadError` that lists what has no place on the Hub."""
+    if not folder.is_dir():
+        raise UploadError(f"{folder} is no folder")
+    kept = (*WEIGHTS, *TOKENIZER_FILES, *TEXTS, *CONVERSION, "config.json", "generation_config.json", *code_files())
+    files, pickles, strays, links = {}, [], [], []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or any(part in LEFT_OUT for part in path.relative_to(folder).parts):
+            continue
+        if path.exists() and not path.is_file():  # a pipe or a device: reading it may never end
+            strays.append(name)
+        elif matches(path.name, PICKLES) or begins_as_pickle(path):
+            pickles.append(name)
+        elif leads_out(path, folder) and not matches(name, ("*.safetensors", *code_files())):
+            links.append(f"{name} -> {path.resolve()}")
+        elif matches(name, kept) or fnmatch(name, "additional_chat_templates/*.jinja"):
+            files[name] = path
+        else:
+            strays.append(name)
+    if pickles:
+        raise UploadError(
+            f"{folder} holds {listed(pickles)}: pickles run code when they are loaded, only safetensors are pushed"
+        )
+    if strays:
+        raise UploadError(f"{folder} holds files that are no part of a T6 model: {listed(strays)}")
+    if links:
+        raise UploadError(f"{folder} holds links to files outside of it, which are not pushed: {listed(links)}")
+    return files
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """
+    Whether a link leads to a file that is not the folder's: one of a folder from elsewhere may lead to a private key.
+    The Hub's cache keeps the files of `snapshots/COMMIT` in `blobs`.
+    """
+    root, target = folder.resolve(), path.resolve()
+    roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    return not any(target.is_relative_to(root) for root in roots)
+
+
+def begins_as_pickle(path: Path) -> bool:
+    """Whether a file begins as `torch.save` or `pickle` write, whatever its name."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UploadError(f"cannot read {path}: {error.strerror}") from error
+    return start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and len(start) > 1)

@@ -1,0 +1,25 @@
+"""What the Hub shares with the conversions: the one place where this package takes something from `conversion`."""
+
+try:
+    from ..conversion.files.checkpoints import INDEX, Checkpoint, ShardWriter
+    from ..conversion.files.errors import ConversionError
+    from ..conversion.files.folders import read_json
+    from ..conversion.files.memory import available_memory
+    from ..conversion.files.sizes import shard_size
+except ImportError:  # in a checkout the two packages stand side by side, and in no third
+    from conversion.files.checkpoints import INDEX, Checkpoint, ShardWriter
+    from conversion.files.errors import ConversionError
+    from conversion.files.folders import read_json
+    from conversion.files.memory import available_memory
+    from conversion.files.sizes import shard_size
+
+
+__all__ = [
+    "INDEX",
+    "Checkpoint",
+    "ConversionError",
+    "ShardWriter",
+    "available_memory",
+    "read_json",
+    "shard_size",
+]

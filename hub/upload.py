@@ -1,0 +1,194 @@
+"""The order of it all: check the folder, complete a copy, push it in one commit, download it again and compare."""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import transformers
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from modeling_t6 import T6Config
+
+from .card import model_card, read_card, read_conversion
+from .check import auto_class_of, check_config, check_tokenizer, check_weights
+from .code import ROOT, code_digest, code_files, unsafe_code
+from .folder import WEIGHTS, UploadError, collect, matches
+from .remote import download, find_or_create, push, remote_texts, sign_in
+from .shared import INDEX, Checkpoint, ConversionError, ShardWriter, available_memory
+from .verify import compare, load_in_clean_process
+
+
+GITATTRIBUTES = "*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.model filter=lfs diff=lfs merge=lfs -text\n"
+
+
+def check_folder(args: argparse.Namespace) -> tuple[dict[str, Path], dict, T6Config, Checkpoint]:
+    """The files of MODEL_DIR by name, the completed content of config.json, and what configuration and weights say."""
+    files = collect(args.folder)
+    content, config = check_config(args.folder)
+    checkpoint = Checkpoint(args.folder)
+    # Transformers prefers model.safetensors to an index.
+    loaded = {path.name for path in checkpoint.files} | ({INDEX} if "model.safetensors" not in files else set())
+    if extra := [name for name in files if matches(name, WEIGHTS) and name not in loaded]:
+        raise UploadError(f"{args.folder} holds weights that would not be loaded: {', '.join(extra)}")
+    check_weights(checkpoint, content, config)
+    if not args.no_tokenizer:
+        check_tokenizer(args.folder, files, config)
+    if "generation_config.json" in files:
+        try:
+            GenerationConfig.from_pretrained(args.folder).validate()
+        except (OSError, ValueError, TypeError) as error:
+            raise UploadError(f"generation_config.json: {' '.join(str(error).split())}") from error
+    read_card(files.get("README.md"))
+    read_conversion(args.folder / "conversion.json")
+    return files, content, config, checkpoint
+
+
+def split_weights(checkpoint: Checkpoint, folder: Path, max_shard_size: int) -> None:
+    """Writes the weights into `folder` in shards of at most `max_shard_size` bytes, one tensor in memory at a time."""
+    tensors = [(name, info.shape, info.dtype) for name, info in checkpoint.tensors.items()]
+    with ShardWriter(folder, tensors, max_shard_size) as writer:
+        for name, tensor in tqdm(checkpoint, total=len(tensors), unit="tensor", desc="splitting weights"):
+            writer.write(name, tensor)
+        writer.close()
+
+
+def complete(
+    args: argparse.Namespace,
+    files: dict[str, Path],
+    content: dict,
+    config: T6Config,
+    checkpoint: Checkpoint,
+    remote: dict[str, Path],
+    folder: Path,
+) -> tuple[dict[str, Path], str]:
+    """
+    Makes a whole T6 folder of `files` in `folder`; those that are taken as they are, are not copied.
+
+    Args:
+        remote: README.md and .gitattributes of the repository, if it has them.
+
+    Returns:
+        The files by name, and the digest of the code.
+    """
+    code = code_files()
+    for name, path in code.items():
+        if problems := unsafe_code(path.read_text(encoding="utf-8")):
+            raise UploadError(f"modeling_t6/{name} is not safe to push: {'; '.join(problems)}")
+        if name in files and files[name].read_bytes() != path.read_bytes():
+            print(f"{name}: the one in {args.folder} is replaced by this package's")
+    files = files | code
+    digest = code_digest(files)
+
+    def write(name: str, text: str) -> None:
+        (folder / name).write_text(text, encoding="utf-8")
+        files[name] = folder / name
+
+    write("config.json", json.dumps(content, indent=2, sort_keys=True) + "\n")
+    if "generation_config.json" not in files and content["architectures"] == ["T6ForCausalLM"]:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        files["generation_config.json"] = folder / "generation_config.json"
+    if args.max_shard_size and any(file.stat().st_size > args.max_shard_size for file in checkpoint.files):
+        files = {name: path for name, path in files.items() if not matches(name, WEIGHTS)}
+        split_weights(checkpoint, folder, args.max_shard_size)
+        files |= {path.name: path for path in folder.iterdir() if matches(path.name, WEIGHTS)}
+    conversion = read_conversion(args.folder / "conversion.json")
+    # A card that was edited on the Hub is kept where the folder has none.
+    first, second = (remote, files) if args.code_only else (files, remote)
+    old_card = read_card(first.get("README.md") or second.get("README.md"))
+    card = model_card(old_card, content, config, checkpoint, digest, conversion, args)
+    write("README.md", card)
+    # The license of this code, which is not always that of the weights.
+    is_apache = ModelCard(card).data.license == "apache-2.0"
+    if "LICENSE" not in files or not is_apache:
+        files["LICENSE" if is_apache and "LICENSE" not in files else "LICENSE-CODE"] = ROOT / "LICENSE"
+    # The Hub's lines stay: by them, it keeps the other files that it holds.
+    texts = [
+        known[".gitattributes"].read_text(encoding="utf-8") for known in (remote, files) if ".gitattributes" in known
+    ]
+    lines = "\n".join([*texts, GITATTRIBUTES]).splitlines()
+    write(".gitattributes", "\n".join(dict.fromkeys(line for line in lines if line.strip())) + "\n")
+    for name, path in files.items():
+        if path != folder / name:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).symlink_to(path.resolve())
+    return dict(sorted(files.items())), digest
+
+
+def upload(args: argparse.Namespace) -> None:
+    try:
+        validate_repo_id(args.repo_id)
+    except HFValidationError as error:
+        raise UploadError(f"{args.repo_id} is no name of a repository: {' '.join(str(error).split())}") from error
+    if args.repo_id.count("/") != 1:
+        raise UploadError(f"{args.repo_id} is no name of a repository: expected someone/model")
+    with tempfile.TemporaryDirectory(prefix="t6-upload-") as temporary:
+        home, folder = Path(temporary), Path(temporary) / "model"
+        for name in ("model", "before", "after"):
+            (home / name).mkdir()
+        files, content, config, checkpoint = check_folder(args)
+        api, remote = None, {}
+        if not args.dry_run:
+            api = sign_in(args)
+            remote = remote_texts(api, args, home / "texts")
+        files, digest = complete(args, files, content, config, checkpoint, remote, folder)
+        auto_class = auto_class_of(content)
+        # With --code-only, tokenizer and generation config are the repository's own.
+        tasks = ["generate"] if auto_class == "AutoModelForCausalLM" and not args.code_only else []
+        tasks += [] if args.no_tokenizer or args.code_only else ["tokenize"]
+        load = {"auto_class": auto_class, "tasks": tasks}
+        size = sum(path.stat().st_size for name, path in files.items() if matches(name, WEIGHTS))
+        fits = size < 0.8 * available_memory()
+        expected = {}
+        if fits:
+            environment = {"HF_HUB_OFFLINE": "1"}
+            expected = load_in_clean_process(str(folder), "", **load, home=home / "before", environment=environment)
+            print(f"{args.folder} is complete, and a clean process loads it\n")
+        else:
+            print(f"{args.folder} is complete; it does not fit into the memory of this machine, and was not loaded\n")
+        if args.code_only:
+            files = {
+                n: path
+                for n, path in files.items()
+                if n.endswith(".py") or matches(n, (*WEIGHTS, "README.md", "config.json"))
+            }
+        # With --code-only the weights are compared with the repository's, not pushed.
+        sizes = {n: p.stat().st_size for n, p in files.items() if not (args.code_only and matches(n, WEIGHTS))}
+        for name, size in sizes.items():
+            print(f"{size:>15,}  {name}")
+        print(f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files")
+        print(f"\nSHA-256 of the code files: {digest}\n")
+        if args.dry_run:
+            print(files["README.md"].read_text(encoding="utf-8"))
+            return
+        commit, pull_request = push(api, args, files, find_or_create(api, args))
+        print(f"commit {commit}: {pull_request or f'{constants.ENDPOINT}/{args.repo_id}/tree/{commit}'}")
+        try:
+            download(api, args.repo_id, commit, files, home / "after" / "cache")
+            if fits:
+                environment = {"HF_TOKEN": api.token}
+                found = load_in_clean_process(
+                    args.repo_id, commit, **load, home=home / "after", environment=environment
+                )
+                compare(found, expected)
+        except UploadError as error:
+            raise UploadError(f"{error} (commit {commit} is on the Hub, and could not be verified)") from error
+        same = "every file and every logit is the same" if fits else "every file is the same"
+        print(f"downloaded into a clean cache{' and loaded by a clean process' if fits else ''}: {same}\n")
+        print(f'{auto_class}.from_pretrained("{args.repo_id}", revision="{commit}", trust_remote_code=True)')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Uploads, with one line for what stands in the way; returns the exit code."""
+    transformers.logging.set_verbosity_error()
+    try:
+        upload(args)
+    except (UploadError, ConversionError, OSError) as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 1
+    return 0

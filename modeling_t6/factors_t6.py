@@ -1,0 +1,267 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Factors of queries, keys and values: made of hidden states, and read from the rows of a cache (paper, section 3.1)"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .cache_t6 import cached_lengths, factor_layouts
+from .configuration_t6 import T6Config
+from .tensor_parallel_t6 import softmax_over_heads
+
+
+class T6RMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        """T6RMSNorm is equivalent to LlamaRMSNorm, but keeps float64 inputs in float64."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.promote_types(input_dtype, torch.float32))
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Rotates half the hidden dims of the input."""
+    x1 = x[..., : x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    Applies RoPE to the first `rotary_dim` features of `x` [batch, seq, n, head_dim], n factors or heads alike;
+    rotating the B factors rotates the heads that they form (Theorem 3.1). Constant factors are [n, head_dim].
+    """
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    x_rot, x_pass = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    x_rot = (x_rot * cos) + (rotate_half(x_rot) * sin)
+    return torch.cat((x_rot, x_pass.expand(*x_rot.shape[:-1], -1)), dim=-1) if x_pass.shape[-1] else x_rot
+
+
+def form_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(1 / R) A^T B: A [batch, seq, R, h] and B [batch, seq, R, d], one of them possibly constant, [R, h] or [R, d]."""
+    return torch.matmul(a.transpose(-1, -2), b) / a.shape[-2]
+
+
+def activate_head_factors(a: torch.Tensor, activation: str | None, head_mesh=None) -> torch.Tensor:
+    """
+    Sigmoid of A [batch, seq, R, h], or its softmax over the heads ("nonlinear head factors", appendix G; the research
+    code has the sigmoid). They are cached so, and all that reads a cache of factors reads these too. `head_mesh`: the
+    processes that have the other heads, if any.
+    """
+    if activation is None:
+        return a
+    if activation == "sigmoid":
+        return torch.sigmoid(a)
+    softmax_dtype = torch.promote_types(a.dtype, torch.float32)
+    if head_mesh is not None:
+        return softmax_over_heads(a.to(softmax_dtype), head_mesh).to(a.dtype)
+    return torch.softmax(a, dim=-1, dtype=softmax_dtype).to(a.dtype)
+
+
+def third_order_features(bc: torch.Tensor, b_dim: int) -> torch.Tensor:
+    """
+    vec(b (x) c) of appendix C: b and c side by side [..., d_b + d_c] to features [..., d_c * d_b], the columns of the
+    matrix b c^T one after the other.
+    """
+    b, c = bc[..., :b_dim], bc[..., b_dim:]
+    return (c[..., :, None] * b[..., None, :]).flatten(-2)
+
+
+@dataclass
+class Factors:
+    """
+    The factors of one layer in one forward pass, of `seq` new tokens and of the `key_length` tokens that they attend to.
+
+    Attributes:
+        a_q, b_q: A_Q [batch, seq, R_Q, h] and B_Q [batch, seq, R_Q, d] before RoPE. Queries that have no factors
+            (TPA-KVonly) are `b_q` themselves [batch, seq, h, d], and `a_q` is `None`.
+        a_k, a_v: A_K and A_V [batch, key_length, R, h]; constants are [R, h].
+        b_k, b_v: B_K and B_V [batch, key_length, R, d] as they are cached; constants are [R, d], third-order factors
+            have b and c side by side [..., d_b + d_c]. `TensorProductFactors.features` makes them what heads are made of.
+        query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens.
+        key_rotation: cos and sin [batch or 1, key_length, rotary_dim] for a `b_k` that is not yet rotated, else `None`.
+        key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them, if there is a cache. The keys'
+            and values' factors above are then still those of the new tokens: `TensorProductFactors.unpack` reads rows.
+        lengths: int [1] on the device, how many of the rows count, of a cache with room for more; else `None`.
+    """
+
+    a_q: torch.Tensor | None
+    b_q: torch.Tensor
+    a_k: torch.Tensor
+    b_k: torch.Tensor
+    a_v: torch.Tensor
+    b_v: torch.Tensor
+    query_rotation: tuple[torch.Tensor, torch.Tensor]
+    key_rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+    key_rows: torch.Tensor | None = None
+    value_rows: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+
+
+class TensorProductFactors(nn.Module):
+    """The factors of an attention layer: its projections, what becomes of their outputs, and how a cache holds them."""
+
+    def __init__(self, config: T6Config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.q_rank = config.q_rank
+        self.k_rank, self.v_rank = config.ranks(layer_idx)
+        self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
+        self.head_mesh = None  # with tensor parallelism, the processes that share the heads
+
+        num_heads = config.num_attention_heads
+        # The outputs of an A projection are head-major, [h, R]; those of a B projection rank-major, [R, d].
+        if self.q_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=config.attention_bias)
+        for name, rank in (("q", self.q_rank), ("k", self.k_rank), ("v", self.v_rank)):
+            if rank is not None and config.noncontextual_a:
+                setattr(self, f"{name}_a", nn.Parameter(torch.empty(rank, num_heads)))
+            elif rank is not None:
+                setattr(self, f"{name}_a_proj", self._factor_proj(num_heads, rank))
+            if rank is None or (name == "v" and config.shared_b):
+                continue
+            if config.noncontextual_b:
+                setattr(self, f"{name}_b", nn.Parameter(torch.empty(rank, self.head_dim)))
+            else:
+                setattr(self, f"{name}_b_proj", self._factor_proj(rank, config.b_dim))
+            if config.c_factor_dim is not None:
+                setattr(self, f"{name}_c_proj", self._factor_proj(rank, config.c_factor_dim))
+
+    def _add_qk_norms(self) -> None:
+        """Called when the other layers are made: the order of parameters is that of optimizers' saved states."""
+        if self.config.qk_norm:
+            self.q_norm = T6RMSNorm(self.head_dim, eps=self.config.rms_norm_eps)
+            self.k_norm = T6RMSNorm(self.head_dim, eps=self.config.rms_norm_eps)
+
+    def _factor_proj(self, n1: int, n2: int) -> nn.Linear:
+        """The projection to a factor [n1, n2], initialised as Xavier's of the weight viewed as [hidden, n1, n2]."""
+        hidden_size = self.config.hidden_size
+        proj = nn.Linear(hidden_size, n1 * n2, bias=self.config.attention_bias)
+        proj.initializer_bound = (6 / ((hidden_size + n1) * n2)) ** 0.5  # fans: hidden * n2 and n1 * n2
+        return proj
+
+    def _head_factors(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """A_Q, A_K or A_V of the tokens [batch, seq, R, h], or constant [R, h]."""
+        if self.config.noncontextual_a:
+            return getattr(self, f"{name}_a")
+        a = getattr(self, f"{name}_a_proj")(hidden_states)
+        a = a.unflatten(-1, (-1, getattr(self, f"{name}_rank"))).transpose(-1, -2)
+        return activate_head_factors(a, self.config.head_factor_act, self.head_mesh)
+
+    def _feature_factors(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """B_Q, B_K or B_V before RoPE, [batch, seq, R, d] or constant [R, d]; with a third factor, b and c side by side."""
+        if self.config.noncontextual_b:
+            return getattr(self, f"{name}_b")
+        b = getattr(self, f"{name}_b_proj")(hidden_states).unflatten(-1, (-1, self.config.b_dim))
+        if self.config.c_factor_dim is None:
+            return b
+        c = getattr(self, f"{name}_c_proj")(hidden_states).unflatten(-1, (-1, self.config.c_factor_dim))
+        return torch.cat([b, c], dim=-1)
+
+    def project(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Factors:
+        """
+        The factors of the tokens `hidden_states` [batch, seq, hidden_size]. `position_embeddings` are cos and sin for
+        them, `key_position_embeddings` those for all rows of a cache that holds B_K before RoPE.
+        """
+        if self.q_rank is None:
+            a_q, b_q = None, self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        else:
+            a_q, b_q = self._head_factors("q", hidden_states), self._feature_factors("q", hidden_states)
+        a_k, a_v = self._head_factors("k", hidden_states), self._head_factors("v", hidden_states)
+        b_k = self._feature_factors("k", hidden_states)
+        if self.config.qk_norm:
+            b_k = self.k_norm(b_k)
+        b_v = b_k if self.config.shared_b else self._feature_factors("v", hidden_states)
+        key_rotation = None
+        if self.config.rotates_on_read:
+            key_rotation = position_embeddings if key_position_embeddings is None else key_position_embeddings
+        else:
+            b_k = apply_rotary_pos_emb(b_k, *position_embeddings)
+        return Factors(a_q, b_q, a_k, b_k, a_v, b_v, position_embeddings, key_rotation)
+
+    def update_cache(self, factors: Factors, cache: Cache) -> None:
+        """Stores the keys' and values' factors of the new tokens, and gives `factors` the rows of all the tokens."""
+        key_rows = self.key_layout.pack(factors.a_k, factors.b_k)
+        value_rows = self.value_layout.pack(factors.a_v, factors.b_v)
+        factors.key_rows, factors.value_rows = cache.update(key_rows, value_rows, self.layer_idx)
+        factors.lengths = cached_lengths(cache, self.layer_idx)
+
+    def unpack(
+        self, factors: Factors, key_rows: torch.Tensor | None, value_rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        A_K, B_K, A_V and B_V as rows [batch, 1, key_length, width] hold them, or without rows those of `factors`, as
+        constants always.
+        """
+        a_k, b_k, a_v, b_v = factors.a_k, factors.b_k, factors.a_v, factors.b_v
+        if key_rows is None:
+            return a_k, b_k, a_v, b_v
+        cached_a_k, cached_b_k = self.key_layout.unpack(key_rows.to(b_k.dtype))
+        cached_a_v, cached_b_v = self.value_layout.unpack(value_rows.to(b_k.dtype))
+        if not self.config.noncontextual_a:
+            a_k, a_v = cached_a_k, cached_a_v
+        if not self.config.noncontextual_b:
+            b_k, b_v = cached_b_k, cached_b_k if self.config.shared_b else cached_b_v
+        return a_k, b_k, a_v, b_v
+
+    def features(
+        self,
+        b: torch.Tensor,
+        rows: slice = slice(None),
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """
+        What heads are made of, [batch, seq, R, d], of B factors as they are cached: for most models the same. `rotation`
+        is cos and sin for all rows of a cache that holds B_K before RoPE; `rows` are those that `b` is from.
+        """
+        if rotation is not None:
+            cos, sin = rotation
+            b = apply_rotary_pos_emb(b, cos[:, rows], sin[:, rows])
+        return b if self.config.c_factor_dim is None else third_order_features(b, self.config.b_dim)
+
+    def queries(self, factors: Factors, form: Callable = form_heads) -> torch.Tensor:
+        """Q [batch, seq, h, d], normalised and rotated."""
+        a_q, b_q = factors.a_q, factors.b_q
+        query_states = b_q
+        if a_q is not None:
+            if not self.config.qk_norm:
+                b_q = apply_rotary_pos_emb(b_q, *factors.query_rotation)
+            query_states = form(a_q, self.features(b_q))
+        if self.config.qk_norm:
+            query_states = self.q_norm(query_states)
+        if self.config.qk_norm or a_q is None:
+            # In blocks of the rotated size: with a third factor a head has d_c of them (theorem C.1), else one.
+            blocks = query_states.unflatten(-1, (-1, self.config.b_dim)).flatten(2, 3)
+            query_states = apply_rotary_pos_emb(blocks, *factors.query_rotation).view_as(query_states)
+        return query_states

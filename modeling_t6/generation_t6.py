@@ -1,0 +1,79 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What `generate()` and continuous batching ask of a model whose cache is not keys and values"""
+
+import torch
+from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.generation import GenerationMixin
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+from .attention_t6 import choose_attention
+from .cache_t6 import CACHE_NAME, T6Cache, allocate_static_cache, quantization_group_size
+from .configuration_t6 import T6Config
+from .masks_t6 import create_attention_masks
+from .paged_t6 import page_factors
+
+
+class T6GenerationMixin(GenerationMixin):
+    """`GenerationMixin` for a model with a language modelling head whose base model is a [`T6Model`], `self.model`."""
+
+    def init_continuous_batching(self, *args, **kwargs) -> ContinuousBatchingManager:
+        """As in every model; the pages of the cache hold factors."""
+        return page_factors(super().init_continuous_batching(*args, **kwargs))
+
+    def create_masks_for_generate(
+        self,
+        config: T6Config,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ):
+        """The masks that `generate()` makes ahead of a step over a static cache."""
+        model, cache = self.model, self.model.cache_of_this_stage(kwargs[CACHE_NAME])
+        attend = choose_attention(model.config, inputs_embeds, cache)
+        return create_attention_masks(
+            model.config, model.tensor_mask_config, attend, inputs_embeds, attention_mask, cache, position_ids
+        )
+
+    def _get_static_cache_init_shape(self) -> None:
+        # Key and value rows may differ in width, which this hook cannot say: see `_prepare_cache_for_generation`.
+        return None
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
+        """
+        `generate()`'s dynamic caches become `T6Cache`s, its static ones are allocated for rows of factors, and its
+        quantised ones group numbers by a size that divides a row.
+        """
+        if "cache" in model_kwargs:  # the user's, under the name of `forward`
+            model_kwargs[CACHE_NAME] = model_kwargs.pop("cache")
+        user_defined = model_kwargs.get(CACHE_NAME) is not None
+        if generation_config.cache_implementation == "quantized":
+            cache_config = generation_config.cache_config or {}
+            generation_config.cache_config = {"q_group_size": quantization_group_size(self.config), **cache_config}
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get(CACHE_NAME)
+        if user_defined:
+            return
+        if type(cache) is DynamicCache:
+            # On the CPU there is nowhere to offload to. Weights on the disk, "meta", are computed with on an accelerator.
+            has_accelerator = self.device.type != "cpu" and torch.accelerator.is_available()
+            offloading = cache.offloading and has_accelerator
+            model_kwargs[CACHE_NAME] = T6Cache(config=self.config, offloading=offloading)
+        elif isinstance(cache, StaticCache) and len(set(getattr(self, "hf_device_map", {}).values())) <= 1:
+            batch_size = args[1] if len(args) > 1 else kwargs["batch_size"]
+            batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
+            if self.device.type != "meta":  # else weights are on the disk, and the first rows tell the device
+                layers = self.model.layers_of_this_stage()
+                allocate_static_cache(cache, self.config, batch_size, self.dtype, self.device, layers)

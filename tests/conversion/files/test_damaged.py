@@ -1,0 +1,225 @@
+"""Damaged folders of Transformers' models: one line that names what is wrong, and nothing at the target."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conversion.__main__ import main
+
+from ..common import last_error, save_source
+
+
+ROOT = Path(__file__).parents[3]
+K = "model.layers.1.self_attn.k_proj.weight"
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00002-of-00004.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return save_source(tmp_path_factory.mktemp("whole") / "source")
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    folder = save_source(tmp_path_factory.mktemp("sharded") / "source", max_shard_size="120KB")
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert SHARD in names, names
+    return folder
+
+
+def weights(change):
+    """Damages the tensors of the one file."""
+
+    def damage(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def config(**fields):
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        content.update(fields)
+        content = {name: value for name, value in content.items() if value != "absent"}
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return damage
+
+
+def file(name: str, content: bytes | None):
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+
+    return damage
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def header_too_long(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes((2**40).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def pickles_only(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def index(change):
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / INDEX).read_text())
+        change(content["weight_map"])
+        (folder / INDEX).write_text(json.dumps(content))
+
+    return damage
+
+
+def truncated_shard(folder: Path) -> None:
+    os.truncate(folder / SHARD, 1000)
+
+
+def duplicate_tensor(folder: Path) -> None:
+    first = next(iter(load_file(folder / "model-00001-of-00004.safetensors").items()))
+    save_file(load_file(folder / SHARD) | dict([first]), folder / SHARD, {"format": "pt"})
+
+
+def swap(name: str):
+    return index(lambda weight_map: weight_map.update({K: name}))
+
+
+WHOLE = {
+    "truncated": (truncated, "model.safetensors"),
+    "empty": (file("model.safetensors", b""), "model.safetensors"),
+    "text-for-weights": (file("model.safetensors", b"not weights at all"), "model.safetensors"),
+    "header-too-long": (header_too_long, "model.safetensors"),
+    "no-weights": (file("model.safetensors", None), "model.safetensors"),
+    "pickles-only": (pickles_only, "pickles are not read"),
+    "missing-tensor": (weights(lambda s: s.pop(K)), K),
+    "unexpected-tensor": (weights(lambda s: s.update(extra=torch.ones(2))), "extra"),
+    "wrong-shape": (weights(lambda s: s.update({K: s[K][:-1].clone()})), K),
+    "transposed": (weights(lambda s: s.update({K: s[K].T.contiguous()})), K),
+    "no-dimension": (weights(lambda s: s.update({K: torch.tensor(1.0)})), K),
+    "integers": (weights(lambda s: s.update({K: s[K].to(torch.int8)})), "I8"),
+    "float8": (weights(lambda s: s.update({K: s[K].to(torch.float8_e4m3fn)})), "F8_E4M3"),
+    "nan": (weights(lambda s: s[K].view(-1)[7:8].fill_(float("nan"))), K),
+    "infinite": (weights(lambda s: s[K].view(-1)[7:8].fill_(float("-inf"))), K),
+    "no-config": (file("config.json", None), "config.json"),
+    "config-not-json": (file("config.json", b"{"), "config.json"),
+    "config-not-utf8": (file("config.json", b"\xff\xfe{}"), "config.json"),
+    "config-a-list": (file("config.json", b"[]"), "list"),
+    "no-model-type": (config(model_type="absent"), "config.json"),
+    "unknown-model-type": (config(model_type="no-such-model"), "no-such-model"),
+    "another-model": (config(model_type="gpt2"), "gpt2"),
+    "mixture-of-experts": (config(model_type="mixtral"), "mixtral"),
+    "heads-in-no-groups": (config(num_key_value_heads=3), "num_key_value_heads=3"),
+    "too-few-layers": (config(num_hidden_layers=2), "model.layers.2"),
+    "too-many-layers": (config(num_hidden_layers=4), "model.layers.3"),
+    "no-layers": (config(num_hidden_layers=0), "num_hidden_layers"),
+    "text-for-a-number": (config(hidden_size="wide"), "hidden_size"),
+    "vocabulary": (config(vocab_size=98), "[98, 64]"),
+    "inner-size": (config(intermediate_size=95), "mlp"),
+    "unknown-rope": (config(rope_parameters={"rope_type": "spiral", "rope_theta": 1.0}), "spiral"),
+    "unknown-activation": (config(hidden_act="sillu"), "sillu"),
+    "quantised": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config"),
+}  # fmt: skip
+SHARDED = {
+    "missing-shard": (file(SHARD, None), SHARD),
+    "truncated-shard": (truncated_shard, SHARD),
+    "duplicate-tensor": (duplicate_tensor, "two files"),
+    "index-not-json": (file(INDEX, b"weights"), INDEX),
+    "index-without-map": (file(INDEX, b"{}"), "weight_map"),
+    "index-of-numbers": (index(lambda m: m.update({K: 7})), K),
+    "index-leaves-folder": (swap("../source/model-00001-of-00004.safetensors"), "expected the name of a file beside it"),
+    "index-absolute": (swap("/etc/passwd"), "expected the name of a file beside it"),
+    "index-to-parent": (swap(".."), "expected the name of a file beside it"),
+    "index-backslash": (swap("..\\model.safetensors"), "expected the name of a file beside it"),
+    "index-to-pickle": (swap("config.json"), "expected a .safetensors file"),
+    "index-to-another-shard": (swap("model-00001-of-00004.safetensors"), K),
+    "index-forgets": (index(lambda m: m.pop(K)), K),
+    "index-invents": (index(lambda m: m.update(invented=SHARD)), "invented"),
+}  # fmt: skip
+
+
+def refused(source: Path, folder: Path, named: str, capsys) -> None:
+    assert main(["hf", str(source), str(folder / "t6")]) == 1
+    assert named in last_error(capsys)
+    assert sorted(path.name for path in folder.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("damage, named", WHOLE.values(), ids=WHOLE)
+def test_one_file(damage, named, whole, tmp_path, capsys):
+    damage(shutil.copytree(whole, tmp_path / "source"))
+    refused(tmp_path / "source", tmp_path, named, capsys)
+
+
+@pytest.mark.parametrize("damage, named", SHARDED.values(), ids=SHARDED)
+def test_shards(damage, named, sharded, tmp_path, capsys):
+    damage(shutil.copytree(sharded, tmp_path / "source"))
+    refused(tmp_path / "source", tmp_path, named, capsys)
+
+
+def test_a_link_that_leaves_the_folder(sharded, tmp_path, capsys):
+    """Links are followed only where the Hub's cache makes them: what a shard's name leads to must be a shard."""
+    source = shutil.copytree(sharded, tmp_path / "source")
+    (source / SHARD).unlink()
+    (source / SHARD).symlink_to("/etc/passwd")
+    refused(source, tmp_path, SHARD, capsys)
+
+
+def test_sources_that_are_none(whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for source, named in (
+        (str(whole / "config.json"), "is a file"),
+        ("someone/no-such-model", "someone/no-such-model"),
+        ("no such/name at all", "no such/name at all"),
+    ):
+        assert main(["hf", source, str(tmp_path / "t6")]) == 1
+        assert named in last_error(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_targets_that_cannot_be(whole, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").write_text("kept")
+    for target, named in (("file", "is a file"), ("full", "not empty"), ("file/below", "cannot write")):
+        assert main(["hf", str(whole), str(tmp_path / target)]) == 1
+        assert named in last_error(capsys)
+    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "kept.txt").read_text() == "kept"
+    # A failed conversion over an old one keeps the old one.
+    damaged = shutil.copytree(whole, tmp_path / "source")
+    truncated(damaged)
+    assert main(["hf", str(damaged), str(tmp_path / "full"), "--overwrite"]) == 1
+    assert (tmp_path / "full" / "kept.txt").read_text() == "kept"
+    assert main(["hf", str(whole), str(tmp_path / "full"), "--overwrite"]) == 0
+    assert not (tmp_path / "full" / "kept.txt").exists() and (tmp_path / "full" / "model.safetensors").exists()
+
+
+@pytest.mark.once
+def test_a_full_disk(whole, tmp_path):
+    """The system refuses to write more than 64 kB into a file."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+
+    command = [sys.executable, "-m", "conversion", "hf", str(whole), str(tmp_path / "t6")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
+    assert run.returncode == 1 and not list(tmp_path.iterdir())
+    assert f"error: cannot write {tmp_path / 't6'}" in run.stderr and "File too large" in run.stderr
+    assert "Traceback" not in run.stderr

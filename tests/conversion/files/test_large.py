@@ -1,0 +1,50 @@
+"""Large checkpoints: the memory that a conversion takes, and what a kill leaves."""
+
+import importlib.util
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from conversion.__main__ import main
+from conversion.files.checkpoints import Checkpoint
+
+
+ROOT = Path(__file__).parents[3]
+path = ROOT / "benchmarks" / "conversion_memory.py"
+spec = importlib.util.spec_from_file_location("conversion_memory", path)
+conversion_memory = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(conversion_memory)
+
+
+@pytest.mark.once
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    peaks = []
+    for layers in (1, 8):
+        config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, vocab_size=8000)
+        shards = conversion_memory.write_sparse_checkpoint(tmp_path / f"source-{layers}", config, 80_000_000)
+        peaks.append(conversion_memory.convert(tmp_path / f"source-{layers}", tmp_path / f"t6-{layers}")[1])
+    sizes = [path.stat().st_size for path in shards]
+    # A tensor's shard is never in memory whole: all that is beyond the program itself is less than one shard.
+    assert sum(sizes) > 3 * max(sizes) and peaks[1] - peaks[0] < 0.5 * max(sizes)
+
+
+@pytest.mark.once
+def test_a_kill_leaves_nothing_or_all(tmp_path):
+    config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, vocab_size=8000)
+    conversion_memory.write_sparse_checkpoint(tmp_path / "source", config, 100_000_000)
+    arguments = ["hf", str(tmp_path / "source"), str(tmp_path / "t6"), "--no-verify", "--max-shard-size", "100MB"]
+    process = subprocess.Popen([sys.executable, "-m", "conversion", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(".t6.*.partial/model-00002-*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    if process.wait() != -signal.SIGKILL:
+        pytest.fail("the conversion ended before it could be killed")
+    assert not (tmp_path / "t6").exists()
+    assert main(arguments) == 0
+    source, result = (Checkpoint(tmp_path / name) for name in ("source", "t6"))
+    assert len(result.files) > 2 and result.nbytes >= source.nbytes

@@ -1,0 +1,304 @@
+"""Smaller caches from the command line: the table, the files, healing, and going on after a kill."""
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerState, TrainingArguments
+
+from conversion.__main__ import main, parse_args
+from conversion.files.folders import last_checkpoint
+from conversion.smaller import options as smaller_options
+from conversion.smaller import text
+from conversion.smaller.heal import DistillationTrainer, make_optimizer
+from conversion.smaller.measure import divergence, log_probabilities
+from conversion.smaller.order import Texts
+from modeling_t6 import T6Config, T6ForCausalLM
+
+from ..common import last_error, source_model
+
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A source with 4 key/value heads and a tokenizer, and texts."""
+    folder = tmp_path_factory.mktemp("smaller")
+    source_model("llama", "mha", num_hidden_layers=2, max_position_embeddings=32).save_pretrained(folder / "source")
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(99)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "source")
+    generator = random.Random(0)
+    for name, lines in (("calibration", 300), ("heal", 900)):
+        words = (" ".join(f"w{generator.randrange(1, 99)}" for _ in range(16)) for _ in range(lines))
+        (folder / f"{name}.txt").write_text("\n".join(words) + "\n")
+    return folder
+
+
+def options(folder: Path, target: Path, *more: str) -> list[str]:
+    calibration = ["--calibration", str(folder / "calibration.txt")]
+    few = ["--batch-size", "4", "--device", "cpu", "--reconstruct-steps", "10"]
+    return ["hf", str(folder / "source"), str(target), *calibration, *few, *more]
+
+
+def healing(folder: Path, steps: int) -> list[str]:
+    return ["--heal", str(folder / "heal.txt"), "--heal-steps", str(steps), "--heal-learning-rate", "3e-3"]
+
+
+def test_compresses_and_heals(folder, tmp_path, capsys):
+    target = tmp_path / "t6"
+    assert main(options(folder, target, "--cache-ratio", "2", *healing(folder, 160))) == 0
+    output = capsys.readouterr().out
+    for word in (
+        "source",
+        "exact",
+        "compressed",
+        "healed",
+        "bytes per token",
+        "perplexity",
+        "each attention's output",
+    ):
+        assert word in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t6"]
+
+    report = json.loads((target / "conversion.json").read_text())
+    rows = {row["model"]: row for row in report["perplexity"]}
+    assert list(rows) == ["source", "exact", "compressed", "healed"]
+    assert rows["exact"]["perplexity"] == pytest.approx(rows["source"]["perplexity"], rel=1e-5)
+    assert rows["source"]["cache_bytes_per_token"] == 2 * 2 * 64 * 4 == 2 * rows["healed"]["cache_bytes_per_token"]
+    assert str(tmp_path) not in json.dumps(report) and report["source_model_type"] == "llama"
+    picture = (target / "conversion.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+    # The numbers of the table, counted anew from what was written.
+    source = AutoModelForCausalLM.from_pretrained(folder / "source").eval()
+    model = T6ForCausalLM.from_pretrained(target).eval()
+    content = (folder / "calibration.txt").read_text()
+    held_out = content[content.index("\n", int(len(content) * 0.9)) + 1 :]
+    ids = torch.tensor([int(word[1:]) for word in held_out.split()])
+    ids = ids[: len(ids) // 32 * 32].view(-1, 32)
+    for name, reread in (("source", source), ("healed", model)):
+        with torch.no_grad():
+            loss = reread(ids, labels=ids).loss.item()
+        assert math.exp(loss) == pytest.approx(rows[name]["perplexity"], rel=1e-4)
+
+    # Healing brings the predictions back towards the source's.
+    assert main(options(folder, tmp_path / "unhealed", "--cache-ratio", "2")) == 0
+    expected = log_probabilities(source, ids)
+    unhealed = T6ForCausalLM.from_pretrained(tmp_path / "unhealed").eval()
+    assert (unhealed.config.k_rank, unhealed.config.v_rank) == (model.config.k_rank, model.config.v_rank)
+    assert divergence(model, ids, expected) < 0.9 * divergence(unhealed, ids, expected)
+    tokens = model.generate(ids[:2, :8], max_new_tokens=8, do_sample=False)
+    assert tokens.shape == (2, 16)
+
+
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.once), "muon"])
+def test_goes_on_after_a_kill(optimizer, folder, tmp_path, capsys):
+    """A run that is killed while it heals leaves no result, and ends as if it had not been killed."""
+    more = ["--heal-optimizer", optimizer, "--k-rank", "1,2", "--v-rank", "1", *healing(folder, 40)]
+    assert main(options(folder, tmp_path / "whole", *more)) == 0
+    command = [sys.executable, "-m", "conversion", *options(folder, tmp_path / "t6", *more)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / ".t6.unfinished" / "checkpoints"
+    while last_checkpoint(checkpoints) is None and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "t6").exists()
+
+    # Another run is not taken for its continuation.
+    other = [*more[:-1], "1e-3"]
+    assert main(options(folder, tmp_path / "t6", *other)) == 1
+    assert "--heal-learning-rate 0.003, this one has 0.001" in last_error(capsys)
+    assert main(options(folder, tmp_path / "t6", *more)) == 0
+    assert "healing goes on from checkpoint-" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".t6.unfinished"))
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "t6"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_part_of_a_checkpoint(part, tmp_path):
+    """Whatever part of its last file a killed run wrote, the checkpoint before is the one to go on from."""
+    for step in (10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_checkpoint(tmp_path) is None
+    state = tmp_path / "checkpoint-9" / "trainer_state.json"
+    TrainerState(global_step=9).save_to_json(str(state))
+    assert last_checkpoint(tmp_path) == state.parent
+    whole = state.read_text().strip()
+    state_10 = tmp_path / "checkpoint-10" / "trainer_state.json"
+    state_10.write_text(whole[: int(part * (len(whole) - 1))])
+    assert last_checkpoint(tmp_path) == state.parent
+    state_10.write_text(whole)
+    assert last_checkpoint(tmp_path) == state_10.parent
+
+
+def test_mean_pool(folder, tmp_path):
+    target = tmp_path / "t6"
+    more = ["--method", "mean-pool", "--k-rank", "2", "--v-rank", "2", "--reconstruct-steps", "0"]
+    assert main(options(folder, target, *more)) == 0
+    source = AutoModelForCausalLM.from_pretrained(folder / "source")
+    weight = T6ForCausalLM.from_pretrained(target).model.layers[1].self_attn.k_b_proj.weight
+    heads = source.model.layers[1].self_attn.k_proj.weight.view(2, 2, 16, 64)
+    assert torch.allclose(weight, heads.mean(1).flatten(0, 1), atol=1e-6)
+
+
+HEAL = ["--heal", "HEAL", "--heal-steps", "5"]
+REFUSED = {
+    "rank-0": (["--k-rank", "0"], "--k-rank 0: expected 1 to 4"),
+    "rank-5": (["--v-rank", "5"], "--v-rank 5: expected 1 to 4"),
+    "three-ranks": (["--k-rank", "1,2,1"], "--k-rank has 3 ranks: expected 1, or 2"),
+    "both": (["--k-rank", "1", "--cache-ratio", "2"], "--cache-ratio chooses the ranks itself"),
+    "ratio-too-large": (["--cache-ratio", "5"], "--cache-ratio 5: expected 1 to 4"),
+    "ratio-below-one": (["--cache-ratio", "0.5"], "--cache-ratio 0.5: expected 1 to 4"),
+    "heal-without-ranks": (HEAL, "--calibration needs --k-rank"),
+    "heal-without-steps": (["--k-rank", "1", *HEAL[:2]], "--heal and --heal-steps go together"),
+    "mean-pool-by-layer": (["--method", "mean-pool", "--cache-ratio", "2"], "one rank for all layers"),
+    "no-text": (["--k-rank", "1", "--held-out", "nowhere.txt"], "nowhere.txt"),
+    "empty-text": (["--k-rank", "1", "--held-out", "EMPTY"], "empty.txt is empty"),
+    "not-text": (["--k-rank", "1", "--heal", "BYTES", "--heal-steps", "5"], "bytes.txt is not UTF-8 text"),
+    "short-text": (["--k-rank", "1", "--held-out", "SHORT"], "short.txt has 3 tokens"),
+    "window": (["--k-rank", "1", "--window", "33"], "--window 33: expected 2 to 32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more, message", REFUSED.values(), ids=REFUSED)
+def test_refused(more, message, folder, tmp_path, capsys):
+    names = {"HEAL": "heal", "EMPTY": "empty", "BYTES": "bytes", "SHORT": "short"}
+    for name, content in (("empty", b" \n"), ("bytes", b"w1 \xff\xfe"), ("short", b"w1 w2 w3\n")):
+        (folder / f"{name}.txt").write_bytes(content)
+    more = [str(folder / f"{names[word]}.txt") if word in names else word for word in more]
+    assert main(options(folder, tmp_path / "t6", *more)) == 1
+    assert message in last_error(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_needs_calibration_and_a_tokenizer(folder, tmp_path, capsys):
+    assert main(["hf", str(folder / "source"), str(tmp_path / "t6"), "--k-rank", "1"]) == 1
+    assert "needs --calibration TEXT" in last_error(capsys)
+    source_model("llama", "mha").save_pretrained(tmp_path / "bare")
+    arguments = options(folder, tmp_path / "t6", "--k-rank", "1")
+    arguments[1] = str(tmp_path / "bare")
+    assert main(arguments) == 1
+    assert "has no tokenizer" in last_error(capsys)
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "accelerate"])
+def test_a_missing_package_is_named_before_any_work(package, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(smaller_options, "find_spec", lambda name: None if name == package else True)
+    assert main(options(folder, tmp_path / "t6", "--k-rank", "1", *healing(folder, 40))) == 1
+    assert f"needs {package}: pip install" in last_error(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def model(folder) -> T6ForCausalLM:
+    if not (folder / "exact").exists():
+        assert main(["hf", str(folder / "source"), str(folder / "exact")]) == 0
+    return T6ForCausalLM.from_pretrained(folder / "exact")
+
+
+def test_loss_of_healing(model, folder, tmp_path):
+    """KL, hidden states and the text's own loss, against float64 sums over the two models' outputs."""
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "source")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    ids = torch.randint(1, 99, (3, 32))
+    expected = teacher(ids, output_hidden_states=True)
+    outputs = model(ids, labels=ids, output_hidden_states=True)
+    p, q = (x.logits.double().softmax(-1) for x in (expected, outputs))
+    loss = (p * (p / q).log()).sum(-1).mean()
+    for state, target in zip(outputs.hidden_states[1:], expected.hidden_states[1:]):
+        loss += (state - target).double().square().sum() / target.double().square().sum() / 2  # layers
+
+    def healing_loss(weight: float) -> torch.Tensor:
+        arguments = TrainingArguments(str(tmp_path / "trainer"), use_cpu=True, report_to="none")
+        trainer = DistillationTrainer(model=model, args=arguments, teacher=teacher, cross_entropy=weight)
+        return trainer.compute_loss(model, {"input_ids": ids}).double()
+
+    torch.testing.assert_close(healing_loss(0.0), loss, rtol=1e-4, atol=0)  # float32 sums of a hundred numbers
+    torch.testing.assert_close(healing_loss(0.3), loss + 0.3 * outputs.loss, rtol=1e-4, atol=0)
+
+
+def test_heals_on_some_tokens(folder, tmp_path):
+    """What healing reads of its text, and options that reach it."""
+    more = [*healing(folder, 4), "--heal-tokens", "100", "--heal-cross-entropy", "0.5"]
+    args = parse_args(options(folder, tmp_path / "t6", "--k-rank", "1", *more))
+    assert smaller_options.wanted(args) and args.heal_cross_entropy == 0.5
+    config = T6Config(max_position_embeddings=32)
+    texts = Texts(args, folder / "source", config)
+    assert texts.healing.shape == (3, 32)
+    args.heal_tokens = None
+    whole = Texts(args, folder / "source", config).healing
+    assert len(whole) > 3 and torch.equal(texts.healing, whole[:3])
+
+
+def test_defaults_of_methods():
+    words = ["hf", "SRC", "DST", "--k-rank", "1", "--calibration", "TEXT"]
+    for method, steps, rate in (("fit", 500, 1e-4), ("mean-pool", 0, 3e-4)):
+        for optimizer, times in (("adamw", 1), ("muon", 3)):
+            args = parse_args([*words, "--method", method, "--heal-optimizer", optimizer])
+            assert smaller_options.wanted(args)
+            assert (args.reconstruct_steps, args.heal_learning_rate) == (steps, times * rate)
+
+
+def test_optimizers_of_healing(model):
+    """Each parameter is in one group, at its rate; a step of Muon has singular values of one size."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, divisor in (("adamw", 1), ("muon", 3)):
+        optimizer = make_optimizer(model, name, 0.9, fused=False)
+        rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert sorted(rates) == sorted(names.values()) and len(rates) == sum(
+            len(g["params"]) for g in optimizer.param_groups
+        )
+        assert rates["model.layers.0.self_attn.q_proj.weight"] == 0.9
+        assert rates["model.layers.1.mlp.down_proj.weight"] == pytest.approx(0.3)
+        assert rates["model.layers.0.self_attn.k_a"] == pytest.approx(0.9 / divisor)
+        assert rates["model.embed_tokens.weight"] == pytest.approx(0.3 / divisor)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    old, ids = weight.detach().clone(), torch.randint(1, 99, (2, 32))
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    values = torch.linalg.svdvals(weight.detach() - old)
+    expected = 0.9 * 0.2 * max(weight.shape) ** 0.5  # whose root mean square is that of AdamW's steps
+    # Five Newton-Schulz steps in bfloat16 take the gradient's singular values to 0.7 to 1.2, but for the smallest.
+    assert (values[: len(values) // 4] > 0.6 * expected).all() and (values < 1.3 * expected).all()
+
+
+def test_a_loss_that_is_no_number(folder, tmp_path, capsys, monkeypatch):
+    compute_loss = DistillationTrainer.compute_loss
+    monkeypatch.setattr(
+        DistillationTrainer, "compute_loss", lambda *args, **kwargs: compute_loss(*args, **kwargs) * float("nan")
+    )
+    assert main(options(folder, tmp_path / "t6", "--k-rank", "1", *healing(folder, 40))) == 1
+    assert "lower --heal-learning-rate" in last_error(capsys)
+    assert not (tmp_path / "t6").exists()
+
+
+def test_windows_hold_the_text(folder, monkeypatch):
+    """Reading a text in pieces loses and repeats nothing; of the first windows, no more is read than they need."""
+    tokenizer = text.load_tokenizer(folder / "source")
+    lines = "".join(f"w{i % 98 + 1} w{i % 7 + 1}\n" for i in range(40_000))
+    ids = text.windows(tokenizer, lines, 32, "text").flatten().tolist()
+    assert ids == [int(word[1:]) for word in lines.split()][: len(ids)] and len(ids) == 80_000
+    monkeypatch.setattr(text, "PIECES", 1)
+    monkeypatch.setattr(text, "PIECE", 10_000)
+    read = []
+    first = text.windows(
+        lambda pieces, **options: read.append(pieces) or tokenizer(pieces, **options), lines, 32, "text", 99
+    )
+    assert first.flatten().tolist() == ids[: 99 * 32] and len(read) == 2
+    kept, held_out = text.split_held_out(lines)
+    assert kept + held_out == lines and kept.endswith("\n") and 0.09 < len(held_out) / len(lines) < 0.11

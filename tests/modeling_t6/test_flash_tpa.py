@@ -19,6 +19,7 @@ from modeling_t6.cache_t6 import CACHE_NAME, FactorLayout
 from modeling_t6.factor_space_t6 import factor_space_attention
 from modeling_t6.flash_tpa_t6 import choose_launch, choose_splits, decode_with_flash_tpa, flash_tpa
 
+from ..versions import once_but
 from .common import DEVICE, random_ids, random_model, tiny_config
 from .flash_tpa_cases import TOLERANCES, random_case, relative_error
 
@@ -256,10 +257,15 @@ MODELS = {
 
 @needs_triton
 @pytest.mark.parametrize(
-    "name,cache", [*((name, None) for name in MODELS), ("tpa", "static"), ("sliding-and-full", "static")]
-)
-def test_models(calls, name, cache):
-    fields = MODELS[name]
+    "case",
+    once_but(
+        {name: (fields, None) for name, fields in MODELS.items()}
+        | {f"{name}, static": (MODELS[name], "static") for name in ("tpa", "sliding-and-full")},
+        "tpa", "noncontextual-a", "sliding-and-full, static",
+    ),
+)  # fmt: skip
+def test_models(calls, case):
+    fields, cache = case
     config = tiny_config(**fields)
     ids = random_ids(config, 1, 17)
     expected = generate(random_model(config), ids, use_cache=False)
@@ -271,10 +277,17 @@ def test_models(calls, name, cache):
 @needs_triton
 @pytest.mark.parametrize(
     "kwargs",
-    [{"cache_implementation": "quantized", "cache_config": {"backend": "hqq", "nbits": 8}}, {"num_beams": 2},
-     {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 5}],
-    ids=["quantized", "beams", "prompt-lookup", "chunked-prefill"],
-)  # fmt: skip
+    once_but(
+        {
+            "quantized": {"cache_implementation": "quantized", "cache_config": {"backend": "hqq", "nbits": 8}},
+            "beams": {"num_beams": 2},
+            "prompt-lookup": {"prompt_lookup_num_tokens": 3},
+            "chunked-prefill": {"prefill_chunk_size": 5},
+        },
+        "quantized",
+        "prompt-lookup",
+    ),
+)
 def test_ways_to_generate(calls, kwargs):
     flash, plain = (random_model(one_layer(name)) for name in ("flash_tpa", "eager"))
     ids = random_ids(flash.config, 1, 17)
@@ -297,6 +310,7 @@ def test_left_padded_batch_equals_its_rows(calls, cache):
     assert calls.count
 
 
+@pytest.mark.once
 @needs_triton
 @torch.no_grad()
 def test_several_query_tokens_and_masks_of_the_user(calls):

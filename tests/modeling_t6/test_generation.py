@@ -7,13 +7,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from modeling_t6 import T6Cache
 
+from ..versions import once_but
 from .common import DEVICE, cached, quick, random_ids, random_model, tiny_config
 
 
 NEW = 10
 
 
-@pytest.fixture(scope="module", params=[3, None], ids=["tpa", "kvonly"])
+@pytest.fixture(scope="module", params=once_but({"tpa": 3, "kvonly": None}, "tpa"))
 def model(request):
     return random_model(tiny_config(q_rank=request.param))
 

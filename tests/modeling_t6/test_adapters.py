@@ -35,7 +35,7 @@ TARGETS = {
     "third order": ({"c_factor_dim": 4}, {"target_modules": "all-linear"}),
     "output gate": ({"output_gate": True}, {"target_modules": "all-linear"}),
 }
-every_target = pytest.mark.parametrize("case", once_but(TARGETS, "TPA", "non-contextual A"))
+every_target = pytest.mark.parametrize("case", once_but(TARGETS.items(), "TPA", "non-contextual A"))
 
 
 def lora(targets: dict) -> LoraConfig:

@@ -255,17 +255,16 @@ MODELS = {
 }
 
 
+MODELS_AND_CACHES = {name: (fields, None) for name, fields in MODELS.items()} | {
+    f"{name}, static": (MODELS[name], "static") for name in ("tpa", "sliding-and-full")
+}
+
+
 @needs_triton
 @pytest.mark.parametrize(
-    "case",
-    once_but(
-        {name: (fields, None) for name, fields in MODELS.items()}
-        | {f"{name}, static": (MODELS[name], "static") for name in ("tpa", "sliding-and-full")},
-        "tpa", "noncontextual-a", "sliding-and-full, static",
-    ),
-)  # fmt: skip
-def test_models(calls, case):
-    fields, cache = case
+    "fields, cache", once_but(MODELS_AND_CACHES.items(), "tpa", "noncontextual-a", "sliding-and-full, static")
+)
+def test_models(calls, fields, cache):
     config = tiny_config(**fields)
     ids = random_ids(config, 1, 17)
     expected = generate(random_model(config), ids, use_cache=False)
@@ -283,7 +282,7 @@ def test_models(calls, case):
             "beams": {"num_beams": 2},
             "prompt-lookup": {"prompt_lookup_num_tokens": 3},
             "chunked-prefill": {"prefill_chunk_size": 5},
-        },
+        }.items(),
         "quantized",
         "prompt-lookup",
     ),

@@ -14,7 +14,7 @@ from .common import DEVICE, cached, quick, random_ids, random_model, tiny_config
 NEW = 10
 
 
-@pytest.fixture(scope="module", params=once_but({"tpa": 3, "kvonly": None}, "tpa"))
+@pytest.fixture(scope="module", params=once_but({"tpa": 3, "kvonly": None}.items(), "tpa"))
 def model(request):
     return random_model(tiny_config(q_rank=request.param))
 

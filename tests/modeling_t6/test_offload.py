@@ -51,7 +51,7 @@ MAPS = {
 }
 
 
-@pytest.fixture(scope="module", params=once_but(CONFIGS, "TPA", "shared B, sliding"))
+@pytest.fixture(scope="module", params=once_but(CONFIGS.items(), "TPA", "shared B, sliding"))
 def saved(request, tmp_path_factory):
     """A folder, the model that is in it, and its tokens."""
     folder = tmp_path_factory.mktemp("saved")

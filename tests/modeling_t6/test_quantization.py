@@ -27,7 +27,7 @@ CONFIGS = {
     "non-contextual A": SHAPE | {"noncontextual_a": True},
     "output gate": SHAPE | {"output_gate": True, "tie_word_embeddings": False},
 }
-every_config = pytest.mark.parametrize("overrides", once_but(CONFIGS, "TPA"))
+every_config = pytest.mark.parametrize("overrides", once_but(CONFIGS.items(), "TPA"))
 
 
 def unfit_for_4_bits(model) -> list[str]:

@@ -62,7 +62,7 @@ VARIANTS = {
 variants = pytest.mark.parametrize(
     "overrides",
     once_but(
-        VARIANTS,
+        VARIANTS.items(),
         "tpa",
         "partial-rotary",
         "noncontextual-a-kvonly",

@@ -42,7 +42,7 @@ def write(folder, arguments, state, form):
     return folder / "ckpt.pt" if form == "ddp" else folder
 
 
-@pytest.mark.parametrize("options", once_but(MODELS, "5-heads", "kv-only-head-norm"))
+@pytest.mark.parametrize("options", once_but(MODELS.items(), "5-heads", "kv-only-head-norm"))
 def test_logits(options, tmp_path, capsys):
     arguments, state = research.random_checkpoint(**options)
     source = write(tmp_path / "source", arguments, state, "folder")

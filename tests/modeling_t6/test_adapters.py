@@ -35,7 +35,7 @@ TARGETS = {
     "third order": ({"c_factor_dim": 4}, {"target_modules": "all-linear"}),
     "output gate": ({"output_gate": True}, {"target_modules": "all-linear"}),
 }
-every_target = pytest.mark.parametrize("case", once_but(TARGETS.items(), "TPA", "non-contextual A"))
+every_target = pytest.mark.parametrize("overrides, targets", once_but(TARGETS.items(), "TPA", "non-contextual A"))
 
 
 def lora(targets: dict) -> LoraConfig:
@@ -61,8 +61,7 @@ def merged(peft_model: PeftModel) -> T6ForCausalLM:
 
 
 @every_target
-def test_round_trip(case, tmp_path):
-    overrides, targets = case
+def test_round_trip(overrides, targets, tmp_path):
     peft_model = with_adapter(overrides, targets)
     ids = random_ids(peft_model.config, 2, 9)
     original = random_model(tiny_config(**overrides))

@@ -13,6 +13,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_t6 import T6ForCausalLM
 
+from ..versions import once_but
 from .common import DEVICE, random_ids, random_model, tiny_config, train_step
 from .test_generation import generate, greedy
 
@@ -34,7 +35,7 @@ TARGETS = {
     "third order": ({"c_factor_dim": 4}, {"target_modules": "all-linear"}),
     "output gate": ({"output_gate": True}, {"target_modules": "all-linear"}),
 }
-every_target = pytest.mark.parametrize("overrides, targets", TARGETS.values(), ids=TARGETS)
+every_target = pytest.mark.parametrize("overrides, targets", once_but(TARGETS.items(), "TPA", "non-contextual A"))
 
 
 def lora(targets: dict) -> LoraConfig:

@@ -8,13 +8,14 @@ from transformers.generation.streamers import BaseStreamer
 from modeling_t6 import T6Cache
 from modeling_t6.cache_t6 import CACHE_NAME
 
-from .common import DEVICE, cached, random_ids, random_model, tiny_config
+from ..versions import once_but
+from .common import DEVICE, cached, quick, random_ids, random_model, tiny_config
 
 
 NEW = 10
 
 
-@pytest.fixture(scope="module", params=[3, None], ids=["tpa", "kvonly"])
+@pytest.fixture(scope="module", params=once_but({"tpa": 3, "kvonly": None}.items(), "tpa"))
 def model(request):
     return random_model(tiny_config(q_rank=request.param))
 
@@ -57,12 +58,17 @@ def test_greedy(model, kwargs):
 def test_attention_implementations(implementation, cache_implementation):
     model = random_model(tiny_config(attn_implementation=implementation))
     ids = random_ids(model.config, 2, 9)
-    output = generate(model, ids, cache_implementation=cache_implementation)
+    with quick(implementation):
+        output = generate(model, ids, cache_implementation=cache_implementation)
     assert torch.equal(output, greedy(random_model(tiny_config()), ids))
 
 
-def test_static_cache_with_compile(model):
-    """`generate()` compiles on accelerators only, unless it is told to compile here too."""
+def test_static_cache_with_compile():
+    """
+    `generate()` compiles on accelerators only, unless it is told to compile here too. A layer shows it; the variants are
+    those of `test_compiled_generation`.
+    """
+    model = random_model(tiny_config(num_hidden_layers=1))
     ids = random_ids(model.config, 2, 9)
     compile_config = CompileConfig(backend="aot_eager", fullgraph=True, dynamic=False, mode=None)
     compile_config._compile_all_devices = True

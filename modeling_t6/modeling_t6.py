@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -470,13 +471,22 @@ class T6ForCausalLM(T6PreTrainedModel, T6GenerationMixin):
         )
 
 
-class T6ForSequenceClassification(GenericForSequenceClassification, T6PreTrainedModel): ...
+class T6PreTrainedHead(T6PreTrainedModel):
+    """Transformers' generic heads make their body by `AutoModel`, which must know it also where T6 is remote code."""
+
+    def __init__(self, config: T6Config):
+        # Not once for all at import: a folder's configuration comes from another copy of the code than its model.
+        AutoModel.register(type(config), T6Model, exist_ok=True)
+        super().__init__(config)
 
 
-class T6ForQuestionAnswering(GenericForQuestionAnswering, T6PreTrainedModel): ...
+class T6ForSequenceClassification(GenericForSequenceClassification, T6PreTrainedHead): ...
 
 
-class T6ForTokenClassification(GenericForTokenClassification, T6PreTrainedModel): ...
+class T6ForQuestionAnswering(GenericForQuestionAnswering, T6PreTrainedHead): ...
+
+
+class T6ForTokenClassification(GenericForTokenClassification, T6PreTrainedHead): ...
 
 
 __all__ = [

@@ -199,6 +199,21 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
+class TensorMaskConfig:
+    """A `T6Config`, as it is now, for the functions that make masks: they make tensors for it."""
+
+    _attn_implementation = "eager"
+
+    def __init__(self, config: T6Config):
+        self._config = config
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_config"], name)
+
+    def get_text_config(self, *args, **kwargs) -> "TensorMaskConfig":
+        return self
+
+
 def _layer_type(config: T6Config, layer_idx: int) -> str:
     return "full_attention" if config.layer_types is None else config.layer_types[layer_idx]
 
@@ -217,7 +232,6 @@ class T6Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.sliding_window = config.sliding_window if _layer_type(config, layer_idx) == "sliding_attention" else None
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
         self.head_mesh = None  # with tensor parallelism, the processes that share the heads
         self.gradient_checkpointing = False  # of the layer: Transformers sets it
@@ -248,6 +262,12 @@ class T6Attention(nn.Module):
             self.head_norm = T6RMSNorm(self.head_dim, eps=1e-5)
         if config.output_gate:
             self.o_gate_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=config.attention_bias)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """What the configuration says now, as masks and caches follow it."""
+        is_sliding = _layer_type(self.config, self.layer_idx) == "sliding_attention"
+        return self.config.sliding_window if is_sliding else None
 
     def _factor_proj(self, n1: int, n2: int) -> nn.Linear:
         """The projection to a factor [n1, n2], initialised as Xavier's of the weight viewed as [hidden, n1, n2]."""
@@ -562,10 +582,6 @@ class T6Model(T6PreTrainedModel):
         self.gradient_checkpointing = False
         self.row_layouts = [factor_layouts(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
 
-        # Asks for masks as tensors. Made here because torch.compile does not trace a copy on every version.
-        self.tensor_mask_config = copy.copy(config)
-        self.tensor_mask_config._attn_implementation = "eager"
-
         # Initialize weights and apply final processing
         self.post_init()
         self._tp_plan |= shared_factors_plan(self)
@@ -690,7 +706,7 @@ class T6Model(T6PreTrainedModel):
         if use_flash_tpa or attend_in_factor_space(inputs_embeds.shape[1], cache):
             # Factor space reads tensors, and over a static or sliding cache always one: only it tells which rows to read.
             if implementation != "sdpa" or is_static or config.sliding_window is not None:
-                config = self.tensor_mask_config
+                config = TensorMaskConfig(config)
         elif implementation == "flex_attention" and is_static:
             # flex_attention asks the mask late, when the cache has moved its length in place: show it another.
             cache = copy.copy(cache)

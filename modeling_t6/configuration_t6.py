@@ -352,4 +352,17 @@ class T6Config(PreTrainedConfig):
                 raise ValueError(f"`{first}` and `{second}` exclude each other: {reason}.")
 
 
+class ConfigView:
+    """A `T6Config` as it is now, but for what a subclass says of it to code of Transformers that reads configurations."""
+
+    def __init__(self, config: T6Config):
+        self._config = config
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_config"], name)
+
+    def get_text_config(self, *args, **kwargs) -> "ConfigView":
+        return self
+
+
 __all__ = ["T6Config"]

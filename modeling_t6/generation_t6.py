@@ -43,9 +43,7 @@ class T6GenerationMixin(GenerationMixin):
         """The masks that `generate()` makes ahead of a step over a static cache."""
         model, cache = self.model, self.model.cache_of_this_stage(kwargs[CACHE_NAME])
         attend = choose_attention(model.config, inputs_embeds, cache)
-        return create_attention_masks(
-            model.config, model.tensor_mask_config, attend, inputs_embeds, attention_mask, cache, position_ids
-        )
+        return create_attention_masks(model.config, attend, inputs_embeds, attention_mask, cache, position_ids)
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
         """

@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .attention_t6 import heads_attention_forward
 from .cache_t6 import CACHE_NAME, FactorLayout, refuse_other_rows
-from .configuration_t6 import T6Config
+from .configuration_t6 import ConfigView, T6Config
 from .flash_tpa_t6 import flash_tpa_attention_forward
 from .paged_t6 import PagedFactors
 
@@ -88,9 +88,14 @@ def validate_cache(
             )
 
 
+class TensorMaskConfig(ConfigView):
+    """A `T6Config` for the functions that make masks: they make tensors for it."""
+
+    _attn_implementation = "eager"
+
+
 def create_attention_masks(
     config: T6Config,
-    tensor_mask_config: T6Config,
     attend: Callable,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | dict | None,
@@ -101,7 +106,6 @@ def create_attention_masks(
     By layer type, the mask as the way `attend` reads it: what the attention interface takes, or a tensor.
 
     Args:
-        tensor_mask_config: `config` with an attention implementation whose masks are tensors.
         cache: that of this stage, if there is a pipeline.
     """
     if isinstance(attention_mask, dict):  # made ahead by `generate()`
@@ -118,7 +122,7 @@ def create_attention_masks(
     if attend is not heads_attention_forward:
         # These read tensors, and over a static or sliding cache always one: only it tells which rows to read.
         if implementation != "sdpa" or is_static or config.sliding_window is not None:
-            config = tensor_mask_config
+            config = TensorMaskConfig(config)
     elif implementation == "flex_attention" and is_static:
         # flex_attention asks the mask late, when the cache has moved its length in place: show it another.
         cache = copy.copy(cache)

@@ -129,7 +129,6 @@ class T6Attention(TensorProductFactors):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.sliding_window = config.sliding_window if config.layer_type(layer_idx) == "sliding_attention" else None
         self.gradient_checkpointing = False  # of the layer: Transformers sets it
 
         hidden_size, heads_size = config.hidden_size, config.num_attention_heads * self.head_dim
@@ -140,6 +139,12 @@ class T6Attention(TensorProductFactors):
             self.head_norm = T6RMSNorm(self.head_dim, eps=1e-5)
         if config.output_gate:
             self.o_gate_proj = nn.Linear(hidden_size, heads_size, bias=config.attention_bias)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """What the configuration says now, as masks and caches follow it."""
+        is_sliding = self.config.layer_type(self.layer_idx) == "sliding_attention"
+        return self.config.sliding_window if is_sliding else None
 
     @rename_past_key_values
     def forward(
@@ -298,10 +303,6 @@ class T6Model(T6PreTrainedModel):
         self.gradient_checkpointing = False
         self.row_layouts = [factor_layouts(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
 
-        # Asks for masks as tensors. Made here because torch.compile does not trace a copy on every version.
-        self.tensor_mask_config = copy.copy(config)
-        self.tensor_mask_config._attn_implementation = "eager"
-
         # Initialize weights and apply final processing
         self.post_init()
         self._tp_plan |= shared_factors_plan(self)
@@ -349,7 +350,7 @@ class T6Model(T6PreTrainedModel):
             cache = stage_cache = PagedFactors(self.config, cache, position_ids, kwargs)
         attend = choose_attention(self.config, inputs_embeds, cache)
         attention_masks = create_attention_masks(
-            self.config, self.tensor_mask_config, attend, inputs_embeds, attention_mask, stage_cache, position_ids
+            self.config, attend, inputs_embeds, attention_mask, stage_cache, position_ids
         )
 
         hidden_states = inputs_embeds

@@ -26,6 +26,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
 
 from .cache_t6 import factor_layouts
+from .configuration_t6 import ConfigView
 from .factor_space_t6 import factor_space_attention
 from .factors_t6 import Factors, form_heads
 
@@ -43,7 +44,7 @@ def paged_width(config: PreTrainedConfig) -> int:
     return max((key_layout.width + value_layout.width + 1) // 2 for key_layout, value_layout in layouts)
 
 
-class PagedConfig:
+class PagedConfig(ConfigView):
     """
     A `T6Config` as the engine is to read it: with one key/value head of `paged_width`, and without masks, which take
     more memory than the factors of a long cache do. The engine makes none if the name of the attention has "flash" in it.
@@ -53,14 +54,8 @@ class PagedConfig:
     _attn_implementation = "flash_tpa"
 
     def __init__(self, config: PreTrainedConfig):
-        self._config = config
+        super().__init__(config)
         self.head_dim = paged_width(config)
-
-    def __getattr__(self, name: str):
-        return getattr(self.__dict__["_config"], name)
-
-    def get_text_config(self, *args, **kwargs) -> "PagedConfig":
-        return self
 
 
 class PagedModel:

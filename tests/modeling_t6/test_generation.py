@@ -5,7 +5,7 @@ import torch
 from transformers import CompileConfig, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_t6 import T6Cache
+from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
 
 from ..versions import once_but
@@ -278,3 +278,65 @@ def test_rows_to_return_to(sliding_model):
         assert cache.get_seq_length() == end
         logits = model(ids[:, end:], cache=cache).logits
         torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, end:], atol=1e-5, rtol=1e-5)
+
+
+ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+FULL = {"layer_types": ["full_attention"] * 2}
+WINDOWS = {  # of a saved model, what is set, and what the result is to be like
+    "none before": ({}, {"sliding_window": 5}, {"sliding_window": 5}),
+    "shorter": ({"sliding_window": 8}, {"sliding_window": 5}, {"sliding_window": 5}),
+    "longer": ({"sliding_window": 5}, {"sliding_window": 8}, {"sliding_window": 8}),
+    "taken away": ({"sliding_window": 5}, {"sliding_window": None}, {}),
+    "of some layers": (ALTERNATING, {"sliding_window": 5}, ALTERNATING | {"sliding_window": 5}),
+    "of no layer": (FULL, {"sliding_window": 5}, {}),
+    "other layers": ({"sliding_window": 5}, {"layer_types": ALTERNATING["layer_types"]}, ALTERNATING | {"sliding_window": 5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("saved,change,like", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("how", ["at load", "set"])
+def test_window_that_is_given_later(saved, change, like, how, tmp_path):
+    """Layers, masks and every cache agree on it, as if the model had been made so."""
+    model = random_model(tiny_config(**saved))
+    if how == "set":
+        for name, value in change.items():
+            setattr(model.config, name, value)
+    else:
+        model.save_pretrained(tmp_path)
+        model = T6ForCausalLM.from_pretrained(tmp_path, **change)
+        assert T6Config.from_pretrained(tmp_path, **change).layer_types == model.config.layer_types
+    expected = random_model(tiny_config(**like))
+    ids = random_ids(model.config, 2, 13)
+    continued = greedy(expected, ids)
+    assert torch.equal(model(ids, use_cache=False).logits, expected(ids, use_cache=False).logits)
+    for implementation in (None, "dynamic", "static"):
+        assert torch.equal(generate(model, ids, cache_implementation=implementation), continued)
+    windows = {getattr(layer, "sliding_window", None) for layer in T6Cache(config=model.config).layers}
+    assert windows == {getattr(layer, "sliding_window", None) for layer in T6Cache(config=expected.config).layers}
+    T6Config.from_dict(model.config.to_dict())  # still one that can be saved
+
+
+def test_windows_that_cannot_be():
+    config = tiny_config(**ALTERNATING)
+    for window in (None, 0, -1):
+        with pytest.raises(ValueError, match="sliding_window.* must be a positive integer"):
+            config.sliding_window = window
+    config = tiny_config()
+    with pytest.raises(Exception, match="sliding_window"):
+        config.sliding_window = "8"
+
+
+@torch.no_grad()
+def test_cache_made_for_another_window():
+    """Rows that left a smaller window are gone: refused. A larger one holds all that are seen."""
+    model = random_model(tiny_config(sliding_window=5))
+    ids = random_ids(model.config, 2, 13)
+    small, large = (T6Cache(config=tiny_config(sliding_window=window)) for window in (5, 8))
+    for cache in (small, large):
+        model(ids[:, :12], cache=cache)
+    expected = model(ids, use_cache=False).logits[:, 12:]
+    torch.testing.assert_close(model(ids[:, 12:], cache=large).logits, expected, atol=1e-5, rtol=1e-5)
+    for window in (8, None):
+        model.config.sliding_window = window
+        with pytest.raises(ValueError, match="holds the last 5 tokens alone"):
+            model(ids[:, 12:], cache=small)

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from command_line import InputError, one_line
+from conversion.smaller.measure import logits_in_pieces
 from modeling_t6.cache_t6 import CACHE_NAME
 
 
@@ -108,7 +109,11 @@ class RandomWindows(Dataset):
 
 
 def held_out_windows(tokens: torch.Tensor, block_length: int) -> list[torch.Tensor]:
-    """Consecutive windows that share one token, so that each token of the text but the first is predicted once."""
+    """
+    Consecutive windows that share one token, so that each token of the text but the first is predicted once. No window
+    is longer than the text.
+    """
+    block_length = max(2, min(block_length, len(tokens)))
     stride = block_length - 1
     num_windows = math.ceil((len(tokens) - 1) / stride)
     tokens = nn.functional.pad(tokens, (0, num_windows * stride + 1 - len(tokens)), value=IGNORED)
@@ -123,12 +128,14 @@ def collate(windows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 # Loss
 
 
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood [batch, seq], in nats, of the `targets` [batch, seq] that `logits` [batch, seq, vocab] predict."""
+    return nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+
+
 def window_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of each window [batch], in nats, summed over its tokens."""
-    losses = nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none"
-    )
-    return losses.sum(1)
+    return token_losses(logits[:, :-1], labels[:, 1:]).sum(1)
 
 
 def text_size(documents: list[str]) -> tuple[int, int]:
@@ -151,16 +158,19 @@ def total_loss(
 ) -> float:
     """
     Nats of all windows. With `new_cache`, which makes an empty cache, tokens go through the model one by one, as in decoding.
+    Logits are in memory piece by piece, however long the windows are.
     """
     model.eval()
     nats = 0.0
     for batch in DataLoader(windows, batch_size=batch_size, collate_fn=collate):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        ids, targets = (batch[name].to(model.device) for name in ("input_ids", "labels"))
+        ids, targets = ids[:, :-1], targets[:, 1:]
         if new_cache is None:
-            logits = model(batch["input_ids"], use_cache=False).logits
+            pieces = logits_in_pieces(model, ids)
         else:
             cache = {CACHE_NAME: new_cache()}
-            steps = batch["input_ids"].split(1, dim=1)
-            logits = torch.cat([model(tokens, use_cache=True, **cache).logits for tokens in steps], dim=1)
-        nats += window_losses(logits, batch["labels"]).double().sum().item()
+            pieces = (model(token, use_cache=True, **cache).logits for token in ids.split(1, dim=1))
+        for logits in pieces:
+            piece, targets = targets[:, : logits.shape[1]], targets[:, logits.shape[1] :]
+            nats += token_losses(logits, piece).double().sum().item()
     return nats

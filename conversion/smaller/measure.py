@@ -1,6 +1,8 @@
 """What a model loses, and what its cache takes."""
 
 import math
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
@@ -21,14 +23,33 @@ def cache_bytes_per_token(model: PreTrainedModel, cache: Cache, itemsize: int) -
     return cache_nbytes(cache) / ids.numel() * itemsize / model.dtype.itemsize
 
 
+LOGITS = 2**26  # at once: 256 MiB of float32
+
+
+def logits_in_pieces(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """
+    Logits [batch, piece, vocab] of `ids` [batch, seq], piece by piece, so that those of a long window are never in memory
+    together. The layers run once; what stands behind them (the head, a scale, a cap) is the model's own.
+    """
+    outputs = model.base_model(ids, use_cache=False)
+    size = max(1, LOGITS // (len(ids) * model.config.get_text_config().vocab_size))
+    for states, piece in zip(outputs.last_hidden_state.split(size, dim=1), ids.split(size, dim=1)):
+        known = type(outputs)(**{**outputs, "last_hidden_state": states})
+        with mock.patch.object(model.base_model, "forward", return_value=known):
+            logits = model(piece, use_cache=False).logits
+        yield logits
+
+
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int, name: str, quiet: bool = False) -> float:
     """exp of the mean loss of each token of the windows `ids` [n, length] after those before it in its window."""
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in tqdm(ids.split(batch_size), desc=f"perplexity, {name}", unit="batch", disable=quiet):
         batch = batch.to(model.device)
-        logits = model(batch, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").double()
+        targets = batch[:, 1:]
+        for logits in logits_in_pieces(model, batch[:, :-1]):
+            piece, targets = targets[:, : logits.shape[1]], targets[:, logits.shape[1] :]
+            total += F.cross_entropy(logits.float().flatten(0, 1), piece.flatten(), reduction="sum").double()
     return math.exp(total.item() / (ids.shape[0] * (ids.shape[1] - 1)))
 
 

@@ -18,10 +18,15 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import language_modeling
 import score
 from conversion.__main__ import main as convert
+from conversion.smaller import measure
+from modeling_t6 import T6Cache
 from modeling_t6 import modeling_t6 as t6
 from tests.conversion.common import save_source
+from tests.modeling_t6.common import random_model, tiny_config
+from tests.modeling_t6.test_attention import LargestResult
 
 
 ROOT = Path(__file__).parents[2]
@@ -330,6 +335,31 @@ def test_perplexity(tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "llama")
     with pytest.raises(SystemExit, match="--cache-dtype is for T6 models: .*llama is llama"):
         score.main(["perplexity", str(tmp_path / "llama"), str(path), "--cache-dtype", "model", *options])
+
+
+def test_decoding_keeps_no_logits():
+    model = random_model(tiny_config(vocab_size=4096))
+    windows = language_modeling.held_out_windows(torch.arange(2, 30), 65536)
+    with LargestResult() as largest:
+        decoded = language_modeling.total_loss(model, windows, 1, functools.partial(T6Cache, config=model.config))
+    assert largest.numel == 4096  # those of one token
+    assert decoded == pytest.approx(language_modeling.total_loss(model, windows, 1), rel=1e-5)
+
+
+def test_short_text_in_a_long_window(tmp_path, monkeypatch):
+    """The window is no longer than the text, and the logits that are in memory at once are those of a piece."""
+    path = tmp_path / "text.txt"
+    path.write_text("To be, or not to be.\n" * 45)
+    command = ["perplexity", str(SHIPPED), str(path), "--device", "cpu", "--dtype", "float32"]
+    expected = score.main(command)[str(path)]
+    config = json.loads((SHIPPED / "config.json").read_text())
+    tokens, vocab_size = expected["tokens"], config["vocab_size"]
+    monkeypatch.setattr(measure, "LOGITS", 16 * vocab_size)
+    with LargestResult() as largest:
+        report = score.main([*command, "--window", "65536"])[str(path)]
+    embedding, mlp = vocab_size * config["hidden_size"], tokens * config["intermediate_size"]
+    assert largest.numel <= max(embedding, mlp) < tokens * vocab_size
+    assert report | {"window": 512} == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.once

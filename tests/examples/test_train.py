@@ -231,7 +231,9 @@ def test_random_windows():
 
 @pytest.mark.parametrize("length", [2, 9, 10, 11, 28, 29])
 def test_held_out_windows_predict_each_token_once(length):
-    batch = language_modeling.collate(train.held_out_windows(torch.arange(length), block_length=10))
+    windows = train.held_out_windows(torch.arange(length), block_length=10)
+    assert all(len(window) == min(length, 10) for window in windows)
+    batch = language_modeling.collate(windows)
     labels = batch["labels"][:, 1:]
     assert labels[labels != language_modeling.IGNORED].tolist() == list(range(1, length))
     assert batch["input_ids"].min() >= 0

@@ -7,6 +7,7 @@ import gc
 import json
 import runpy
 import signal
+import sys
 from pathlib import Path
 
 from transformers.generation.continuous_batching import PagedAttentionCache
@@ -35,4 +36,6 @@ def report(*args) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, report)
-    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "serve.py"), run_name="__main__")
+    examples = Path(__file__).parents[2] / "examples"
+    sys.path.insert(0, str(examples))  # as for a script
+    runpy.run_path(str(examples / "serve.py"), run_name="__main__")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers.dynamic_module_utils
 import transformers.integrations.peft
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -175,3 +175,15 @@ def test_remote_code(tmp_path, monkeypatch):
         assert torch.equal(model(ids).logits, peft_model(ids).logits)
     tokens = generate(copy.deepcopy(model), ids)
     assert torch.equal(generate(merged(model), ids), tokens)
+
+
+def test_prefix_tuning_and_what_to_use_in_its_place():
+    """A prefix is keys and values of heads; a prompt is embeddings, and PEFT has that, too."""
+    config = tiny_config(num_attention_heads=6)  # a divisor of `hidden_size`, without which PEFT makes no prefix
+    ids = random_ids(config, 2, 9)
+    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    with pytest.raises(RuntimeError, match="rows of factors, not keys and values of heads.* prompt tuning or LoRA"):
+        get_peft_model(random_model(config), PrefixTuningConfig(**settings))(input_ids=ids)
+    model = get_peft_model(random_model(config), PromptTuningConfig(**settings))
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    assert model.prompt_encoder.default.embedding.weight.grad.abs().max() > 0

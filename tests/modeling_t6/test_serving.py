@@ -24,6 +24,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from modeling_t6 import T6ForCausalLM
 from modeling_t6.cache_t6 import factor_layouts
+from serving.command import within_context
 
 from .common import random_ids, random_model, tiny_config
 from .served import pages
@@ -237,7 +238,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("served") / "model"
-    random_model(tiny_config(eos_token_id=2)).save_pretrained(folder)
+    random_model(tiny_config(eos_token_id=2, max_position_embeddings=4096)).save_pretrained(folder)
     vocabulary = {"<unk>": 0, "<bos>": 1, "<eos>": 2} | {f"t{i}": i for i in range(3, 97)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -314,6 +315,7 @@ def test_server(folder, tmp_path):
         check_32_requests_at_once(folder, server)
         check_that_cancelling_frees_pages(folder, server)
         check_that_pages_hold_factors(folder, server)
+        check_that_no_request_outgrows_the_cache(folder, server)
     finally:
         server.close()
 
@@ -377,6 +379,36 @@ def check_that_pages_hold_factors(folder: Path, server: Server) -> None:
     row = sum(layout.width for layout in factor_layouts(config, 0)) * config.num_hidden_layers
     spare = held["nbytes"] - BLOCKS * BLOCK_SIZE * row * 4
     assert 0 <= spare <= 8 * BLOCK_SIZE * row * 4  # a block or few that the engine writes padding to
+
+
+def check_that_no_request_outgrows_the_cache(folder: Path, server: Server) -> None:
+    """A request that asks for more than there is room for gets what there is; one that leaves no room is refused."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    endless = {"generation_config": json.dumps({"do_sample": False, "eos_token_id": -1})}
+    room = BLOCKS * BLOCK_SIZE
+    with client:
+        for stream in (False, True):
+            answer = client.completions.create(
+                model=str(folder), prompt="t7 " * (room - 20), max_tokens=10**12, stream=stream, extra_body=endless
+            )
+            *_, last = answer if stream else [answer]
+            assert (last.choices[0].finish_reason, last.usage.completion_tokens) == ("length", 20)
+        for prompt, most, message in (("t7 " * room, 1, "has 1024 tokens"), ("t7", 0, "at least 1, got 0")):
+            with pytest.raises(openai.BadRequestError) as refusal:
+                client.completions.create(model=str(folder), prompt=prompt, max_tokens=most)
+            assert message in refusal.value.response.json()["detail"]
+        assert client.completions.create(model=str(folder), prompt="t5", max_tokens=1).usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize(
+    "asked, length, given", [(10**12, 6, 250), (None, 6, 250), (10**12, 255, 1), (7, 6, 7)], ids=str
+)
+def test_answers_end_with_the_context(asked, length, given):
+    """Without continuous batching, too, where prompts are tensors."""
+    model = random_model(tiny_config())
+    config = GenerationConfig(max_new_tokens=asked)
+    seen = within_context(lambda *args: args)(None, model, None, {"input_ids": torch.ones(1, length)}, config)
+    assert seen[4] is config and config.max_new_tokens == given
 
 
 def test_server_of_transformers_loads_a_folder_that_names_an_auto_class(folder, tmp_path):

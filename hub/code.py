@@ -1,6 +1,7 @@
 """The code that a repository of a T6 model carries: which files, what they may not name, and the number they are known by."""
 
 import ast
+import functools
 import hashlib
 import subprocess
 from pathlib import Path
@@ -41,13 +42,19 @@ def code_files() -> dict[str, Path]:
         name = waiting.pop()
         if name not in files:
             files[name] = package / name
-            for node in ast.walk(ast.parse(files[name].read_text(encoding="utf-8"))):
-                if isinstance(node, ast.ImportFrom) and node.level:
-                    waiting.append(f"{node.module}.py")
+            waiting += imported_files(files[name].read_text(encoding="utf-8"))
     return dict(sorted(files.items()))
 
 
-def unsafe_code(source: str) -> list[str]:
+# Of a text, which is read again at each step of a push, both say what they said before.
+@functools.cache
+def imported_files(source: str) -> tuple[str, ...]:
+    nodes = ast.walk(ast.parse(source))
+    return tuple(f"{node.module}.py" for node in nodes if isinstance(node, ast.ImportFrom) and node.level)
+
+
+@functools.cache
+def unsafe_code(source: str) -> tuple[str, ...]:
     """
     What a reader of code files fears, found in their syntax tree: imports that a model does not need, and names that open
     files, connections or processes. It keeps this package's code honest; it is no sandbox for the code of others.
@@ -89,7 +96,7 @@ def unsafe_code(source: str) -> list[str]:
                 found.add((node.lineno, f"imports {module}"))
         if id(node) not in harmless:
             found |= {(node.lineno, f"uses {name}") for name in names if name in FORBIDDEN_NAMES}
-    return [f"line {line} {what}" for line, what in sorted(found)]
+    return tuple(f"line {line} {what}" for line, what in sorted(found))
 
 
 def code_digest(files: dict[str, Path]) -> str:

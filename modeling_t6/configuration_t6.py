@@ -13,7 +13,6 @@
 # limitations under the License.
 """T6 model configuration"""
 
-import inspect
 import math
 
 from huggingface_hub.dataclasses import strict
@@ -165,7 +164,7 @@ class T6Config(PreTrainedConfig):
                     f"out, got {value!r}."
                 )
             return
-        if inspect.isfunction(derived):
+        if callable(derived):
             raise ValueError(f"`{name}` must be left out: it is a method of T6's configuration, got {value!r}.")
         super().__setattr__(name, value)
         if name == "sliding_window" and "layer_types" in self.__dict__:  # set after all fields have been

@@ -16,6 +16,7 @@ from transformers import (
 
 from configuration import make_configs
 from modeling_t6.cache_t6 import CACHE_NAME
+from tests.versions import once_but
 
 
 DIRECTORY = Path(make_configs.__file__).parent
@@ -69,7 +70,9 @@ FOLDERS = {
     for pattern in ARCHITECTURES
     if size == "small" or pattern not in VARIANTS
 }
-every_folder = pytest.mark.parametrize("folder", FOLDERS)
+every_folder = pytest.mark.parametrize(
+    "folder", once_but(FOLDERS, *(folder for folder, (_, size) in FOLDERS.items() if size == "small"))
+)
 
 
 def load(folder: str, **overrides):

@@ -1,8 +1,6 @@
 """Models converted straight from the Hub, here a server that speaks its protocol."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from modeling_t6 import T6ForCausalLM
 
 from ..hub_upload.common import ROOT, environment
 from ..hub_upload.hub_server import HubServer, Repository
+from ..processes import run
 from .common import save_source
 
 
@@ -45,12 +44,8 @@ def test_converts_from_the_hub(tmp_path):
         ]
         for arguments, _ in calls:
             arguments[1] = str(tmp_path / arguments[1])
-        process = subprocess.run(
-            [sys.executable, "-c", CHILD, json.dumps([arguments for arguments, _ in calls])],
-            cwd=ROOT,
-            env=environment(hub, tmp_path / "home"),
-            capture_output=True,
-            text=True,
+        process = run(
+            CHILD, json.dumps([arguments for arguments, _ in calls]), env=environment(hub, tmp_path / "home"), cwd=ROOT
         )
         outputs = process.stderr.split("=====\n")[1:]
         assert len(outputs) == len(calls), process.stderr

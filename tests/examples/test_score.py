@@ -22,8 +22,7 @@ import language_modeling
 import score
 from conversion.__main__ import main as convert
 from conversion.smaller import measure
-from modeling_t6 import T6Cache
-from modeling_t6 import modeling_t6 as t6
+from modeling_t6 import T6Cache, factor_space_t6
 from tests.conversion.common import save_source
 from tests.modeling_t6.common import random_model, tiny_config
 from tests.modeling_t6.test_attention import LargestResult
@@ -233,13 +232,13 @@ def test_converted_llama_scores_as_its_source(llama, data, shots):
 
 def test_generation_uses_the_factor_cache(llama, data, monkeypatch):
     calls = []
-    attention = t6.factor_space_attention
+    attention = factor_space_t6.factor_space_attention
 
     def spy(query, keys, values, *args, **kwargs):
         calls.append(keys[1].shape[1])
         return attention(query, keys, values, *args, **kwargs)
 
-    monkeypatch.setattr(t6, "factor_space_attention", spy)
+    monkeypatch.setattr(factor_space_t6, "factor_space_attention", spy)
     converted = evaluate(llama[1], data, ["continue"], 0)
     assert len(calls) > 3 * 20  # each layer, at each step
     assert max(calls) > 24

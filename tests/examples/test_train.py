@@ -6,8 +6,6 @@ import math
 import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import command_line
 import language_modeling
 import train
+from tests import processes
 
 
 ROOT = Path(__file__).parents[2]
@@ -88,10 +87,8 @@ def test_loads_in_a_process_without_the_package(run, tmp_path):
         assert "modeling_t6" not in sys.modules
         print(tokenizer.decode(output[0], skip_special_tokens=True))"""
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(run.folder)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
+    result = processes.run(code, str(run.folder), env=environment, cwd=tmp_path)
+    assert result.code == 0, result.stderr
     assert result.stdout.startswith("the king")
 
 

@@ -12,6 +12,7 @@ import torch
 
 from modeling_t6 import T6Config, T6ForCausalLM
 
+from .. import processes
 from .hub_server import HubServer
 
 
@@ -40,16 +41,8 @@ def environment(hub: HubServer, home: Path, **more: str) -> dict[str, str]:
 
 def run(code: str, *arguments: str, env: dict[str, str], cwd: Path) -> Outcome:
     """Runs `code` in a process of its own, which does not see this package."""
-    process = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return Outcome(process.returncode, process.stdout)
+    outcome = processes.run(code, *arguments, env=env, cwd=cwd, merged=True)
+    return Outcome(outcome.code, outcome.stdout)
 
 
 LOOP = """

@@ -22,7 +22,7 @@ CODE = sorted(path for path in (ROOT / "modeling_t6").glob("*.py") if path.name 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
 def test_code_names_nothing_that_opens_files_connections_or_processes(path):
     source = path.read_text()
-    assert unsafe_code(source) == []
+    assert not unsafe_code(source)
     # By another way: the packages that are imported at all, and the words that occur.
     imported = set()
     for node in ast.walk(ast.parse(source)):
@@ -66,7 +66,7 @@ def test_what_is_refused(line):
 def test_what_kernels_and_tensor_parallelism_need_is_allowed():
     lines = "import os", "import triton.language as tl", "x = os.environ.get('TRITON_INTERPRET')", "y = tl.load(x)"
     lines += ("from torch.distributed.tensor import DTensor, Partial, Replicate, Shard",)
-    assert unsafe_code("\n".join(lines)) == []
+    assert not unsafe_code("\n".join(lines))
 
 
 @pytest.mark.once

@@ -5,11 +5,9 @@ import copy
 import peft
 import pytest
 import torch
-import transformers.dynamic_module_utils
 import transformers.integrations.peft
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_t6 import T6ForCausalLM
 
@@ -159,14 +157,13 @@ def test_without_targets():
         get_peft_model(random_model(tiny_config()), LoraConfig(task_type="CAUSAL_LM"))
 
 
-def test_remote_code(tmp_path, monkeypatch):
+def test_remote_code(load_remote_class, tmp_path):
     """A model of the code in its own folder takes the same adapter."""
     peft_model = with_adapter({}, {"target_modules": FACTORS})
     ids = random_ids(peft_model.config, 2, 9)
     peft_model.save_pretrained(tmp_path / "adapter")
     random_model(tiny_config()).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    remote = get_class_from_dynamic_module("modeling_t6.T6ForCausalLM", str(tmp_path / "model"))
+    remote = load_remote_class(tmp_path / "model")
     assert remote.__module__.startswith("transformers_modules.")
     model = PeftModel.from_pretrained(
         remote.from_pretrained(tmp_path / "model").to(DEVICE), tmp_path / "adapter"

@@ -1,7 +1,7 @@
 """A decoding step with its static cache of factors, through `torch.export` and into a process that knows torch alone."""
 
 import json
-import subprocess
+import os
 import sys
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from export import export_decoding_step, main
 from modeling_t6.cache_t6 import factor_layouts
 
+from ..processes import run
 from .common import random_ids, random_model, tiny_config
 from .test_generation import generate
 
@@ -66,11 +67,8 @@ def test_round_trip(tmp_path):
             for name, layout in zip(("key", "value"), factor_layouts(model.config, layer_idx)):
                 rows = buffers[f"{name}_cache_{layer_idx}"]
                 assert rows.shape == (batch, 1, LENGTH, layout.width)
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CLEAN_PROCESS, json.dumps(tasks)],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    result = run(CLEAN_PROCESS, json.dumps(tasks), env=dict(os.environ), cwd=tmp_path)
+    assert result.code == 0, result.stderr
     result = json.loads(result.stdout.splitlines()[-1])
     assert result["transformers"] is False
     for variant, path in zip(VARIANTS, expected):

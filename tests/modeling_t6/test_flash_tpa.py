@@ -10,9 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers.dynamic_module_utils
 from transformers import DynamicCache, StaticCache
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_t6 import T6Cache, flash_tpa_t6
 from modeling_t6.cache_t6 import CACHE_NAME, FactorLayout
@@ -414,17 +412,15 @@ def test_no_copy_of_the_cache(monkeypatch, make_cache):
         assert key_rows.data_ptr() == layer.keys.data_ptr() and value_rows.data_ptr() == layer.values.data_ptr()
 
 
-def test_without_triton(tmp_path, monkeypatch):
+def test_without_triton(load_remote_class, tmp_path, monkeypatch):
     """Where there is no Triton, the code is imported, generates and falls back: here a copy of it, from a checkpoint."""
     model = random_model(tiny_config())
     model.save_pretrained(tmp_path / "model")
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    copied = get_class_from_dynamic_module("modeling_t6.T6ForCausalLM", str(tmp_path / "model"))
+    copied = load_remote_class(tmp_path / "model")
     package = copied.__module__.rpartition(".")[0]
-    assert (
-        sys.modules[f"{package}.flash_tpa_t6"].triton is None and f"{package}.flash_tpa_kernels_t6" not in sys.modules
-    )
+    assert sys.modules[f"{package}.flash_tpa_t6"].triton is None
+    assert f"{package}.flash_tpa_kernels_t6" not in sys.modules
     without = copied.from_pretrained(tmp_path / "model", attn_implementation="flash_tpa").to(DEVICE)
     ids = random_ids(model.config, 1, 9)
     expected = generate(model, ids, max_new_tokens=5, use_cache=False)

@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import modeling_t6
 from modeling_t6 import T6ForSequenceClassification
 
+from ..processes import run
 from .common import random_ids, random_model, tiny_config
 
 
@@ -79,11 +79,8 @@ def test_loads_where_the_package_is_not_installed(folder, tmp_path):
     ids = random_ids(tiny_config(), 2, 7)
     # `-S` would also hide transformers: an editable install of this repository is hidden by name instead.
     script = "import sys; sys.modules['modeling_t6'] = None\n" + SCRIPT
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(folder), json.dumps(ids.tolist())],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    result = run(script, str(folder), json.dumps(ids.tolist()), env=environment, cwd=tmp_path)
+    assert result.code == 0, result.stderr
     result = json.loads(result.stdout.splitlines()[-1])
     assert result["module"].startswith("transformers_modules.") and not result["installed"]
     expected = random_model(tiny_config()).generate(ids, max_new_tokens=6, do_sample=False).tolist()

@@ -2,10 +2,7 @@
 
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from conversion.__main__ import main
 
+from ...processes import run
 from ..common import last_error, save_source
 
 
@@ -214,12 +212,12 @@ def test_targets_that_cannot_be(whole, tmp_path, capsys):
 @pytest.mark.once
 def test_a_full_disk(whole, tmp_path):
     """The system refuses to write more than 64 kB into a file."""
-
-    def limit() -> None:
+    code = """if True:
+        import resource, sys
+        from conversion.__main__ import main
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-
-    command = [sys.executable, "-m", "conversion", "hf", str(whole), str(tmp_path / "t6")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
-    assert run.returncode == 1 and not list(tmp_path.iterdir())
-    assert f"error: cannot write {tmp_path / 't6'}" in run.stderr and "File too large" in run.stderr
-    assert "Traceback" not in run.stderr
+        sys.exit(main(sys.argv[1:]))"""
+    process = run(code, "hf", str(whole), str(tmp_path / "t6"), env=dict(os.environ), cwd=ROOT)
+    assert process.code == 1 and not list(tmp_path.iterdir())
+    assert f"error: cannot write {tmp_path / 't6'}" in process.stderr and "File too large" in process.stderr
+    assert "Traceback" not in process.stderr

@@ -347,6 +347,7 @@ def report(args: argparse.Namespace) -> None:
         axes.plot(*point, "*", color="C2", markersize=12, label="source, trained on")
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter("{x:,g}")
     if axes.dataLim.ymin >= 0:
         axes.set_ylim(bottom=0)
     axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])

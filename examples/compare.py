@@ -547,7 +547,9 @@ def plot(results: dict, rows: dict[str, list[dict]], path: Path) -> None:
         cache.errorbar(runs[0]["cache_bytes_per_token"], middle, yerr=error, marker=marker, capsize=3, label=name)
     for axes in (whole, end):
         axes.set(xlabel="million tokens", ylabel="held-out loss, nats per token")
-    cache.set(xlabel="cache, bytes per token (bf16)", ylabel="final held-out loss", xscale="log")
+    cache.set(xlabel="cache, bytes per token (bf16)", ylabel="final held-out loss")
+    cache.set_xscale("log", base=2)
+    cache.xaxis.set_major_formatter("{x:,.0f}")
     cache.legend()
     figure.savefig(path, dpi=120)
 

@@ -126,6 +126,25 @@ def quantization_group_size(config: PreTrainedConfig) -> int:
     return min(divisors, key=lambda size: abs(size - 64))
 
 
+def refuse_other_rows(
+    rows: tuple[torch.Tensor, torch.Tensor], layouts: tuple[FactorLayout, FactorLayout], layer_idx: int | None = None
+) -> None:
+    """
+    Raises `RuntimeError` if the keys and values of a cache layer are not rows of factors of these layouts: such as those
+    of heads, [batch, num_heads, seq, head_dim], that tools for other models make.
+    """
+    if all(x.shape[1] == 1 and x.shape[-1] == layout.width for x, layout in zip(rows, layouts)):
+        return
+    widths, sizes = [layout.width for layout in layouts], [list(x.shape) for x in rows]
+    raise RuntimeError(
+        "The cache of a T6 model holds rows of factors, not keys and values of heads: "
+        f"[batch, 1, seq, {widths[0]}] and [batch, 1, seq, {widths[1]}] here"
+        f"{'' if layer_idx is None else f' in layer {layer_idx}'}, got sizes {sizes[0]} and {sizes[1]}; use a cache that "
+        "this model has filled, from `T6Cache(config=model.config)` on, and in place of prefix tuning, which makes heads, "
+        "prompt tuning or LoRA."
+    )
+
+
 class FactorViewsMixin:
     """What a cache layer shows of the factors that it holds. `layouts` are those of its rows."""
 
@@ -138,6 +157,13 @@ class FactorViewsMixin:
             return rows
         limits = torch.finfo(self.stored_dtype)
         return rows.clamp(limits.min, limits.max).to(self.stored_dtype)
+
+    def _rows_to_store(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.layouts is not None:
+            refuse_other_rows((key_states, value_states), self.layouts)
+        return self.as_stored(key_states), self.as_stored(value_states)
 
     @property
     def nbytes(self) -> int:
@@ -192,21 +218,45 @@ class FactorViewsMixin:
 class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
     """
     Factors of one layer: `keys` [batch, 1, seq, R_K (h + d)] and `values` [batch, 1, seq, R_V (h + d)] are views of
-    storage that doubles when it is full, so that appending a token writes one row and copies nothing else.
+    storage that doubles when it is full, so that appending a token writes one row and copies nothing else. Other tensors
+    may be assigned to them, as by packages that prune caches: the storage then begins anew, with these rows.
     """
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self._storage: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._views: tuple[torch.Tensor, torch.Tensor] | None = (
+            None  # `keys` and `values`, if nobody has assigned others
+        )
+
+    def __copy__(self) -> "T6DynamicLayer":
+        """Both go on from the same rows, so only one may write behind them."""
+        other = type(self).__new__(type(self))
+        other.__dict__ |= self.__dict__ | {"_storage": None, "_views": None}
+        return other
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._set_storage((key_states[:, :, :0], value_states[:, :, :0]), seq_length=0)
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
 
-    def _set_storage(self, storage: tuple[torch.Tensor, torch.Tensor], seq_length: int) -> None:
+    def _set_storage(self, storage: tuple[torch.Tensor, torch.Tensor], lengths: tuple[int, int]) -> None:
         self._storage = storage
-        self.keys, self.values = (tensor[:, :, :seq_length] for tensor in storage)
+        self._views = tuple(tensor[:, :, :length] for tensor, length in zip(storage, lengths))
+        self.keys, self.values = self._views
+
+    def _storage_of_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What `keys` and `values` are views of, which may have room behind them. Rows that others assigned have none, nor
+        have those of `torch.inference_mode` outside it, where nothing can be written to them.
+        """
+        rows = self.keys, self.values
+        if self._storage is None or rows[0].is_inference() and not torch.is_inference_mode_enabled():
+            return rows
+        for tensor, view, storage in zip(rows, self._views, self._storage):
+            if tensor is not view or tensor.data_ptr() != storage.data_ptr():  # `keys.data` may be assigned, too
+                return rows
+        return self._storage
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -217,38 +267,61 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
         Returns:
             The rows of all the tokens seen, as views of the storage.
         """
-        key_states, value_states = self.as_stored(key_states), self.as_stored(value_states)
+        new = self._rows_to_store(key_states, value_states)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+            self.lazy_initialization(*new)
 
-        if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
-            # Autograd needs the rows that earlier steps used as they were: no writing in place.
-            self._set_storage(
-                (torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)), end
-            )
+        needs_grad = torch.is_grad_enabled() and (new[0].requires_grad or self.keys.requires_grad)
+        if needs_grad or torch.compiler.is_compiling():
+            # Autograd needs the rows that earlier steps used as they were: no writing in place. Nor in torch.compile,
+            # where each time that the storage grows would take a graph of its own.
+            rows = self.as_stored(self.keys), self.as_stored(self.values)
+            self.keys, self.values = (torch.cat(both, dim=-2) for both in zip(rows, new))
+            self._storage = self._views = None
             return self.keys, self.values
 
-        if end > self._storage[0].shape[-2]:
+        lengths = self.keys.shape[-2] + new[0].shape[-2], self.values.shape[-2] + new[1].shape[-2]
+        rows = zip(self._storage_of_rows(), (self.keys, self.values), new)
+        self._set_storage(tuple(self._append(*tensors) for tensors in rows), lengths)
+        return self.keys, self.values
+
+    def _append(self, storage: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Writes `new` behind `rows`, the first in `storage`: in place, or in storage that has room for them."""
+        if new.shape[0] != rows.shape[0]:  # one sequence would be written to all
+            raise RuntimeError(
+                f"The cache holds a batch of {rows.shape[0]} sequences, got rows of size {new.shape[0]}."
+            )
+        start, end = rows.shape[-2], rows.shape[-2] + new.shape[-2]
+        dtype = new.dtype if self.stored_dtype is not None else torch.promote_types(rows.dtype, new.dtype)
+        if end > storage.shape[-2] or storage.dtype != dtype:
             # A prompt gets just the room it needs; from then on the storage doubles.
             capacity = end if start == 0 else max(end, 2 * start)
-            grown = tuple(rows.new_empty((*rows.shape[:2], capacity, rows.shape[-1])) for rows in self._storage)
-            for new, old in zip(grown, (self.keys, self.values)):
-                new[:, :, :start] = old
-            self._storage = grown
-        for storage, rows in zip(self._storage, (key_states, value_states)):
-            storage[:, :, start:end] = rows
-        self._set_storage(self._storage, end)
-        return self.keys, self.values
+            storage = new.new_empty((*new.shape[:2], capacity, new.shape[-1]), dtype=dtype)
+            storage[:, :, :start] = self.as_stored(rows)
+        storage[:, :, start:end] = new
+        return storage
 
     def reset(self) -> None:
         """Drops the factors; the next `update` starts an empty cache."""
-        self.keys = self.values = self._storage = None
+        self.keys = self.values = self._storage = self._views = None
         self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in `DynamicLayer`. The rows that are removed are overwritten by the next ones."""
+        if self.is_initialized:
+            storage = self._storage_of_rows()
+            super().crop(tokens_to_remove)
+            if storage is self._storage:
+                self._set_storage(storage, (self.keys.shape[-2], self.values.shape[-2]))
 
     def _map_storage(self, function) -> None:
         if self.is_initialized:
-            self._set_storage(tuple(function(tensor) for tensor in self._storage), self.keys.shape[-2])
+            storage, lengths = self._storage_of_rows(), (self.keys.shape[-2], self.values.shape[-2])
+            mapped = tuple(function(tensor) for tensor in storage)
+            if storage is self._storage:
+                self._set_storage(mapped, lengths)
+            else:
+                self.keys, self.values = mapped
 
     def offload(self):
         # Blocks, unlike `DynamicLayer`'s: the next prefetch reads the copy from another stream.
@@ -275,12 +348,49 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
 
 
 class T6DynamicSlidingWindowLayer(FactorViewsMixin, DynamicSlidingWindowLayer):
-    """Factors of the last tokens of one layer, as many as its window shows."""
+    """
+    Factors of the last tokens of one layer: as many as its window shows, or with `record_past` all until the next crop.
+    Fewer are held where some have been pruned, by assigning other tensors to `keys` and `values`.
+    """
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().update(self.as_stored(key_states), self.as_stored(value_states), *args, **kwargs)
+        """
+        Append rows `key_states` [batch, 1, new, R_K (h + d)] and `value_states` [batch, 1, new, R_V (h + d)].
+
+        Returns:
+            The rows that the new tokens see, at most `sliding_window - 1 + new`.
+        """
+        new = self._rows_to_store(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+        self.cumulative_length += new[0].shape[-2]
+        held = self.as_stored(self.keys), self.as_stored(self.values)
+        rows = [torch.cat(both, dim=-2) for both in zip(held, new)]
+        past = self.sliding_window - 1
+        self.keys, self.values = rows if self.record_past else (_last_rows(tensor, past) for tensor in rows)
+        return tuple(_last_rows(tensor, past + new[0].shape[-2]) for tensor in rows)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The number of rows that `update` will return, and the position of the first."""
+        held = self.keys.shape[-2] if self.is_initialized else 0
+        past = min(held, self.sliding_window - 1)
+        return past + query_length, self.cumulative_length - past
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in `DynamicSlidingWindowLayer`. A layer that holds nothing, as behind an early exit, is left as it is."""
+        if self.is_initialized:
+            super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Drops the factors; the next `update` starts an empty cache."""
+        self.keys = self.values = None
+        self.is_initialized, self.cumulative_length = False, 0
+
+
+def _last_rows(rows: torch.Tensor, number: int) -> torch.Tensor:
+    return rows[:, :, max(rows.shape[-2] - number, 0) :]
 
 
 class T6Cache(DynamicCache):
@@ -344,11 +454,13 @@ def allocate_static_cache(
     does so at the first `update`. Transformers' `early_initialization` allocates for heads of keys and values, and both
     alike.
     """
-    for layer_idx in layers:
-        layer = cache.layers[layer_idx]
-        if not layer.is_initialized:
-            shapes = [(batch_size, 1, 0, layout.width) for layout in factor_layouts(config, layer_idx)]
-            layer.lazy_initialization(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
+    with torch.inference_mode(False):  # what it makes could not be written to outside
+        for layer_idx in layers:
+            layer = cache.layers[layer_idx]
+            if not layer.is_initialized:
+                layer.cumulative_length = layer.cumulative_length.clone()
+                shapes = [(batch_size, 1, 0, layout.width) for layout in factor_layouts(config, layer_idx)]
+                layer.lazy_initialization(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
 
 
 def cached_lengths(cache: Cache, layer_idx: int) -> torch.Tensor | None:

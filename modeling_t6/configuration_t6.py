@@ -13,10 +13,38 @@
 # limitations under the License.
 """T6 model configuration"""
 
+import inspect
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+
+# Far more than any model has. A damaged number would keep a computer busy for hours before anything failed.
+MAX_LAYERS = 10_000
+
+# Numbers that `rope_parameters` may hold, beside the lists `short_factor` and `long_factor`. Some may be `None` or 0.
+ROPE_NUMBERS = (
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+OPTIONAL_ROPE_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+def _is_positive(number) -> bool:
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    return is_number and math.isfinite(number) and number > 0
 
 
 @strict
@@ -63,7 +91,8 @@ class T6Config(PreTrainedConfig):
             (arXiv 2503.02130, "Pro" block).
         sliding_window (`int`, *optional*): Tokens that a query of a `"sliding_attention"` layer sees, its own included.
         layer_types (`list[str]`, *optional*):
-            `"full_attention"` or `"sliding_attention"` for each layer. `None`: sliding if there is a `sliding_window`.
+            `"full_attention"` or `"sliding_attention"` for each layer. `None`: sliding if there is a `sliding_window`. A
+            window given later, at load or by assignment, acts on all layers if none is of full attention by name.
         attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities.
 
     ```python
@@ -120,10 +149,34 @@ class T6Config(PreTrainedConfig):
             self.intermediate_size = 8 * self.hidden_size // 3
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
-        if self.layer_types is None and self.sliding_window is not None and isinstance(self.num_hidden_layers, int):
-            self.layer_types = ["sliding_attention"] * self.num_hidden_layers
+        if self.layer_types is None and isinstance(self.num_hidden_layers, int):
+            if self.num_hidden_layers <= MAX_LAYERS:  # more are refused in the end
+                self._layers_follow_window()
         self.base_model_tp_plan = self._tp_plan_of_any_engine()
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value):
+        """Fields that follow from others may be given, in a config.json or as arguments, but only as what they are."""
+        derived = getattr(type(self), name, None)
+        if isinstance(derived, property) and derived.fset is None:
+            if value != getattr(self, name):
+                raise ValueError(
+                    f"`{name}` of a T6 model follows from its other fields and must be {getattr(self, name)!r} or left "
+                    f"out, got {value!r}."
+                )
+            return
+        if inspect.isfunction(derived):
+            raise ValueError(f"`{name}` must be left out: it is a method of T6's configuration, got {value!r}.")
+        super().__setattr__(name, value)
+        if name == "sliding_window" and "layer_types" in self.__dict__:  # set after all fields have been
+            self._validate_window()
+            self._layers_follow_window()
+
+    def _layers_follow_window(self):
+        """Layers that are not of types of their own slide if there is a window."""
+        if set(self.layer_types or ()) <= {"sliding_attention"}:
+            has_window = self.sliding_window is not None
+            self.layer_types = ["sliding_attention"] * self.num_hidden_layers if has_window else None
 
     @property
     def heads_tp_plan(self) -> dict[str, str]:
@@ -198,6 +251,12 @@ class T6Config(PreTrainedConfig):
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be a positive integer, got {getattr(self, field)}.")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must be below `vocab_size`={self.vocab_size} or None, got {self.pad_token_id}."
+            )
         if self.q_rank is not None and self.q_rank < 1:
             raise ValueError(
                 f"`q_rank` must be a positive integer, or None for queries without factors (TPA-KVonly), got {self.q_rank}."
@@ -211,33 +270,64 @@ class T6Config(PreTrainedConfig):
                     f"layers, got {rank}."
                 )
         self._validate_variants()
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"`sliding_window` must be a positive integer or None, got {self.sliding_window}.")
         if not set(self.layer_types or ()) <= {"full_attention", "sliding_attention"}:
             raise ValueError(
                 f"`layer_types` must be 'full_attention' or 'sliding_attention' for each layer, got {self.layer_types}."
             )
         if "sliding_attention" in (self.layer_types or ()) and self.sliding_window is None:
             raise ValueError("`layer_types` has 'sliding_attention', which needs a `sliding_window`, got None.")
-        if self.rms_norm_eps <= 0:
-            raise ValueError(f"`rms_norm_eps` must be positive, got {self.rms_norm_eps}.")
-        if self.initializer_range < 0:
-            raise ValueError(f"`initializer_range` must not be negative, got {self.initializer_range}.")
+        self._validate_window()
+        if not _is_positive(self.rms_norm_eps):
+            raise ValueError(f"`rms_norm_eps` must be a positive number, got {self.rms_norm_eps}.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(
+                f"`initializer_range` must be a number that is not negative, got {self.initializer_range}."
+            )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"`attention_dropout` must be in [0, 1), got {self.attention_dropout}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
-            raise ValueError(
-                f"`rope_parameters['rope_type']` must be 'default' or one of {sorted(ROPE_INIT_FUNCTIONS)}, got {rope_type!r}."
-            )
+        self._validate_rope_parameters()
         if self.rotary_dim < 2 or self.rotary_dim > self.b_dim or self.rotary_dim % 2:
             size = "`head_dim`" if self.c_factor_dim is None else "`head_dim` / `c_factor_dim`"
             raise ValueError(
                 f"RoPE rotates an even number of features, from 2 to {size}: got int({size} * `partial_rotary_factor`) "
                 f"= {self.rotary_dim} with {size} = {self.b_dim}."
             )
+
+    def _validate_window(self):
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"`sliding_window` must be a positive integer or None, got {self.sliding_window}.")
+        if self.sliding_window is None and {"sliding_attention", "full_attention"} <= set(self.layer_types or ()):
+            raise ValueError("`sliding_window` must be a positive integer for `layer_types` of both kinds, got None.")
+
+    def _validate_rope_parameters(self):
+        """Refuses what RoPE's functions would fail on, or misread."""
+        rope = self.rope_parameters or {}
+        rope_type = rope.get("rope_type", "default")
+        rope_types = ("default", *sorted(ROPE_INIT_FUNCTIONS))
+        if rope_type not in rope_types:
+            raise ValueError(f"`rope_parameters['rope_type']` must be one of {rope_types}, got {rope_type!r}.")
+        for name, value in rope.items():
+            if isinstance(value, dict):
+                raise ValueError(f"`rope_parameters` must be those of all layers, got some for {name!r} alone.")
+            is_optional = name in OPTIONAL_ROPE_NUMBERS or name == "factor" and rope_type == "longrope"
+            if name in ROPE_NUMBERS and not (_is_positive(value) or is_optional and value in (None, 0)):
+                raise ValueError(f"`rope_parameters[{name!r}]` must be a positive number, got {value!r}.")
+        for name in ("short_factor", "long_factor"):
+            factors, count = rope.get(name), self.rotary_dim // 2
+            is_list = isinstance(factors, list) and len(factors) == count and all(map(_is_positive, factors))
+            if rope_type == "longrope" and not is_list:
+                raise ValueError(
+                    f"`rope_parameters[{name!r}]` must be a list of {count} positive numbers, got {factors!r}."
+                )
+
+    def validate_rope(self):
+        """Part of `@strict`-powered validation, as in every model; what is missing is a wrong value, too."""
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
 
     def _validate_variants(self):
         """Refuses variants of the factors that exclude each other."""

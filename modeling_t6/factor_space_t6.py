@@ -118,7 +118,8 @@ def factor_space_attention(
     # Everything below writes into two buffers: on a CPU, fresh memory for each result costs as much as the arithmetic.
     buffers = query.new_empty(2, batch_size * chunk_length * query_length * num_heads)
     maximum = output = normalizer = None
-    for start in range(0, key_length, chunk_length):
+    start = 0
+    while start < key_length:  # `range` would have torch.compile make a graph for each length
         chunk = slice(start, start + chunk_length)
         b_k = key_features(all_b_k if constant_b else all_b_k[:, chunk], chunk)
         b_k = b_k.expand(batch_size, -1, -1, -1)
@@ -165,6 +166,7 @@ def factor_space_attention(
             decay = (previous - maximum).exp2()
             normalizer = normalizer * decay + chunk_normalizer
             output = output * decay.view(batch_size, -1, 1) + chunk_output
+        start += chunk_length
 
     output = (output / (normalizer.view(batch_size, -1, 1) * v_rank)).to(query.dtype)
     if constant_a:
@@ -180,9 +182,10 @@ def factor_space_attention(
 
 def _sum_over_tokens(weights: torch.Tensor, features: torch.Tensor, blocks: int = 8) -> torch.Tensor:
     """weights^T features: [batch, seq, n] and [batch, seq, d] to [batch, n, d]."""
-    if features.shape[0] > 1:
+    if features.shape[0] > 1 or torch.compiler.is_compiling():
         return torch.bmm(weights.transpose(1, 2), features)
-    # A long sum of a small matrix leaves cores idle: sum blocks of tokens side by side, then the blocks.
+    # A long sum of a small matrix leaves cores idle: sum blocks of tokens side by side, then the blocks. Under
+    # torch.compile lengths below 8, below 16 and above would each take a graph.
     whole = features.shape[1] // blocks * blocks
     block_weights, block_features = (x[0, :whole].unflatten(0, (blocks, -1)) for x in (weights, features))
     total = torch.bmm(block_weights.transpose(1, 2), block_features).sum(dim=0, keepdim=True)

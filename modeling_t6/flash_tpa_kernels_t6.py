@@ -13,6 +13,9 @@
 # limitations under the License.
 """Triton kernels of FlashTPA: attention of a few query tokens over a cache of factors (paper, section 3.2)"""
 
+from dataclasses import dataclass
+
+
 try:  # the remote-code loader passes over packages that are imported here
     import triton
     import triton.language as tl
@@ -24,6 +27,37 @@ except ImportError:
 # Heads come last, as A lies in the cache: a score tile is weighted by A as it was loaded, and B's products are plain
 # matrix products. A product may go through `STEP` = 2 ranks at once, since each has to be waited for. Heads that are no
 # power of 2 may take two tiles, of `BLOCK_H` and of `REST_H` heads, which share the loads of B.
+#
+# What a kernel is compiled for comes in a few constants: `KEYS` and `VALUES` are [`Rows`], `MASK` is a [`Mask`], and `LAUNCH`
+# is the `Launch` of flash_tpa_t6.
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the factors of keys, or of values, lie in the rows of a cache."""
+
+    rank: int
+    num_heads: int
+    head_dim: int
+    width: int  # numbers from a row to the next
+    padded_heads: int  # of a row of A, with its padding
+    constant_a: bool  # rows hold B alone
+    step: int  # ranks that one product goes through
+
+    @property
+    def a_start(self) -> int:
+        return self.rank * self.head_dim
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What a query must not look at."""
+
+    num_queries: int
+    num_heads: int
+    causal: bool
+    kind: str  # "none", "boolean" or "additive"
+    by_column: bool  # whether it differs from a query, or a head, to the next
 
 
 @triton.jit
@@ -104,28 +138,26 @@ def _load_a(
     first_head,
     num_rows,
     rank,
-    ROW: tl.constexpr,
-    A_START: tl.constexpr,
-    A_HEADS: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    CONSTANT_A: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    STEP: tl.constexpr,
 ):
-    """A from `rank` on: [STEP * BLOCK_N, BLOCK_H] from the cache, or [1, BLOCK_H] of the constants."""
+    """A from `rank` on: [step * BLOCK_N, BLOCK_H] from the cache, or [1, BLOCK_H] of the constants."""
     heads = first_head + tl.arange(0, BLOCK_H)
-    if CONSTANT_A:
-        a = tl.load(constant_ptr + rank * NUM_HEADS + heads, mask=heads < NUM_HEADS, other=0.0)[None, :]
+    A_HEADS: tl.constexpr = ROWS.padded_heads
+    STEP: tl.constexpr = ROWS.step
+    if ROWS.constant_a:
+        is_head = heads < ROWS.num_heads
+        a = tl.load(constant_ptr + rank * ROWS.num_heads + heads, mask=is_head, other=0.0)[None, :]
     else:
         rows = tl.arange(0, STEP * BLOCK_N)
         tokens = _token_of(rows, STEP)
         columns = heads[None, :]
         if A_HEADS % 16 == 8 and A_HEADS > 8:  # see `FactorLayout`
             columns = (columns + ((rank + _rank_of(rows, STEP)) % 2 * 8)[:, None]) % A_HEADS
-        offsets = (tokens * ROW + _rank_of(rows, STEP) * A_HEADS)[:, None] + columns
+        offsets = (tokens * ROWS.width + _rank_of(rows, STEP) * A_HEADS)[:, None] + columns
         is_a = (tokens < num_rows)[:, None] & (heads < A_HEADS)[None, :]
-        a = tl.load(rows_ptr + (offsets + A_START + rank * A_HEADS), mask=is_a, other=0.0)
+        a = tl.load(rows_ptr + (offsets + ROWS.a_start + rank * A_HEADS), mask=is_a, other=0.0)
     return a
 
 
@@ -152,27 +184,23 @@ def _hide(
     mask_stride_h,
     mask_stride_t,
     mask_stride_n,
-    NUM_QUERIES: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
-    MASK_BY_COLUMN: tl.constexpr,
 ):
     """Scores, -inf where a query must not look. Those of rows that do not count are so already."""
-    if MASK == "none" and (NUM_QUERIES == 1 or not CAUSAL):
+    if MASK.kind == "none" and (MASK.num_queries == 1 or not MASK.causal):
         return scores
     visible = is_row[:, None]
-    if CAUSAL and NUM_QUERIES > 1:
+    if MASK.causal and MASK.num_queries > 1:
         visible = visible & (tokens[:, None] <= (last_token + queries)[None, :])
-    if MASK != "none":
-        if MASK_BY_COLUMN:
+    if MASK.kind != "none":
+        if MASK.by_column:
             columns = heads * mask_stride_h + queries * mask_stride_t
-            is_column = (queries < NUM_QUERIES) & (heads < NUM_HEADS)
+            is_column = (queries < MASK.num_queries) & (heads < MASK.num_heads)
             offsets = columns[None, :] + (tokens * mask_stride_n)[:, None]
             mask = tl.load(mask_ptr + offsets, mask=is_row[:, None] & is_column[None, :], other=0)
         else:
             mask = tl.load(mask_ptr + tokens * mask_stride_n, mask=is_row, other=0)[:, None]
-        if MASK == "boolean":
+        if MASK.kind == "boolean":
             visible = visible & (mask != 0)
         else:
             scores += mask.to(tl.float32) * mask_scale
@@ -195,94 +223,42 @@ def _raise(scores, scale, maximum, normalizer, output):
 
 @triton.jit
 def _scores(
-    query,
-    b,
-    rows_ptr,
-    constant_ptr,
-    first_head,
-    num_rows,
-    rank,
-    ROW: tl.constexpr,
-    A_START: tl.constexpr,
-    A_HEADS: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    CONSTANT_A: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Scores of `STEP` ranks: A (B Q^T)."""
-    products = tl.dot(b, query, input_precision=PRECISION)
-    a = _load_a(
-        rows_ptr, constant_ptr, first_head, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H, STEP
-    )  # fmt: skip
-    return _sum_ranks(_weigh(products, a.to(tl.float32), BLOCK_T), STEP)
+    query, b, rows_ptr, constant_ptr, first_head, num_rows, rank,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Scores of `step` ranks: A (B Q^T)."""
+    products = tl.dot(b, query, input_precision="tf32x3")  # three products keep float32's digits
+    a = _load_a(rows_ptr, constant_ptr, first_head, num_rows, rank, ROWS, BLOCK_N, BLOCK_H)
+    return _sum_ranks(_weigh(products, a.to(tl.float32), BLOCK_T), ROWS.step)
 
 
 @triton.jit
 def _add_scores(
-    scores,
-    rest_scores,
-    query,
-    rest_query,
-    b,
-    rows_ptr,
-    constant_ptr,
-    first_head,
-    num_rows,
-    rank,
-    ROW: tl.constexpr,
-    A_START: tl.constexpr,
-    A_HEADS: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    CONSTANT_A: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    REST_H: tl.constexpr,
-    STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Adds the scores of `STEP` ranks to those of both tiles."""
+    scores, rest_scores, query, rest_query, b, rows_ptr, constant_ptr, first_head, num_rows, rank,
+    ROWS: tl.constexpr, LAUNCH: tl.constexpr,
+):  # fmt: skip
+    """Adds the scores of `step` ranks to those of both tiles."""
     scores += _scores(
-        query, b, rows_ptr, constant_ptr, first_head, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A,
-        BLOCK_N, BLOCK_T, BLOCK_H, STEP, PRECISION,
+        query, b, rows_ptr, constant_ptr, first_head, num_rows, rank,
+        ROWS, LAUNCH.block_n, LAUNCH.block_t, LAUNCH.block_h,
     )  # fmt: skip
-    if REST_H:
+    if LAUNCH.rest_h:
         rest_scores += _scores(
-            rest_query, b, rows_ptr, constant_ptr, first_head + BLOCK_H, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A,
-            BLOCK_N, BLOCK_T, REST_H, STEP, PRECISION,
+            rest_query, b, rows_ptr, constant_ptr, first_head + LAUNCH.block_h, num_rows, rank,
+            ROWS, LAUNCH.block_n, LAUNCH.block_t, LAUNCH.rest_h,
         )  # fmt: skip
     return scores, rest_scores
 
 
 @triton.jit
 def _times_a(
-    weights,
-    output,
-    rows_ptr,
-    constant_ptr,
-    first_head,
-    num_rows,
-    rank,
-    ROW: tl.constexpr,
-    A_START: tl.constexpr,
-    A_HEADS: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    CONSTANT_A: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """A P of `STEP` ranks, whose product with B^T is their part of the output: [STEP * BLOCK_N, BLOCK_T * BLOCK_H]"""
-    a = _load_a(
-        rows_ptr, constant_ptr, first_head, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_H, STEP
-    )  # fmt: skip
-    weights = _repeat_ranks(weights, STEP)
-    if STEP > 1 and output.shape[0] == weights.shape[0]:
+    weights, output, rows_ptr, constant_ptr, first_head, num_rows, rank,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """A P of `step` ranks, whose product with B^T is their part of the output: [step * BLOCK_N, BLOCK_T * BLOCK_H]"""
+    a = _load_a(rows_ptr, constant_ptr, first_head, num_rows, rank, ROWS, BLOCK_N, BLOCK_H)
+    weights = _repeat_ranks(weights, ROWS.step)
+    if ROWS.step > 1 and output.shape[0] == weights.shape[0]:
         # A zero in the layout of a product: Triton 3.6 swizzles A, which meets it, in shared memory only then.
         weights += (output * 0.0).to(weights.dtype)
     return _weigh(weights, a.to(weights.dtype), BLOCK_T)
@@ -290,42 +266,23 @@ def _times_a(
 
 @triton.jit
 def _add_output(
-    output,
-    rest_output,
-    weights,
-    rest_weights,
-    b,
-    rows_ptr,
-    constant_ptr,
-    first_head,
-    num_rows,
-    rank,
-    ROW: tl.constexpr,
-    A_START: tl.constexpr,
-    A_HEADS: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    CONSTANT_A: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    REST_H: tl.constexpr,
-    STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Adds the output of `STEP` ranks, B^T (A P), to that of both tiles."""
+    output, rest_output, weights, rest_weights, b, rows_ptr, constant_ptr, first_head, num_rows, rank,
+    ROWS: tl.constexpr, LAUNCH: tl.constexpr,
+):  # fmt: skip
+    """Adds the output of `step` ranks, B^T (A P), to that of both tiles."""
     weighted = _times_a(
-        weights, output, rows_ptr, constant_ptr, first_head, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS, CONSTANT_A,
-        BLOCK_N, BLOCK_T, BLOCK_H, STEP,
+        weights, output, rows_ptr, constant_ptr, first_head, num_rows, rank,
+        ROWS, LAUNCH.block_n, LAUNCH.block_t, LAUNCH.block_h,
     )  # fmt: skip
     # Before either product, and so in another place: where two take turns with one, ptxas 12.8 loses its address.
-    if REST_H:
+    if LAUNCH.rest_h:
         rest_weighted = _times_a(
-            rest_weights, rest_output, rows_ptr, constant_ptr, first_head + BLOCK_H, num_rows, rank, ROW, A_START, A_HEADS, NUM_HEADS,
-            CONSTANT_A, BLOCK_N, BLOCK_T, REST_H, STEP,
+            rest_weights, rest_output, rows_ptr, constant_ptr, first_head + LAUNCH.block_h, num_rows, rank,
+            ROWS, LAUNCH.block_n, LAUNCH.block_t, LAUNCH.rest_h,
         )  # fmt: skip
-    output = tl.dot(tl.trans(b), weighted, output, input_precision=PRECISION)
-    if REST_H:
-        rest_output = tl.dot(tl.trans(b), rest_weighted, rest_output, input_precision=PRECISION)
+    output = tl.dot(tl.trans(b), weighted, output, input_precision="tf32x3")
+    if LAUNCH.rest_h:
+        rest_output = tl.dot(tl.trans(b), rest_weighted, rest_output, input_precision="tf32x3")
     return output, rest_output
 
 
@@ -396,30 +353,12 @@ def decode_kernel(
     num_splits,
     scale,
     log2_e,
-    NUM_QUERIES: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    K_RANK: tl.constexpr,
-    V_RANK: tl.constexpr,
-    K_ROW: tl.constexpr,
-    V_ROW: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    V_HEADS: tl.constexpr,
-    CONSTANT_A: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
     MASK: tl.constexpr,
-    MASK_BY_COLUMN: tl.constexpr,
+    LAUNCH: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    REST_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UNROLL: tl.constexpr,
-    STAGES: tl.constexpr,
-    STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """
@@ -430,12 +369,19 @@ def decode_kernel(
     grid depends on the room in the cache alone. Batch strides of the rows count `STRIDE_UNIT` numbers, which tells the
     compiler that rows start on 16 bytes.
     """
+    NUM_QUERIES: tl.constexpr = MASK.num_queries
+    NUM_HEADS: tl.constexpr = KEYS.num_heads
+    HEAD_DIM: tl.constexpr = KEYS.head_dim
+    BLOCK_N: tl.constexpr = LAUNCH.block_n
+    BLOCK_T: tl.constexpr = LAUNCH.block_t
+    BLOCK_H: tl.constexpr = LAUNCH.block_h
+    REST_H: tl.constexpr = LAUNCH.rest_h
+    BLOCK_D: tl.constexpr = LAUNCH.block_d
+    STAGES: tl.constexpr = LAUNCH.stages
     ALL_H: tl.constexpr = BLOCK_H + REST_H
     HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + ALL_H - 1) // ALL_H
     QUERY_BLOCKS: tl.constexpr = (NUM_QUERIES + BLOCK_T - 1) // BLOCK_T
     BLOCK_C: tl.constexpr = BLOCK_T * BLOCK_H
-    K_A_START: tl.constexpr = K_RANK * HEAD_DIM
-    V_A_START: tl.constexpr = V_RANK * HEAD_DIM
     # Blocks of columns read the same rows: side by side, they find them in the L2 cache.
     column_block = tl.program_id(0) % (HEAD_BLOCKS * QUERY_BLOCKS)
     split = tl.program_id(0) // (HEAD_BLOCKS * QUERY_BLOCKS)
@@ -468,17 +414,19 @@ def decode_kernel(
     value_ptr += batch * value_stride_b * STRIDE_UNIT
     mask_ptr += batch * mask_stride_b
     features = tl.arange(0, BLOCK_D)
-    K_STEP: tl.constexpr = STEP if K_RANK % STEP == 0 else 1
-    V_STEP: tl.constexpr = STEP if V_RANK % STEP == 0 else 1
-    k_rows = tl.arange(0, K_STEP * BLOCK_N)
-    v_rows = tl.arange(0, V_STEP * BLOCK_N)
-    k_tokens = _token_of(k_rows, K_STEP)
-    v_tokens = _token_of(v_rows, V_STEP)
-    key_b_offsets = (k_tokens * K_ROW + _rank_of(k_rows, K_STEP) * HEAD_DIM)[:, None] + features[None, :]
-    value_b_offsets = (v_tokens * V_ROW + _rank_of(v_rows, V_STEP) * HEAD_DIM)[:, None] + features[None, :]
-    for first in tl.range(start, end, BLOCK_N, num_stages=STAGES if UNROLL else 1):
-        key_rows = key_ptr + first * tl.full((), K_ROW, tl.int64)
-        value_rows = value_ptr + first * tl.full((), V_ROW, tl.int64)
+    k_rows = tl.arange(0, KEYS.step * BLOCK_N)
+    v_rows = tl.arange(0, VALUES.step * BLOCK_N)
+    k_tokens = _token_of(k_rows, KEYS.step)
+    v_tokens = _token_of(v_rows, VALUES.step)
+    key_b_offsets = (k_tokens * KEYS.width + _rank_of(k_rows, KEYS.step) * HEAD_DIM)[:, None] + features[None, :]
+    value_b_offsets = (v_tokens * VALUES.width + _rank_of(v_rows, VALUES.step) * HEAD_DIM)[:, None] + features[None, :]
+    K_RANK: tl.constexpr = KEYS.rank
+    V_RANK: tl.constexpr = VALUES.rank
+    K_STEP: tl.constexpr = KEYS.step
+    V_STEP: tl.constexpr = VALUES.step
+    for first in tl.range(start, end, BLOCK_N, num_stages=STAGES if LAUNCH.unroll else 1):
+        key_rows = key_ptr + first * tl.full((), KEYS.width, tl.int64)
+        value_rows = value_ptr + first * tl.full((), VALUES.width, tl.int64)
         tokens = first + tl.arange(0, BLOCK_N)
         is_row = tokens < end
         is_key_b = (k_tokens < end - first)[:, None] & (features < HEAD_DIM)[None, :]
@@ -490,30 +438,30 @@ def decode_kernel(
         rest_scores = scores
         if REST_H:
             rest_scores = tl.broadcast_to(no_scores, [BLOCK_N, BLOCK_T * REST_H])
-        if UNROLL:
+        if LAUNCH.unroll:
             for r in tl.static_range(0, K_RANK, K_STEP):
                 b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_key_b, other=0.0).to(query.dtype)
                 scores, rest_scores = _add_scores(
-                    scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, end - first, r, K_ROW, K_A_START,
-                    K_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, REST_H, K_STEP, PRECISION,
+                    scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, end - first, r,
+                    KEYS, LAUNCH,
                 )  # fmt: skip
         else:
             for r in tl.range(0, K_RANK, K_STEP, num_stages=STAGES):
                 b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_key_b, other=0.0).to(query.dtype)
                 scores, rest_scores = _add_scores(
-                    scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, end - first, r, K_ROW, K_A_START,
-                    K_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, REST_H, K_STEP, PRECISION,
+                    scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, end - first, r,
+                    KEYS, LAUNCH,
                 )  # fmt: skip
 
         scores = _hide(
             scores, mask_ptr, queries, heads, tokens, is_row, length - NUM_QUERIES, log2_e / scale,
-            mask_stride_h, mask_stride_t, mask_stride_n, NUM_QUERIES, NUM_HEADS, CAUSAL, MASK, MASK_BY_COLUMN,
+            mask_stride_h, mask_stride_t, mask_stride_n, MASK,
         )  # fmt: skip
         above = _above(scores, scale, maximum)
         if REST_H:
             rest_scores = _hide(
                 rest_scores, mask_ptr, rest_queries, rest_heads, tokens, is_row, length - NUM_QUERIES, log2_e / scale,
-                mask_stride_h, mask_stride_t, mask_stride_n, NUM_QUERIES, NUM_HEADS, CAUSAL, MASK, MASK_BY_COLUMN,
+                mask_stride_h, mask_stride_t, mask_stride_n, MASK,
             )  # fmt: skip
             above = tl.maximum(above, _above(rest_scores, scale, rest_maximum))
         # The maximum may lag by 2^8 before it is worth a reduction over tokens for each column: a power of 2 changes
@@ -534,19 +482,19 @@ def decode_kernel(
             rest_normalizer += rest_weights
             rest_weights = rest_weights.to(query.dtype)
 
-        if UNROLL:
+        if LAUNCH.unroll:
             for r in tl.static_range(0, V_RANK, V_STEP):
                 b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_value_b, other=0.0).to(query.dtype)
                 output, rest_output = _add_output(
-                    output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, end - first, r, V_ROW, V_A_START,
-                    V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, REST_H, V_STEP, PRECISION,
+                    output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, end - first, r,
+                    VALUES, LAUNCH,
                 )  # fmt: skip
         else:
             for r in tl.range(0, V_RANK, V_STEP, num_stages=STAGES):
                 b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_value_b, other=0.0).to(query.dtype)
                 output, rest_output = _add_output(
-                    output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, end - first, r, V_ROW, V_A_START,
-                    V_HEADS, NUM_HEADS, CONSTANT_A, BLOCK_N, BLOCK_T, BLOCK_H, REST_H, V_STEP, PRECISION,
+                    output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, end - first, r,
+                    VALUES, LAUNCH,
                 )  # fmt: skip
 
     if OVERLAP:  # the combine kernel's programs may take the places that empty, and wait there

@@ -33,7 +33,7 @@ from .factors_t6 import Factors
 try:
     import triton
 
-    from .flash_tpa_kernels_t6 import combine_kernel, decode_kernel
+    from .flash_tpa_kernels_t6 import Mask, Rows, combine_kernel, decode_kernel
 except ImportError:
     triton = None
 
@@ -84,6 +84,7 @@ def choose_launch(
     constant_a: bool,
     itemsize: int,
     shared_memory: int,
+    is_aligned: bool = True,
 ) -> Launch:
     """
     The sizes for one shape of model: those of the fastest settings of `benchmarks/flash_tpa_sweep.py` on an H200, by
@@ -93,6 +94,7 @@ def choose_launch(
     Args:
         itemsize: bytes of a number of the cache.
         shared_memory: bytes that a program may have.
+        is_aligned: whether rows start on 16 bytes.
     """
     block_d = _power_of_2(head_dim, least=16)
     # Heads that fit the registers. Never 8 columns for a group of 4 warps: Triton 3.6 miscompiles products that narrow (its
@@ -136,7 +138,16 @@ def choose_launch(
     programs_that_fit = (shared_memory + 1024) // (bytes_used(block_n, stages, ranks) + 1024)
     programs_per_sm = max(1, min(programs_that_fit, 4 if is_8_bit else 3 if itemsize == 1 and step == 2 else 2))
     warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
+    if not is_aligned:  # such loads are not in flight in any case; unrolled, Triton 3.6 miscompiles some
+        unroll, step = False, 1
     return Launch(block_n, block_t, block_h, rest_h, block_d, unroll, stages, step, warps, programs_per_sm)
+
+
+@functools.cache
+def rows_of(rank: int, num_heads: int, head_dim: int, stride: int, width: int, constant_a: bool, step: int) -> "Rows":
+    """`Rows` of `width` numbers that are `stride` numbers apart, read by `step` ranks where that divides the rank."""
+    step = step if rank % step == 0 else 1
+    return Rows(rank, num_heads, head_dim, stride, width // rank - head_dim, constant_a, step)
 
 
 @functools.lru_cache  # one length after another: the layers of a model share it
@@ -192,19 +203,31 @@ def _flash_tpa(
     batch_size, num_queries, num_heads, head_dim = query.shape
     key_length = key_rows.shape[2]
     num_sms, shared_memory = _device_limits(query.device)
-    launch = choose_launch(
-        num_queries, num_heads, head_dim, k_rank, v_rank, key_a is not None, key_rows.element_size(), shared_memory
-    )
+    constant_a = key_a is not None
     if query.stride(-1) != 1:
         query = query.contiguous()
     key_rows, key_unit = _rows_as_read(key_rows)
     value_rows, value_unit = _rows_as_read(value_rows)
     unit = min(key_unit, value_unit)
-    # Loads of rows that do not start on 16 bytes are not in flight in any case; unrolled, Triton 3.6 miscompiles some.
     is_aligned = unit * key_rows.element_size() == 16 and key_rows.stride(2) % unit == value_rows.stride(2) % unit == 0
+    launch = choose_launch(
+        num_queries,
+        num_heads,
+        head_dim,
+        k_rank,
+        v_rank,
+        constant_a,
+        key_rows.element_size(),
+        shared_memory,
+        is_aligned,
+    )
+    keys = rows_of(k_rank, num_heads, head_dim, key_rows.stride(2), key_rows.shape[-1], constant_a, launch.step)
+    values = rows_of(v_rank, num_heads, head_dim, value_rows.stride(2), value_rows.shape[-1], constant_a, launch.step)
     mask_strides = (0, 0, 0, 0)
     if mask is not None:
         mask_strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
+    kind = "none" if mask is None else "boolean" if mask.dtype == torch.bool else "additive"
+    visible = Mask(num_queries, num_heads, causal, kind, by_column=mask_strides[1:3] != (0, 0))
     length_stride = lengths.stride(0) if lengths is not None and lengths.shape[0] > 1 else 0
 
     columns = launch.column_blocks(num_queries, num_heads)
@@ -235,31 +258,12 @@ def _flash_tpa(
             num_splits,
             LOG2_E * scaling / k_rank,
             LOG2_E,
-            NUM_QUERIES=num_queries,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            K_RANK=k_rank,
-            V_RANK=v_rank,
-            K_ROW=key_rows.stride(2),
-            V_ROW=value_rows.stride(2),
-            K_HEADS=key_rows.shape[-1] // k_rank - head_dim,
-            V_HEADS=value_rows.shape[-1] // v_rank - head_dim,
-            CONSTANT_A=key_a is not None,
-            CAUSAL=causal,
-            MASK="none" if mask is None else "boolean" if mask.dtype == torch.bool else "additive",
-            MASK_BY_COLUMN=mask_strides[1:3] != (0, 0),
+            KEYS=keys,
+            VALUES=values,
+            MASK=visible,
+            LAUNCH=launch,
             HAS_LENGTHS=lengths is not None,
             STRIDE_UNIT=unit,
-            BLOCK_N=launch.block_n,
-            BLOCK_T=launch.block_t,
-            BLOCK_H=launch.block_h,
-            REST_H=launch.rest_h,
-            BLOCK_D=launch.block_d,
-            UNROLL=launch.unroll and is_aligned,
-            STAGES=launch.stages,
-            STEP=launch.step if is_aligned else 1,
-            # Three products of tf32 keep float32's digits; of half precision there is one way.
-            PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
             OVERLAP=overlap,
             num_warps=launch.warps,
         )

@@ -71,6 +71,8 @@ class T6GenerationMixin(GenerationMixin):
             has_accelerator = self.device.type != "cpu" and torch.accelerator.is_available()
             offloading = cache.offloading and has_accelerator
             model_kwargs[CACHE_NAME] = T6Cache(config=self.config, offloading=offloading)
+            if any(getattr(layer, "record_past", False) for layer in cache.layers):  # an assistant's, which is cropped
+                model_kwargs[CACHE_NAME].activate_past_recording()
         elif isinstance(cache, StaticCache) and len(set(getattr(self, "hf_device_map", {}).values())) <= 1:
             batch_size = args[1] if len(args) > 1 else kwargs["batch_size"]
             batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .attention_t6 import heads_attention_forward
-from .cache_t6 import CACHE_NAME
+from .cache_t6 import CACHE_NAME, FactorLayout, refuse_other_rows
 from .configuration_t6 import T6Config
 from .flash_tpa_t6 import flash_tpa_attention_forward
 from .paged_t6 import PagedFactors
@@ -61,6 +61,31 @@ def validate_inputs(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | 
         raise ValueError(
             f"`attention_mask` must be [batch, key_length] or [batch, 1, query_length, key_length], got {mask_shape}."
         )
+
+
+def validate_cache(
+    cache: Cache, config: T6Config, layouts: list[tuple[FactorLayout, FactorLayout]], layers: list[int]
+) -> None:
+    """
+    Refuses what a T6 model would misread or fail on deep inside: tuples of tensors, rows that are not of the `layouts` of
+    the model's layers, and rows of fewer tokens than the window shows. `layers` are the indices of those that `cache` has.
+    """
+    if not hasattr(cache, "get_seq_length"):
+        raise ValueError(
+            f"`{CACHE_NAME}` must be a cache of factors, `T6Cache(config=model.config)` or one of Transformers' caches "
+            f"that this model has filled, got a {type(cache).__name__}."
+        )
+    for layer_idx, layer in zip(layers, getattr(cache, "layers", ())):
+        rows = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in rows):
+            refuse_other_rows(rows, layouts[layer_idx], layer_idx)
+        window = getattr(layer, "sliding_window", None)
+        is_full = config.layer_type(layer_idx) == "full_attention"
+        if window is not None and (is_full or window < config.sliding_window):
+            raise ValueError(
+                f"Layer {layer_idx} of the cache holds the last {window} tokens alone, and `sliding_window` of the model "
+                f"is {None if is_full else config.sliding_window} there: make the cache anew, `T6Cache(config=model.config)`."
+            )
 
 
 def create_attention_masks(

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -37,11 +38,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_t6 import choose_attention, heads_attention_forward
-from .cache_t6 import CACHE_NAME, T6Cache, rename_past_key_values
+from .cache_t6 import CACHE_NAME, T6Cache, factor_layouts, rename_past_key_values
 from .configuration_t6 import T6Config
 from .factors_t6 import T6RMSNorm, TensorProductFactors
 from .generation_t6 import T6GenerationMixin
-from .masks_t6 import create_attention_masks, key_positions, validate_inputs
+from .masks_t6 import create_attention_masks, key_positions, validate_cache, validate_inputs
 from .paged_t6 import PagedFactors
 from .tensor_parallel_t6 import shared_factors_plan
 
@@ -295,6 +296,7 @@ class T6Model(T6PreTrainedModel):
         self.norm = T6RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = T6RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.row_layouts = [factor_layouts(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
 
         # Asks for masks as tensors. Made here because torch.compile does not trace a copy on every version.
         self.tensor_mask_config = copy.copy(config)
@@ -333,6 +335,9 @@ class T6Model(T6PreTrainedModel):
             cache = T6Cache(config=self.config)
 
         stage_cache = self.cache_of_this_stage(cache)
+        is_paged = isinstance(cache, PagedAttentionCache)  # continuous batching
+        if cache is not None and not is_paged and not torch.compiler.is_compiling():
+            validate_cache(stage_cache, self.config, self.row_layouts, self.layers_of_this_stage())
         validate_inputs(inputs_embeds, attention_mask, stage_cache)
 
         if position_ids is None:
@@ -340,7 +345,7 @@ class T6Model(T6PreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
-        if isinstance(cache, PagedAttentionCache):  # continuous batching
+        if is_paged:
             cache = stage_cache = PagedFactors(self.config, cache, position_ids, kwargs)
         attend = choose_attention(self.config, inputs_embeds, cache)
         attention_masks = create_attention_masks(
@@ -466,13 +471,22 @@ class T6ForCausalLM(T6PreTrainedModel, T6GenerationMixin):
         )
 
 
-class T6ForSequenceClassification(GenericForSequenceClassification, T6PreTrainedModel): ...
+class T6PreTrainedHead(T6PreTrainedModel):
+    """Transformers' generic heads make their body by `AutoModel`, which must know it also where T6 is remote code."""
+
+    def __init__(self, config: T6Config):
+        # Not once for all at import: a folder's configuration comes from another copy of the code than its model.
+        AutoModel.register(type(config), T6Model, exist_ok=True)
+        super().__init__(config)
 
 
-class T6ForQuestionAnswering(GenericForQuestionAnswering, T6PreTrainedModel): ...
+class T6ForSequenceClassification(GenericForSequenceClassification, T6PreTrainedHead): ...
 
 
-class T6ForTokenClassification(GenericForTokenClassification, T6PreTrainedModel): ...
+class T6ForQuestionAnswering(GenericForQuestionAnswering, T6PreTrainedHead): ...
+
+
+class T6ForTokenClassification(GenericForTokenClassification, T6PreTrainedHead): ...
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What the pages point at is there: links, files, and the names of the code that the architecture's pages go through."""
+"""What the pages point at is there: links, files and names of the code."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,8 @@ from tests.test_architecture import ROOT, find_modules
 
 PAGES = sorted(path for folder in (".", "docs", "configuration") for path in (ROOT / folder).glob("*.md"))
 FOLDERS = ("benchmarks", "configuration", "conversion", "docs", "examples", "hub", "modeling_t6", "serving", "tests")
+# Pages whose names in code type are all names of this code.
+OF_THE_CODE = ("architecture", "converting", "flash_tpa", "studying", "training")
 
 pytestmark = pytest.mark.once
 
@@ -37,9 +39,9 @@ def test_links_and_files(page):
     assert missing == []
 
 
-@pytest.mark.parametrize("page", ["architecture.md", "studying.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", *(f"docs/{name}.md" for name in OF_THE_CODE)])
 def test_names_are_in_the_code(page):
-    names = set(re.findall(r"`([A-Za-z_][\w.]*)(?:\(\))?`", (ROOT / "docs" / page).read_text(encoding="utf-8")))
+    names = set(re.findall(r"`([A-Za-z_][\w.]*)(?:\(\))?`", (ROOT / page).read_text(encoding="utf-8")))
     names = {part for name in names if not (ROOT / name).exists() for part in name.split(".")}
     words = set()
     for path in find_modules(ROOT).values():

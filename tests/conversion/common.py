@@ -26,7 +26,7 @@ FAMILIES = {
     "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "llama-linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "factor": 4.0} | ROPE},
     "llama-dynamic": {
-        "model_type": "llama", "max_position_embeddings": 96,
+        "model_type": "llama", "max_position_embeddings": 48,
         "rope_parameters": {"rope_type": "dynamic", "factor": 4.0} | ROPE,
     },
     "llama-yarn": {

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +25,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.once
 def test_converts_from_the_hub(tmp_path):
     save_source(tmp_path / "source", "qwen2", "gqa", max_shard_size="100KB")
     with HubServer() as hub:

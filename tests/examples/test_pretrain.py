@@ -85,6 +85,7 @@ def test_prepared_folder(data, documents):
     assert facts["held_out_bytes"] == sum(len(text.encode()) for text in read["held_out"])
 
 
+@pytest.mark.once
 def test_prepare_deduplicates(tmp_path, capsys):
     """Equal documents once; none held out whose lines are in the training text, and the same result by processes."""
     generator = random.Random(1)
@@ -151,6 +152,7 @@ def stream_of(dataset: Path, tokenizer: Path, *options: str) -> pretrain.Data:
     return pretrain.Data(pretrain.parse_args([*words, "--held-out-documents", "5", "--output-dir", "unused"]))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("portion", [3, 256])
 def test_stream(dataset, data, documents, monkeypatch, portion):
     """All documents but those held out, in order, then again; from any place by its state."""
@@ -173,6 +175,7 @@ def test_stream(dataset, data, documents, monkeypatch, portion):
         iterator.close()
 
 
+@pytest.mark.once
 def test_stream_is_shared_among_processes(dataset, data, documents):
     found = []
     for rank in range(2):
@@ -326,6 +329,7 @@ def test_killed_run_goes_on(run, data, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model-checkpoints"}
 
 
+@pytest.mark.once
 def test_streamed_run_goes_on(dataset, data, tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining_data, "DOCUMENTS", 4)
     options = [*T6, *RUN, "--dataset", str(dataset), "--text-column", "words", "--tokenizer", str(data)]
@@ -422,6 +426,7 @@ def test_two_processes(run, data, tmp_path):
                 torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "options, message",
     [

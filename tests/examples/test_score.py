@@ -171,6 +171,7 @@ def test_table_and_card(shipped_results, capsys):
         assert list(card["results"]) == list(score.COLUMNS)
 
 
+@pytest.mark.once
 def test_table_without_all_tasks(tmp_path, capsys):
     """What lm-eval's own command wrote: tasks that are missing are no zeros, and there is no mean of fewer than nine."""
     content = {"results": {"piqa": {"acc_norm,none": 0.5}}, "n-shot": {"piqa": 0}, "model_name": "someone/model"}
@@ -218,6 +219,7 @@ def answers(results: dict) -> list:
     return [sample["filtered_resps"] for task in sorted(samples) for sample in samples[task]]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shots", [0, 2])
 def test_converted_llama_scores_as_its_source(llama, data, shots):
     source, converted = (evaluate(folder, data, ["t6_paper_local"], shots) for folder in llama)
@@ -246,6 +248,7 @@ def test_generation_uses_the_factor_cache(llama, data, monkeypatch):
     assert len({answer[0] for answer in answers(converted)}) == QUESTIONS
 
 
+@pytest.mark.once
 def test_export_gives_the_same_data(data, tmp_path):
     names = score.main(["export", str(tmp_path / "copy"), "--tasks", "t6_paper_local", "--include-path", str(data)])
     assert sorted(names) == sorted(task_data.TASKS)
@@ -256,6 +259,7 @@ def test_export_gives_the_same_data(data, tmp_path):
         score.main(["export", str(tmp_path / "copy"), "--include-path", str(data)])
 
 
+@pytest.mark.once
 def test_local_folders(data, tmp_path, capsys):
     with pytest.raises(SystemExit, match="holds no folder of a task"):
         score.main(["local", str(tmp_path)])
@@ -282,6 +286,7 @@ def test_group_of_the_hub(data):
     assert set(group) <= {*manager.all_subtasks, *manager.all_groups}
 
 
+@pytest.mark.once
 def test_perplexity(tmp_path, capsys):
     """Against one long product of probabilities, and against a text in two files."""
     text = "JULIET:\nO Romeo, naïve Romeo! wherefore art thou Romeo?\n" * 12

@@ -63,6 +63,7 @@ def test_new_card(folder, make_card, tmp_path):
     assert metadata_load(tmp_path / "card.md")["library_name"] == "transformers"
 
 
+@pytest.mark.once
 def test_text_of_the_author_stays(make_card, tmp_path):
     card = make_card(SHIPPED)
     old = (SHIPPED / "README.md").read_text().split("---\n", 2)[2]
@@ -71,6 +72,7 @@ def test_text_of_the_author_stays(make_card, tmp_path):
     assert card.text.index("# t6-tiny-shakespeare") < card.text.index("## Load it") < card.text.index("## Use")
 
 
+@pytest.mark.once
 def test_a_card_of_ours_is_renewed_not_repeated(folder, make_card):
     first = make_card(folder)
     text = str(first).replace("# t6\n", "# My model\n\nIt is mine.\n") + "\n## More\n\nSaid.\n"
@@ -82,6 +84,7 @@ def test_a_card_of_ours_is_renewed_not_repeated(folder, make_card):
     assert str(make_card(folder)) == str(second)
 
 
+@pytest.mark.once
 def test_metadata_of_the_author_stays(folder, make_card):
     (folder / "README.md").write_text(
         "---\nlicense: mit\nlanguage: [en]\ntags: [mine, t6]\ndatasets: [a/b]\nthumbnail: x.png\nbase_model: m/n\n---\ntext\n"
@@ -103,6 +106,7 @@ def write_report(folder, base_model, **more) -> None:
     (folder / "conversion.json").write_text(json.dumps(report | more))
 
 
+@pytest.mark.once
 def test_card_of_a_converted_model(folder, make_card):
     rows = [
         {"model": "source", "cache_bytes_per_token": 4096.0, "perplexity": 12.34567},
@@ -120,6 +124,7 @@ def test_card_of_a_converted_model(folder, make_card):
         assert text in card.text
 
 
+@pytest.mark.once
 def test_license_of_a_converted_model_must_be_known(folder, make_card, capsys):
     write_report(folder, None)
     assert hub_upload.main([str(folder), "someone/t6", "--dry-run"]) == 1
@@ -130,6 +135,7 @@ def test_license_of_a_converted_model_must_be_known(folder, make_card, capsys):
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "see-license-file", "LICENSE")
 
 
+@pytest.mark.once
 def test_results_of_lm_eval(folder, make_card, tmp_path, capsys):
     results = {
         "results": {

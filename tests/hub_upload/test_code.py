@@ -18,6 +18,7 @@ from .common import ROOT, SHIPPED, make_model, run
 CODE = sorted(path for path in (ROOT / "modeling_t6").glob("*.py") if path.name != "__init__.py")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
 def test_code_names_nothing_that_opens_files_connections_or_processes(path):
     source = path.read_text()
@@ -38,6 +39,7 @@ def test_code_names_nothing_that_opens_files_connections_or_processes(path):
     assert not called & {"open", "exec", "eval", "compile", "__import__", "torch.load", "torch.save", "torch.hub.load"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "line",
     [
@@ -67,6 +69,7 @@ def test_what_kernels_and_tensor_parallelism_need_is_allowed():
     assert unsafe_code("\n".join(lines)) == []
 
 
+@pytest.mark.once
 def test_unsafe_code_is_not_pushed(tmp_path, monkeypatch, capsys):
     make_model(tmp_path / "model")
     package = tmp_path / "root" / "modeling_t6"
@@ -79,6 +82,7 @@ def test_unsafe_code_is_not_pushed(tmp_path, monkeypatch, capsys):
     assert "modeling_t6/cache_t6.py is not safe to push: line" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.once
 def test_running_code_opens_nothing(tmp_path):
     """Python's own audit events, of which those count that have a line of the code on their stack."""
     code = """if True:

@@ -9,6 +9,8 @@ from .common import environment, make_model, run
 from .hub_server import Fault
 
 
+pytestmark = pytest.mark.once
+
 LFS_UPLOAD, COMMIT, DOWNLOAD = "^/upload/", "/commit/", "^/cdn/"
 
 
@@ -169,7 +171,6 @@ def test_two_at_once(hub, uploader, folder):
     assert is_whole(hub, folder) and "theirs.txt" in hub.repositories["someone/t6"].files()
 
 
-@pytest.mark.once
 def test_a_pull_that_breaks_leaves_nothing_that_loads(hub, uploader, folder, tmp_path):
     """Plain Transformers, and its cache: broken connections are mended, and a broken shard never enters the cache."""
     assert uploader(folder, "someone/t6").code == 0

@@ -3,9 +3,12 @@
 import hashlib
 import json
 
+import pytest
+
 from .common import environment, run
 
 
+@pytest.mark.once
 def test_as_the_client_sees_it(hub, tmp_path):
     """One process goes through the API of huggingface_hub; what it found is judged here."""
     hub.multipart_size = 1000

@@ -73,6 +73,7 @@ def test_shipped_model_from_the_shell(hub, tmp_path):
     assert set(found) == set(sources) and all(torch.equal(logits, expected) for logits in found.values())
 
 
+@pytest.mark.once
 def test_code_that_is_not_trusted_does_not_run(hub, uploader, tmp_path):
     make_model(tmp_path / "model")
     assert uploader(tmp_path / "model", "someone/t6").code == 0
@@ -116,6 +117,7 @@ def make_llama(folder):
     return model.eval()
 
 
+@pytest.mark.once
 def test_converted_and_compressed_llama(hub, uploader, tmp_path):
     """In private repositories, one with four shards; what is pulled computes what the Llama does."""
     llama = make_llama(tmp_path / "llama")
@@ -156,6 +158,7 @@ def test_converted_and_compressed_llama(hub, uploader, tmp_path):
     assert not torch.allclose(found["someone/small@main"], expected, **limits)
 
 
+@pytest.mark.once
 def test_shards_to_an_existing_repository(hub, uploader, tmp_path):
     """One file becomes four: what the repository held of the old model goes, what is not of a model stays."""
     make_model(tmp_path / "old", seed=1)
@@ -178,6 +181,7 @@ def test_shards_to_an_existing_repository(hub, uploader, tmp_path):
     assert again.code == 0 and len(repository.commits) == 4  # nothing changed: no empty commit
 
 
+@pytest.mark.once
 def test_revisions_and_pull_requests(hub, uploader, tmp_path):
     make_model(tmp_path / "one", seed=1)
     make_model(tmp_path / "two", seed=2)
@@ -207,6 +211,7 @@ def test_revisions_and_pull_requests(hub, uploader, tmp_path):
     assert repository.files("main")["model.safetensors"] == one and len(repository.pull_requests) == 1
 
 
+@pytest.mark.once
 def test_private_is_not_made_public(hub, uploader, tmp_path):
     make_model(tmp_path / "model")
     assert uploader(tmp_path / "model", "someone/t6").code == 0
@@ -216,6 +221,7 @@ def test_private_is_not_made_public(hub, uploader, tmp_path):
     assert hub.repositories["someone/t6"].refs["refs/heads/main"] == commit
 
 
+@pytest.mark.once
 def test_code_only(hub, uploader, tmp_path):
     make_model(tmp_path / "model", seed=1)
     assert uploader(tmp_path / "model", "someone/t6").code == 0

@@ -59,6 +59,15 @@ def train_step(model, ids: torch.Tensor, optimizer: torch.optim.Optimizer) -> fl
     return loss.item()
 
 
+def quick(implementation: str):
+    """
+    A context in which `flex_attention` runs as PyTorch's plain operations. Transformers compiles it with inductor, whose
+    C++ takes half a minute of a CPU: once is enough, in `test_attention_implementations_agree`.
+    """
+    interpreted = implementation == "flex_attention" and DEVICE == "cpu"
+    return torch.compiler.set_stance("force_eager" if interpreted else "default")
+
+
 def cached(output):
     """The cache in a model's output, whose name depends on the version of Transformers."""
     return getattr(output, CACHE_NAME)

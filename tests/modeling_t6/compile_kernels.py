@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modeling_t6.cache_t6 import FactorLayout
-from modeling_t6.flash_tpa_kernels_t6 import combine_kernel, decode_kernel
-from modeling_t6.flash_tpa_t6 import COMBINE_WARPS, COMBINED_SPLITS, MAX_SPLITS, choose_launch
+from modeling_t6.flash_tpa_kernels_t6 import Mask, combine_kernel, decode_kernel
+from modeling_t6.flash_tpa_t6 import COMBINE_WARPS, COMBINED_SPLITS, MAX_SPLITS, choose_launch, rows_of
 
 
 SHAPES = [  # heads, head_dim, k_rank, v_rank, queries, constant A, dtype, dtype of the cache, mask, rows on 16 bytes
@@ -50,18 +50,16 @@ def compile_shape(shape: tuple, capability: int):
     """The two kernels as `flash_tpa` starts them on such a GPU, and the launch."""
     heads, head_dim, k_rank, v_rank, queries, constant_a, dtype, cache_dtype, mask, aligned = shape
     launch = choose_launch(
-        queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability]
+        queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability], aligned
     )
-    layouts = [FactorLayout(rank, 0 if constant_a else heads, head_dim) for rank in (k_rank, v_rank)]
+    widths = [FactorLayout(rank, 0 if constant_a else heads, head_dim).width for rank in (k_rank, v_rank)]
+    rows = [
+        rows_of(rank, heads, head_dim, width + (not aligned), width, constant_a, launch.step)
+        for rank, width in zip((k_rank, v_rank), widths)
+    ]
     constants = {
-        "NUM_QUERIES": queries, "NUM_HEADS": heads, "HEAD_DIM": head_dim, "K_RANK": k_rank, "V_RANK": v_rank,
-        "K_ROW": layouts[0].width + (not aligned), "V_ROW": layouts[1].width + (not aligned), "K_HEADS": layouts[0].padded_heads,
-        "V_HEADS": layouts[1].padded_heads, "CONSTANT_A": constant_a, "CAUSAL": True, "MASK": mask,
-        "MASK_BY_COLUMN": mask == "additive", "HAS_LENGTHS": True, "STRIDE_UNIT": 16 // BYTES[cache_dtype] if aligned else 1,
-        "BLOCK_N": launch.block_n, "BLOCK_T": launch.block_t, "BLOCK_H": launch.block_h, "REST_H": launch.rest_h,
-        "BLOCK_D": launch.block_d, "UNROLL": launch.unroll and aligned, "STAGES": launch.stages,
-        "STEP": launch.step if aligned else 1,
-        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+        "KEYS": rows[0], "VALUES": rows[1], "MASK": Mask(queries, heads, True, mask, mask == "additive"),
+        "LAUNCH": launch, "HAS_LENGTHS": True, "STRIDE_UNIT": 16 // BYTES[cache_dtype] if aligned else 1,
         "OVERLAP": capability >= 90,
     }  # fmt: skip
     types = dict.fromkeys(("query_ptr", "key_a_ptr", "value_a_ptr"), f"*{dtype}")

@@ -7,12 +7,13 @@ import pytest
 import torch
 import transformers.dynamic_module_utils
 import transformers.integrations.peft
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_t6 import T6ForCausalLM
 
+from ..versions import once_but
 from .common import DEVICE, random_ids, random_model, tiny_config, train_step
 from .test_generation import generate, greedy
 
@@ -34,7 +35,7 @@ TARGETS = {
     "third order": ({"c_factor_dim": 4}, {"target_modules": "all-linear"}),
     "output gate": ({"output_gate": True}, {"target_modules": "all-linear"}),
 }
-every_target = pytest.mark.parametrize("overrides, targets", TARGETS.values(), ids=TARGETS)
+every_target = pytest.mark.parametrize("overrides, targets", once_but(TARGETS.items(), "TPA", "non-contextual A"))
 
 
 def lora(targets: dict) -> LoraConfig:
@@ -174,3 +175,15 @@ def test_remote_code(tmp_path, monkeypatch):
         assert torch.equal(model(ids).logits, peft_model(ids).logits)
     tokens = generate(copy.deepcopy(model), ids)
     assert torch.equal(generate(merged(model), ids), tokens)
+
+
+def test_prefix_tuning_and_what_to_use_in_its_place():
+    """A prefix is keys and values of heads; a prompt is embeddings, and PEFT has that, too."""
+    config = tiny_config(num_attention_heads=6)  # a divisor of `hidden_size`, without which PEFT makes no prefix
+    ids = random_ids(config, 2, 9)
+    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    with pytest.raises(RuntimeError, match="rows of factors, not keys and values of heads.* prompt tuning or LoRA"):
+        get_peft_model(random_model(config), PrefixTuningConfig(**settings))(input_ids=ids)
+    model = get_peft_model(random_model(config), PromptTuningConfig(**settings))
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    assert model.prompt_encoder.default.embedding.weight.grad.abs().max() > 0

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, DynamicCache
 
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 
@@ -89,6 +90,40 @@ def test_cache_of_another_model(model):
             model(ids[:, :1], cache=cache)
 
 
+HEADS = [[torch.zeros(1, 5, 4, 16)] * 2] * 2  # keys and values of the model's heads, in two layers
+CACHES_OF_HEADS = {
+    "tuple": lambda config: tuple(map(tuple, HEADS)),
+    "list": lambda config: HEADS,
+    "DynamicCache": lambda config: DynamicCache(HEADS),
+    "DynamicCache-config": lambda config: DynamicCache(HEADS, config=config),
+    "one layer": lambda config: DynamicCache([[torch.zeros(1, 1, 4, 48), torch.zeros(1, 1, 4, 24)], HEADS[1]]),
+    "T6Cache": lambda config: T6Cache(HEADS),
+    "T6Cache-config": lambda config: T6Cache(HEADS, config=config),
+}
+
+
+@pytest.mark.parametrize("make_cache", CACHES_OF_HEADS.values(), ids=CACHES_OF_HEADS)
+@pytest.mark.parametrize("query_length", [1, 12])  # in factor space, and with K and V
+def test_caches_of_heads(model, make_cache, query_length):
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with (
+            context,
+            pytest.raises((RuntimeError, ValueError), match=r"factors.* use|factors.* this model has filled"),
+        ):
+            model(random_ids(model.config, 1, query_length), cache=make_cache(model.config))
+
+
+@torch.no_grad()
+def test_cache_of_another_batch(model):
+    ids = random_ids(model.config, 2, 6)
+    cache = cached(model(ids))
+    with pytest.raises(RuntimeError, match="a batch of 2 sequences"):
+        model(ids[:1], cache=cache)
+    assert torch.equal(
+        cached(model(ids[:, :1], cache=cache)).layers[1].keys[:, :, :6], cached(model(ids)).layers[1].keys
+    )
+
+
 def test_labels_of_another_shape(model):
     with pytest.raises((ValueError, RuntimeError)):
         model(random_ids(model.config, 2, 6), labels=torch.zeros(2, 9, dtype=torch.long))
@@ -158,6 +193,75 @@ def test_wrong_field(folder, field, value):
     edit_config(folder, **{field: value})
     with pytest.raises(Exception, match=field):
         T6ForCausalLM.from_pretrained(folder)
+
+
+ROPE = {"rope_theta": 1e4, "rope_type": "default"}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
+DAMAGED = [
+    *(
+        ("rope_parameters", ROPE | {"rope_theta": theta}, "rope_theta")
+        for theta in ("10000", None, [1e4], True, 0, -1.0)
+    ),
+    ("rope_theta", "10000", "rope_theta"),
+    ("rope_parameters", ROPE | {"partial_rotary_factor": "0.5"}, "partial_rotary_factor"),
+    ("rope_parameters", ROPE | {"partial_rotary_factor": None}, "partial_rotary_factor"),
+    ("rope_parameters", ROPE | {"rope_type": "linear", "factor": "2"}, "factor"),
+    ("rope_parameters", ROPE | {"rope_type": "linear"}, "factor"),
+    ("rope_parameters", ROPE | {"rope_type": "yarn", "factor": 2.0, "beta_fast": "32"}, "beta_fast"),
+    ("rope_parameters", ROPE | LLAMA3 | {"low_freq_factor": "1"}, "low_freq_factor"),
+    (
+        "rope_parameters",
+        ROPE | LLAMA3 | {"original_max_position_embeddings": [64]},
+        "original_max_position_embeddings",
+    ),
+    ("rope_parameters", ROPE | LONGROPE | {"short_factor": "abc"}, "short_factor.* list of 8"),
+    ("rope_parameters", ROPE | LONGROPE | {"long_factor": [1.0] * 7}, "long_factor.* list of 8"),
+    ("rope_parameters", ROPE | {"rope_type": ["default"]}, "rope_type"),
+    ("rope_parameters", {"full_attention": ROPE}, "rope_parameters"),
+    ("rope_parameters", "default", "rope_parameters"),
+    ("rope_parameters", [1e4], "rope_parameters"),
+    *(("head_dim", size, "head_dim") for size in (0, -16, True, "16", 16.0, [16])),
+    *((field, True, field) for field in ("hidden_size", "vocab_size", "k_rank", "q_rank", "sliding_window")),
+    ("k_rank", [True, 2], "k_rank"),
+    ("layer_types", "full_attention", "layer_types"),
+    ("num_hidden_layers", 10**9, "num_hidden_layers.* at most"),
+    ("rms_norm_eps", float("nan"), "rms_norm_eps"),
+    ("initializer_range", float("inf"), "initializer_range"),
+    ("pad_token_id", 97, "pad_token_id.* below `vocab_size`=97"),
+    # What follows from other fields, as a config.json from elsewhere may have it.
+    *(("num_key_value_heads", heads, "num_key_value_heads.* must be 5") for heads in (2, "5", None)),
+    ("rotary_dim", 8, "rotary_dim.* must be 16"),
+    ("num_local_heads", 1, "num_local_heads.* must be 5"),
+    ("rotates_on_read", True, "rotates_on_read.* must be False"),
+    ("ranks", [2, 1], "ranks.* left out"),
+]
+
+
+@pytest.mark.parametrize("field,value,message", DAMAGED)
+def test_damaged_config(tmp_path, field, value, message):
+    """One sentence that names the field, before anything is built of it; with a window, layers have a list of types."""
+    fields = tiny_config().to_dict() | {field: value}
+    if field == "rope_theta":
+        fields.pop("rope_parameters")
+    for window in (None, 4) if field == "num_hidden_layers" else (fields["sliding_window"],):
+        (tmp_path / "config.json").write_text(json.dumps(fields | {"sliding_window": window} if window else fields))
+        with pytest.raises(Exception, match=f"(?i){message}"):
+            AutoConfig.from_pretrained(tmp_path)
+
+
+def test_derived_fields_as_they_are(tmp_path):
+    """Given in a config.json, at load or by assignment, they change nothing, and are not saved."""
+    config = tiny_config()
+    derived = {"num_key_value_heads": 5, "num_local_heads": 5, "rotary_dim": 16, "b_dim": 16, "rotates_on_read": False}
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | derived))
+    loaded = AutoConfig.from_pretrained(tmp_path, num_key_value_heads=5)
+    loaded.num_key_value_heads = 5
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    with pytest.raises(ValueError, match="num_key_value_heads.* must be 5"):
+        AutoConfig.from_pretrained(tmp_path, num_key_value_heads=1)
+    with pytest.raises(ValueError, match="num_key_value_heads.* must be 5"):
+        tiny_config(num_key_value_heads=1)
 
 
 def test_config_that_is_not_json(folder):

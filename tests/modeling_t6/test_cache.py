@@ -1,5 +1,7 @@
 """The cache: what it holds, how it grows, and the operations of generation on it."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -120,6 +122,118 @@ def test_cropped_rows_are_not_overwritten_in_views_taken_before():
     cache.update(*rows(1, seed=7), 0)
     assert torch.equal(cache.layers[0].keys[:, :, :6], keys[:, :, :6])
     assert torch.equal(cache.layers[0].keys[:, :, 6:], rows(1, seed=7)[0])
+
+
+def held(cache) -> list[torch.Tensor]:
+    return [cache.layers[0].keys, cache.layers[0].values]
+
+
+def assign(cache, function) -> None:
+    cache.layers[0].keys, cache.layers[0].values = (function(tensor) for tensor in held(cache))
+
+
+ASSIGNED = {
+    "pruned": lambda cache: assign(cache, lambda x: x[:, :, 1::2]),
+    "pruned data": lambda cache: [setattr(x, "data", x.data[:, :, 1::2]) for x in held(cache)],
+    "data of the same size": lambda cache: [setattr(x, "data", x.data.flip(2)) for x in held(cache)],
+    "more": lambda cache: assign(cache, lambda x: torch.cat([x, x], dim=2)),
+    "another dtype": lambda cache: assign(cache, torch.Tensor.double),
+    "a lower dtype": lambda cache: assign(cache, torch.Tensor.half),
+}
+OFFLOADED = {"offload": lambda cache: (cache.layers[0].offload(), cache.layers[0].prefetch())}
+
+
+@pytest.mark.parametrize("change", ASSIGNED.values(), ids=ASSIGNED)
+@pytest.mark.parametrize("operation", OPERATIONS | OFFLOADED)
+@torch.no_grad()
+def test_assigned_rows(change, operation):
+    """They are what every operation goes on from, and never written to."""
+    cache, oracle = filled(9)
+    change(cache), change(oracle)
+    assert_equal(cache, oracle)
+    assigned, before = held(cache), [tensor.clone() for tensor in held(cache)]
+    for each in (cache, oracle) if operation in OPERATIONS else (cache,):
+        (OPERATIONS | OFFLOADED)[operation](each)
+    assert_equal(cache, oracle)
+    batch = held(oracle)[0].shape[0]
+    for step in range(9):  # beyond the first room that the storage has
+        if step == 4:
+            change(cache), change(oracle)
+        for each in (cache, oracle):
+            each.update(*rows(1, batch=batch, seed=step), 0)
+        assert_equal(cache, oracle)
+        assert held(cache)[0].dtype == held(oracle)[0].dtype
+    assert all(map(torch.equal, assigned, before))
+    cache.reset()
+    cache.update(*rows(2, seed=3), 0)
+    assert torch.equal(held(cache)[0], rows(2, seed=3)[0])
+
+
+@torch.no_grad()
+def test_branches_from_the_same_rows():
+    """Rows that were put aside and put back, and copies of a layer: none writes into those of another."""
+    cache, oracle = filled(9)
+    for each in (cache, oracle):
+        aside = held(each)
+        for seed in (1, 2):
+            each.layers[0].keys, each.layers[0].values = aside
+            each.update(*rows(3, seed=seed), 0)
+            each.longest = [*getattr(each, "longest", ()), held(each)[0]]
+        shallow = copy.copy(each.layers[0])
+        shallow.update(*rows(1, seed=5)), each.update(*rows(1, seed=6), 0)
+        each.longest += [shallow.keys, held(each)[0]]
+    for ours, theirs in zip(cache.longest, oracle.longest):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 20])
+@torch.no_grad()
+def test_pruned_rows_of_sliding_layers(window):
+    """The mask has a place for each row that is held, and all of them are those of the last tokens."""
+    model = random_model(tiny_config(sliding_window=window, num_hidden_layers=1))
+    ids = random_ids(model.config, 2, 9)
+    cache = T6Cache(config=model.config)
+    model(ids, cache=cache)
+    kept = min(window - 1, 9)
+    assert held(cache)[0].shape[2] == kept
+    ASSIGNED["pruned"](cache)
+    for _ in range(3):
+        logits = model(ids[:, :2], cache=cache).logits
+        assert logits.isfinite().all()
+        kept = min(window - 1, held(cache)[0].shape[2])
+        assert cache.get_mask_sizes(2, 0) == (kept + 2, cache.get_seq_length() - kept)
+    cache.reset()
+    assert torch.equal(model(ids, cache=cache).logits, model(ids, use_cache=False).logits)
+
+
+CONTINUED = {"no gradient": torch.no_grad, "gradient": torch.enable_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_continues_across_inference_mode(implementation, window):
+    """A cache that `generate()` filled in one mode goes on in each other, and training goes through what it holds."""
+    model = random_model(tiny_config(num_hidden_layers=1, sliding_window=window))
+    ids, new = random_ids(model.config, 2, 20), random_ids(model.config, 2, 1, seed=2)
+    expected = model(torch.cat([ids, new], dim=1), use_cache=False).logits[:, -1:]
+    for filled_in in (torch.inference_mode, torch.no_grad):
+        for name, continued_in in CONTINUED.items():
+            if implementation == "static" and name == "gradient":
+                continue  # written in place, as everywhere in Transformers
+            with filled_in():
+                cache = cached(
+                    model.generate(
+                        ids, max_length=30, max_new_tokens=None, min_length=21, do_sample=False, eos_token_id=None,
+                        stopping_criteria=[lambda ids, scores: torch.ones(len(ids), dtype=torch.bool)],
+                        cache_implementation=implementation, return_dict_in_generate=True, disable_compile=True,
+                    )
+                )  # fmt: skip
+            with continued_in():
+                logits = model(new, cache=cache).logits
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+            if name == "gradient":
+                logits.square().mean().backward()
+                assert model.model.layers[0].self_attn.k_a_proj.weight.grad.abs().max() > 0
 
 
 def test_reset():

@@ -48,6 +48,7 @@ def model_of(variant: str):
     return random_model(tiny_config(**{"num_hidden_layers": 1} | VARIANTS[variant])).cpu()
 
 
+@pytest.mark.once
 def test_round_trip(tmp_path):
     """Every variant, saved, and decoded token by token in one clean process: the tokens of `generate()`."""
     tasks, expected = [], {}

@@ -6,14 +6,16 @@ from transformers import CompileConfig, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_t6 import T6Cache
+from modeling_t6.cache_t6 import CACHE_NAME
 
-from .common import DEVICE, cached, random_ids, random_model, tiny_config
+from ..versions import once_but
+from .common import DEVICE, cached, quick, random_ids, random_model, tiny_config
 
 
 NEW = 10
 
 
-@pytest.fixture(scope="module", params=[3, None], ids=["tpa", "kvonly"])
+@pytest.fixture(scope="module", params=once_but({"tpa": 3, "kvonly": None}.items(), "tpa"))
 def model(request):
     return random_model(tiny_config(q_rank=request.param))
 
@@ -56,12 +58,17 @@ def test_greedy(model, kwargs):
 def test_attention_implementations(implementation, cache_implementation):
     model = random_model(tiny_config(attn_implementation=implementation))
     ids = random_ids(model.config, 2, 9)
-    output = generate(model, ids, cache_implementation=cache_implementation)
+    with quick(implementation):
+        output = generate(model, ids, cache_implementation=cache_implementation)
     assert torch.equal(output, greedy(random_model(tiny_config()), ids))
 
 
-def test_static_cache_with_compile(model):
-    """`generate()` compiles on accelerators only, unless it is told to compile here too."""
+def test_static_cache_with_compile():
+    """
+    `generate()` compiles on accelerators only, unless it is told to compile here too. A layer shows it; the variants are
+    those of `test_compiled_generation`.
+    """
+    model = random_model(tiny_config(num_hidden_layers=1))
     ids = random_ids(model.config, 2, 9)
     compile_config = CompileConfig(backend="aot_eager", fullgraph=True, dynamic=False, mode=None)
     compile_config._compile_all_devices = True
@@ -215,3 +222,47 @@ def test_bfloat16_and_train_mode():
     output = generate(model, ids, return_dict_in_generate=True, output_logits=True)
     assert all(logits.isfinite().all() for logits in output.logits)
     assert torch.equal(generate(model.train(), ids), output.sequences)
+
+
+SLIDING = {
+    "sliding": {"sliding_window": 8},
+    "alternating": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "window of 1, shared B": {"sliding_window": 1, "shared_b": True, "v_rank": 2},
+}
+DRAFTS = {
+    "another": lambda model: {"assistant_model": random_model(tiny_config(sliding_window=5), seed=3)},
+    "without a window": lambda model: {"assistant_model": random_model(tiny_config(), seed=3)},
+    "prompt-lookup": lambda model: {"prompt_lookup_num_tokens": 3},
+    "early exit": lambda model: {"assistant_early_exit": 1},
+    "itself, with a cache": lambda model: {"assistant_model": model, CACHE_NAME: T6Cache(config=model.config)},
+}
+
+
+@pytest.fixture(scope="module", params=SLIDING.values(), ids=SLIDING)
+def sliding_model(request):
+    return random_model(tiny_config(**request.param))
+
+
+@pytest.mark.parametrize("length", [5, 14])  # drafts from before the window across it, and behind it
+@pytest.mark.parametrize("draft", DRAFTS.values(), ids=DRAFTS)
+def test_sliding_models_draft(sliding_model, draft, length):
+    ids = random_ids(sliding_model.config, 1, length)
+    assert torch.equal(generate(sliding_model, ids, **draft(sliding_model)), greedy(sliding_model, ids))
+
+
+@torch.no_grad()
+def test_rows_to_return_to(sliding_model):
+    """Recorded rows come back with a crop, after one step and after several, before the window and behind it."""
+    model = sliding_model
+    ids = random_ids(model.config, 2, 24)
+    for first, *steps in ((2, 3), (2, 4, 3), (9, 1, 6), (14, 5, 1, 3)):
+        cache = T6Cache(config=model.config)
+        model(ids[:, :first], cache=cache)
+        cache.activate_past_recording()
+        end = first
+        for new in steps:
+            model(random_ids(model.config, 2, new, seed=new), cache=cache)
+        cache.crop(-sum(steps))
+        assert cache.get_seq_length() == end
+        logits = model(ids[:, end:], cache=cache).logits
+        torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, end:], atol=1e-5, rtol=1e-5)

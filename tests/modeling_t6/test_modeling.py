@@ -70,6 +70,7 @@ def test_hidden_states_and_attentions():
     torch.testing.assert_close(output.logits, model.lm_head(output.hidden_states[-1]))
 
 
+@pytest.mark.once
 def test_attention_implementations_agree():
     ids = random_ids(tiny_config(), 2, 20)
     with torch.no_grad():
@@ -137,7 +138,7 @@ def test_resize_embeddings():
 
 
 def test_compile():
-    model = random_model(tiny_config())
+    model = random_model(tiny_config(num_hidden_layers=1))
     ids = random_ids(model.config, 2, 8)
     with torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ..versions import once_but
 from .common import cached, random_ids, random_model, tiny_config
 from .test_generation import generate, greedy
 
@@ -50,7 +51,7 @@ MAPS = {
 }
 
 
-@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
+@pytest.fixture(scope="module", params=once_but(CONFIGS.items(), "TPA", "shared B, sliding"))
 def saved(request, tmp_path_factory):
     """A folder, the model that is in it, and its tokens."""
     folder = tmp_path_factory.mktemp("saved")

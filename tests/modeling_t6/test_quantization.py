@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from modeling_t6 import T6Cache
 
+from ..versions import once_but
 from .common import DEVICE, cached, random_ids, random_model, tiny_config, train_step
 from .test_generation import generate, greedy
 
@@ -26,7 +27,7 @@ CONFIGS = {
     "non-contextual A": SHAPE | {"noncontextual_a": True},
     "output gate": SHAPE | {"output_gate": True, "tie_word_embeddings": False},
 }
-every_config = pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
+every_config = pytest.mark.parametrize("overrides", once_but(CONFIGS.items(), "TPA"))
 
 
 def unfit_for_4_bits(model) -> list[str]:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modeling_t6 import T6Cache, attention_t6
 from modeling_t6.attention_t6 import form_all_heads, rebuild_heads
 
+from ..versions import once_but
 from .common import random_ids, random_model, tiny_config
 from .test_variants import VARIANTS
 
@@ -49,7 +50,7 @@ def gradients(overrides: dict, compiled: bool = False) -> list[torch.Tensor]:
     return [logits.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", once_but(CASES, "TPA", "shared B", "sliding window", "eager, dropout"))
 def test_gradients(case, monkeypatch):
     choose(monkeypatch, rebuild=False)
     expected = gradients(CASES[case])
@@ -59,6 +60,7 @@ def test_gradients(case, monkeypatch):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", ["non-contextual A", "shared B, third order"])
 def test_gradients_of_compiled_layers(case, monkeypatch):
     choose(monkeypatch, rebuild=False)
@@ -116,6 +118,7 @@ def kept_bytes(overrides: dict, compiled: bool) -> list[int]:
     return list(storages.values())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "overrides, compiled", [({}, False), ({"qk_norm": True}, False), ({"qk_norm": True}, True)], ids=str
 )
@@ -134,6 +137,7 @@ class Partitioned(Exception):
     pass
 
 
+@pytest.mark.once
 def test_heads_are_not_kept_by_flash_attention(monkeypatch):
     """Forward and backward, as inductor partitions them around the operator of a GPU. Nothing runs."""
 
@@ -160,6 +164,7 @@ def test_heads_are_not_kept_by_flash_attention(monkeypatch):
     assert BATCH * SEQ * HEADS in sizes  # its log-sum-exp
 
 
+@pytest.mark.once
 def test_exported_programs_keep_nothing(monkeypatch):
     choose(monkeypatch, rebuild=True)
     attention = random_model(tiny_config()).train().cpu().model.layers[0].self_attn
@@ -170,6 +175,7 @@ def test_exported_programs_keep_nothing(monkeypatch):
     assert not any("checkpoint" in target for target in targets)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("compiled", [False, True])
 def test_probabilities_are_not_kept(compiled, monkeypatch):
     choose(monkeypatch, rebuild=True)

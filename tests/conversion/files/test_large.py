@@ -1,11 +1,13 @@
 """Large checkpoints: the memory that a conversion takes, and what a kill leaves."""
 
-import importlib.util
+import importlib
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from transformers import LlamaConfig
@@ -15,14 +17,18 @@ from conversion.files.checkpoints import Checkpoint
 
 
 ROOT = Path(__file__).parents[3]
-path = ROOT / "benchmarks" / "conversion_memory.py"
-spec = importlib.util.spec_from_file_location("conversion_memory", path)
-conversion_memory = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(conversion_memory)
+
+
+@pytest.fixture(scope="module")
+def conversion_memory() -> Iterator[ModuleType]:
+    """The benchmark, a script beside others that it imports from."""
+    with pytest.MonkeyPatch.context() as context:
+        context.syspath_prepend(ROOT / "benchmarks")
+        yield importlib.import_module("conversion_memory")
 
 
 @pytest.mark.once
-def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+def test_memory_does_not_grow_with_the_checkpoint(conversion_memory, tmp_path):
     peaks = []
     for layers in (1, 8):
         config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, vocab_size=8000)
@@ -34,7 +40,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
 
 
 @pytest.mark.once
-def test_a_kill_leaves_nothing_or_all(tmp_path):
+def test_a_kill_leaves_nothing_or_all(conversion_memory, tmp_path):
     config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, vocab_size=8000)
     conversion_memory.write_sparse_checkpoint(tmp_path / "source", config, 100_000_000)
     arguments = ["hf", str(tmp_path / "source"), str(tmp_path / "t6"), "--no-verify", "--max-shard-size", "100MB"]

@@ -102,7 +102,8 @@ def test_compresses_and_heals(folder, tmp_path, capsys):
     assert tokens.shape == (2, 16)
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.once), "muon"])
+@pytest.mark.once
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_goes_on_after_a_kill(optimizer, folder, tmp_path, capsys):
     """A run that is killed while it heals leaves no result, and ends as if it had not been killed."""
     more = ["--heal-optimizer", optimizer, "--k-rank", "1,2", "--v-rank", "1", *healing(folder, 40)]

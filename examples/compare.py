@@ -92,7 +92,7 @@ from transformers import AutoConfig
 
 import pretrain
 from configuration.make_configs import cache_numbers, count_parameters
-from language_modeling import load_tokenizer
+from pretraining_data import open_prepared
 
 
 # What is compared
@@ -224,13 +224,12 @@ def read_results(path: Path) -> dict:
 
 def open_results(args: argparse.Namespace) -> tuple[dict, dict[str, Architecture]]:
     """The results so far, of the same settings and data, and what is compared."""
-    tokenizer = load_tokenizer(args.data)
-    digest = json.loads(read_text(args.data / "data.json"))["sha256"]
+    tokenizer, facts = open_prepared(args.data)
     header = {
         "settings": {name: getattr(args, name) for name in SETTINGS},
         "seeds": args.seeds,
         "learning_rates": args.learning_rates,
-        "data": digest,
+        "data": facts["sha256"],
     }
     results = {**header, "runs": {}}
     if args.results.exists():

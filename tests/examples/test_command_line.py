@@ -14,6 +14,7 @@ import prepare
 import pretrain
 import score
 import train
+from serving import command
 
 
 ROOT = Path(__file__).parents[2]
@@ -93,3 +94,21 @@ def test_what_is_missing_is_named(module, options, tmp_path):
     assert str(missing) in message and "\n" not in message and "Repo id" not in message
     assert any(words in message.lower() for words in ("there is no", "no such file"))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["{tmp}/missing", "runs/some/missing"])
+def test_server_names_what_is_missing(name, tmp_path, monkeypatch):
+    """Before `transformers serve` is imported; what is a folder, or may be on the Hub, goes on to it."""
+    calls = []
+    monkeypatch.setattr("transformers.cli.transformers.main", lambda: calls.append(sys.argv))
+    monkeypatch.setattr(command, "within_context", lambda method: method)
+    monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path), "--port", "1"])
+    command.main()
+    monkeypatch.setattr(sys, "argv", ["serve.py", "someone/t6@main"])
+    command.main()
+    assert calls == [["serve.py", "serve", str(tmp_path), "--port", "1"], ["serve.py", "serve", "someone/t6@main"]]
+    name = name.format(tmp=tmp_path)
+    monkeypatch.setattr(sys, "argv", ["serve.py", name])
+    with pytest.raises(SystemExit, match=f"there is no folder {name}; names on the Hub are"):
+        command.main()

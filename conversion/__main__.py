@@ -39,7 +39,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--verify",
             action=argparse.BooleanOptionalAction,
-            help="run source and result side by side and refuse to finish on a mismatch (default: if both fit in memory)",
+            default=True,
+            help="run source and result side by side, whole or layer by layer, and refuse to finish on a mismatch",
         )
         if name == "hf":
             command.add_argument("--revision", help="of a source on the Hub")

@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,9 +11,10 @@ from transformers import AutoConfig
 
 from . import verify
 from .files.checkpoints import Checkpoint
-from .files.companions import COMPANIONS, copy_companions
+from .files.companions import COMPANIONS, write_companions, write_generation_config
 from .files.errors import ConversionError, reason
 from .files.folders import new_folder, read_json
+from .layerwise import compare_layers
 from .smaller import order
 from .smaller.ranks import check_options
 from .smaller.report import PLOT, REPORT, provenance, table
@@ -22,7 +22,8 @@ from .smaller.report import write as write_report
 from .smaller.stages import stage
 from .sources import families, official
 from .sources.plan import Plan
-from .write import write_model
+from .verify import Comparison
+from .write import loaded_dtype, write_model
 
 
 def local_folder(source: str, revision: str | None) -> Path:
@@ -32,7 +33,7 @@ def local_folder(source: str, revision: str | None) -> Path:
             raise ConversionError(f"{source} is a file: expected a folder, or a name on the Hub")
         return Path(source)
     try:
-        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *COMPANIONS]
+        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", *COMPANIONS]
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConversionError(
@@ -62,39 +63,46 @@ def convert(args: argparse.Namespace, smaller: bool) -> None:
         read_json(source / "config.json")
         try:
             config = AutoConfig.from_pretrained(source)
-            plan = families.make_plan(config)
+            families.make_plan(config)  # what cannot be is refused before weights are looked for
         except ConversionError:
             raise
         except Exception as error:  # whatever a configuration's validation raises
             raise ConversionError(f"{source / 'config.json'}: {reason(error)}") from error
         checkpoint = Checkpoint(source)
+        plan = families.plan_as_loaded(config, checkpoint)
     else:
         source = Path(args.source)
         arguments, checkpoint = official.load(source)
         plan = official.make_plan(arguments, checkpoint)
+    for note in plan.notes:
+        print("note:", note)
     dtype = weights_dtype(args, plan, checkpoint, smaller)
-    rounded = dtype is not None and any(info.dtype.itemsize > dtype.itemsize for info in checkpoint.tensors.values())
-    rounded |= plan.rounds and dtype in (torch.bfloat16, torch.float16)
+    rounded = any(
+        torch.promote_types(info.dtype, dtype or info.dtype) != (dtype or info.dtype)
+        for info in checkpoint.tensors.values()
+    )
+    rounded |= plan.rounds and any((dtype or info.dtype).itemsize == 2 for info in checkpoint.tensors.values())
     numbers = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
     report = provenance(
         args.words, args.source, "t6" if args.command == "official" else config.model_type,
         None if Path(args.source).exists() else args.source,
     )  # fmt: skip
 
+    def compare(folder: Path) -> Comparison:
+        if args.command == "official":
+            return verify.compare_with_research_code(arguments, checkpoint, folder, rounded)
+        if verify.fits_in_memory(numbers, verify.cache_numbers(plan.config)):
+            return verify.compare_with_transformers(source, folder, rounded)
+        print("source and result do not fit into memory together: they are compared layer by layer")
+        return compare_layers(source, config, checkpoint, folder, rounded)
+
     def write_exact(folder: Path) -> None:
         write_model(plan, checkpoint, folder, dtype, args.max_shard_size)
         if source.is_dir():
-            copy_companions(source, folder)
+            write_companions(source, folder)
         if args.command == "hf":
-            compare = partial(verify.compare_with_transformers, source, folder, rounded)
-        else:
-            compare = partial(verify.compare_with_research_code, arguments, checkpoint, folder, rounded)
-        if args.verify or (args.verify is None and verify.fits_in_memory(numbers)):
-            print("verified:", compare())
-        else:
-            print(
-                "not verified" + ("" if args.verify is False else ": source and result do not fit in memory together")
-            )
+            write_generation_config(source, folder)
+        print(f"verified: {compare(folder)}" if args.verify else "not verified")
 
     if not smaller:
         with new_folder(args.target, args.overwrite) as folder:
@@ -112,9 +120,9 @@ def convert(args: argparse.Namespace, smaller: bool) -> None:
         if not exact_folder.exists():
             with stage("exact model"), new_folder(exact_folder) as new:
                 write_exact(new)
-        common = dtype or next(iter(checkpoint.tensors.values())).dtype
+        common = loaded_dtype(plan, checkpoint, dtype)
         rows = order.make_smaller(args, source, exact_folder, working, texts, folder, common)
-        copy_companions(source, folder)
+        write_companions(source, folder)
         write_report(folder, report, rows)
     shutil.rmtree(working)
     print(table(rows))

@@ -19,6 +19,11 @@ def meta_model(config: T6Config) -> T6ForCausalLM:
         return T6ForCausalLM(config)
 
 
+def loaded_dtype(plan: Plan, checkpoint: Checkpoint, dtype: torch.dtype | None) -> torch.dtype:
+    """In which Transformers loads the result: as the source by its configuration, unless all weights are written in `dtype`."""
+    return dtype or plan.config.dtype or next(iter(checkpoint.tensors.values())).dtype
+
+
 def write_model(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -38,7 +43,7 @@ def write_model(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if plan.config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    common = dtype or next(iter(checkpoint.tensors.values())).dtype
+    common = loaded_dtype(plan, checkpoint, dtype)
     announced = [(name, tuple(tensor.shape), common) for name, tensor in plan.constants.items()]
     for source, info in checkpoint.tensors.items():
         announced += [(target, shapes[target], dtype or info.dtype) for target, _ in plan.moves.get(source, ())]
@@ -65,6 +70,8 @@ def write_model(
                             f"{source} has shape {list(tensor.shape)}: by the configuration {target} takes "
                             f"{list(shapes[target])} from it, got {list(result.shape)}"
                         )
+                    if dtype == torch.float16 and not result.isfinite().all():
+                        raise ConversionError(f"{source} has values too large for float16: expected another --dtype")
                     writer.write(target, result)
                 progress.update(tensor.nbytes)
         writer.close()

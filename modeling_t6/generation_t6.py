@@ -14,7 +14,7 @@
 """What `generate()` and continuous batching ask of a model whose cache is not keys and values"""
 
 import torch
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
@@ -46,6 +46,17 @@ class T6GenerationMixin(GenerationMixin):
         return create_attention_masks(
             model.config, model.tensor_mask_config, attend, inputs_embeds, attention_mask, cache, position_ids
         )
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
+        """
+        As in every model; at the step that passes the length from which long RoPE rotates by other factors, all tokens are
+        computed anew, as the cache holds rows that were rotated by the others (Phi-3 does so).
+        """
+        rope, cache = self.config.rope_parameters, kwargs.get(CACHE_NAME)
+        if rope["rope_type"] == "longrope" and isinstance(cache, Cache):
+            if 0 < cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]:
+                kwargs[CACHE_NAME] = kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _get_static_cache_init_shape(self) -> None:
         # Key and value rows may differ in width, which this hook cannot say: see `_prepare_cache_for_generation`.

@@ -32,12 +32,17 @@ class TensorInfo(NamedTuple):
 
 
 def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The safetensors files of a checkpoint, and its index if it has one."""
+    """
+    The safetensors files of a checkpoint that Transformers loads, and its index if it loads by one: like Transformers, it
+    takes `model.safetensors` where there are shards, too.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE], None
     if not (folder / INDEX).exists():
-        if (folder / SINGLE).exists():
-            return [folder / SINGLE], None
+        variants = sorted(path.name for path in folder.glob("*.safetensors"))
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        found = f", only {', '.join(pickles)}: pickles are not read" if pickles else ""
+        found = f", only {', '.join(variants)}: other names are not loaded" if variants else ""
+        found = f", only {', '.join(pickles)}: pickles are not read" if pickles and not variants else found
         raise ConversionError(f"{folder} has no {SINGLE} and no {INDEX}{found}")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -97,16 +102,20 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors, file by file. Each has a mapping of its own: what was read of its file leaves memory with it."""
-        for name, info in self.tensors.items():
-            with self._open(info.file) as shard:
-                try:
-                    tensor = shard.get_tensor(name)
-                except (SafetensorError, OSError) as error:
-                    raise ConversionError(f"{name} in {info.file} cannot be read: {error}") from error
-            if not all(piece.isfinite().all() for piece in tensor.flatten().split(2**24)):
-                raise ConversionError(f"{name} in {info.file} has values that are not finite")
-            yield name, tensor
-            del tensor
+        for name in self.tensors:
+            yield name, self.read(name)
+
+    def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        """A tensor, or some of its rows."""
+        file = self.tensors[name].file
+        with self._open(file) as shard:
+            try:
+                tensor = shard.get_tensor(name) if rows == slice(None) else shard.get_slice(name)[rows]
+            except (SafetensorError, OSError) as error:
+                raise ConversionError(f"{name} in {file} cannot be read: {error}") from error
+        if not all(piece.isfinite().all() for piece in tensor.flatten().split(2**24)):
+            raise ConversionError(f"{name} in {file} has values that are not finite")
+        return tensor
 
     @property
     def nbytes(self) -> int:

@@ -1,18 +1,47 @@
 """The files that belong to a model beside its weights."""
 
-import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 
+from transformers import GenerationConfig
 
+from .errors import ConversionError, reason
+from .tokenizer import TEMPLATE_FILES, TOKENIZER_FILES, copy_files, write_tokenizer
+
+
+COPIED = ("generation_config.json", "LICENSE*", "NOTICE*")
 # What comes along beside the weights.
-COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model",
-    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
-)  # fmt: skip
+COMPANIONS = (*COPIED, *TOKENIZER_FILES, *TEMPLATE_FILES)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    for path in sorted(source.iterdir()):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in COMPANIONS):
-            shutil.copyfile(path, target / path.name)
+def generation_config(folder: Path) -> dict:
+    """How Transformers generates with the model of a folder: by generation_config.json, or by fields of config.json."""
+    try:
+        try:
+            loaded = GenerationConfig.from_pretrained(folder)
+        except OSError:  # there is no such file
+            loaded = GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+    except Exception as error:  # whatever its validation raises
+        raise ConversionError(f"{folder / 'generation_config.json'}: {reason(error)}") from error
+    content = loaded.to_dict()
+    return {
+        name: content[name] for name in sorted(content) if name not in ("transformers_version", "_from_model_config")
+    }
+
+
+def write_companions(source: Path, folder: Path) -> None:
+    """
+    Writes what belongs to the model `source` into the T6 folder `folder`.
+
+    Raises:
+        ConversionError: if the tokenizer cannot be loaded, or is not the same beside the T6 model.
+    """
+    copy_files(source, folder, COPIED)
+    write_tokenizer(source, folder)
+
+
+def write_generation_config(source: Path, folder: Path) -> None:
+    """Where a configuration of Transformers says how to generate: a T6 model's does not."""
+    if not (folder / "generation_config.json").exists():
+        expected = generation_config(source)
+        if expected != generation_config(folder):
+            GenerationConfig(**expected).save_pretrained(folder)

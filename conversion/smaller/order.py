@@ -12,6 +12,7 @@ from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 
 from ..files.errors import ConversionError
 from ..files.folders import new_folder
+from ..files.tokenizer import load_tokenizer
 from . import text
 from .compress import compress
 from .heal import heal
@@ -25,7 +26,7 @@ class Texts:
     """The token windows of all texts that a run reads; a text that cannot be used is found before any work."""
 
     def __init__(self, args: argparse.Namespace, source: Path, config: T6Config):
-        tokenizer = text.load_tokenizer(source)
+        tokenizer = load_tokenizer(source)
         length = args.window or min(1024, config.max_position_embeddings)
         if not 2 <= length <= config.max_position_embeddings:
             raise ConversionError(f"--window {length}: expected 2 to {config.max_position_embeddings}")

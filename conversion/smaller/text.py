@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..files.errors import ConversionError, reason
+from ..files.errors import ConversionError
 
 
 PIECE = 100_000  # characters: a tokenizer works on many pieces side by side, and slowly on one long text
@@ -29,13 +29,6 @@ def split_held_out(text: str) -> tuple[str, str]:
     """The text but its last tenth, and that; cut between lines."""
     cut = text.find("\n", int(len(text) * (1 - HELD_OUT))) + 1
     return (text[:cut], text[cut:]) if 0 < cut < len(text) else (text, "")
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{folder} has no tokenizer to read text with: {reason(error)}") from error
 
 
 def windows(

@@ -1,20 +1,31 @@
 """The families of Transformers that are Llama-shaped, and why others are not."""
 
+import copy
 from collections.abc import Callable
 
+import torch
 from transformers import PreTrainedConfig
 
+from ..files.checkpoints import Checkpoint
 from ..files.errors import ConversionError
 from .folded import plan_gemma, plan_granite, plan_olmo
-from .llama import plan_llama, plan_qwen2, plan_qwen3, plan_seed_oss, plan_smollm3
+from .llama import (
+    plan_llama,
+    plan_ministral,
+    plan_mistral,
+    plan_qwen2,
+    plan_qwen3,
+    plan_seed_oss,
+    plan_smollm3,
+)
 from .phi3 import plan_phi3
 from .plan import Plan
 
 
 FAMILIES: dict[str, Callable[[PreTrainedConfig], Plan]] = {
     "llama": plan_llama,
-    "mistral": plan_llama,
-    "ministral": plan_llama,
+    "mistral": plan_mistral,
+    "ministral": plan_ministral,
     "qwen2": plan_qwen2,
     "qwen3": plan_qwen3,
     "seed_oss": plan_seed_oss,
@@ -56,6 +67,11 @@ REFUSED = {
 }
 
 
+# Families that read `sliding_window`.
+WINDOWED = ("mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3")
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
 def make_plan(config: PreTrainedConfig) -> Plan:
     """
     The plan for a model of Transformers.
@@ -70,4 +86,40 @@ def make_plan(config: PreTrainedConfig) -> Plan:
         raise ConversionError(f"{kind} is not known to be Llama-shaped: supported are {', '.join(sorted(FAMILIES))}")
     if getattr(config, "quantization_config", None) is not None:
         raise ConversionError("config.json has a quantization_config: quantised weights cannot be converted exactly")
-    return FAMILIES[kind](config)
+    plan = FAMILIES[kind](config)
+    if kind not in WINDOWED and getattr(config, "sliding_window", None) is not None:
+        plan.notes.append(
+            f"config.json has sliding_window={config.sliding_window}, which {kind} does not read: every token sees all "
+            "those before it, as in the source without a cache (a cache of Transformers forgets tokens by this field)"
+        )
+    return plan
+
+
+def plan_as_loaded(config: PreTrainedConfig, checkpoint: Checkpoint) -> Plan:
+    """
+    The plan for the weights that Transformers loads of `checkpoint`. Under a configuration that ties the output layer to
+    the embeddings it loads both all the same if the checkpoint has both and they differ, and either if it has only one.
+
+    Raises:
+        ConversionError: as `make_plan`, or if Transformers would load other files than those of `checkpoint`.
+    """
+    if getattr(config, "transformers_weights", None) is not None:
+        raise ConversionError(
+            f"config.json names its weights, transformers_weights={config.transformers_weights!r}: expected them in "
+            "model.safetensors, or in shards with model.safetensors.index.json"
+        )
+    if (checkpoint.folder / "adapter_config.json").exists():
+        raise ConversionError(
+            f"{checkpoint.folder} holds adapter_config.json, by which Transformers loads another model: merge the adapter "
+            "into the weights, or take it away"
+        )
+    has_embeddings, has_head = (name in checkpoint.tensors for name in (EMBEDDINGS, HEAD))
+    if config.tie_word_embeddings and has_embeddings and has_head:
+        embeddings, head = (checkpoint.read(name).to(config.dtype or torch.float64) for name in (EMBEDDINGS, HEAD))
+        if not torch.equal(embeddings, head):
+            config = copy.copy(config)
+            config.tie_word_embeddings = False
+    plan = make_plan(config)
+    if config.tie_word_embeddings and has_head and not has_embeddings:
+        plan.moves[HEAD] = plan.moves.pop(EMBEDDINGS)
+    return plan

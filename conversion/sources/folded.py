@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..files.errors import ConversionError
-from .llama import plan_llama
+from .llama import plan_llama, plan_llama_shaped
 from .plan import Plan, Transform, unchanged
 
 
@@ -52,7 +52,11 @@ def plan_granite(config: PreTrainedConfig) -> Plan:
 
 def plan_gemma(config: PreTrainedConfig) -> Plan:
     """Gemma scales embeddings by sqrt(hidden_size) and norms by 1 + weight."""
-    plan = plan_llama(config, hidden_act=getattr(config, "hidden_activation", None) or config.hidden_act)
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ConversionError(
+            "gemma: use_bidirectional_attention lets tokens see those after them, a T6 model does not"
+        )
+    plan = plan_llama_shaped(config, attention_bias=config.attention_bias)
     untie(plan)
     fold(plan, "embed_tokens.weight", scaled(config.hidden_size**0.5))
     fold(plan, "norm.weight", lambda weight: 1 + weight)
@@ -66,7 +70,7 @@ def plan_olmo(config: PreTrainedConfig) -> Plan:
     """
     if config.clip_qkv is not None:
         raise ConversionError(f"olmo: clip_qkv={config.clip_qkv} clips keys and values, which a T6 model does not")
-    plan = plan_llama(config, rms_norm_eps=1e-5)
+    plan = plan_llama_shaped(config, attention_bias=config.attention_bias, rms_norm_eps=1e-5)
     for layer in range(config.num_hidden_layers):
         for name in ("input_layernorm", "post_attention_layernorm"):
             del plan.moves[f"model.layers.{layer}.{name}.weight"]

@@ -22,8 +22,41 @@ def group_matrix(num_heads: int, num_groups: int) -> torch.Tensor:
     return num_groups * (groups == torch.arange(num_groups)[:, None]).float()
 
 
-def plan_llama(config: PreTrainedConfig, **options) -> Plan:
-    """The plan for Llama itself, which those of the other families start from; `options` are `T6Config`'s."""
+def rope_parameters(config: PreTrainedConfig, partial: bool) -> dict:
+    """
+    The RoPE of a family that rotates whole heads, or, if `partial`, what `partial_rotary_factor` says of each.
+
+    Raises:
+        ConversionError: for parameters with which the family's cache holds keys rotated in two ways, or does not run.
+    """
+    rope = dict(config.rope_parameters)
+    kind = rope.get("rope_type", "default")
+    if partial:
+        return rope
+    if kind == "longrope":
+        raise ConversionError(
+            f"{config.model_type}: rope_type 'longrope' rotates by other factors from one length on, and this family's "
+            "cache keeps the keys from before: with and without it, such a model computes different functions"
+        )
+    factor = rope.pop("partial_rotary_factor", None)  # which the default RoPE of these families does not read
+    if kind != "default" and factor not in (None, 1):
+        raise ConversionError(f"{config.model_type}: RoPE rotates whole heads, got partial_rotary_factor={factor}")
+    return rope
+
+
+def windows_by_layer(config: PreTrainedConfig) -> dict:
+    """The windows of a family whose `layer_types` say which layers have one."""
+    if "sliding_attention" not in config.layer_types:
+        # Without the field, so that a `sliding_window` beside it stays without effect, as it is in the source.
+        return {} if set(config.layer_types) <= {"full_attention"} else {"layer_types": config.layer_types}
+    return {"sliding_window": config.sliding_window, "layer_types": config.layer_types}
+
+
+def plan_llama_shaped(config: PreTrainedConfig, *, partial_rope: bool = False, **options) -> Plan:
+    """
+    The plan for a decoder of Llama's shape, which the plans of the families start from. Of `config`, only fields that all
+    of them read are read here: what one reads and another ignores is among `options`, fields of `T6Config`.
+    """
     num_heads = config.num_attention_heads
     num_groups = getattr(config, "num_key_value_heads", None) or num_heads
     if num_heads % num_groups:
@@ -36,19 +69,18 @@ def plan_llama(config: PreTrainedConfig, **options) -> Plan:
         "v_rank": num_groups,
         "noncontextual_a": True,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        "attention_bias": getattr(config, "attention_bias", False) or False,
-        "mlp_bias": getattr(config, "mlp_bias", False) or False,
+        "attention_dropout": config.attention_dropout or 0.0,
+        "rope_parameters": rope_parameters(config, partial_rope),
+        "dtype": config.dtype,
     }
     for name in (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-        "max_position_embeddings", "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id",
-        "tie_word_embeddings", "attention_dropout", "sliding_window", "layer_types",
+        "max_position_embeddings", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id",
+        "tie_word_embeddings",
     ):  # fmt: skip
-        if hasattr(config, name):
-            fields[name] = getattr(config, name)
-    if "sliding_attention" not in (fields.get("layer_types") or ()):
-        fields["layer_types"] = None
-    fields["rope_parameters"] = dict(config.rope_parameters)
+        fields[name] = getattr(config, name)
+    if hasattr(config, "rms_norm_eps"):
+        fields["rms_norm_eps"] = config.rms_norm_eps
     t6_config = T6Config(**fields | options)
 
     plan = Plan(t6_config, ignored=("rotary_emb.inv_freq",))
@@ -80,12 +112,25 @@ def plan_llama(config: PreTrainedConfig, **options) -> Plan:
     return plan
 
 
+def plan_llama(config: PreTrainedConfig) -> Plan:
+    return plan_llama_shaped(config, attention_bias=config.attention_bias, mlp_bias=config.mlp_bias)
+
+
+def plan_mistral(config: PreTrainedConfig) -> Plan:
+    return plan_llama_shaped(config, sliding_window=config.sliding_window)
+
+
+def plan_ministral(config: PreTrainedConfig) -> Plan:
+    return plan_llama_shaped(config, **windows_by_layer(config))
+
+
 def plan_qwen2(config: PreTrainedConfig) -> Plan:
-    return plan_llama(config, attention_bias=True, attention_out_bias=False)
+    return plan_llama_shaped(config, attention_bias=True, attention_out_bias=False, **windows_by_layer(config))
 
 
 def plan_qwen3(config: PreTrainedConfig) -> Plan:
-    plan = plan_llama(config, qk_norm=True)
+    windows = windows_by_layer(config)
+    plan = plan_llama_shaped(config, qk_norm=True, attention_bias=config.attention_bias, **windows)
     for layer in range(config.num_hidden_layers):
         for name in ("q_norm", "k_norm"):
             plan.move(*2 * (f"model.layers.{layer}.self_attn.{name}.weight",))
@@ -93,11 +138,19 @@ def plan_qwen3(config: PreTrainedConfig) -> Plan:
 
 
 def plan_seed_oss(config: PreTrainedConfig) -> Plan:
-    return plan_llama(config, attention_out_bias=config.attention_out_bias)
+    biases = {name: getattr(config, name) for name in ("attention_bias", "attention_out_bias", "mlp_bias")}
+    return plan_llama_shaped(config, **biases)
 
 
 def plan_smollm3(config: PreTrainedConfig) -> Plan:
-    without_rope = [layer for layer, rope in enumerate(config.no_rope_layers) if not rope]
+    without_rope = [layer for layer, rope in enumerate(config.no_rope_layers[: config.num_hidden_layers]) if not rope]
     if without_rope:
         raise ConversionError(f"smollm3: layers {without_rope} have no RoPE, which a T6 model cannot say of a layer")
-    return plan_llama(config)
+    windows = windows_by_layer(config)
+    if "sliding_window" in windows and not config.use_sliding_window:
+        raise ConversionError(
+            "smollm3: layer_types has 'sliding_attention' and use_sliding_window is False, which some of Transformers' "
+            "attention functions take for a window and others do not"
+        )
+    biases = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    return plan_llama_shaped(config, **biases, **windows)

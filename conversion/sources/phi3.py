@@ -3,13 +3,13 @@
 import torch
 from transformers import PreTrainedConfig
 
-from .llama import plan_llama
+from .llama import plan_llama_shaped
 from .plan import Plan, Transform
 
 
 def plan_phi3(config: PreTrainedConfig) -> Plan:
     """Phi-3's queries, keys and values are one projection, its gate and up another."""
-    plan = plan_llama(config)
+    plan = plan_llama_shaped(config, partial_rope=True, sliding_window=config.sliding_window)
     t6 = plan.config
     queries, keys = t6.num_attention_heads * t6.head_dim, t6.k_rank * t6.head_dim
 

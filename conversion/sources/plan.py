@@ -25,6 +25,7 @@ class Plan:
         moves: for each tensor of the source, the tensors of the T6 model that come from it.
         constants: tensors of the T6 model that come from no tensor of the source.
         ignored: endings of the names of tensors that the source may hold and that are not needed.
+        notes: what the user is to be told.
         rounds: whether a transform multiplies or adds, which is exact enough in float32 only.
     """
 
@@ -32,6 +33,7 @@ class Plan:
     moves: dict[str, list[tuple[str, Transform]]] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
     rounds: bool = False
 
     def move(self, source: str, target: str, transform: Transform = unchanged) -> None:

@@ -53,6 +53,18 @@ def test_greedy(model, kwargs):
     assert torch.equal(generate(model, ids, **kwargs), greedy(model, ids))
 
 
+@pytest.mark.parametrize("length", [9, 12, 13])
+def test_long_rope_across_the_switch(length):
+    """From the 13th token on, all tokens are rotated by other factors, those in a cache too."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 12}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
+    model = random_model(tiny_config(rope_parameters=rope))
+    ids = random_ids(model.config, 1, length)
+    expected = greedy(model, ids)
+    for mode in ("default", "no-cache", "dynamic", "static", "offloaded"):
+        assert torch.equal(generate(model, ids, **MODES[mode]), expected), mode
+
+
 @pytest.mark.parametrize("cache_implementation", [None, "static"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
 def test_attention_implementations(implementation, cache_implementation):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerS
 
 from conversion.__main__ import main, parse_args
 from conversion.files.folders import last_checkpoint
+from conversion.files.tokenizer import load_tokenizer
 from conversion.smaller import options as smaller_options
 from conversion.smaller import text
 from conversion.smaller.heal import DistillationTrainer, make_optimizer
@@ -293,7 +294,7 @@ def test_a_loss_that_is_no_number(folder, tmp_path, capsys, monkeypatch):
 
 def test_windows_hold_the_text(folder, monkeypatch):
     """Reading a text in pieces loses and repeats nothing; of the first windows, no more is read than they need."""
-    tokenizer = text.load_tokenizer(folder / "source")
+    tokenizer = load_tokenizer(folder / "source")
     lines = "".join(f"w{i % 98 + 1} w{i % 7 + 1}\n" for i in range(40_000))
     ids = text.windows(tokenizer, lines, 32, "text").flatten().tolist()
     assert ids == [int(word[1:]) for word in lines.split()][: len(ids)] and len(ids) == 80_000

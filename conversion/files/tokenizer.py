@@ -1,0 +1,165 @@
+"""
+The tokenizer of a model, written such that it gives the same ids beside another model.
+
+Transformers chooses the class of a tokenizer by the model beside it, and some classes build their own pipeline in place of
+the one in tokenizer.json. So the pipeline that the source's tokenizer has once it is loaded is what is written, for the
+class that takes a pipeline as it is.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .errors import ConversionError, reason
+from .folders import read_json
+
+
+# Of which a folder with a tokenizer has some.
+TOKENIZER_FILES = (
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "*.model", "*.model.v*", "*.tiktoken", "tekken.json",
+)  # fmt: skip
+TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*.jinja")
+TEXTS = (
+    "In 2024, 3.14159 of 1,000,000 and 12345678901 are 0x7F; 1e-9 or 2²⁷ ½ №5.",
+    "  leading,  double   spaces,\ttabs\t\t\n\n\nlines \r\n and trailing   ",
+    "café naïve Ångström ÀÉÎÕÜ ß œ — «quotes» “curly” ‘single’ … Cafe\u0301 ﬁ Ｆｕｌｌ",
+    "def f(x: list[int]) -> int:\n    return sum(i**2 for i in x if i % 2 == 0)  # f'{x!r}' && ||\n\n\tend;\n",
+    "中文分词很难。日本語のテキスト、한국어 문장 ไทย العربية עברית हिन्दी русский ελληνικά",
+    "😀👩‍👩‍👧‍👦🇫🇷 zero\u200bwidth \ufeffmark no\u00a0break \x00\x7f",
+    "don't WE'LL I've it's o'clock — https://a.example/b?c=d&e=%20f#g <tag attr='1'>text</tag>",
+    "",
+    " ",
+    "\n",
+    "a",
+)
+CONVERSATION = [
+    {"role": "user", "content": "What is 12 + 30?"},
+    {"role": "assistant", "content": "It is 42."},
+    {"role": "user", "content": "Thank you,  très bien!"},
+]
+TOOLS = [{
+    "type": "function",
+    "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+}]  # fmt: skip
+
+
+def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The files whose paths in the folder match one of the patterns, sorted."""
+    paths = [path for path in [*folder.iterdir(), *folder.glob("*/*")] if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return [names[name] for name in sorted(names) if any(matches(name, pattern) for pattern in patterns)]
+
+
+def matches(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
+
+
+def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for path in files_like(source, patterns):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer that Transformers loads, without code of its own.
+
+    Raises:
+        ConversionError: if there is none that can be loaded.
+    """
+    try:
+        if not (folder / "config.json").exists():  # by which AutoTokenizer chooses
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of the tokenizers library, errors are bare `Exception`s
+        raise ConversionError(f"{folder} has no tokenizer that can be loaded: {reason(error)}") from error
+
+
+def chat_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The chat templates by name, of which a tokenizer with one has `default`."""
+    templates = tokenizer.chat_template or {}
+    return templates if isinstance(templates, dict) else {"default": templates}
+
+
+def write_tokenizer(source: Path, folder: Path) -> bool:
+    """
+    Writes the tokenizer and the chat templates of `source` into the T6 folder `folder`; whether there is a tokenizer.
+
+    Raises:
+        ConversionError: if the tokenizer cannot be loaded, or is not the same beside the T6 model.
+    """
+    if not files_like(source, TOKENIZER_FILES):
+        copy_files(source, folder, TEMPLATE_FILES)
+        return False
+    tokenizer = load_tokenizer(source)
+    if tokenizer.is_fast:
+        tokenizer.save_pretrained(folder)
+        path = folder / "tokenizer_config.json"
+        content = read_json(path)
+        for field in ("auto_map", "backend", "is_local", "local_files_only"):
+            content.pop(field, None)
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        for field in ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces"):
+            content[field] = getattr(tokenizer, field)  # what the class of the source has by default
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    else:
+        copy_files(source, folder, (*TOKENIZER_FILES, *TEMPLATE_FILES))
+    compare_tokenizers(load_tokenizer(source), load_tokenizer(folder))
+    return True
+
+
+def properties(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, object]]:
+    """What users of a tokenizer see of it, by name; the ids that it makes of texts come last."""
+    yield "number of tokens", len(tokenizer)
+    yield "special tokens", {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    yield "ids of special tokens", sorted(tokenizer.all_special_ids)
+    for field in ("model_input_names", "padding_side", "truncation_side", "model_max_length"):
+        yield field, getattr(tokenizer, field)
+    templates = chat_templates(tokenizer)
+    yield "names of the chat templates", sorted(templates)
+    for name in sorted(templates):
+        for tools in (None, TOOLS):
+            yield f"chat template {name!r}", rendered(tokenizer, name, tools)
+    added = sorted(tokenizer.get_added_vocab(), key=tokenizer.get_added_vocab().get)
+    marked = [f"a{token}b {token} c" for token in (*added[:50], *added[-50:])]
+    for text in (*TEXTS, *marked):
+        for special in (True, False):
+            encoded = tokenizer(text, add_special_tokens=special)
+            yield f"ids of {text!r}", {key: list(value) for key, value in encoded.items()}
+            for skip in (True, False):
+                decoded = tokenizer.decode(encoded["input_ids"], skip_special_tokens=skip)
+                yield f"text of the ids of {text!r}", decoded
+    yield "ids of a pair", dict(tokenizer(TEXTS[0], TEXTS[3]))
+    if tokenizer.pad_token_id is not None:
+        yield "ids of a padded batch", dict(tokenizer([*TEXTS[:4]], padding=True))
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, name: str, tools: list | None) -> str:
+    templates = chat_templates(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(
+            CONVERSATION, chat_template=templates[name], tools=tools, add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # a template may refuse a conversation, by whatever it raises
+        return f"{type(error).__name__}: {error}"
+
+
+def compare_tokenizers(source: PreTrainedTokenizerBase, result: PreTrainedTokenizerBase) -> None:
+    """Raises a `ConversionError` that names the first property in which the tokenizers differ."""
+    for (name, expected), (_, found) in zip(properties(source), properties(result)):
+        if found != expected:
+            raise ConversionError(
+                f"the tokenizer is another beside the T6 model: {name} are {short(expected)} in the source, "
+                f"{short(found)} in the result"
+            )
+
+
+def short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

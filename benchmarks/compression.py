@@ -108,6 +108,10 @@ def prepare(args: argparse.Namespace) -> None:
         if digest not in seen and 200 <= len(text) <= 1_000_000:
             (held_out if digest[0] == 0 else training).append(text)
         seen.add(digest)
+    if not training or not held_out:
+        sys.exit(
+            f"compression.py: error: {len(training) + len(held_out)} texts are too few: expected some hundred files"
+        )
     random.Random(0).shuffle(training)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -347,6 +351,7 @@ def report(args: argparse.Namespace) -> None:
         axes.plot(*point, "*", color="C2", markersize=12, label="source, trained on")
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter("{x:,g}")
     if axes.dataLim.ymin >= 0:
         axes.set_ylim(bottom=0)
     axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
@@ -359,7 +364,12 @@ def report(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    {"prepare": prepare, "train": train, "convert": convert, "report": report}[args.command](args)
+    try:
+        {"prepare": prepare, "train": train, "convert": convert, "report": report}[args.command](args)
+    except FileNotFoundError as error:
+        sys.exit(
+            f"compression.py: error: there is no {error.filename}: prepare, train, convert, report come one after another"
+        )
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def plot(data: dict, figure) -> None:
     for axis, label in zip(axes, ("decoding attention, one layer (us)", "cache of one layer (GiB)")):
         axis.set(xscale="log", yscale="log", xlabel="cached tokens of each of 8 sequences", ylabel=label)
         axis.set_xticks([8192, 32768, 131072], ["8k", "32k", "128k"])
+        axis.yaxis.set_major_formatter("{x:,g}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)

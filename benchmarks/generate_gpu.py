@@ -22,8 +22,8 @@ EIGHT_B = {
     "num_attention_heads": 32, "head_dim": 128, "max_position_embeddings": 131072, "tie_word_embeddings": False,
 }  # fmt: skip
 MODELS = {
-    "t6-xl": lambda: AutoConfig.from_pretrained("configuration/t6-xl"),
-    "llama-mha-xl": lambda: AutoConfig.from_pretrained("configuration/llama-mha-xl"),
+    "t6-xl": lambda: AutoConfig.from_pretrained(DIRECTORY / "t6-xl"),
+    "llama-mha-xl": lambda: AutoConfig.from_pretrained(DIRECTORY / "llama-mha-xl"),
     "T6 8B (16, 2, 2)": lambda: T6Config(**EIGHT_B, q_rank=16, k_rank=2, v_rank=2),
     "T6 8B (8, 1, 1)": lambda: T6Config(**EIGHT_B, q_rank=8, k_rank=1, v_rank=1),
     "Llama 8B, GQA-8": lambda: LlamaConfig(**EIGHT_B, num_key_value_heads=8),
@@ -52,6 +52,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from configuration.make_configs import DIRECTORY
 from modeling_t6 import T6Cache, T6Config
 from modeling_t6.cache_t6 import CACHE_NAME, factor_layouts
 

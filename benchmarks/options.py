@@ -42,6 +42,10 @@ def draw(plot: Callable, files: tuple[str, str], size: tuple[float, float]) -> N
     """
     from matplotlib.figure import Figure
 
+    try:
+        data = json.loads(Path(files[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"--plot: cannot read {files[0]}: {error}; --output writes such a file")
     figure = Figure(figsize=size, layout="constrained")
-    plot(json.loads(Path(files[0]).read_text(encoding="utf-8")), figure)
+    plot(data, figure)
     figure.savefig(files[1], dpi=130)

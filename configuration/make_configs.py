@@ -18,6 +18,16 @@ Writes the published architectures as `config.json` folders beside this file, an
 """
 
 import argparse
+
+
+def parse_args() -> argparse.Namespace:
+    text = "Writes the published architectures as config.json folders, and prints the table of README.md."
+    return argparse.ArgumentParser(description=text).parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
 import json
 from pathlib import Path
 from typing import Any
@@ -191,9 +201,7 @@ def make_table() -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description="Writes the published architectures as config.json folders, and prints the table of README.md."
-    ).parse_args()
+    parse_args()
     write_configs()
     print(make_table())
 

@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from .files.bars import hide_bars_of_transformers
 from .files.errors import ConversionError
 from .files.sizes import shard_size
 from .smaller.options import add_arguments, set_defaults, wanted
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         from .convert import convert
 
         logging.set_verbosity_error()
+        hide_bars_of_transformers()
         convert(args, smaller)
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -38,7 +38,7 @@ from conversion.files.folders import last_checkpoint, replace_folder
 
 __all__ = [
     "InputError", "add_folder_arguments", "check_folders", "complete_folders", "field_and_value", "input_errors",
-    "last_checkpoint", "number", "one_line", "read_text", "remove_checkpoints", "replace_folder", "write_json",
+    "last_checkpoint", "loading", "number", "one_line", "read_text", "remove_checkpoints", "replace_folder", "write_json",
 ]  # fmt: skip
 
 
@@ -99,6 +99,26 @@ def complete_folders(args: argparse.Namespace) -> None:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def loading(what: str, name: str | Path) -> Iterator[None]:
+    """Says in one line why the model, tokenizer or data set `name`, a folder or a name on the Hub, could not be loaded."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = one_line(error)
+        if not Path(name).exists():
+            from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+            try:
+                validate_repo_id(str(name))
+                reason = f"it is no folder here, and could not be had from the Hub: {reason}"
+            except HFValidationError:
+                reason = "there is no such folder; names on the Hub are NAME or OWNER/NAME"
+        raise InputError(f"cannot load the {what} {name}: {reason}") from error
 
 
 def read_text(path: Path) -> str:

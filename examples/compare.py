@@ -92,7 +92,7 @@ from transformers import AutoConfig
 
 import pretrain
 from configuration.make_configs import cache_numbers, count_parameters
-from language_modeling import load_tokenizer
+from pretraining_data import open_prepared
 
 
 # What is compared
@@ -224,13 +224,12 @@ def read_results(path: Path) -> dict:
 
 def open_results(args: argparse.Namespace) -> tuple[dict, dict[str, Architecture]]:
     """The results so far, of the same settings and data, and what is compared."""
-    tokenizer = load_tokenizer(args.data)
-    digest = json.loads(read_text(args.data / "data.json"))["sha256"]
+    tokenizer, facts = open_prepared(args.data)
     header = {
         "settings": {name: getattr(args, name) for name in SETTINGS},
         "seeds": args.seeds,
         "learning_rates": args.learning_rates,
-        "data": digest,
+        "data": facts["sha256"],
     }
     results = {**header, "runs": {}}
     if args.results.exists():
@@ -547,7 +546,9 @@ def plot(results: dict, rows: dict[str, list[dict]], path: Path) -> None:
         cache.errorbar(runs[0]["cache_bytes_per_token"], middle, yerr=error, marker=marker, capsize=3, label=name)
     for axes in (whole, end):
         axes.set(xlabel="million tokens", ylabel="held-out loss, nats per token")
-    cache.set(xlabel="cache, bytes per token (bf16)", ylabel="final held-out loss", xscale="log")
+    cache.set(xlabel="cache, bytes per token (bf16)", ylabel="final held-out loss")
+    cache.set_xscale("log", base=2)
+    cache.xaxis.set_major_formatter("{x:,.0f}")
     cache.legend()
     figure.savefig(path, dpi=120)
 

@@ -28,7 +28,7 @@ starts another text. The cache is a buffer of the loaded module.
 import argparse
 from pathlib import Path
 
-from command_line import InputError, input_errors
+from command_line import InputError, input_errors, loading
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -111,14 +111,10 @@ def export_decoding_step(
         return torch.export.export(ExportableT6(model, max_cache_len, batch_size), args=(), kwargs=inputs)
 
 
-def main() -> None:
-    with input_errors("export.py"):
-        export(parse_args())
-
-
 def export(args: argparse.Namespace) -> None:
     """Writes the file, whole or not at all."""
-    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
+    with loading("model", args.model):
+        model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
     if model.config.model_type != "t6":
         raise InputError(f"MODEL must be a T6 model, got one of type {model.config.model_type!r}")
     max_cache_len = args.max_cache_len or model.config.max_position_embeddings
@@ -128,6 +124,11 @@ def export(args: argparse.Namespace) -> None:
         torch.export.save(program, path)
         os.replace(path, args.output)
     print(f"{args.output}: {args.output.stat().st_size:,} bytes, a cache of {max_cache_len:,} tokens")
+
+
+def main(argv: list[str] | None = None) -> None:
+    with input_errors("export.py"):
+        export(parse_args(argv))
 
 
 if __name__ == "__main__":

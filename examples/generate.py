@@ -16,7 +16,7 @@ import os
 import time
 from pathlib import Path
 
-from command_line import InputError, input_errors
+from command_line import InputError, input_errors, loading
 
 
 SHIPPED = Path(__file__).parent / "t6-tiny-shakespeare"
@@ -72,16 +72,18 @@ def generate(model, input_ids: torch.Tensor, num_tokens: int, **kwargs) -> tuple
     return output.sequences, num_tokens / seconds, cache_bytes / cache.get_seq_length()
 
 
-def main() -> None:
-    args = parse_args()
+def compare_with_mha(args: argparse.Namespace) -> None:
+    """Prints the text, and the speed and cache of both models."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # The code of the tokenizer is Transformers' own, but Transformers learns the model's type from the model's code.
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    with loading("model", args.model):
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     options = {"trust_remote_code": True, "dtype": args.dtype}
     if args.parallel:
         size = {"tensor": "tp_size", "pipeline": "pp_size"}[args.parallel]
         options["distributed_config"] = DistributedConfig(**{size: args.num_processes})
-    model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+    with loading("model", args.model):
+        model = AutoModelForCausalLM.from_pretrained(args.model, **options)
     if not args.parallel:  # there, each process has been given its device
         model = model.to(device)
     input_ids = tokenizer(args.prompt, return_tensors="pt").input_ids.to(model.device)
@@ -115,8 +117,14 @@ def main() -> None:
     print(f"The cache is {mha_cache_bytes / cache_bytes:.1f} times smaller.")
 
 
+def main(argv: list[str] | None = None) -> None:
+    try:
+        with input_errors("generate.py"):
+            compare_with_mha(parse_args(argv))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    with input_errors("generate.py"):
-        main()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    main()

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from command_line import InputError, one_line
+from command_line import InputError, loading
 from conversion.smaller.measure import logits_in_pieces
 from modeling_t6.cache_t6 import CACHE_NAME
 
@@ -59,10 +59,8 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    try:
+    with loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the tokenizer {path}: {one_line(error)}") from error
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer {path} has neither a bos nor an eos token to set documents apart")
     return tokenizer

@@ -31,7 +31,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--held-out", nargs="+", type=Path, metavar="PATH", help="held-out text, in place of a share")
     parser.add_argument(
-        "--held-out-fraction", type=number(float, 0, 0.5), default=0.005, metavar="F", help="(%(default)s)"
+        "--held-out-fraction",
+        type=number(float, 0, 0.5),
+        default=0.005,
+        metavar="F",
+        help="of the documents, at least one (%(default)s)",
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="use this tokenizer instead of training one")
     parser.add_argument("--vocab-size", type=number(int, 258), default=16384, metavar="N", help="(%(default)s)")
@@ -132,12 +136,21 @@ def prepare(args: argparse.Namespace) -> dict:
     if args.output_dir.exists() and not args.overwrite:
         raise InputError(f"{args.output_dir} exists: --overwrite replaces it")
     documents, left_out = read_documents(args.text, args.suffix)
+    if not documents:
+        raise InputError(
+            f"there is no text in {', '.join(map(str, args.text))}: expected files of UTF-8, or folders of such files that "
+            f"end in {', '.join(args.suffix)}"
+        )
     if args.held_out:
         held_out, _ = read_documents(args.held_out, args.suffix)
     else:
         limit = args.held_out_fraction * 2**32
         held_out = {key: text for key, text in documents.items() if int.from_bytes(key[:4]) < limit}
+        if not held_out and args.held_out_fraction and len(documents) > 1:  # a share of few documents is one of them
+            held_out = dict([next(iter(documents.items()))])
     training = [text for key, text in documents.items() if key not in held_out]
+    if not training:
+        raise InputError("there is no training text: all of it is held out")
 
     new_folder = args.output_dir.with_name(f".{args.output_dir.name}.{os.getpid()}")
     try:
@@ -164,13 +177,11 @@ def prepare(args: argparse.Namespace) -> dict:
             common = set().union(*parallel(common_lines, parts, [every_line] * len(parts)))
             near = {key for key, hashes in lines.items() if hashes and 2 * len(hashes & common) >= len(hashes)}
             kept = [text for key, text in held_out.items() if key not in near]
-            if not training:
-                raise InputError("there is no training text")
             if not kept:
                 reason = f"the {len(near)} held out repeat the training text" if near else "the share took none"
                 raise InputError(
-                    f"there is no held-out text: of {len(documents)} documents, {reason}; expected a larger "
-                    "--held-out-fraction, or --held-out PATH"
+                    f"there is no held-out text: of {len(documents)} documents, {reason}; expected "
+                    f"{'a larger --held-out-fraction' if len(documents) > 1 else 'more documents'}, or --held-out PATH"
                 )
 
             dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "uint32")

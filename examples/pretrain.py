@@ -117,6 +117,7 @@ from transformers import (
 
 import modeling_t6  # noqa: F401  (registers T6 with the Auto classes)
 from configuration.make_configs import DIRECTORY, SIZES
+from conversion.files.bars import hide_bars_of_transformers
 from language_modeling import held_out_windows, window_losses
 from pretraining_data import Data, data_state_file, load_data_state
 from throughput import Clock, PackedTrainer, peak_flops, training_flops
@@ -247,6 +248,7 @@ def check_same_run(old: dict, new: dict) -> None:
 def pretrain(args: argparse.Namespace) -> dict | None:
     """Trains and writes the model folder; returns what was measured, or `None` if the run stopped before its end."""
     checkpoint = check_folders(args)
+    hide_bars_of_transformers()
     data = Data(args)
     config = make_config(args, data.tokenizer)
     block_length = args.block_length or config.max_position_embeddings

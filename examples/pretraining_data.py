@@ -114,6 +114,21 @@ def document_hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
+def open_prepared(folder: Path) -> tuple[PreTrainedTokenizerBase, dict]:
+    """The tokenizer of a folder of `prepare.py`, and what its `data.json` says."""
+    if not folder.is_dir():
+        raise InputError(
+            f"--data: there is no folder {folder}; prepare.py writes one: --text TEXTS --output-dir {folder}"
+        )
+    tokenizer = load_tokenizer(folder)
+    try:
+        facts = json.loads(read_text(folder / "data.json"))
+        facts["sha256"]  # noqa: B018
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} is no folder of prepare.py: {one_line(error)}") from error
+    return tokenizer, facts
+
+
 class Data:
     """
     What a run trains and is evaluated on.
@@ -126,10 +141,8 @@ class Data:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         if args.data:
-            path = args.data / "data.json"
-            self.tokenizer = load_tokenizer(args.data)
+            self.tokenizer, facts = open_prepared(args.data)
             try:
-                facts = json.loads(read_text(path))
                 # Copy on write: PyTorch has no tensors that cannot be written.
                 train, held_out = (
                     np.memmap(args.data / f"{name}.bin", dtype=facts["dtype"], mode="c")
@@ -137,8 +150,6 @@ class Data:
                 )
                 self.description = {"sha256": facts["sha256"], "data_seed": args.data_seed}
             except (OSError, ValueError, KeyError, TypeError) as error:
-                if isinstance(error, InputError):
-                    raise
                 raise InputError(f"{args.data} is no folder of prepare.py: {one_line(error)}") from error
             if [len(train), len(held_out)] != [facts["train_tokens"], facts["held_out_tokens"]]:
                 raise InputError(f"{args.data}: the sizes of its files are not those that data.json states")

@@ -17,7 +17,7 @@ import json
 import math
 from pathlib import Path
 
-from command_line import InputError, input_errors, number, one_line, read_text, write_json
+from command_line import InputError, input_errors, loading, number, one_line, read_text, write_json
 from configuration.sizes import SIZES
 
 
@@ -135,11 +135,14 @@ def run_tasks(args: argparse.Namespace) -> list[dict]:
     """Evaluates at each number of shots; returns what was written."""
     lm_eval = import_lm_eval()
     include, group = (args.data, LOCAL) if args.data else (TASKS, "t6_paper")
+    if args.data and not args.data.is_dir():
+        raise InputError(f"--data: there is no folder {args.data}; `score.py export` writes one")
     if args.data and not (args.data / f"{LOCAL}.yaml").exists():
         raise InputError(f"{args.data} has no {LOCAL}.yaml: `score.py local {args.data}` writes it")
-    model = lm_eval.models.huggingface.HFLM(
-        pretrained=args.model, device=device(args), batch_size=args.batch_size, dtype=args.dtype
-    )
+    with loading("model", args.model):
+        model = lm_eval.models.huggingface.HFLM(
+            pretrained=args.model, device=device(args), batch_size=args.batch_size, dtype=args.dtype
+        )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     written = []
     for shots in args.shots:
@@ -242,8 +245,10 @@ def write_local_group(directory: Path) -> list[str]:
     Returns:
         The names of the tasks.
     """
+    if not directory.is_dir():
+        raise InputError(f"there is no folder {directory}; `score.py export` writes one")
     tasks = {}
-    for folder in sorted(path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []:
+    for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
         if base_task(folder.name) not in SPLITS or folder.name == "mmlu":
             raise InputError(
                 f"{folder}: no such task; the folders are {', '.join(COLUMNS)}, but mmlu_SUBJECT for MMLU"
@@ -307,10 +312,8 @@ def perplexity(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         By file: tokens, loss_per_token (nats), perplexity, loss_per_character (nats), bits_per_byte.
     """
     tokenizer = load_tokenizer(args.model)
-    try:
+    with loading("model", args.model):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device(args))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the model {args.model}: {one_line(error)}") from error
     window = args.window or getattr(model.config, "max_position_embeddings", None)
     if window is None:
         raise InputError(f"--window is needed: the configuration of {args.model} has no max_position_embeddings")

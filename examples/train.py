@@ -149,6 +149,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
+from conversion.files.bars import hide_bars_of_transformers
 from language_modeling import (
     RandomWindows,
     encode,
@@ -367,6 +368,7 @@ def sample_text(model: T6ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt
 def train(args: argparse.Namespace) -> dict[str, float]:
     """Trains and writes the model folder; returns the held-out losses of what was written."""
     checkpoint = check_folders(args)
+    hide_bars_of_transformers()
     training, held_out = load_documents(args)
     if checkpoint or args.tokenizer:
         tokenizer = load_tokenizer(checkpoint or args.tokenizer)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from transformers import EvalPrediction
 
-from command_line import InputError, one_line
+from command_line import InputError, loading
 from language_modeling import collate, loss_report
 
 
@@ -34,11 +34,8 @@ def load_dataset(args: argparse.Namespace, instead: str, streaming: bool = False
         import datasets
     except ImportError as error:
         raise InputError(f"--dataset needs the package `datasets`; {instead}") from error
-    try:
+    with loading("data set", args.dataset):
         dataset = datasets.load_dataset(args.dataset, args.dataset_config, split=args.split, streaming=streaming)
-    except (OSError, ValueError) as error:
-        verb = "stream" if streaming else "load"
-        raise InputError(f"cannot {verb} the data set {args.dataset}: {one_line(error)}") from error
     columns = dataset.column_names  # of a stream, they may be unknown
     if columns is not None and args.text_column not in columns:
         raise InputError(f"the data set has no column {args.text_column!r}, only {', '.join(columns)}")

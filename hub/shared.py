@@ -1,12 +1,14 @@
 """What the Hub shares with the conversions: the one place where this package takes something from `conversion`."""
 
 try:
+    from ..conversion.files.bars import hide_bars_of_transformers
     from ..conversion.files.checkpoints import INDEX, Checkpoint, ShardWriter
     from ..conversion.files.errors import ConversionError
     from ..conversion.files.folders import read_json
     from ..conversion.files.memory import available_memory
     from ..conversion.files.sizes import shard_size
 except ImportError:  # in a checkout the two packages stand side by side, and in no third
+    from conversion.files.bars import hide_bars_of_transformers
     from conversion.files.checkpoints import INDEX, Checkpoint, ShardWriter
     from conversion.files.errors import ConversionError
     from conversion.files.folders import read_json
@@ -20,6 +22,7 @@ __all__ = [
     "ConversionError",
     "ShardWriter",
     "available_memory",
+    "hide_bars_of_transformers",
     "read_json",
     "shard_size",
 ]

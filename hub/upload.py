@@ -20,7 +20,7 @@ from .check import auto_class_of, check_config, check_tokenizer, check_weights
 from .code import ROOT, code_digest, code_files, unsafe_code
 from .folder import WEIGHTS, UploadError, collect, matches
 from .remote import download, find_or_create, push, remote_texts, sign_in
-from .shared import INDEX, Checkpoint, ConversionError, ShardWriter, available_memory
+from .shared import INDEX, Checkpoint, ConversionError, ShardWriter, available_memory, hide_bars_of_transformers
 from .verify import compare, load_in_clean_process
 
 
@@ -186,6 +186,7 @@ def upload(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Uploads, with one line for what stands in the way; returns the exit code."""
     transformers.logging.set_verbosity_error()
+    hide_bars_of_transformers()
     try:
         upload(args)
     except (UploadError, ConversionError, OSError) as error:

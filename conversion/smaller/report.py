@@ -56,13 +56,22 @@ def plot(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for row, marker in zip(rows, "osv^"):
+        label = f"{row.model}: {row.perplexity:,.4f}"
         axes.plot(
-            row.cache_bytes_per_token, row.perplexity, marker, markersize=9, fillstyle="none", mew=2, label=row.model
+            row.cache_bytes_per_token, row.perplexity, marker, markersize=9, fillstyle="none", mew=2, label=label
         )
     axes.set_xscale("log", base=2)
     ticks = sorted({row.cache_bytes_per_token for row in rows})
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.minorticks_off()
+    low, high = (f(row.perplexity for row in rows) for f in (min, max))
+    if high > 4 * low:
+        axes.set_yscale("log", base=2)
+        axes.set_ylim(low / 1.3, high * 1.3)
+    else:  # at least a hundredth, so that what is nearly equal looks so
+        margin = max(0.1 * (high - low), 0.005 * low)
+        axes.set_ylim(low - margin, high + margin)
+    axes.yaxis.set_major_formatter("{x:.6g}")  # whole numbers, without an offset that stands apart
     axes.set_xlabel("cache, bytes per token")
     axes.set_ylabel("perplexity on held-out text")
     axes.grid(alpha=0.3)

@@ -1,9 +1,11 @@
 """`transformers serve`, with the class of T6 where that command looks for the classes of models."""
 
 import functools
+import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def cache_room(engine) -> int:
@@ -48,8 +50,22 @@ def within_context(generate: Callable) -> Callable:
     return limited
 
 
+def check_name(name: str) -> None:
+    """Ends the process with one line if `name` is neither a folder nor a name on the Hub, with @REVISION or :FILE at most."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(re.split("[@:]", name)[0])
+    except HFValidationError:
+        if not Path(name).exists():
+            sys.exit(f"error: there is no folder {name}; names on the Hub are NAME or OWNER/NAME")
+
+
 def main() -> None:
     """Runs `transformers serve` with this process's arguments."""
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        check_name(sys.argv[1])
+
     import transformers
     from transformers.cli.serving.utils import CBGenerateManager, GenerateManager
     from transformers.cli.transformers import main as transformers_command
@@ -61,4 +77,7 @@ def main() -> None:
         for name in ("generate_streaming", "generate_non_streaming"):
             setattr(manager, name, within_context(getattr(manager, name)))
     sys.argv.insert(1, "serve")
-    transformers_command()
+    try:
+        transformers_command()
+    except OSError as error:  # of a model that is not there, or is not whole
+        sys.exit(f"error: {' '.join(str(error).split())}")

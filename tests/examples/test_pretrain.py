@@ -121,6 +121,31 @@ def test_prepare_deduplicates(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("count, held_out", [(2, 1), (9, 1)])
+def test_prepare_of_few_files(count, held_out, tmp_path):
+    """By default, one of them is held out."""
+    for index in range(count):
+        (tmp_path / f"{index}.txt").write_text(f"file {index}: the king and the queen of {'wood ' * index}")
+    options = ["--text", str(tmp_path), "--vocab-size", "280", "--num-processes", "1"]
+    facts = prepare.main([*options, "--output-dir", str(tmp_path / "tokens")])
+    assert (facts["train_documents"], facts["held_out_documents"]) == (count - held_out, held_out)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["one.txt"], "of 1 documents, the share took none; expected more documents, or --held-out"),
+        (["x.py"], "no text in .*txt, .md"),
+    ],
+)
+def test_prepare_without_enough(names, message, tmp_path):
+    for name in names:
+        (tmp_path / name).write_text("the king")
+    with pytest.raises(SystemExit, match=message):
+        prepare.main(["--text", str(tmp_path), "--num-processes", "1", "--output-dir", str(tmp_path / "tokens")])
+    assert not (tmp_path / "tokens").exists()
+
+
 def test_windows_of_processes_make_up_the_batches():
     windows = language_modeling.RandomWindows(torch.arange(1000), 10, 48, seed=0)
     whole = [window.tolist() for window in pretraining_data.PreparedWindows(windows, 8, 0, 1)]

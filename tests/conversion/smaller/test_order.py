@@ -59,7 +59,7 @@ def healing(folder: Path, steps: int) -> list[str]:
 def test_compresses_and_heals(folder, tmp_path, capsys):
     target = tmp_path / "t6"
     assert main(options(folder, target, "--cache-ratio", "2", *healing(folder, 160))) == 0
-    output = capsys.readouterr().out
+    output, bars = capsys.readouterr()
     for word in (
         "source",
         "exact",
@@ -70,6 +70,9 @@ def test_compresses_and_heals(folder, tmp_path, capsys):
         "each attention's output",
     ):
         assert word in output
+    shown = {line.partition(":")[0] for line in bars.replace("\r", "\n").splitlines() if "%|" in line}
+    perplexities = {f"perplexity, {name}" for name in ("source", "exact", "compressed", "healed")}
+    assert shown == {"converting", "calibrating", "trying ranks", "fitting", "reconstructing", *perplexities}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t6"]
 
     report = json.loads((target / "conversion.json").read_text())

@@ -33,9 +33,16 @@ def split_held_out(text: str) -> tuple[str, str]:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{folder} has no tokenizer to read text with: {reason(error)}") from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of the tokenizers library, errors are bare `Exception`s
+        raise ConversionError(f"{folder} has no tokenizer that can be loaded: {reason(error)}") from error
+
+
+def check_tokenizer(folder: Path, needed: bool) -> None:
+    """Raises a `ConversionError` if a tokenizer is `needed`, or `folder` has the files of one, and it does not load."""
+    names = ("tokenizer.json", "vocab.json", "vocab.txt")
+    if needed or any(path.name in names or path.suffix == ".model" for path in folder.iterdir()):
+        load_tokenizer(folder)
 
 
 def windows(
@@ -57,7 +64,7 @@ def windows(
         batch, pieces = pieces[:PIECES], pieces[PIECES:]
         parts += [torch.tensor(ids, dtype=torch.long) for ids in tokenizer(batch, **options)["input_ids"]]
         count = sum(map(len, parts))
-    ids = torch.cat(parts)
+    ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
     if len(ids) < length:
         raise ConversionError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
     return ids[: len(ids) // length * length].view(-1, length)[:most]

@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-import tempfile
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from . import verify
 from .files.checkpoints import Checkpoint
 from .files.companions import check_json, copy_companions, without_marks
 from .files.errors import ConversionError, reason
-from .files.folders import new_folder
+from .files.folders import new_folder, temporary_folder
 from .files.links import check_files
 from .files.space import check_space
 from .files.targets import check_target
@@ -53,10 +52,10 @@ def convert(args: argparse.Namespace, smaller: bool) -> None:
     if args.command == "hf":
         inputs |= {f"--{name}": getattr(args, name.replace("-", "_")) for name in ("calibration", "held-out", "heal")}
     with (
-        tempfile.TemporaryDirectory(prefix="t6-convert-") as temporary,
+        temporary_folder("t6-convert-") as temporary,
         new_folder(args.target, args.overwrite, inputs) as folder,
     ):
-        result = write(args, smaller, inputs, folder, Path(temporary))
+        result = write(args, smaller, inputs, folder, temporary)
     if smaller:
         shutil.rmtree(unfinished_folder(args.target))
     print(result)

@@ -7,7 +7,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -54,7 +55,7 @@ def new_folder(
     opened = os.open(target, os.O_RDONLY) if before is not None and os.name == "posix" else None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder, lock = locked_folder(target)
+        folder, lock = locked_folder(lambda: beside(target))
         yield folder
         follow_umask(folder)
         check_target(shown, overwrite, inputs, kind)
@@ -84,11 +85,17 @@ def identity(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def locked_folder(target: Path) -> tuple[Path, int | None]:
-    """A new folder beside `target`, with the permissions that the umask leaves, and the lock on it."""
+def beside(target: Path) -> Path:
+    """A new folder beside `target`, with the permissions that the umask leaves."""
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    folder.mkdir()
+    return folder
+
+
+def locked_folder(make: Callable[[], Path]) -> tuple[Path, int | None]:
+    """A new folder, and the lock on it."""
     while True:
-        folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-        folder.mkdir()
+        folder = make()
         try:
             lock = take_lock(folder)
         except (BlockingIOError, FileNotFoundError):  # in this moment, another run took it for a dead one's
@@ -114,22 +121,44 @@ def remove_leftovers(target: Path) -> None:
         if not os.path.lexists(target):
             old.rename(target)
             print(f"{target} is put back: a run was killed while it replaced it", flush=True)
-    for path in sorted(target.parent.glob(f"{begins}????????.partial")) + list(
-        target.parent.glob(f"{begins}????????.old")
-    ):
+    for kind in ("partial", "old"):
+        remove_dead(sorted(target.parent.glob(f"{begins}????????.{kind}")))
+
+
+def remove_dead(folders: list[Path]) -> None:
+    """Removes those that no run holds the lock on, and says so."""
+    for folder in folders:
         try:
-            lock = take_lock(path)
+            lock = take_lock(folder)
         except (BlockingIOError, FileNotFoundError):  # of a run that is alive, or has just ended
             continue
         except OSError as error:
-            print(f"{path} is left from a run that was killed, and cannot be removed: {error.strerror}", flush=True)
+            print(f"{folder} is left from a run that was killed, and cannot be removed: {error.strerror}", flush=True)
             continue
         if lock is None:
-            print(f"{path} is left from another run: remove it if that is not alive", flush=True)
+            print(f"{folder} is left from another run: remove it if that is not alive", flush=True)
             continue
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         release(lock)
-        print(f"{path} is removed: a run that was killed had left it", flush=True)
+        print(f"{folder} is removed: a run that was killed had left it", flush=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str, place: Path | None = None) -> Iterator[Path]:
+    """
+    A folder in `place`, or where the system has temporary files, for what is not to be kept. Those with the same prefix
+    that killed runs of the same user left there are removed first.
+    """
+    place = Path(tempfile.gettempdir() if place is None else place)
+    if hasattr(os, "getuid"):  # there are no users on Windows
+        left = [path for path in place.glob(f"{glob.escape(prefix)}????????") if path.lstat().st_uid == os.getuid()]
+        remove_dead([path for path in left if path.is_dir() and not path.is_symlink()])
+    folder, lock = locked_folder(lambda: Path(tempfile.mkdtemp(prefix=prefix, dir=place)))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        release(lock)
 
 
 def replace_folder(new: Path, target: Path) -> None:

@@ -1,5 +1,6 @@
 """Links in a folder that may come from anyone: one of them may lead to a private key."""
 
+import os
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,7 +13,7 @@ def leads_out(path: Path, folder: Path) -> bool:
     Whether a link leads to a file that is not the folder's. The Hub's cache keeps the files of `snapshots/COMMIT` in
     `blobs`.
     """
-    root, target = folder.resolve(), path.resolve()
+    root, target = folder.resolve(), Path(os.path.realpath(path))  # which ends for links in a circle, too
     roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     return not any(target.is_relative_to(root) for root in roots)
 
@@ -29,10 +30,10 @@ def check_files(folder: Path, patterns: Iterable[str]) -> None:
         for file in (path, *(sorted(path.rglob("*")) if path.is_dir() else ())):
             if leads_out(file, folder):
                 raise ConversionError(
-                    f"{file} is a link to {file.resolve()}, outside of the folder, and is not followed: "
+                    f"{file} is a link to {os.path.realpath(file)}, outside of the folder, and is not followed: "
                     "expected the file itself"
                 )
             if not file.exists():
-                raise ConversionError(f"{file} is a link to {file.resolve()}, which is not there")
+                raise ConversionError(f"{file} is a link to {os.path.realpath(file)}, which is not there")
             if not file.is_file() and not file.is_dir():
                 raise ConversionError(f"{file} is no regular file")

@@ -13,7 +13,7 @@ from conversion import convert
 from conversion.__main__ import main
 from conversion.files import folders
 from conversion.files.errors import ConversionError
-from conversion.files.folders import new_folder, replace_folder
+from conversion.files.folders import new_folder, replace_folder, temporary_folder
 from conversion.files.locks import release, take_lock
 
 from ..common import last_error, save_source
@@ -270,3 +270,17 @@ def test_a_stopped_run_cleans_up(number, source, tmp_path, capsys, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == ["t6"]
     assert (tmp_path / "t6" / "model.safetensors").read_text() == "old"
     assert [signal.getsignal(known) for known in STOPS] == handlers
+
+
+def test_temporary_folders(tmp_path, capsys, monkeypatch):
+    """Copies of weights that a killed upload left go with the next one; those of a live one stay."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with temporary_folder("t6-upload-") as alive:
+        assert stat.S_IMODE(alive.stat().st_mode) == 0o700
+        dead = tmp_path / "t6-upload-deadbeef"
+        dead.mkdir()
+        with temporary_folder("t6-upload-") as other:
+            assert sorted(tmp_path.iterdir()) == sorted([alive, other])
+            assert f"{dead} is removed" in capsys.readouterr().out
+        assert list(tmp_path.iterdir()) == [alive]
+    assert not list(tmp_path.iterdir())

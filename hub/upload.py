@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import transformers
@@ -20,7 +19,17 @@ from .check import auto_class_of, check_config, check_tokenizer, check_weights
 from .code import ROOT, code_digest, code_files, unsafe_code
 from .folder import WEIGHTS, UploadError, collect, matches
 from .remote import download, find_or_create, push, remote_texts, sign_in
-from .shared import INDEX, Checkpoint, ConversionError, ShardWriter, available_memory, hide_bars_of_transformers
+from .shared import (
+    INDEX,
+    Checkpoint,
+    ConversionError,
+    ShardWriter,
+    Stopped,
+    available_memory,
+    hide_bars_of_transformers,
+    stoppable,
+    temporary_folder,
+)
 from .verify import compare, load_in_clean_process
 
 
@@ -127,8 +136,8 @@ def upload(args: argparse.Namespace) -> None:
         raise UploadError(f"{args.repo_id} is no name of a repository: {' '.join(str(error).split())}") from error
     if args.repo_id.count("/") != 1:
         raise UploadError(f"{args.repo_id} is no name of a repository: expected someone/model")
-    with tempfile.TemporaryDirectory(prefix="t6-upload-") as temporary:
-        home, folder = Path(temporary), Path(temporary) / "model"
+    with temporary_folder("t6-upload-") as home:
+        folder = home / "model"
         for name in ("model", "before", "after"):
             (home / name).mkdir()
         files, content, config, checkpoint = check_folder(args)
@@ -188,7 +197,11 @@ def run(args: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()
     hide_bars_of_transformers()
     try:
-        upload(args)
+        with stoppable():
+            upload(args)
+    except Stopped as error:
+        print(f"{error}: the same command goes on where this one stopped", file=sys.stderr)
+        return error.code
     except (UploadError, ConversionError, OSError) as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1

@@ -81,6 +81,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ConversionError(f"{folder} has no tokenizer that can be loaded: {reason(error)}") from error
 
 
+def check_tokenizer(folder: Path, needed: bool) -> None:
+    """Raises a `ConversionError` if a tokenizer is `needed`, or `folder` has the files of one, and it does not load."""
+    if needed or files_like(folder, TOKENIZER_FILES):
+        load_tokenizer(folder)
+
+
 def chat_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The chat templates by name, of which a tokenizer with one has `default`."""
     templates = tokenizer.chat_template or {}

@@ -38,7 +38,7 @@ def set_value(tensors, name, value) -> None:
 K_B = "model.layers.1.self_attn.k_b_proj.weight"
 BROKEN = {
     "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "is no folder"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read as JSON"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
     "other model": (lambda f: change_json(f / "config.json", model_type="llama"), "`model_type` must be 't6', got 'llama'"),
     "bad field": (lambda f: change_json(f / "config.json", k_rank=0), "`k_rank` must be a positive integer"),

@@ -76,12 +76,14 @@ def source_cache_bytes(config: T6Config, dtype: torch.dtype, conversion: dict) -
 def attention_of(config: T6Config) -> str:
     """In a sentence or two, what is a product of what, and what of it is cached."""
     whose = "keys and values" if config.q_rank is None else "queries, keys and values"
+    factors, cached = "small factors", "only the factors of keys and values are cached"
     if config.noncontextual_a:
-        text = f"Its {whose} are products of learned constants over the heads (A) and factors of each token (B), and of the keys and values only the B factors are cached."
+        factors = "learned constants over the heads (A) and factors of each token (B)"
+        cached = "of the keys and values only the B factors are cached"
     elif config.noncontextual_b:
-        text = f"Its {whose} are products of factors of each token over the heads (A) and learned constants (B), and of the keys and values only the A factors are cached."
-    else:
-        text = f"Its {whose} are products of small factors, and only the factors of keys and values are cached."
+        factors = "factors of each token over the heads (A) and learned constants (B)"
+        cached = "of the keys and values only the A factors are cached"
+    text = f"Its {whose} are products of {factors}, and {cached}."
     return text + (" Its queries come from one ordinary projection." if config.q_rank is None else "")
 
 

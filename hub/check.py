@@ -15,7 +15,7 @@ from modeling_t6 import T6Config
 from modeling_t6.modeling_t6 import AUTO_MAP
 
 from .folder import CHAT_TEMPLATES, TOKENIZER_FILES, WEIGHTS, UploadError, collect, listed, matches
-from .shared import INDEX, Checkpoint, TensorInfo, read_json
+from .shared import INDEX, Checkpoint, read_json
 
 
 # Fields by which `from_pretrained` or a pipeline would read other files than those that are checked, or other numbers.
@@ -173,10 +173,10 @@ def check_tensors(checkpoint: Checkpoint, content: dict, config: T6Config) -> No
             )
     first = next(iter(found.values())).dtype
     content["dtype"] = content.get("dtype") or content.get("torch_dtype") or str(first).removeprefix("torch.")
-    check_dtypes(found, getattr(torch, content["dtype"]))
+    check_dtypes(checkpoint, getattr(torch, content["dtype"]))
 
 
-def check_dtypes(tensors: dict[str, TensorInfo], dtype: torch.dtype) -> None:
+def check_dtypes(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """
     Accepts a mix of dtypes that is of one piece, such as norms in float32: Transformers loads all tensors in that of
     config.json. Refuses weights none of which has it, and a tensor that is no wider than it and not as its like in another
@@ -186,6 +186,7 @@ def check_dtypes(tensors: dict[str, TensorInfo], dtype: torch.dtype) -> None:
     def kind(name: str) -> str:
         return re.sub(r"\.\d+\.", ".N.", name)
 
+    tensors = checkpoint.tensors
     counts = Counter(info.dtype for info in tensors.values())
     alike: dict[str, set[torch.dtype]] = {}
     for name, info in tensors.items():

@@ -225,7 +225,8 @@ def push(api: HfApi, args: argparse.Namespace, files: dict[str, Path], head: str
             )
         if foreign := [name for name in remote if matches(name, FOREIGN) and not matches(name, OWN)]:
             raise UploadError(
-                f"--code-only: {repo_id} holds {listed(foreign)}, which readers get with this model: without --code-only it is removed"
+                f"--code-only: {repo_id} holds {listed(foreign)}, which readers get with this model: a push without "
+                "--code-only removes it"
             )
         files = {name: path for name, path in files.items() if name not in weights}
     stale = [name for name in remote if name not in files and matches(name, CODE if args.code_only else REPLACED)]

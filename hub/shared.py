@@ -2,12 +2,12 @@
 
 try:
     from ..conversion.__main__ import shard_size
-    from ..conversion.checkpoint import INDEX, Checkpoint, ShardWriter, TensorInfo, read_json
+    from ..conversion.checkpoint import INDEX, Checkpoint, ShardWriter, read_json
     from ..conversion.errors import ConversionError
     from ..conversion.verify import available_memory
 except ImportError:  # in a checkout the two packages stand side by side, and in no third
     from conversion.__main__ import shard_size
-    from conversion.checkpoint import INDEX, Checkpoint, ShardWriter, TensorInfo, read_json
+    from conversion.checkpoint import INDEX, Checkpoint, ShardWriter, read_json
     from conversion.errors import ConversionError
     from conversion.verify import available_memory
 
@@ -17,7 +17,6 @@ __all__ = [
     "Checkpoint",
     "ConversionError",
     "ShardWriter",
-    "TensorInfo",
     "available_memory",
     "read_json",
     "shard_size",

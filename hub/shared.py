@@ -5,6 +5,7 @@ try:
     from ..conversion.files.checkpoints import INDEX, Checkpoint, ShardWriter
     from ..conversion.files.errors import ConversionError
     from ..conversion.files.folders import read_json, temporary_folder
+    from ..conversion.files.links import leads_out
     from ..conversion.files.memory import available_memory
     from ..conversion.files.signals import Stopped, stoppable
     from ..conversion.files.sizes import shard_size
@@ -13,6 +14,7 @@ except ImportError:  # in a checkout the two packages stand side by side, and in
     from conversion.files.checkpoints import INDEX, Checkpoint, ShardWriter
     from conversion.files.errors import ConversionError
     from conversion.files.folders import read_json, temporary_folder
+    from conversion.files.links import leads_out
     from conversion.files.memory import available_memory
     from conversion.files.signals import Stopped, stoppable
     from conversion.files.sizes import shard_size
@@ -26,6 +28,7 @@ __all__ = [
     "Stopped",
     "available_memory",
     "hide_bars_of_transformers",
+    "leads_out",
     "read_json",
     "shard_size",
     "stoppable",

@@ -117,6 +117,20 @@ def _keep_attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.MUST_RECOMPUTE
 
 
+def without_autocast(function: Callable) -> Callable:
+    """Has the first argument's device compute in the dtypes of the arguments, which are all one."""
+
+    @functools.wraps(function)
+    def run(query: torch.Tensor, *args, **kwargs):
+        if not torch.is_autocast_enabled(query.device.type):
+            return function(query, *args, **kwargs)
+        with torch.autocast(query.device.type, enabled=False):
+            return function(query, *args, **kwargs)
+
+    return run
+
+
+@without_autocast
 def factor_space_attention(
     query: torch.Tensor,
     key_factors: tuple[torch.Tensor, torch.Tensor],

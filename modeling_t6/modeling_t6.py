@@ -391,13 +391,16 @@ class T6Attention(nn.Module):
 
         constant_a = self.config.noncontextual_a
         is_paged = isinstance(cache, PagedFactors)
+        # Under autocast factors come in several dtypes. A cache holds that of the model, as without, and what reads rows
+        # takes a query of the same.
+        dtype = hidden_states.dtype
         if cache is not None and not is_paged:
             key_rows, value_rows = cache.update(
-                self.key_layout.pack(a_k, b_k), self.value_layout.pack(a_v, b_v), self.layer_idx
+                self.key_layout.pack(a_k, b_k).to(dtype), self.value_layout.pack(a_v, b_v).to(dtype), self.layer_idx
             )
             if not use_flash_tpa:  # which reads rows as they are stored
-                cached_a_k, cached_b_k = self.key_layout.unpack(key_rows.to(b_k.dtype))
-                cached_a_v, cached_b_v = self.value_layout.unpack(value_rows.to(b_k.dtype))
+                cached_a_k, cached_b_k = self.key_layout.unpack(key_rows.to(dtype))
+                cached_a_v, cached_b_v = self.value_layout.unpack(value_rows.to(dtype))
                 if not constant_a:
                     a_k, a_v = cached_a_k, cached_a_v
                 if not self.config.noncontextual_b:
@@ -406,12 +409,17 @@ class T6Attention(nn.Module):
         if is_paged:
             attn_weights = None
             attn_output = paged_attention(
-                self, self._queries(a_q, b_q, position_embeddings), (a_k, b_k), (a_v, b_v), cache, key_rotation
+                self,
+                self._queries(a_q, b_q, position_embeddings).to(dtype),
+                (a_k, b_k),
+                (a_v, b_v),
+                cache,
+                key_rotation,
             )
         elif use_flash_tpa:
             attn_weights = None
             attn_output = flash_tpa(
-                self._queries(a_q, b_q, position_embeddings),
+                self._queries(a_q, b_q, position_embeddings).to(dtype),
                 key_rows,
                 value_rows,
                 self.k_rank,
@@ -426,7 +434,7 @@ class T6Attention(nn.Module):
             )
         elif factor_space:
             attn_output, attn_weights = factor_space_attention(
-                self._queries(a_q, b_q, position_embeddings),
+                self._queries(a_q, b_q, position_embeddings).to(dtype),
                 (a_k, b_k),
                 (a_v, b_v),
                 attention_mask,

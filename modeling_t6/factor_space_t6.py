@@ -52,7 +52,7 @@ def factor_space_attention_forward(
     """[`factor_space_attention`] over the factors of a cache; probabilities where the eager implementation is asked for."""
     a_k, b_k, a_v, b_v = module.unpack(factors, factors.key_rows, factors.value_rows)
     return factor_space_attention(
-        module.queries(factors),
+        module.queries(factors).to(factors.dtype),
         (a_k, b_k),
         (a_v, b_v),
         attention_mask,
@@ -63,6 +63,20 @@ def factor_space_attention_forward(
     )
 
 
+def without_autocast(function: Callable) -> Callable:
+    """Has the first argument's device compute in the dtypes of the arguments, which are all one."""
+
+    @functools.wraps(function)
+    def run(query: torch.Tensor, *args, **kwargs):
+        if not torch.is_autocast_enabled(query.device.type):
+            return function(query, *args, **kwargs)
+        with torch.autocast(query.device.type, enabled=False):
+            return function(query, *args, **kwargs)
+
+    return run
+
+
+@without_autocast
 def factor_space_attention(
     query: torch.Tensor,
     key_factors: tuple[torch.Tensor, torch.Tensor],

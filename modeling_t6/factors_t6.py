@@ -102,6 +102,8 @@ class Factors:
         a_k, a_v: A_K and A_V [batch, key_length, R, h]; constants are [R, h].
         b_k, b_v: B_K and B_V [batch, key_length, R, d] as they are cached; constants are [R, d], third-order factors
             have b and c side by side [..., d_b + d_c]. `TensorProductFactors.features` makes them what heads are made of.
+        dtype: of the hidden states. Under autocast factors come in several dtypes; a cache holds rows of this one, as
+            without, and what reads them takes queries of the same.
         query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens.
         key_rotation: cos and sin [batch or 1, key_length, rotary_dim] for a `b_k` that is not yet rotated, else `None`.
         key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them, if there is a cache. The keys'
@@ -115,6 +117,7 @@ class Factors:
     b_k: torch.Tensor
     a_v: torch.Tensor
     b_v: torch.Tensor
+    dtype: torch.dtype
     query_rotation: tuple[torch.Tensor, torch.Tensor]
     key_rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     key_rows: torch.Tensor | None = None
@@ -208,12 +211,12 @@ class TensorProductFactors(nn.Module):
             key_rotation = position_embeddings if key_position_embeddings is None else key_position_embeddings
         else:
             b_k = apply_rotary_pos_emb(b_k, *position_embeddings)
-        return Factors(a_q, b_q, a_k, b_k, a_v, b_v, position_embeddings, key_rotation)
+        return Factors(a_q, b_q, a_k, b_k, a_v, b_v, hidden_states.dtype, position_embeddings, key_rotation)
 
     def update_cache(self, factors: Factors, cache: Cache) -> None:
         """Stores the keys' and values' factors of the new tokens, and gives `factors` the rows of all the tokens."""
-        key_rows = self.key_layout.pack(factors.a_k, factors.b_k)
-        value_rows = self.value_layout.pack(factors.a_v, factors.b_v)
+        key_rows = self.key_layout.pack(factors.a_k, factors.b_k).to(factors.dtype)
+        value_rows = self.value_layout.pack(factors.a_v, factors.b_v).to(factors.dtype)
         factors.key_rows, factors.value_rows = cache.update(key_rows, value_rows, self.layer_idx)
         factors.lengths = cached_lengths(cache, self.layer_idx)
 
@@ -227,8 +230,8 @@ class TensorProductFactors(nn.Module):
         a_k, b_k, a_v, b_v = factors.a_k, factors.b_k, factors.a_v, factors.b_v
         if key_rows is None:
             return a_k, b_k, a_v, b_v
-        cached_a_k, cached_b_k = self.key_layout.unpack(key_rows.to(b_k.dtype))
-        cached_a_v, cached_b_v = self.value_layout.unpack(value_rows.to(b_k.dtype))
+        cached_a_k, cached_b_k = self.key_layout.unpack(key_rows.to(factors.dtype))
+        cached_a_v, cached_b_v = self.value_layout.unpack(value_rows.to(factors.dtype))
         if not self.config.noncontextual_a:
             a_k, a_v = cached_a_k, cached_a_v
         if not self.config.noncontextual_b:

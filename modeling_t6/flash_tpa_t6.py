@@ -352,7 +352,7 @@ def flash_tpa_attention_forward(
     """[`flash_tpa`] over the rows as the cache stores them."""
     constant_a = factors.a_k.dim() == 2
     output = flash_tpa(
-        module.queries(factors),
+        module.queries(factors).to(factors.dtype),
         factors.key_rows,
         factors.value_rows,
         module.k_rank,

@@ -47,7 +47,7 @@ def validate_inputs(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | 
     elif attention_mask.dim() == 2:
         # A static cache counts its tokens in a tensor: reading it once a step costs less than a wrong answer.
         past_length = int(cache.get_seq_length()) if cache is not None else 0
-        if mask_shape[0] != batch_size or mask_shape[1] < past_length + query_length:
+        if mask_shape[0] not in (1, batch_size) or mask_shape[1] < past_length + query_length:
             raise ValueError(
                 f"`attention_mask` must cover {past_length} cached and {query_length} new tokens of {batch_size} "
                 f"sequences, [{batch_size}, {past_length + query_length}], got {mask_shape}."
@@ -112,6 +112,8 @@ def create_attention_masks(
         return attention_mask
     if isinstance(cache, PagedFactors):  # goes by the lengths of the requests
         return cache.groups
+    if attention_mask is not None and attention_mask.dim() == 2:  # one for the whole batch, maybe
+        attention_mask = attention_mask.expand(inputs_embeds.shape[0], -1)
     if config.rotates_on_read and cache is not None and position_ids is not None:
         if not torch.compiler.is_compiling():
             validate_positions(position_ids, attention_mask, cache)

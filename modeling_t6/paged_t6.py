@@ -187,7 +187,7 @@ def paged_attention_forward(
     Attention of one layer in one step of the engine: requests that decode attend in factor space, a prompt or a piece of
     one forms K and V of its own request, for this layer and step. `attention_mask` is one of [`PagedFactors`]' groups.
     """
-    query = module.queries(factors)
+    query = module.queries(factors).to(factors.dtype)
     output = torch.empty_like(query)
     for queries, keys, mask in attention_mask:
         key_rows, value_rows = (rows[:, 0][keys].unsqueeze(1) for rows in (factors.key_rows, factors.value_rows))

@@ -81,6 +81,23 @@ def test_masks_of_any_dtype(model, dtype):
         )
 
 
+@pytest.mark.parametrize("row", [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"attn_implementation": "eager", "sliding_window": 4}], ids=["sdpa", "eager"])
+def test_one_mask_for_a_batch(fields, row):
+    """As one for each sequence; Llama takes it where it needs no mask for it."""
+    model = random_model(tiny_config(**fields))
+    ids, mask = random_ids(model.config, 3, 6), torch.tensor([row])
+    for kwargs in ({}, {"use_cache": False}):
+        logits = [model(ids, attention_mask=each, **kwargs).logits for each in (mask, mask.expand(3, -1))]
+        assert torch.equal(*logits)
+    for kwargs in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        generated = [
+            model.generate(ids, attention_mask=each, max_new_tokens=4, do_sample=False, **kwargs)
+            for each in (mask, mask.expand(3, -1))
+        ]
+        assert torch.equal(*generated)
+
+
 def test_cache_of_another_model(model):
     other = random_model(tiny_config(num_attention_heads=7, k_rank=3))
     ids = random_ids(model.config, 1, 6)

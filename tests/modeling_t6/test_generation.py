@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
@@ -340,3 +340,26 @@ def test_cache_made_for_another_window():
         model.config.sliding_window = window
         with pytest.raises(ValueError, match="holds the last 5 tokens alone"):
             model(ids[:, 12:], cache=small)
+
+
+@torch.no_grad()
+def test_compiled_steps_over_a_growing_cache():
+    """As many graphs as Llama makes over a `DynamicCache`: a prompt, the first token, and all the others."""
+    graphs = {}
+    sizes = {"hidden_size": 48, "intermediate_size": 60, "vocab_size": 97, "num_attention_heads": 4}
+    for name, model in {
+        "llama": LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).to(DEVICE).eval(),
+        "TPA": random_model(tiny_config(num_hidden_layers=1)),
+    }.items():
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        step = torch.compile(model, backend="eager", fullgraph=True)
+        cache = (DynamicCache if name == "llama" else T6Cache)(config=model.config)
+        ids = random_ids(model.config, 1, 3)
+        tokens = [ids]
+        for _ in range(18):  # past the lengths at which storage would grow
+            logits = step(tokens[-1], use_cache=True, **{CACHE_NAME: cache}).logits
+            tokens.append(logits[:, -1:].argmax(-1))
+        graphs[name] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert torch.equal(torch.cat(tokens, dim=1), greedy(model, ids, new=18))
+    assert graphs["TPA"] <= graphs["llama"]

@@ -13,6 +13,8 @@
 # limitations under the License.
 """What `generate()` and continuous batching ask of a model whose cache is not keys and values"""
 
+import functools
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
@@ -45,11 +47,10 @@ class T6GenerationMixin(GenerationMixin):
         attend = choose_attention(model.config, inputs_embeds, cache)
         return create_attention_masks(model.config, attend, inputs_embeds, attention_mask, cache, position_ids)
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # whose parameters `generate()` looks at
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
-        """
-        As in every model; at the step that passes the length from which long RoPE rotates by other factors, all tokens are
-        computed anew, as the cache holds rows that were rotated by the others (Phi-3 does so).
-        """
+        # At the step that passes the length from which long RoPE rotates by other factors, all tokens are computed anew, as
+        # the cache holds rows that were rotated by the others (Phi-3 does so).
         rope, cache = self.config.rope_parameters, kwargs.get(CACHE_NAME)
         if rope["rope_type"] == "longrope" and isinstance(cache, Cache):
             if 0 < cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]:

@@ -137,11 +137,10 @@ def refuse_other_rows(
         return
     widths, sizes = [layout.width for layout in layouts], [list(x.shape) for x in rows]
     raise RuntimeError(
-        "The cache of a T6 model holds rows of factors, not keys and values of heads: "
-        f"[batch, 1, seq, {widths[0]}] and [batch, 1, seq, {widths[1]}] here"
-        f"{'' if layer_idx is None else f' in layer {layer_idx}'}, got sizes {sizes[0]} and {sizes[1]}; use a cache that "
-        "this model has filled, from `T6Cache(config=model.config)` on, and in place of prefix tuning, which makes heads, "
-        "prompt tuning or LoRA."
+        "The cache of a T6 model holds factors, not heads: use prompt tuning or LoRA in place of prefix tuning, and a cache "
+        "that this model has filled, from `T6Cache(config=model.config)` on. Keys and values must be rows "
+        f"[batch, 1, seq, {widths[0]}] and [batch, 1, seq, {widths[1]}]"
+        f"{'' if layer_idx is None else f' in layer {layer_idx}'}, got sizes {sizes[0]} and {sizes[1]}."
     )
 
 

@@ -179,7 +179,7 @@ def test_prefix_tuning_and_what_to_use_in_its_place():
     config = tiny_config(num_attention_heads=6)  # a divisor of `hidden_size`, without which PEFT makes no prefix
     ids = random_ids(config, 2, 9)
     settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
-    with pytest.raises(RuntimeError, match="rows of factors, not keys and values of heads.* prompt tuning or LoRA"):
+    with pytest.raises(RuntimeError, match="holds factors, not heads: use prompt tuning or LoRA"):
         get_peft_model(random_model(config), PrefixTuningConfig(**settings))(input_ids=ids)
     model = get_peft_model(random_model(config), PromptTuningConfig(**settings))
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()

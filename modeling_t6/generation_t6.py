@@ -13,6 +13,8 @@
 # limitations under the License.
 """What `generate()` and continuous batching ask of a model whose cache is not keys and values"""
 
+import functools
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
@@ -45,6 +47,8 @@ class T6GenerationMixin(GenerationMixin):
         attend = choose_attention(model.config, inputs_embeds, cache)
         return create_attention_masks(model.config, attend, inputs_embeds, attention_mask, cache, position_ids)
 
+    # `generate()` reads off the signature what the model takes: it is that of this version of Transformers.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
         """
         As in every model; at the step that passes the length from which long RoPE rotates by other factors, all tokens are

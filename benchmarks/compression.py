@@ -265,7 +265,8 @@ def convert(args: argparse.Namespace) -> None:
             )
             place, target = free.pop(0), args.work / f"{method}-{ratio}"
             command = [
-                sys.executable, "-m", "conversion", "hf", str(args.work / "llama"), str(target), "--overwrite",
+                sys.executable, "-m", "conversion", "hf", str(args.work / "llama"), str(target),
+                *["--overwrite"] * target.exists(),  # which begins anew: a run that failed goes on without
                 "--method", method, *ranks, "--calibration", str(args.work / "heal.txt"),
                 "--held-out", str(args.work / "held_out.txt"), "--heal", str(args.work / "heal.txt"),
                 "--heal-tokens", str(tokens), "--heal-steps", str(steps), "--batch-size", str(args.heal_windows),

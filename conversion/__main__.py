@@ -15,8 +15,10 @@ from pathlib import Path
 
 from .files.bars import hide_bars_of_transformers
 from .files.errors import ConversionError
+from .files.signals import Stopped, stoppable
 from .files.sizes import shard_size
 from .smaller.options import add_arguments, set_defaults, wanted
+from .smaller.working import unfinished_folder
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,21 +55,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
     args = parse_args(argv)
     try:
-        smaller = args.command == "hf" and wanted(args)
-        # Here, since torch and transformers take long to import: `--help` and wrong options are answered without them.
-        from transformers.utils import logging
-
-        from .convert import convert
-
-        logging.set_verbosity_error()
-        hide_bars_of_transformers()
-        convert(args, smaller)
+        with stoppable():
+            run(args)
+    except Stopped as error:
+        print(f"{error}: {what_is_left(args)}", file=sys.stderr)
+        return error.code
     except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
     return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    smaller = args.command == "hf" and wanted(args)
+    # Here, since torch and transformers take long to import: `--help` and wrong options are answered without them.
+    import torch
+    from transformers.utils import logging
+
+    from .convert import convert
+
+    logging.set_verbosity_error()
+    hide_bars_of_transformers()
+    try:
+        convert(args, smaller)
+    except torch.OutOfMemoryError as error:
+        raise ConversionError(
+            "the device has too little memory: a smaller --batch-size or --window may fit"
+        ) from error
+
+
+def what_is_left(args: argparse.Namespace) -> str:
+    """What a run that was stopped has left, and how it goes on."""
+    folder = unfinished_folder(args.target)
+    if not folder.exists():
+        return "nothing of this run is left"
+    again = "the same command goes on" if not args.overwrite else "the command without --overwrite goes on"
+    return f"{again} from what {folder} holds"
 
 
 if __name__ == "__main__":

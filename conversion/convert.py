@@ -5,40 +5,30 @@ import shutil
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
 from . import verify
 from .files.checkpoints import Checkpoint
-from .files.companions import COMPANIONS, write_companions, write_generation_config
+from .files.companions import check_json, without_marks, write_companions, write_generation_config
 from .files.errors import ConversionError, reason
-from .files.folders import new_folder, read_json
+from .files.folders import new_folder, temporary_folder
+from .files.links import check_files
+from .files.space import check_space
+from .files.targets import check_target
+from .files.tokenizer import check_tokenizer, files_like
 from .layerwise import compare_layers
 from .smaller import order
 from .smaller.ranks import check_options
 from .smaller.report import PLOT, REPORT, provenance, table
 from .smaller.report import write as write_report
 from .smaller.stages import stage
+from .smaller.working import describe, read_digests, unfinished_folder, working_folder
+from .source import DESCRIPTION, READ, check_generation_config, from_hub, local_folder, read_config, with_gguf
 from .sources import families, official
+from .sources.fields import check_fields
 from .sources.plan import Plan
 from .verify import Comparison
 from .write import loaded_dtype, write_model
-
-
-def local_folder(source: str, revision: str | None) -> Path:
-    """The folder `source`, or a copy of the repository of that name on the Hub."""
-    if Path(source).exists():
-        if not Path(source).is_dir():
-            raise ConversionError(f"{source} is a file: expected a folder, or a name on the Hub")
-        return Path(source)
-    try:
-        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", *COMPANIONS]
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConversionError(
-            f"{source} is no folder here, and could not be had from the Hub: {reason(error)}"
-        ) from error
 
 
 def weights_dtype(args: argparse.Namespace, plan: Plan, checkpoint: Checkpoint, inexact: bool) -> torch.dtype | None:
@@ -58,24 +48,72 @@ def convert(args: argparse.Namespace, smaller: bool) -> None:
     Raises:
         ConversionError: naming what of the source, the texts or the target is not as it must be.
     """
+    inputs = {"SRC": Path(args.source)}
     if args.command == "hf":
-        source = local_folder(args.source, args.revision)
-        read_json(source / "config.json")
+        inputs |= {f"--{name}": getattr(args, name.replace("-", "_")) for name in ("calibration", "held-out", "heal")}
+    with (
+        temporary_folder("t6-convert-") as temporary,
+        new_folder(args.target, args.overwrite, inputs) as folder,
+    ):
+        result = write(args, smaller, inputs, folder, temporary)
+    if smaller:
+        shutil.rmtree(unfinished_folder(args.target))
+    print(result)
+
+
+def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], folder: Path, temporary: Path) -> str:
+    """
+    Writes the T6 folder in `folder`; what costs little is checked before what costs much.
+
+    Args:
+        inputs: what the result is made from, by the names that errors give it; a source on the Hub is added.
+        temporary: a folder for what is not to be kept.
+
+    Returns:
+        What there is to say of the result.
+    """
+    if smaller:
+        device = order.find_device(args)
+        text_digests = read_digests(args)
+    if args.command == "hf":
+        source = inputs["SRC"] = local_folder(args.source, args.revision)
+        check_target(args.target, args.overwrite, inputs)
+        content = read_config(source)
+        check_files(source, READ)
+        check_json(source)
+        check_fields(content, str(source / "config.json"))
+        source = without_marks(source, READ, temporary)
         try:
             config = AutoConfig.from_pretrained(source)
-            families.make_plan(config)  # what cannot be is refused before weights are looked for
+            plan = families.make_plan(config)  # what cannot be is refused before weights are looked for
         except ConversionError:
             raise
         except Exception as error:  # whatever a configuration's validation raises
-            raise ConversionError(f"{source / 'config.json'}: {reason(error)}") from error
+            raise ConversionError(f"{inputs['SRC'] / 'config.json'}: {reason(error)}") from error
+        if smaller:
+            check_options(plan.config, args.k_rank, args.v_rank, args.cache_ratio)
+        check_generation_config(source)
+        check_tokenizer(source, smaller)
+        if not Path(args.source).exists():
+            from_hub(args.source, inputs["SRC"].name, READ)  # the same commit, now with its weights
+            source = inputs["SRC"] if source == inputs["SRC"] else without_marks(inputs["SRC"], READ, temporary)
+            check_files(inputs["SRC"], READ)
         checkpoint = Checkpoint(source)
         plan = families.plan_as_loaded(config, checkpoint)
     else:
-        source = Path(args.source)
+        source = inputs["SRC"]
+        if source.suffix.lower() == ".gguf":
+            raise ConversionError(with_gguf(source))
+        if source.is_dir():
+            check_files(source, READ)
+            check_json(source)
         arguments, checkpoint = official.load(source)
         plan = official.make_plan(arguments, checkpoint)
+        if source.is_dir():
+            source = without_marks(source, READ, temporary)
     for note in plan.notes:
         print("note:", note)
+    plan.check_names(set(checkpoint.tensors))
     dtype = weights_dtype(args, plan, checkpoint, smaller)
     rounded = any(
         torch.promote_types(info.dtype, dtype or info.dtype) != (dtype or info.dtype)
@@ -83,6 +121,7 @@ def convert(args: argparse.Namespace, smaller: bool) -> None:
     )
     rounded |= plan.rounds and any((dtype or info.dtype).itemsize == 2 for info in checkpoint.tensors.values())
     numbers = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
+    nbytes = checkpoint.nbytes if dtype is None else numbers * dtype.itemsize
     report = provenance(
         args.words, args.source, "t6" if args.command == "official" else config.model_type,
         None if Path(args.source).exists() else args.source,
@@ -97,6 +136,7 @@ def convert(args: argparse.Namespace, smaller: bool) -> None:
         return compare_layers(source, config, checkpoint, folder, rounded)
 
     def write_exact(folder: Path) -> None:
+        check_space(folder, nbytes)
         write_model(plan, checkpoint, folder, dtype, args.max_shard_size)
         if source.is_dir():
             write_companions(source, folder)
@@ -105,25 +145,26 @@ def convert(args: argparse.Namespace, smaller: bool) -> None:
         print(f"verified: {compare(folder)}" if args.verify else "not verified")
 
     if not smaller:
-        with new_folder(args.target, args.overwrite) as folder:
-            write_exact(folder)
-            write_report(folder, report)
-        print(f"{args.target}: {numbers:,} weights")
-        return
+        write_exact(folder)
+        write_report(folder, report)
+        return f"{args.target}: {numbers:,} weights"
 
-    check_options(plan.config, args.k_rank, args.v_rank, args.cache_ratio)
     with stage("reading texts"):
         texts = order.Texts(args, source, plan.config)
-    with new_folder(args.target, args.overwrite) as folder:
-        working = order.working_folder(args)
+    digests = text_digests | {"source": describe(inputs["SRC"], read_files(source, checkpoint))}
+    with working_folder(args, digests) as working:
         exact_folder = working / "exact"
         if not exact_folder.exists():
+            check_space(folder, 2 * nbytes)
             with stage("exact model"), new_folder(exact_folder) as new:
                 write_exact(new)
         common = loaded_dtype(plan, checkpoint, dtype)
-        rows = order.make_smaller(args, source, exact_folder, working, texts, folder, common)
+        rows = order.make_smaller(args, source, exact_folder, working, texts, folder, common, device, rounded)
         write_companions(source, folder)
         write_report(folder, report, rows)
-    shutil.rmtree(working)
-    print(table(rows))
-    print(f"{args.target}: the table is in {REPORT} and {PLOT}, too")
+    return f"{table(rows)}\n{args.target}: the table is in {REPORT} and {PLOT}, too"
+
+
+def read_files(source: Path, checkpoint: Checkpoint) -> list[Path]:
+    """The files of which the result is made: those of the weights that are loaded, and what describes the model."""
+    return sorted({*files_like(source, DESCRIPTION), *checkpoint.files})

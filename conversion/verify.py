@@ -191,6 +191,10 @@ def compare(pair: Pair) -> Comparison:
     ids = random_ids(vocab_size, 2, LENGTH)
     mask = torch.ones_like(ids)
     mask[1, :PADDED] = 0
+    try:
+        pair.models[0](ids[:1, :2])
+    except Exception as error:  # whatever a model raises whose configuration does not fit together
+        raise ConversionError(f"verification failed: Transformers cannot run the source: {reason(error)}") from error
     pair.run(f"for {LENGTH} tokens", ids)
     pair.run("for a batch with padding on the left", ids, real=mask.bool(), attention_mask=mask)
     for context in sorted(set().union(*map(contexts, configs))):

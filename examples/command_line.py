@@ -33,12 +33,16 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(1, str(ROOT))  # behind this folder
 
-from conversion.files.folders import last_checkpoint, replace_folder
+from conversion.files.errors import ConversionError
+from conversion.files.folders import last_checkpoint, new_folder, replace_folder, temporary_folder
+from conversion.files.signals import Stopped, stoppable
+from conversion.files.targets import TOKENIZER, Kind, check_target
 
 
 __all__ = [
-    "InputError", "add_folder_arguments", "check_folders", "complete_folders", "field_and_value", "input_errors",
-    "last_checkpoint", "loading", "number", "one_line", "read_text", "remove_checkpoints", "replace_folder", "write_json",
+    "TOKENIZER", "InputError", "Kind", "add_folder_arguments", "check_folders", "check_target", "complete_folders",
+    "field_and_value", "input_errors", "inputs", "last_checkpoint", "loading", "new_folder", "number", "one_line", "read_text",
+    "remove_checkpoints", "replace_folder", "temporary_folder", "write_json",
 ]  # fmt: skip
 
 
@@ -48,11 +52,15 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def input_errors(command: str) -> Iterator[None]:
-    """Ends the process with one line where an `InputError` is raised."""
+    """Ends the process with one line where an `InputError` is raised, or where it is told to stop."""
     try:
-        yield
-    except InputError as error:
+        with stoppable():
+            yield
+    except (InputError, ConversionError) as error:
         raise SystemExit(f"{command}: error: {error}") from None
+    except Stopped as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        raise SystemExit(error.code) from None
 
 
 # Arguments
@@ -144,12 +152,15 @@ def remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(path)
 
 
+def inputs(args: argparse.Namespace) -> dict[str, Path | None]:
+    """What a run reads and must not replace, by the names that errors give it."""
+    texts = {f"--text {path}": path for path in getattr(args, "text", None) or ()}
+    return texts | {f"--{name}": getattr(args, name.replace("-", "_"), None) for name in ("data", "validation-text")}
+
+
 def check_folders(args: argparse.Namespace) -> Path | None:
-    """Refuses to overwrite unasked; returns the checkpoint to resume from, if that is asked for."""
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise InputError(f"{args.output_dir} is a file")
-    if args.output_dir.is_dir() and any(args.output_dir.iterdir()) and not args.overwrite:
-        raise InputError(f"{args.output_dir} is not empty: --overwrite replaces it")
+    """Refuses to overwrite unasked, or what is no model; returns the checkpoint to resume from, if that is asked for."""
+    check_target(args.output_dir, args.overwrite, inputs(args))
     checkpoint = last_checkpoint(args.checkpoint_dir)
     if args.resume:
         if checkpoint is None:

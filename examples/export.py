@@ -28,7 +28,7 @@ starts another text. The cache is a buffer of the loaded module.
 import argparse
 from pathlib import Path
 
-from command_line import InputError, input_errors, loading
+from command_line import InputError, input_errors, loading, temporary_folder
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,7 +54,6 @@ if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
 import os
-import tempfile
 
 import torch
 from torch import nn
@@ -119,8 +118,8 @@ def export(args: argparse.Namespace) -> None:
         raise InputError(f"MODEL must be a T6 model, got one of type {model.config.model_type!r}")
     max_cache_len = args.max_cache_len or model.config.max_position_embeddings
     program = export_decoding_step(model, max_cache_len, args.batch_size)
-    with tempfile.TemporaryDirectory(dir=args.output.parent) as directory:
-        path = Path(directory) / args.output.name
+    with temporary_folder(f".{args.output.name}.", args.output.parent) as folder:
+        path = folder / args.output.name
         torch.export.save(program, path)
         os.replace(path, args.output)
     print(f"{args.output}: {args.output.stat().st_size:,} bytes, a cache of {max_cache_len:,} tokens")

@@ -15,12 +15,15 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from command_line import InputError, input_errors, number, read_text, replace_folder
+from command_line import TOKENIZER, InputError, Kind, input_errors, new_folder, number, read_text
+
+
+# What --overwrite replaces.
+DATA = Kind("tokens of this command", (("data.json",), ("train.bin",)), (*TOKENIZER, "held_out.bin"))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -133,8 +136,14 @@ def batches(texts: list[str]) -> Iterator[list[str]]:
 
 def prepare(args: argparse.Namespace) -> dict:
     """Writes the folder; returns what its `data.json` says."""
-    if args.output_dir.exists() and not args.overwrite:
-        raise InputError(f"{args.output_dir} exists: --overwrite replaces it")
+    texts = {f"--text {path}": path for path in (*args.text, *(args.held_out or ())) if path.is_file()}
+    with new_folder(args.output_dir, args.overwrite, texts, DATA) as folder:
+        facts = write(args, folder)
+    print(json.dumps(facts, indent=2))
+    return facts
+
+
+def write(args: argparse.Namespace, folder: Path) -> dict:
     documents, left_out = read_documents(args.text, args.suffix)
     if not documents:
         raise InputError(
@@ -152,70 +161,63 @@ def prepare(args: argparse.Namespace) -> dict:
     if not training:
         raise InputError("there is no training text: all of it is held out")
 
-    new_folder = args.output_dir.with_name(f".{args.output_dir.name}.{os.getpid()}")
-    try:
-        new_folder.mkdir(parents=True)
-        if args.tokenizer:
-            tokenizer = load_tokenizer(args.tokenizer)
-        else:
-            size, sample = 0, []
-            for text in training:
-                if size < 1e6 * args.tokenizer_megabytes:
-                    sample.append(text)
-                    size += len(text.encode())
-            tokenizer = train_tokenizer(sample, args.vocab_size)
-        tokenizer.save_pretrained(new_folder)
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer)
+    else:
+        size, sample = 0, []
+        for text in training:
+            if size < 1e6 * args.tokenizer_megabytes:
+                sample.append(text)
+                size += len(text.encode())
+        tokenizer = train_tokenizer(sample, args.vocab_size)
+    tokenizer.save_pretrained(folder)
 
-        with contextlib.ExitStack() as stack:
-            parallel = map
-            if args.num_processes > 1:
-                # Not forked: this process has threads, of the tokenizers.
-                context = multiprocessing.get_context("spawn")
-                parallel = stack.enter_context(ProcessPoolExecutor(args.num_processes, context)).map
-            lines = {key: line_hashes(text) for key, text in held_out.items()}
-            every_line, parts = set().union(*lines.values()), list(batches(training))
-            common = set().union(*parallel(common_lines, parts, [every_line] * len(parts)))
-            near = {key for key, hashes in lines.items() if hashes and 2 * len(hashes & common) >= len(hashes)}
-            kept = [text for key, text in held_out.items() if key not in near]
-            if not kept:
-                reason = f"the {len(near)} held out repeat the training text" if near else "the share took none"
-                raise InputError(
-                    f"there is no held-out text: of {len(documents)} documents, {reason}; expected "
-                    f"{'a larger --held-out-fraction' if len(documents) > 1 else 'more documents'}, or --held-out PATH"
-                )
+    with contextlib.ExitStack() as stack:
+        parallel = map
+        if args.num_processes > 1:
+            # Not forked: this process has threads, of the tokenizers.
+            context = multiprocessing.get_context("spawn")
+            parallel = stack.enter_context(ProcessPoolExecutor(args.num_processes, context)).map
+        lines = {key: line_hashes(text) for key, text in held_out.items()}
+        every_line, parts = set().union(*lines.values()), list(batches(training))
+        common = set().union(*parallel(common_lines, parts, [every_line] * len(parts)))
+        near = {key for key, hashes in lines.items() if hashes and 2 * len(hashes & common) >= len(hashes)}
+        kept = [text for key, text in held_out.items() if key not in near]
+        if not kept:
+            reason = f"the {len(near)} held out repeat the training text" if near else "the share took none"
+            raise InputError(
+                f"there is no held-out text: of {len(documents)} documents, {reason}; expected "
+                f"{'a larger --held-out-fraction' if len(documents) > 1 else 'more documents'}, or --held-out PATH"
+            )
 
-            dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "uint32")
-            counts, digest = {}, hashlib.sha256()
-            for name, texts in (("train", training), ("held_out", kept)):
-                parts = list(batches(texts))
-                encoded = parallel(encode_batch, [new_folder] * len(parts), parts)
-                with (new_folder / f"{name}.bin").open("wb") as file:
-                    counts[name] = 0
-                    for tokens in tqdm(encoded, total=len(parts), desc=f"{name} tokens", unit="batch", disable=None):
-                        counts[name] += len(tokens)
-                        data = tokens.astype(dtype).tobytes()
-                        digest.update(data)
-                        file.write(data)
-        characters, num_bytes = text_size(kept)
-        facts = {
-            "dtype": dtype.name,
-            "vocab_size": len(tokenizer),
-            "train_documents": len(training),
-            "train_tokens": counts["train"],
-            "train_bytes": text_size(training)[1],
-            "held_out_documents": len(kept),
-            "held_out_tokens": counts["held_out"],
-            "held_out_characters": characters,
-            "held_out_bytes": num_bytes,
-            "held_out_documents_dropped": len(near),
-            "files_left_out": left_out,
-            "sha256": digest.hexdigest(),
-        }
-        (new_folder / "data.json").write_text(json.dumps(facts, indent=2) + "\n")
-        replace_folder(new_folder, args.output_dir)
-    finally:
-        shutil.rmtree(new_folder, ignore_errors=True)
-    print(json.dumps(facts, indent=2))
+        dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "uint32")
+        counts, digest = {}, hashlib.sha256()
+        for name, texts in (("train", training), ("held_out", kept)):
+            parts = list(batches(texts))
+            encoded = parallel(encode_batch, [folder] * len(parts), parts)
+            with (folder / f"{name}.bin").open("wb") as file:
+                counts[name] = 0
+                for tokens in tqdm(encoded, total=len(parts), desc=f"{name} tokens", unit="batch", disable=None):
+                    counts[name] += len(tokens)
+                    data = tokens.astype(dtype).tobytes()
+                    digest.update(data)
+                    file.write(data)
+    characters, num_bytes = text_size(kept)
+    facts = {
+        "dtype": dtype.name,
+        "vocab_size": len(tokenizer),
+        "train_documents": len(training),
+        "train_tokens": counts["train"],
+        "train_bytes": text_size(training)[1],
+        "held_out_documents": len(kept),
+        "held_out_tokens": counts["held_out"],
+        "held_out_characters": characters,
+        "held_out_bytes": num_bytes,
+        "held_out_documents_dropped": len(near),
+        "files_left_out": left_out,
+        "sha256": digest.hexdigest(),
+    }
+    (folder / "data.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
 
 

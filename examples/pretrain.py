@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -25,9 +26,11 @@ from command_line import (
     InputError,
     add_folder_arguments,
     check_folders,
+    check_target,
     complete_folders,
     field_and_value,
     input_errors,
+    inputs,
     number,
     one_line,
     read_text,
@@ -303,6 +306,8 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         "seed": args.seed,
     }
     settings_file = args.checkpoint_dir / "settings.json"
+    # All processes take part in gathering sharded weights, and must agree on the name.
+    partial_folder = args.output_dir.with_name(f".{args.output_dir.name}.partial")
     if checkpoint:
         check_same_run(json.loads(read_text(settings_file)), json.loads(json.dumps(settings)))
 
@@ -344,6 +349,7 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         )
         if checkpoint is None:
             remove_checkpoints(args.checkpoint_dir)
+        shutil.rmtree(partial_folder, ignore_errors=True)  # a killed run's, whose shards may be others
         step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
         cut_log(trainer.log_file, step)
         settings_file.write_text(json.dumps(settings, indent=2) + "\n")
@@ -364,9 +370,7 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         trainer.evaluate()  # versions of Trainer differ in whether they evaluate at the end
 
     model.config.use_cache = True
-    # All processes take part in gathering sharded weights, and must agree on the name.
-    new_folder = args.output_dir.with_name(f".{args.output_dir.name}.partial")
-    trainer.save_model(str(new_folder))
+    trainer.save_model(str(partial_folder))
     if not trainer.is_world_process_zero():
         return {}
     log = read_log(args.checkpoint_dir)
@@ -396,8 +400,9 @@ def pretrain(args: argparse.Namespace) -> dict | None:
     }
     # Beside the checkpoints: a model folder holds what the Hub's models hold.
     (args.checkpoint_dir / "training.json").write_text(json.dumps(measured, indent=2) + "\n")
-    (new_folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which the Hub warns of
-    replace_folder(new_folder, args.output_dir)
+    (partial_folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which the Hub warns of
+    check_target(args.output_dir, args.overwrite, inputs(args))  # again: it may have been filled since
+    replace_folder(partial_folder, args.output_dir)
     speed = f", {measured['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in measured else ""
     utilisation = f", {measured['mfu']:.1%} of the peak FLOP/s" if "mfu" in measured else ""
     print(

@@ -24,9 +24,7 @@ folder, with tokenizer, modeling code and model card, that `AutoModelForCausalLM
 import argparse
 import json
 import math
-import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -37,11 +35,12 @@ from command_line import (
     complete_folders,
     field_and_value,
     input_errors,
+    inputs,
+    new_folder,
     number,
     one_line,
     read_text,
     remove_checkpoints,
-    replace_folder,
 )
 
 
@@ -437,12 +436,11 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     model.to(getattr(torch, args.save_dtype))
     model.config.use_cache = True  # Trainer turns it off
     model.generation_config.do_sample, model.generation_config.temperature = True, 0.8
-    new_folder = args.output_dir.with_name(f".{args.output_dir.name}.{os.getpid()}")
-    try:
-        model.save_pretrained(new_folder)
-        tokenizer.save_pretrained(new_folder)
+    with new_folder(args.output_dir, args.overwrite, inputs(args)) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         # What the card reports is measured on the folder as it will be loaded.
-        saved = AutoModelForCausalLM.from_pretrained(new_folder, dtype=model.dtype).to(trainer.args.device)
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(trainer.args.device)
         report = loss_report(total_loss(saved, eval_windows, args.batch_size), *predicted)
         prompt = args.prompt or next(line for line in "\n".join(held_out).splitlines() if line.strip())
         source = ", ".join(path.name for path in args.text) if args.text else f"`{args.dataset}`, split {args.split}"
@@ -459,10 +457,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             "best_step": trainer.state.best_global_step,
             "steps": trainer.state.max_steps,
         }
-        (new_folder / "README.md").write_text(model_card(args, saved, facts), encoding="utf-8")
-        replace_folder(new_folder, args.output_dir)
-    finally:
-        shutil.rmtree(new_folder, ignore_errors=True)
+        (folder / "README.md").write_text(model_card(args, saved, facts), encoding="utf-8")
 
     size = (args.output_dir / "model.safetensors").stat().st_size
     print(f"{args.output_dir}: {size / 1e6:.2f} MB of weights, step {facts['best_step']}, {json.dumps(report)}")

@@ -13,10 +13,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from modeling_t6 import T6Config
 from modeling_t6.cache_t6 import factor_layouts
 
-from .check import auto_class_of
-from .code import code_commit
+from .check import CheckedFolder, one_line
+from .code import code_commit, project_url
 from .folder import UploadError
-from .shared import Checkpoint, read_json
+from .shared import read_json
 
 
 PAPER = "https://arxiv.org/abs/2501.06425"
@@ -31,18 +31,60 @@ PIPELINE_TAGS = {
 }
 TEMPLATE = Path(__file__).with_name("card.md")
 LOAD_TOKENIZER = "\ntokenizer = AutoTokenizer.from_pretrained(repo, revision=revision, trust_remote_code=True)"
+EXAMPLE = """
+inputs = tokenizer("The first thing to know is", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))"""
+EXAMPLE_CHAT = """
+
+messages = [{"role": "user", "content": "What is worth knowing?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs.to(model.device), max_new_tokens=50)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+EXAMPLE_OF_OTHERS = """
+outputs = model(**tokenizer("A text.", return_tensors="pt").to(model.device))"""
 
 
 def cache_bytes(config: T6Config, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of cache per token: of the factors, and of K and V with h, 8 and 2 heads of the same size."""
+    """
+    Bytes of cache per token: of the factors, and of K and V with the same heads in the ways in which they can be shared
+    out: all, in groups (of the numbers that divide theirs, the largest up to 8 and the smallest), and one for all.
+    """
     layers = range(config.num_hidden_layers)
     numbers = sum(layout.width for layer in layers for layout in factor_layouts(config, layer))
     rows = {"T6, this model": numbers * dtype.itemsize}
     heads = config.num_attention_heads
-    for name, count in ((f"MHA, {heads} heads", heads), ("GQA, 8 KV heads", 8), ("GQA, 2 KV heads", 2)):
-        if count <= heads and (count < heads or name.startswith("MHA")):
-            rows[name] = 2 * len(layers) * count * config.head_dim * dtype.itemsize
-    return rows
+    groups = [count for count in range(2, min(8, heads - 1) + 1) if heads % count == 0]
+    counts = {f"MHA, {heads} heads": heads}
+    counts |= {f"GQA, {count} KV heads": count for count in sorted({*groups[:1], *groups[-1:]}, reverse=True)}
+    counts |= {"MQA, 1 KV head": 1} if heads > 1 else {}
+    return rows | {name: 2 * len(layers) * count * config.head_dim * dtype.itemsize for name, count in counts.items()}
+
+
+def source_cache_bytes(config: T6Config, dtype: torch.dtype, conversion: dict) -> tuple[str, float] | None:
+    """What the model that this one was made from caches per token, as far as it is known, with what it is called."""
+    name = f"the source, {conversion.get('source')}"
+    for row in conversion.get("perplexity") or []:
+        if row["model"] == "source":
+            return name, row["cache_bytes_per_token"]
+    if not config.noncontextual_a or conversion.get("source_model_type") in (None, "t6"):
+        return None
+    # Of an exact conversion, each row of B is a key or value head of the source.
+    heads = sum(sum(config.ranks(layer)) for layer in range(config.num_hidden_layers))
+    return name, heads * config.head_dim * dtype.itemsize
+
+
+def attention_of(config: T6Config) -> str:
+    """In a sentence or two, what is a product of what, and what of it is cached."""
+    whose = "keys and values" if config.q_rank is None else "queries, keys and values"
+    factors, cached = "small factors", "only the factors of keys and values are cached"
+    if config.noncontextual_a:
+        factors = "learned constants over the heads (A) and factors of each token (B)"
+        cached = "of the keys and values only the B factors are cached"
+    elif config.noncontextual_b:
+        factors = "factors of each token over the heads (A) and learned constants (B)"
+        cached = "of the keys and values only the A factors are cached"
+    text = f"Its {whose} are products of {factors}, and {cached}."
+    return text + (" Its queries come from one ordinary projection." if config.q_rank is None else "")
 
 
 def read_results(paths: list[Path], task_type: str) -> list[EvalResult]:
@@ -87,7 +129,7 @@ def read_card(path: Path | None) -> ModelCard:
         text = path.read_text(encoding="utf-8") if path else ""
         card = ModelCard(text if text.startswith("---") else f"---\n{{}}\n---\n{text}")
     except Exception as error:  # YAML's errors, and those of malformed results
-        raise UploadError(f"README.md: the metadata cannot be read: {' '.join(str(error).split())}") from error
+        raise UploadError(f"README.md: the metadata cannot be read: {one_line(error)}") from error
     for name in ("base_model", "datasets", "tags"):
         values = card.data.get(name) or []
         values = values if isinstance(values, list) else [values]
@@ -132,36 +174,14 @@ def card_metadata(old: ModelCard, auto_class: str, conversion: dict, args: argpa
     return ModelCardData(**data)
 
 
-def model_card(
-    old: ModelCard,
-    content: dict,
-    config: T6Config,
-    checkpoint: Checkpoint,
-    digest: str,
-    conversion: dict,
-    args: argparse.Namespace,
-) -> str:
+def model_card(old: ModelCard, checked: CheckedFolder, digest: str, conversion: dict, args: argparse.Namespace) -> str:
     """The text of README.md: metadata, and a part of its own in what the author wrote."""
-    auto_class, repo_id = auto_class_of(content), args.repo_id
+    auto_class, repo_id, config = checked.auto_class, args.repo_id, checked.config
     data = card_metadata(old, auto_class, conversion, args)
     results = [
         (" ".join(filter(None, (r.dataset_name, r.dataset_config))), r.metric_name, f"{r.metric_value:.4f}")
         for r in data.eval_results or []
     ]
-    dtype = getattr(torch, content["dtype"])
-    sizes = cache_bytes(config, dtype)
-    parameters = sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
-    ranks = ["no factors (one projection)" if config.q_rank is None else config.q_rank, config.k_rank, config.v_rank]
-    rows = {
-        "parameters": f"{parameters:,}",
-        "layers, hidden size, MLP": f"{config.num_hidden_layers}, {config.hidden_size}, {config.intermediate_size}",
-        "heads, head size": f"{config.num_attention_heads}, {config.head_dim}",
-        "ranks of Q, K, V": ", ".join(str(rank) for rank in ranks),
-        "A factors": "learned constants" if config.noncontextual_a else "of the token",
-        "sliding window": f"{config.sliding_window} tokens" if config.sliding_window else None,
-        "context, vocabulary": f"{config.max_position_embeddings:,}, {config.vocab_size:,}",
-        "weights": content["dtype"],
-    }
     versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers", "huggingface_hub")}
     bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
     provenance = {
@@ -171,29 +191,29 @@ def model_card(
         "code": (commit := code_commit()) and f"commit {commit} of T6 for Transformers",
         "pushed with": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-    part = (
-        TEMPLATE.read_text(encoding="utf-8")
-        .rstrip("\n")
-        .format(
-            begin=BEGIN,
-            end=END,
-            paper=PAPER,
-            repo_id=repo_id,
-            endpoint=constants.ENDPOINT,
-            auto_class=auto_class,
-            tokenizer="" if args.no_tokenizer else LOAD_TOKENIZER,
-            imports=auto_class if args.no_tokenizer else f"{auto_class}, AutoTokenizer",
-            architecture=table(("", ""), [(name, value) for name, value in rows.items() if value]),
-            cache=table(
-                (f"bytes per token, {content['dtype']}", "", "beside this model"),
-                [(name, f"{size:,}", f"{size / sizes['T6, this model']:.2f}x") for name, size in sizes.items()],
-            ),
-            digest=digest,
-            results=f"\n## Evaluation\n\n{table(('task', 'metric', 'value'), results)}\n" if results else "",
-            conversion=conversion_results(conversion),
-            provenance=table(("", ""), [(name, value) for name, value in provenance.items() if value]),
-        )
+    example = EXAMPLE_OF_OTHERS
+    if auto_class == "AutoModelForCausalLM":
+        example = EXAMPLE + (EXAMPLE_CHAT if checked.has_chat_template else "")
+    part = TEMPLATE.read_text(encoding="utf-8").format(
+        begin=BEGIN,
+        end=END,
+        paper=PAPER,
+        project=f"[T6 for Transformers]({url})" if (url := project_url()) else "T6 for Transformers",
+        attention=attention_of(config),
+        repo_id=repo_id,
+        endpoint=constants.ENDPOINT,
+        auto_class=auto_class,
+        tokenizer="" if args.no_tokenizer else LOAD_TOKENIZER,
+        imports=auto_class if args.no_tokenizer else f"{auto_class}, AutoTokenizer",
+        example="" if args.no_tokenizer else f"\n{example}",
+        architecture=architecture(checked),
+        cache=cache_of(checked, conversion),
+        digest=digest,
+        results=f"\n## Evaluation\n\n{table(('task', 'metric', 'value'), results)}\n" if results else "",
+        conversion=conversion_results(conversion),
+        provenance=table(("", ""), [(name, value) for name, value in provenance.items() if value]),
     )
+    part = part.rstrip("\n")
     text = old.text.strip()
     start = text.find(BEGIN)
     end = text.find(END, start)
@@ -205,6 +225,48 @@ def model_card(
         head, tail = (text[: section.start()], text[section.start() :]) if section else (text, "")
         text = f"{head.strip() or '# ' + repo_id.split('/')[-1]}\n\n{part}\n\n{tail}"
     return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def architecture(checked: CheckedFolder) -> str:
+    """The table of sizes and variants."""
+    config, tensors = checked.config, checked.checkpoint.tensors.values()
+    parameters = sum(torch.Size(info.shape).numel() for info in tensors)
+    ranks = ["no factors (one projection)" if config.q_rank is None else config.q_rank, config.k_rank, config.v_rank]
+    a_factors = "learned constants" if config.noncontextual_a else "of the token"
+    b_factors = "learned constants" if config.noncontextual_b else "of the token"
+    dtypes = {str(info.dtype).removeprefix("torch.") for info in tensors}
+    sliding = (config.layer_types or []).count("sliding_attention")
+    rows = {
+        "parameters": f"{parameters:,}",
+        "layers, hidden size, MLP": f"{config.num_hidden_layers}, {config.hidden_size}, {config.intermediate_size}",
+        "heads, head size": f"{config.num_attention_heads}, {config.head_dim}",
+        "ranks of Q, K, V": ", ".join(str(rank) for rank in ranks),
+        "A factors": a_factors + (f", {config.head_factor_act} of them" if config.head_factor_act else ""),
+        "B factors": b_factors
+        + (", values have those of the keys" if config.shared_b else "")
+        + (f", products of {config.b_dim} and {config.c_factor_dim} features" if config.c_factor_dim else ""),
+        "sliding window": sliding
+        and f"{config.sliding_window} tokens, in {sliding} of {config.num_hidden_layers} layers",
+        "context, vocabulary": f"{config.max_position_embeddings:,}, {config.vocab_size:,}",
+        "weights": checked.content["dtype"]
+        + (f" as they are loaded; stored in {' and '.join(sorted(dtypes))}" if len(dtypes) > 1 else ""),
+    }
+    return table(("", ""), [(name, value) for name, value in rows.items() if value])
+
+
+def cache_of(checked: CheckedFolder, conversion: dict) -> str:
+    """The table of bytes per token; and a sentence beside the source, if its bytes are known."""
+    dtype = getattr(torch, checked.content["dtype"])
+    sizes: dict[str, float] = cache_bytes(checked.config, dtype)
+    own, sentence = sizes["T6, this model"], ""
+    if source := source_cache_bytes(checked.config, dtype, conversion):
+        name, size = source
+        sizes = {"T6, this model": own, name: size} | sizes
+        sentence = f"The cache is no smaller than that of {name}.\n\n"
+        if own < size:
+            sentence = f"The cache is {size / own:.2f} times smaller than that of {name}.\n\n"
+    head = (f"bytes per token, {checked.content['dtype']}", "", "beside this model")
+    return sentence + table(head, [(name, f"{size:,.0f}", f"{size / own:.2f}x") for name, size in sizes.items()])
 
 
 def conversion_results(conversion: dict) -> str:

@@ -3,6 +3,7 @@
 import ast
 import functools
 import hashlib
+import importlib.metadata
 import subprocess
 from pathlib import Path
 
@@ -131,3 +132,12 @@ def code_commit() -> str | None:
     if Path(top) != ROOT:
         return None
     return f"{commit} with changes" if changed else commit
+
+
+def project_url() -> str | None:
+    """Where the project is at home, as its metadata says; `None` where it is not installed, or has no home."""
+    try:
+        urls = importlib.metadata.metadata("t6-transformers").get_all("Project-URL")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return urls[0].partition(", ")[2] if urls else None

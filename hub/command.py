@@ -4,8 +4,11 @@ Puts a T6 folder on the Hub as a repository that anyone loads with plain Transfo
     python hub_upload.py MODEL_DIR REPO_ID --dry-run    checks the folder, shows files and model card, contacts nobody
     python hub_upload.py MODEL_DIR REPO_ID              uploads in one commit, downloads it again and compares logits
 
-The folder is left as it is: what it lacks (code, LICENSE, model card, ...) is added to a copy. An upload that was cut off
-goes on where it stopped when the command is run again: the weights that arrived are not sent twice.
+The folder is left as it is: what it lacks (code, LICENSE, model card, ...) is added to a copy. What the repository holds of
+another model's weights, code, tokenizer, adapters and processors is removed in the same commit. Success means that a
+process that knows nothing of this package loads the commit; a model that does not fit into memory, without its numbers.
+An upload that was cut off goes on where it stopped when the command is run again: the weights that arrived are not sent
+twice.
 """
 
 import argparse

@@ -1,16 +1,19 @@
-"""The files of a model folder: what they are, and what may be there."""
+"""The files of a model folder and of a repository: what they are, and what may be there."""
 
+import os
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
 from .code import code_files
+from .shared import leads_out
 
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+CHAT_TEMPLATES = ("additional_chat_templates/*.jinja",)  # beside the one in `chat_template.jinja`, by name
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 TEXTS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes")
 CONVERSION = ("conversion.json", "conversion.png")  # the report of `python -m conversion`
@@ -20,8 +23,26 @@ PICKLES = (
 )  # fmt: skip
 # What other tools leave in a folder; not uploaded, and not worth an error.
 LEFT_OUT = (".git", ".cache", "__pycache__", ".DS_Store", ".ipynb_checkpoints")
-# A push replaces these: what the repository held of them and the folder does not have, would be loaded in its place.
-REPLACED = (*WEIGHTS, *TOKENIZER_FILES, *CONVERSION, *PICKLES, "*.py", "config.json", "generation_config.json")
+
+# What the repository holds of these and the folder does not, belongs to another model, and readers would get it with this
+# one: loaded in the place of what is pushed, or with it. A push removes it.
+CODE = ("*.py", "custom_generate/*")  # `from_pretrained` puts the latter in the place of `generate()`
+OWN = (*TOKENIZER_FILES, *CHAT_TEMPLATES, "generation_config.json")  # with --code-only, the repository's stay
+FOREIGN = (
+    "adapter_config.json",  # an adapter is loaded with the model
+    # Variants, and files for one version of Transformers.
+    "*.index.*.json", "config.*.json", "tokenizer.*.json",
+    # Other tokenizers: Transformers looks for their files.
+    "tokenizer.*", "vocab.*", "vocab-*.json", "*_vocab.json", "*.model", "*.spm", "*.tiktoken", "tekken.json",
+    "normalizer.json", "emoji.json", "dict.txt", "bpe.codes", "*.jinja", "additional_chat_templates/*",
+    # Of processors and pipelines.
+    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "audio_tokenizer_config.json",
+    "modelcard.json",
+    # By these, other libraries read the weights in another way: Sentence Transformers, diffusers, servers.
+    "modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "model_index.json", "params.json",
+    "quant*_config.json", "*_quant_config.json",
+)  # fmt: skip
+REPLACED = (*WEIGHTS, *PICKLES, *CONVERSION, "config.json", *CODE, *OWN, *FOREIGN)
 
 
 class UploadError(Exception):
@@ -29,8 +50,8 @@ class UploadError(Exception):
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a file at the top of a repository has a name of one of these kinds."""
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
+    """Whether a file of a repository has a name of one of these kinds; a pattern without a folder is of files at the top."""
+    return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -43,19 +64,30 @@ def collect(folder: Path) -> dict[str, Path]:
     """The files of a model folder by name; raises an `UploadError` that lists what has no place on the Hub."""
     if not folder.is_dir():
         raise UploadError(f"{folder} is no folder")
-    kept = (*WEIGHTS, *TOKENIZER_FILES, *TEXTS, *CONVERSION, "config.json", "generation_config.json", *code_files())
+    code = tuple(code_files())
+    kept = (
+        *WEIGHTS,
+        *TOKENIZER_FILES,
+        *CHAT_TEMPLATES,
+        *TEXTS,
+        *CONVERSION,
+        "config.json",
+        "generation_config.json",
+        *code,
+    )
     files, pickles, strays, links = {}, [], [], []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or any(part in LEFT_OUT for part in path.relative_to(folder).parts):
+        is_folder = path.is_dir() and not path.is_symlink()  # what a linked folder holds is not walked through
+        if is_folder or any(part in LEFT_OUT for part in path.relative_to(folder).parts):
             continue
-        if path.exists() and not path.is_file():  # a pipe or a device: reading it may never end
+        if leads_out(path, folder) and name not in code:  # the code that is pushed is this package's
+            links.append(f"{name} -> {os.path.realpath(path)}")
+        elif path.exists() and not path.is_file():  # a linked folder; a pipe or a device, reading which may never end
             strays.append(name)
         elif matches(path.name, PICKLES) or begins_as_pickle(path):
             pickles.append(name)
-        elif leads_out(path, folder) and not matches(name, ("*.safetensors", *code_files())):
-            links.append(f"{name} -> {path.resolve()}")
-        elif matches(name, kept) or fnmatch(name, "additional_chat_templates/*.jinja"):
+        elif matches(name, kept):
             files[name] = path
         else:
             strays.append(name)
@@ -68,16 +100,6 @@ def collect(folder: Path) -> dict[str, Path]:
     if links:
         raise UploadError(f"{folder} holds links to files outside of it, which are not pushed: {listed(links)}")
     return files
-
-
-def leads_out(path: Path, folder: Path) -> bool:
-    """
-    Whether a link leads to a file that is not the folder's: one of a folder from elsewhere may lead to a private key.
-    The Hub's cache keeps the files of `snapshots/COMMIT` in `blobs`.
-    """
-    root, target = folder.resolve(), path.resolve()
-    roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    return not any(target.is_relative_to(root) for root in roots)
 
 
 def begins_as_pickle(path: Path) -> bool:

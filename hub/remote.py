@@ -13,6 +13,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelInfo,
     RepoFile,
     constants,
     get_token,
@@ -28,7 +29,7 @@ from huggingface_hub.errors import (
 )
 
 from .code import sha256
-from .folder import REPLACED, WEIGHTS, UploadError, matches
+from .folder import CODE, FOREIGN, OWN, REPLACED, WEIGHTS, UploadError, listed, matches
 
 
 Result = TypeVar("Result")
@@ -163,6 +164,29 @@ def remote_texts(api: HfApi, args: argparse.Namespace, folder: Path) -> dict[str
     return {name: path for name, path in found.items() if path is not None}
 
 
+def look(api: HfApi, args: argparse.Namespace, may_be_missing: bool) -> None:
+    """Raises an `UploadError` for what a look at the repository shows to be in the way; changes nothing."""
+    repo_id = args.repo_id
+
+    def info() -> ModelInfo | None:
+        try:
+            return api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            if may_be_missing and not args.create_pr and not args.code_only:
+                return None
+            raise
+
+    found = patiently(f"looking at {repo_id}", repo_id, info)
+    if found is None:
+        return
+    if args.private and not found.private:
+        raise UploadError(f"{repo_id} exists and is public: --private makes a new repository")
+    if args.revision and args.revision != "main" and not args.revision.startswith("refs/"):
+        tags = patiently("listing tags", repo_id, lambda: api.list_repo_refs(repo_id)).tags
+        if args.revision in {ref.name for ref in tags}:
+            raise UploadError(f"{args.revision} is a tag of {repo_id}: --revision must be a branch")
+
+
 def find_or_create(api: HfApi, args: argparse.Namespace) -> str:
     """Makes the repository and the branch where they are missing; returns the commit at the head of the branch."""
     repo_id, branch = args.repo_id, args.revision or "main"
@@ -172,14 +196,9 @@ def find_or_create(api: HfApi, args: argparse.Namespace) -> str:
             repo_id,
             lambda: api.create_repo(repo_id, private=True if args.private else None, exist_ok=True),
         )
-    info = patiently(f"looking at {repo_id}", repo_id, lambda: api.model_info(repo_id))
-    if args.private and not info.private:
-        raise UploadError(f"{repo_id} exists and is public: --private makes a new repository")
+    look(api, args, may_be_missing=False)  # once more: another may have made it
     if branch == "main" or branch.startswith("refs/"):
         return patiently(f"looking at {branch}", repo_id, lambda: api.model_info(repo_id, revision=branch)).sha
-    tags = patiently("listing tags", repo_id, lambda: api.list_repo_refs(repo_id)).tags
-    if branch in {ref.name for ref in tags}:
-        raise UploadError(f"{branch} is a tag of {repo_id}: --revision must be a branch")
     patiently(
         f"creating the branch {branch}", repo_id, lambda: api.create_branch(repo_id, branch=branch, exist_ok=True)
     )
@@ -204,11 +223,17 @@ def push(api: HfApi, args: argparse.Namespace, files: dict[str, Path], head: str
             raise UploadError(
                 f"--code-only: {repo_id} does not hold the weights of {args.folder}: {', '.join(sorted(others))} differ"
             )
+        if foreign := [name for name in remote if matches(name, FOREIGN) and not matches(name, OWN)]:
+            raise UploadError(
+                f"--code-only: {repo_id} holds {listed(foreign)}, which readers get with this model: a push without "
+                "--code-only removes it"
+            )
         files = {name: path for name, path in files.items() if name not in weights}
-    replaced = ("*.py",) if args.code_only else REPLACED
-    stale = [name for name in remote if name not in files and matches(name, replaced)]
+    stale = [name for name in remote if name not in files and matches(name, CODE if args.code_only else REPLACED)]
     if stale:
         print(f"removing from {repo_id}: {', '.join(stale)}")
+    if not args.code_only and (kept := set(remote) - set(files) - set(stale)):
+        print(f"staying in {repo_id}, as it is no part of a model: {listed(kept)}")
     additions = [CommitOperationAdd(name, path) for name, path in files.items()]
     operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
     revision = args.revision or "main"

@@ -4,15 +4,19 @@ try:
     from ..conversion.files.bars import hide_bars_of_transformers
     from ..conversion.files.checkpoints import INDEX, Checkpoint, ShardWriter
     from ..conversion.files.errors import ConversionError
-    from ..conversion.files.folders import read_json
+    from ..conversion.files.folders import read_json, temporary_folder
+    from ..conversion.files.links import leads_out
     from ..conversion.files.memory import available_memory
+    from ..conversion.files.signals import Stopped, stoppable
     from ..conversion.files.sizes import shard_size
 except ImportError:  # in a checkout the two packages stand side by side, and in no third
     from conversion.files.bars import hide_bars_of_transformers
     from conversion.files.checkpoints import INDEX, Checkpoint, ShardWriter
     from conversion.files.errors import ConversionError
-    from conversion.files.folders import read_json
+    from conversion.files.folders import read_json, temporary_folder
+    from conversion.files.links import leads_out
     from conversion.files.memory import available_memory
+    from conversion.files.signals import Stopped, stoppable
     from conversion.files.sizes import shard_size
 
 
@@ -21,8 +25,12 @@ __all__ = [
     "Checkpoint",
     "ConversionError",
     "ShardWriter",
+    "Stopped",
     "available_memory",
     "hide_bars_of_transformers",
+    "leads_out",
     "read_json",
     "shard_size",
+    "stoppable",
+    "temporary_folder",
 ]

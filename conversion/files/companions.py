@@ -1,11 +1,13 @@
 """The files that belong to a model beside its weights."""
 
+import codecs
 from pathlib import Path
 
 from transformers import GenerationConfig
 
 from .errors import ConversionError, reason
-from .tokenizer import TEMPLATE_FILES, TOKENIZER_FILES, copy_files, write_tokenizer
+from .folders import read_json
+from .tokenizer import TEMPLATE_FILES, TOKENIZER_FILES, copy_files, files_like, write_tokenizer
 
 
 COPIED = ("generation_config.json", "LICENSE*", "NOTICE*")
@@ -45,3 +47,34 @@ def write_generation_config(source: Path, folder: Path) -> None:
         expected = generation_config(source)
         if expected != generation_config(folder):
             GenerationConfig(**expected).save_pretrained(folder)
+
+
+def without_marks(source: Path, patterns: tuple[str, ...], folder: Path) -> Path:
+    """
+    The folder `source`, or, if JSON in it begins with a byte order mark, which Transformers does not read, `folder` with
+    links to all of its files and those files without the mark.
+    """
+    files = files_like(source, patterns)
+    marked = set()
+    for path in files:
+        if path.suffix == ".json":
+            with path.open("rb") as file:
+                if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+                    marked.add(path)
+    if not marked:
+        return source
+    for path in files:
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        if path in marked:
+            copy.write_bytes(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+        else:
+            copy.symlink_to(path.resolve())
+    return folder
+
+
+def check_json(source: Path) -> None:
+    """Raises a `ConversionError` that names a companion in JSON that is damaged, or holds something else than an object."""
+    for path in files_like(source, COMPANIONS):
+        if path.suffix == ".json":
+            read_json(path)

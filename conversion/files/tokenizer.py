@@ -8,7 +8,7 @@ class that takes a pipeline as it is.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -81,6 +81,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ConversionError(f"{folder} has no tokenizer that can be loaded: {reason(error)}") from error
 
 
+def check_tokenizer(folder: Path, needed: bool) -> None:
+    """Raises a `ConversionError` if a tokenizer is `needed`, or `folder` has the files of one, and it does not load."""
+    if needed or files_like(folder, TOKENIZER_FILES):
+        load_tokenizer(folder)
+
+
 def chat_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The chat templates by name, of which a tokenizer with one has `default`."""
     templates = tokenizer.chat_template or {}
@@ -100,6 +106,7 @@ def write_tokenizer(source: Path, folder: Path) -> bool:
     tokenizer = load_tokenizer(source)
     if tokenizer.is_fast:
         tokenizer.save_pretrained(folder)
+        copy_files(source, folder, ("chat_template.json",))  # a processor's, which no tokenizer writes
         path = folder / "tokenizer_config.json"
         content = read_json(path)
         for field in ("auto_map", "backend", "is_local", "local_files_only"):
@@ -110,12 +117,24 @@ def write_tokenizer(source: Path, folder: Path) -> bool:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     else:
         copy_files(source, folder, (*TOKENIZER_FILES, *TEMPLATE_FILES))
-    compare_tokenizers(load_tokenizer(source), load_tokenizer(folder))
+    compare_tokenizers(tokenizer, load_tokenizer(folder))
     return True
+
+
+def outcome(function: Callable, *args, **kwargs) -> object:
+    """What a call gives, or what it raises: a tokenizer may refuse a text, and a template a conversation."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # of the tokenizers library, errors are bare `Exception`s
+        return f"{type(error).__name__}: {error}"
 
 
 def properties(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, object]]:
     """What users of a tokenizer see of it, by name; the ids that it makes of texts come last."""
+
+    def ids(*texts, **options) -> dict[str, list]:
+        return dict(tokenizer(*texts, **options))
+
     yield "number of tokens", len(tokenizer)
     yield "special tokens", {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     yield "ids of special tokens", sorted(tokenizer.all_special_ids)
@@ -123,31 +142,23 @@ def properties(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, object
         yield field, getattr(tokenizer, field)
     templates = chat_templates(tokenizer)
     yield "names of the chat templates", sorted(templates)
-    for name in sorted(templates):
+    for name, template in sorted(templates.items()):
         for tools in (None, TOOLS):
-            yield f"chat template {name!r}", rendered(tokenizer, name, tools)
+            options = {"chat_template": template, "tools": tools, "add_generation_prompt": True, "tokenize": False}
+            yield f"what chat template {name!r} makes", outcome(tokenizer.apply_chat_template, CONVERSATION, **options)
     added = sorted(tokenizer.get_added_vocab(), key=tokenizer.get_added_vocab().get)
     marked = [f"a{token}b {token} c" for token in (*added[:50], *added[-50:])]
     for text in (*TEXTS, *marked):
         for special in (True, False):
-            encoded = tokenizer(text, add_special_tokens=special)
-            yield f"ids of {text!r}", {key: list(value) for key, value in encoded.items()}
-            for skip in (True, False):
-                decoded = tokenizer.decode(encoded["input_ids"], skip_special_tokens=skip)
-                yield f"text of the ids of {text!r}", decoded
-    yield "ids of a pair", dict(tokenizer(TEXTS[0], TEXTS[3]))
+            encoded = outcome(ids, text, add_special_tokens=special)
+            yield f"ids of {text!r}", encoded
+            if isinstance(encoded, dict):
+                for skip in (True, False):
+                    decoded = outcome(tokenizer.decode, encoded["input_ids"], skip_special_tokens=skip)
+                    yield f"text of the ids of {text!r}", decoded
+    yield "ids of a pair", outcome(ids, TEXTS[0], TEXTS[3])
     if tokenizer.pad_token_id is not None:
-        yield "ids of a padded batch", dict(tokenizer([*TEXTS[:4]], padding=True))
-
-
-def rendered(tokenizer: PreTrainedTokenizerBase, name: str, tools: list | None) -> str:
-    templates = chat_templates(tokenizer)
-    try:
-        return tokenizer.apply_chat_template(
-            CONVERSATION, chat_template=templates[name], tools=tools, add_generation_prompt=True, tokenize=False
-        )
-    except Exception as error:  # a template may refuse a conversation, by whatever it raises
-        return f"{type(error).__name__}: {error}"
+        yield "ids of a padded batch", outcome(ids, [*TEXTS[:4]], padding=True)
 
 
 def compare_tokenizers(source: PreTrainedTokenizerBase, result: PreTrainedTokenizerBase) -> None:

@@ -81,7 +81,7 @@ def compress(
             chosen.append(ranks[layer] if len(ranks) > 1 else ranks[0])
         return build(chosen)
 
-    budget = int(sum(full) / cache_ratio)
+    budget = int(sum(full) / cache_ratio * (1 + 1e-12))  # of a ratio that is not a float, no rank is lost
     ids = calibration[: max(1, SENSITIVITY_TOKENS // calibration.shape[1])]
     expected = log_probabilities(model, ids)
     candidates = [

@@ -138,7 +138,7 @@ def heal(
             steps; a cosine leads to zero.
         cross_entropy: the weight of the loss on the text beside that of the teacher's predictions.
     """
-    on_gpu = device == "cuda"
+    on_gpu = torch.device(device).type == "cuda"
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

@@ -1,8 +1,6 @@
 """From an exact T6 model to one with a smaller cache: compression, healing, and the measurement of both."""
 
 import argparse
-import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -20,6 +18,10 @@ from .measure import cache_bytes_per_token, perplexity
 from .reconstruct import reconstruct
 from .report import Row
 from .stages import stage
+
+
+# Parts of a perplexity: sums in another order, and weights or activations in half precision.
+EXACT, ROUNDED = 1e-3, 2e-2
 
 
 class Texts:
@@ -48,41 +50,43 @@ class Texts:
             if args.held_out is None:
                 healing = text.split_held_out(healing)[0]
             self.healing = text.windows(tokenizer, healing, length, str(args.heal), most)
+        for ids in (self.held_out, self.calibration, self.healing):
+            if ids is not None and ids.max() >= config.vocab_size:
+                raise ConversionError(
+                    f"{source}: the tokenizer makes token {ids.max()} of a text, and config.json has "
+                    f"vocab_size={config.vocab_size}"
+                )
 
 
-def settings(args: argparse.Namespace) -> dict:
-    """What a run must have in common with the interrupted one that it continues."""
-    names = (
-        "source", "revision", "k_rank", "v_rank", "cache_ratio", "calibration", "calibration_tokens", "method",
-        "reconstruct_steps", "held_out", "window", "compute_dtype", "heal", "heal_steps", "heal_tokens", "batch_size",
-        "heal_accumulation", "heal_optimizer", "heal_learning_rate", "heal_cross_entropy", "seed",
-    )  # fmt: skip
-    return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
-
-
-def working_folder(args: argparse.Namespace) -> Path:
-    """The folder beside DST from which an interrupted run goes on."""
-    target = args.target.absolute()
-    folder = target.with_name(f".{target.name}.unfinished")
-    new = settings(args)
-    if (folder / "settings.json").exists():
-        old = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        changed = [name for name in new if old.get(name) != new[name]]
-        if not changed:
-            return folder
-        if not args.overwrite:
-            option = changed[0].replace("_", "-")
-            raise ConversionError(
-                f"{folder} is an unfinished run with --{option} {old.get(changed[0])}, this one has {new[changed[0]]}: "
-                "--overwrite starts anew"
-            )
-        shutil.rmtree(folder)
+def find_device(args: argparse.Namespace) -> str:
+    """
+    Raises:
+        ConversionError: if `--device` is none that computes here, or, to heal, not the first of its kind.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConversionError(f"cannot write {folder}: {error}") from error
-    return folder
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except Exception as error:  # backends that are not there raise what they like
+        there = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        raise ConversionError(f"--device {name} does not compute here: expected one of {', '.join(there)}") from error
+    if args.heal is not None and device.index:
+        raise ConversionError(
+            f"--device {name}: healing takes the first that it sees; expected {device.type}, with "
+            f"CUDA_VISIBLE_DEVICES={device.index} in the environment"
+        )
+    return name
+
+
+def check_equal(rows: list[Row], rounded: bool) -> None:
+    """Raises a `ConversionError` if the exact model is another than the source, as a stale one would be."""
+    source, exact = rows[0].perplexity, rows[1].perplexity
+    limit = ROUNDED if rounded else EXACT
+    if not abs(exact / source - 1) <= limit:
+        raise ConversionError(
+            f"the exact model has perplexity {exact:.6g}, the source {source:.6g}: they differ by more than rounding "
+            f"({limit:g} of it), so one is not the other's"
+        )
 
 
 def make_smaller(
@@ -93,16 +97,24 @@ def make_smaller(
     texts: Texts,
     folder: Path,
     dtype: torch.dtype,
+    device: str,
+    rounded: bool,
 ) -> list[Row]:
     """
     Compresses and heals the exact model in `exact_folder`, and saves the result in `folder`, its weights in `dtype`.
     What is finished in `working` is not done again.
 
+    Args:
+        device: see `find_device`.
+        rounded: whether the weights of the exact model are rounded ones of the source.
+
     Returns:
         Cache size and perplexity of the source, the exact, the compressed and the healed model, each as it is saved.
+
+    Raises:
+        ConversionError: if source and exact model are not the same but for rounding.
     """
     compute_dtype = getattr(torch, args.compute_dtype)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[Row] = []
 
     def load(cls, path: Path) -> PreTrainedModel:
@@ -123,6 +135,7 @@ def make_smaller(
     source_model = measure("source", load(AutoModelForCausalLM, source))
     compressed_folder = working / "compressed"
     exact_model = measure("exact", load(T6ForCausalLM, exact_folder))
+    check_equal(rows, rounded or compute_dtype != torch.float32)
     if not compressed_folder.exists():
         calibration = texts.calibration.to(device)
         ranks = args.k_rank, args.v_rank, args.cache_ratio

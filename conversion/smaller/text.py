@@ -50,7 +50,7 @@ def windows(
         batch, pieces = pieces[:PIECES], pieces[PIECES:]
         parts += [torch.tensor(ids, dtype=torch.long) for ids in tokenizer(batch, **options)["input_ids"]]
         count = sum(map(len, parts))
-    ids = torch.cat(parts)
+    ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
     if len(ids) < length:
         raise ConversionError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
     return ids[: len(ids) // length * length].view(-1, length)[:most]

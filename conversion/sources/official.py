@@ -9,26 +9,33 @@ checkpoints are pickles, read with `weights_only=True` alone.
 import math
 import pickle
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch.nn import functional as F
 
 from modeling_t6 import T6Config
 
-from ..files.checkpoints import INDEX, SINGLE, Checkpoint, TensorInfo
+from ..files.checkpoints import DTYPE_NAMES, INDEX, SINGLE, Checkpoint, TensorInfo
 from ..files.errors import ConversionError, reason
 from ..files.folders import read_json
+from .fields import SIZES, is_integer, is_number, shown
 from .plan import Plan, Transform
 
 
 PREFIXES = ("_orig_mod.", "module.")
-FIELDS = ("n_layer", "n_head", "head_dim", "n_embd", "rank", "vocab_size", "block_size")
+# With the largest that is taken for a size.
+FIELDS = {
+    "n_layer": SIZES["num_hidden_layers"], "n_head": SIZES["num_attention_heads"], "head_dim": SIZES["head_dim"],
+    "n_embd": SIZES["hidden_size"], "rank": 10**5, "vocab_size": SIZES["vocab_size"],
+    "block_size": SIZES["max_position_embeddings"],
+}  # fmt: skip
 HEAD_NORM_EPS = 1e-5
 EPS = torch.finfo(torch.float32).eps
 
 
 class PickledCheckpoint:
-    """The tensors of a pickled state dict, memory-mapped; has what `Checkpoint` has."""
+    """The tensors of a pickled state dict, memory-mapped but for files older than torch 1.6; has what `Checkpoint` has."""
 
     def __init__(self, file: Path, state: dict):
         self.state: dict[str, torch.Tensor] = {}
@@ -39,8 +46,14 @@ class PickledCheckpoint:
                 name = name.split(".", 1)[1]
             if name in self.state:
                 raise ConversionError(f"{file} holds {name} twice, with and without a prefix")
-            if not tensor.is_floating_point():
-                raise ConversionError(f"{name} in {file} has dtype {tensor.dtype}: expected a floating-point one")
+            if tensor.dtype not in DTYPE_NAMES:
+                raise ConversionError(
+                    f"{name} in {file} has dtype {tensor.dtype}: expected one of {', '.join(map(str, DTYPE_NAMES))}"
+                )
+            if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+                raise ConversionError(
+                    f"{name} in {file} is {tensor.layout} on {tensor.device}: expected numbers in a row"
+                )
             self.state[name] = tensor
         self.file = file
         self.tensors = {name: TensorInfo(file, tuple(t.shape), t.dtype) for name, t in self.state.items()}
@@ -55,12 +68,12 @@ class PickledCheckpoint:
 
 def load_pickle(file: Path) -> dict:
     try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(file, map_location="cpu", mmap=is_zipfile(file), weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConversionError(
             f"{file} holds more than tensors and plain values and is not loaded: {reason(error)}"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged bytes make torch and zipfile raise what they like
         raise ConversionError(f"{file} cannot be read as a checkpoint of torch: {reason(error)}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{file} must hold a dict, got a {type(content).__name__}")
@@ -71,6 +84,11 @@ def load(source: Path) -> tuple[dict, Checkpoint | PickledCheckpoint]:
     """The model's arguments and tensors, from a `save_pretrained` folder, or a folder with, or path of, a `ckpt.pt`."""
     if source.is_dir() and (source / "config.json").exists():
         arguments = read_json(source / "config.json")
+        if "hidden_size" in arguments and "n_embd" not in arguments:
+            raise ConversionError(
+                f"{source} is a model of Transformers, of type {arguments.get('model_type')!r}: `python -m conversion hf` "
+                "reads those"
+            )
         if (source / SINGLE).exists() or (source / INDEX).exists():
             return arguments, Checkpoint(source)
         file = source / "pytorch_model.bin"
@@ -80,7 +98,9 @@ def load(source: Path) -> tuple[dict, Checkpoint | PickledCheckpoint]:
     file = source / "ckpt.pt" if source.is_dir() else source
     if not file.exists():
         raise ConversionError(
-            f"{source} has neither config.json nor ckpt.pt" if source.is_dir() else f"no file {file}"
+            f"{source} has neither config.json nor ckpt.pt, as folders of the research code have"
+            if source.is_dir()
+            else f"{source}: there is no such file or folder"
         )
     content = load_pickle(file)
     for key in ("model", "model_args"):
@@ -111,11 +131,13 @@ def make_plan(arguments: dict, checkpoint: Checkpoint | PickledCheckpoint) -> Pl
     Raises:
         ConversionError: naming a field of the configuration, or a tensor, that is missing or cannot be.
     """
-    for field in FIELDS:
-        if not isinstance(arguments.get(field), int) or arguments[field] < 1:
-            raise ConversionError(f"`{field}` must be a positive integer, got {arguments.get(field)!r}")
+    for field, most in FIELDS.items():
+        if not is_integer(arguments.get(field)) or not 1 <= arguments[field] <= most:
+            raise ConversionError(
+                f"`{field}` must be an integer from 1 to {most:,}, got {shown(arguments.get(field))}"
+            )
     factor = arguments.get("rope_partial_factor")
-    if factor is not None and (not isinstance(factor, int | float) or not 0 < factor <= 1):
+    if factor is not None and (not is_number(factor) or not 0 < factor <= 1):
         raise ConversionError(f"`rope_partial_factor` must be in (0, 1], got {factor!r}")
     d, rotary = arguments["head_dim"], rotary_dim(arguments)
     if rotary < 2 or rotary % 2:
@@ -123,8 +145,8 @@ def make_plan(arguments: dict, checkpoint: Checkpoint | PickledCheckpoint) -> Pl
     first = "transformer.h.0."
     kv_only = f"{first}attn.c_qkv.c_q.weight" in checkpoint.tensors
     q_rank = arguments.get("q_rank")
-    if not kv_only and (not isinstance(q_rank, int) or q_rank < 1):
-        raise ConversionError(f"`q_rank` must be a positive integer, got {q_rank!r}")
+    if not kv_only and (not is_integer(q_rank) or not 1 <= q_rank <= FIELDS["rank"]):
+        raise ConversionError(f"`q_rank` must be an integer from 1 to {FIELDS['rank']:,}, got {shown(q_rank)}")
     mlp = checkpoint.tensors.get(f"{first}mlp.c_fc1.weight")
     if mlp is None:
         raise ConversionError(f"missing from the checkpoint: {first}mlp.c_fc1.weight")

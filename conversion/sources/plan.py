@@ -40,10 +40,15 @@ class Plan:
         self.moves.setdefault(source, []).append((target, transform))
 
     def check_names(self, names: set[str]) -> None:
-        """Raises a `ConversionError` that names every tensor that is missing, or that has no place."""
+        """Raises a `ConversionError` that names the tensors that are missing, or that have no place."""
         missing = sorted(set(self.moves) - names)
         if missing:
-            raise ConversionError(f"missing from the checkpoint: {', '.join(missing)}")
+            raise ConversionError(f"missing from the checkpoint: {listed(missing)}")
         unexpected = sorted(name for name in names - set(self.moves) if not name.endswith(self.ignored or ("\0",)))
         if unexpected:
-            raise ConversionError(f"unexpected in the checkpoint: {', '.join(unexpected)}")
+            raise ConversionError(f"unexpected in the checkpoint: {listed(unexpected)}")
+
+
+def listed(names: list[str]) -> str:
+    """The first of many names, for an error that stays one line."""
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -63,9 +63,14 @@ FAMILIES = {
 
 
 def source_model(family: str, layout: str, dtype: torch.dtype = torch.float32, **overrides):
+    return random_source(layout, dtype, **FAMILIES[family] | overrides)
+
+
+def random_source(layout: str = "gqa", dtype: torch.dtype = torch.float32, **fields):
+    """A model of Transformers of the `model_type` and with the other fields that are given."""
     num_heads, num_groups = LAYOUTS[layout]
     heads = {"num_attention_heads": num_heads, "num_key_value_heads": num_groups, "head_dim": 64 // num_heads}
-    config = AutoConfig.for_model(**(SIZES | heads | FAMILIES[family] | overrides))
+    config = AutoConfig.for_model(**(SIZES | heads | fields))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -79,9 +84,12 @@ def source_model(family: str, layout: str, dtype: torch.dtype = torch.float32, *
 
 def exact_model(family: str = "llama", layout: str = "gqa", **overrides) -> T6ForCausalLM:
     """A converted model with random weights, in float64."""
-    source = source_model(family, layout, **overrides)
+    return as_t6(source_model(family, layout, **overrides)).double()
+
+
+def as_t6(source) -> T6ForCausalLM:
     plan = make_plan(source.config)
-    model = T6ForCausalLM(plan.config).double().eval()
+    model = T6ForCausalLM(plan.config).eval()
     state = dict(plan.constants)
     for name, tensor in source.state_dict().items():
         state |= {target: transform(tensor) for target, transform in plan.moves.get(name, ())}

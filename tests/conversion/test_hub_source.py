@@ -32,12 +32,15 @@ def test_converts_from_the_hub(tmp_path):
         repository.change(**{path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()})
         good = repository.resolve("main").sha
         repository.change(**{"pytorch_model.bin": b"a pickle", "config.json": b"{}", "original/weights.pth": b"more"})
+        refused = hub.repositories["someone/mixtral"] = Repository("someone/mixtral", private=False)
+        refused.change(**{"config.json": b'{"model_type": "mixtral"}', "model.safetensors": b"hours of download"})
         hub.repositories["someone/private"] = Repository("someone/private", private=True)
 
         calls = [
             (["someone/llama", "t6", "--revision", good], None),
             # At the newest commit its configuration is none; what is private or not there is named.
             (["someone/llama", "other"], "config.json"),
+            (["someone/mixtral", "other"], "mixture of experts"),
             (["someone/private", "other"], "someone/private"),
             (["someone/nothing", "other"], "someone/nothing"),
             (["someone/llama", "other", "--revision", "no-such-branch"], "someone/llama"),
@@ -63,5 +66,7 @@ def test_converts_from_the_hub(tmp_path):
         report = json.loads((tmp_path / "t6" / "conversion.json").read_text())
         assert (report["base_model"], report["source"]) == ("someone/llama", "someone/llama")
 
+        # No weights of what is refused by its configuration were asked for.
+        assert hub.requests("GET", r"mixtral/.*config") and not hub.requests("GET", r"mixtral/.*safetensors")
         # Neither pickles nor what lies in other folders was asked for.
         assert not hub.requests("GET", r"resolve/.*(pytorch_model|original)")

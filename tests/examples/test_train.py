@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_resumed_run_equals_uninterrupted_run(run, tmp_path, monkeypatch):
         return get_window(dataset, index)
 
     monkeypatch.setattr(train.RandomWindows, "__getitem__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         train.main(options)
     monkeypatch.undo()
     assert not folder.exists()
@@ -270,10 +271,25 @@ def test_one_line_errors(text, tmp_path, options, message):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_command_ends_in_one_line(number, code, capsys):
+    with pytest.raises(SystemExit) as caught, command_line.input_errors("train.py"):
+        signal.raise_signal(number)
+    error = capsys.readouterr().err
+    assert caught.value.code == code and error.startswith("train.py: ") and error.count("\n") == 1
+
+
 def test_nothing_is_overwritten_unasked(run, tmp_path):
     options = ["--text", str(run.text), *TINY]
     with pytest.raises(SystemExit, match="is not empty: --overwrite replaces it"):
         train.main([*options, "--output-dir", str(run.folder)])
+    notes = tmp_path / "notes" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("kept")
+    for folder, message in ((notes.parent, "is not a model alone"), (run.text.parent, "holds --text")):
+        with pytest.raises(SystemExit, match=message):
+            train.main([*options, "--output-dir", str(folder), "--overwrite"])
+    assert notes.read_text() == "kept" and run.text.exists()
     with pytest.raises(SystemExit, match="holds checkpoints: --resume goes on, --overwrite starts anew"):
         checkpoints = str(run.folder.with_name("model-checkpoints"))
         train.main([*options, "--output-dir", str(tmp_path / "new"), "--checkpoint-dir", checkpoints])

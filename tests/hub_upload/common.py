@@ -51,15 +51,17 @@ import hub_upload
 from hub import upload
 
 time.sleep = lambda seconds: print(f"waits {seconds:g} s", file=sys.stderr)
-available_memory = upload.available_memory
+loads = {name: getattr(upload, name) for name in ("available_memory", "load_in_clean_process")}
+nothing = {"available_memory": lambda: 0, "load_in_clean_process": lambda *arguments, **options: {}}
 for line in sys.stdin:
     request = json.loads(line)
     with tempfile.TemporaryFile() as file:
         saved = os.dup(1), os.dup(2)
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
         try:
-            # Where a model does not fit into memory, its files are compared and it is not loaded.
-            upload.available_memory = available_memory if request["load"] else lambda: 0
+            vars(upload).update(loads if request["load"] else nothing)
+            if request["load"] == "meta":  # as on a machine into whose memory no model fits
+                upload.available_memory = nothing["available_memory"]
             code = hub_upload.main(request["arguments"])
         except SystemExit as exit:
             code = exit.code
@@ -94,8 +96,8 @@ class Uploader:
             text=True,
         )
 
-    def __call__(self, *arguments: object, token: str | None = "hf_someone", load: bool = False) -> Outcome:
-        """`python hub_upload.py ARGUMENTS`; `load` says whether the models are loaded before and after."""
+    def __call__(self, *arguments: object, token: str | None = "hf_someone", load: bool | str = False) -> Outcome:
+        """`python hub_upload.py ARGUMENTS`; `load` says whether models are loaded before and after, with "meta" without their numbers."""
         arguments = [str(argument) for argument in arguments] + (["--token", token] if token else [])
         self.process.stdin.write(json.dumps({"arguments": arguments, "load": load}) + "\n")
         self.process.stdin.flush()

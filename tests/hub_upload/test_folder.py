@@ -8,8 +8,10 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, utils
 
 import hub_upload
+from hub.folder import REPLACED, TEXTS, matches
 from modeling_t6.modeling_t6 import AUTO_MAP
 
 from ..versions import once_but
@@ -35,10 +37,20 @@ def set_value(tensors, name, value) -> None:
     tensors[name].view(-1)[-1] = value
 
 
+def change_rope(folder, **changes) -> None:
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    change_json(folder / "config.json", rope_parameters=rope | changes)
+
+
+def write_template(folder, name, text) -> None:
+    (folder / "additional_chat_templates").mkdir(exist_ok=True)
+    (folder / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+
+
 K_B = "model.layers.1.self_attn.k_b_proj.weight"
 BROKEN = {
     "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "is no folder"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read as JSON"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
     "other model": (lambda f: change_json(f / "config.json", model_type="llama"), "`model_type` must be 't6', got 'llama'"),
     "bad field": (lambda f: change_json(f / "config.json", k_rank=0), "`k_rank` must be a positive integer"),
@@ -128,6 +140,73 @@ BROKEN = {
         lambda f: (f / "conversion.json").write_text('{"perplexity": [{"model": "x"}]}'),
         "conversion.json is not what `python -m conversion` writes",
     ),
+    "byte order mark": (
+        lambda f: (f / "config.json").write_bytes(b"\xef\xbb\xbf" + (f / "config.json").read_bytes()),
+        "config.json begins with a byte order mark",
+    ),
+    "number of thousands of digits": (
+        lambda f: (f / "config.json").write_text('{"a": ' + "1" * 5000 + "}"), "config.json cannot be read as JSON"
+    ),
+    "endless layers": (
+        lambda f: change_json(f / "config.json", num_hidden_layers=10**9),
+        "`num_hidden_layers` is 1000000000, the weights hold 2 layers",
+    ),
+    "endless labels": (lambda f: change_json(f / "config.json", num_labels=10**9), "`num_labels` is 1000000000"),
+    "endless heads": (lambda f: change_json(f / "config.json", num_attention_heads=10**12), "by config.json it is \\[10+, 16"),
+    "no head size": (lambda f: change_json(f / "config.json", head_dim=0), "config.json: .*`head_dim` must be"),
+    "rope_theta text": (lambda f: change_rope(f, rope_theta="10000"), "config.json"),
+    "rope_theta null": (lambda f: change_rope(f, rope_theta=None), "config.json"),
+    "rope_theta list": (lambda f: change_rope(f, rope_theta=[1e4]), "config.json"),
+    "RoPE factor text": (lambda f: change_rope(f, rope_type="linear", factor="2"), "config.json"),
+    "no dtype": (lambda f: change_json(f / "config.json", dtype="float99"), "`dtype` must be one such as .*, got 'float99'"),
+    "architectures text": (
+        lambda f: change_json(f / "config.json", architectures="T6ForCausalLM"), "`architectures` must be one of"
+    ),
+    "other weights named": (
+        lambda f: change_json(f / "config.json", transformers_weights="other.safetensors"),
+        "`transformers_weights` must not be there, got other.safetensors",
+    ),
+    "code of a pipeline": (
+        lambda f: change_json(f / "config.json", custom_pipelines={"x": {"impl": "x.X"}}), "`custom_pipelines` must not be"
+    ),
+    "quantised": (
+        lambda f: change_json(f / "config.json", quantization_config={"quant_method": "x"}),
+        "`quantization_config` must not be there",
+    ),
+    "generation config a list": (
+        lambda f: (f / "generation_config.json").write_text("[]"), "generation_config.json must hold a JSON object, got a list"
+    ),
+    "generation config with text": (
+        lambda f: change_json(f / "generation_config.json", max_new_tokens="x"), "generation_config.json: "
+    ),
+    "tokenizer cut off": (
+        lambda f: (f / "tokenizer.json").write_text((f / "tokenizer.json").read_text()[:-9]),
+        "tokenizer.json cannot be read as JSON",
+    ),
+    "chat template no text": (
+        lambda f: change_json(f / "tokenizer_config.json", chat_template=5), "chat template default must be text, got 5"
+    ),
+    "chat template no template": (
+        lambda f: write_template(f, "x", "{% if"), "the chat template x is no template, line 1"
+    ),
+    "chat template no UTF-8": (
+        lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe"), "does not load from chat_template.jinja, tokenizer.json"
+    ),
+    "card no UTF-8": (lambda f: (f / "README.md").write_bytes(b"\xff\xfe"), "README.md: the metadata cannot be read"),
+    "attributes no UTF-8": (lambda f: (f / ".gitattributes").write_bytes(b"\xff\xfe"), ".gitattributes is not text in UTF-8"),
+    "link to other weights": (
+        lambda f: ((f / "model.safetensors").rename(f.parent / "secret"), (f / "model.safetensors").symlink_to("../secret")),
+        "links to files outside of it, which are not pushed: model.safetensors -> .*/secret",
+    ),
+    "link to a folder outside": (
+        lambda f: ((f.parent / "x").mkdir(), (f / "additional_chat_templates").symlink_to("../x")),
+        "links to files outside of it, which are not pushed: additional_chat_templates -> .*/x",
+    ),
+    "link to a folder inside": (
+        lambda f: ((f / ".cache").mkdir(), (f / "additional_chat_templates").symlink_to(".cache")),
+        "no part of a T6 model: additional_chat_templates",
+    ),
+    "link to itself": (lambda f: (f / "LICENSE").symlink_to("LICENSE"), "cannot read .*LICENSE"),
     "shard missing": (
         lambda f: (
             (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
@@ -153,6 +232,53 @@ def test_one_line_errors(folder, capsys, case):
     assert re.search(message, error), error
     assert before == (
         {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.exists() else {}
+    )
+
+
+def test_cheap_checks_come_before_the_weights_are_read(folder, capsys, monkeypatch, hub, uploader):
+    monkeypatch.setattr("hub.upload.check_numbers", lambda checkpoint: pytest.fail("the weights are read"))
+    (folder / "conversion.json").write_text('{"source": "llama"}')
+    assert hub_upload.main([str(folder), "someone/t6", "--dry-run"]) == 1
+    assert "pass --license" in capsys.readouterr().err
+    assert hub_upload.main([str(folder), "someone/t6", "--dry-run", "--license", "mit", "--eval-results", "none"]) == 1
+    assert "none cannot be read" in capsys.readouterr().err
+    for options in (["--token", "hf_nobody"], ["--create-pr"], ["--code-only"]):
+        outcome = uploader(
+            folder, "someone/none", "--license", "mit", *options, token=None if "--token" in options else "hf_someone"
+        )
+        assert outcome.code == 1 and "checking weights" not in outcome.output, outcome.output
+    assert not hub.repositories
+
+
+MIXED = {
+    "norms": (lambda name: "norm" in name, torch.float32, torch.bfloat16),
+    "all but the norms": (lambda name: "norm" not in name, torch.bfloat16, torch.float32),
+    "the first layer": (lambda name: ".0." in name, torch.float64, torch.float16),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_mixed_dtypes(folder, capsys, case):
+    """As Transformers loads them: in that of config.json, which some tensors have."""
+    chosen, dtype, rest = MIXED[case]
+    change_tensors(folder, lambda t: t.update({n: x.to(dtype if chosen(n) else rest) for n, x in t.items()}))
+    change_json(folder / "config.json", dtype=str(rest).removeprefix("torch."))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {rest}
+    assert hub_upload.main([str(folder), "someone/t6", "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    assert f"Transformers loads all in {rest}, config.json's `dtype`" in output
+    assert f"| weights | {str(rest).removeprefix('torch.')} as they are loaded; stored in " in output
+
+
+def test_a_rounded_tensor_among_mixed_ones(folder, capsys):
+    """As wide as the others, but with other digits."""
+    change_tensors(folder, lambda t: t.update({n: x.half() if n == K_B else x.bfloat16() for n, x in t.items()}))
+    change_json(folder / "config.json", dtype="bfloat16")
+    assert hub_upload.main([str(folder), "someone/t6", "--dry-run"]) == 1
+    assert (
+        f"{K_B} in model.safetensors has dtype torch.float16, by config.json it is torch.bfloat16"
+        in capsys.readouterr().err
     )
 
 
@@ -243,6 +369,53 @@ def test_old_code_in_the_folder_is_replaced(hub, uploader, folder):
     files = hub.repositories["someone/t6"].files()
     assert files["cache_t6.py"] == (ROOT / "modeling_t6" / "cache_t6.py").read_bytes()
     assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP
+
+
+# What a repository may hold of other models: any of them changes what one of Transformers' readers, or another's, gets.
+LEFTOVERS = (
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "custom_generate/generate.py",
+    "custom_generate/requirements.txt", "additional_chat_templates/old.jinja", "chat_template.jinja", "chat_template.json",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.model",
+    "tokenizer.model.v3", "tekken.json", "config.4.0.0.json", "tokenizer.5.0.0.json", "helper.py", "pytorch_model.bin",
+    "model.safetensors.index.json", "model.fp16.safetensors", "model.safetensors.index.fp16.json", "tf_model.h5",
+    "modules.json", "quantize_config.json", "spiece.model", "special_tokens_map.json",
+)  # fmt: skip
+KEPT = ("a.png", "notes/merges.txt", "LICENSE-OLD", "samples.json", "scripts/run.py")
+
+
+def test_what_other_models_left_is_removed(hub, uploader, folder):
+    assert uploader(folder, "someone/t6").code == 0
+    repository = hub.repositories["someone/t6"]
+    before = repository.files()
+    repository.change(**dict.fromkeys((*LEFTOVERS, *KEPT), b"of before"))
+    outcome = uploader(folder, "someone/t6")
+    assert outcome.code == 0, outcome.output
+    assert repository.files() == before | dict.fromkeys(KEPT, b"of before")
+    removed, staying = (
+        next(line for line in outcome.output.splitlines() if line.startswith(start))
+        for start in ("removing", "staying")
+    )
+    assert all(name in removed for name in LEFTOVERS) and all(name in staying for name in KEPT)
+    # With --code-only code goes, and what stays and changes the model is named before anything is pushed.
+    repository.change(**dict.fromkeys(("custom_generate/generate.py", "chat_template.jinja"), b"of before"))
+    assert uploader(folder, "someone/t6", "--code-only").code == 0
+    assert set(repository.files()) == {
+        *before,
+        *KEPT,
+        "chat_template.jinja",
+    }  # a template is the tokenizer's, which stays
+    repository.change(**{"adapter_config.json": b"of before"})
+    commits = len(repository.commits)
+    outcome = uploader(folder, "someone/t6", "--code-only")
+    assert outcome.code == 1 and "someone/t6 holds adapter_config.json, which readers get" in outcome.output
+    assert len(repository.commits) == commits
+
+
+def test_all_files_that_transformers_has_a_name_for_are_replaced():
+    names = {v for k, v in vars(utils).items() if k.endswith(("_NAME", "_FILE")) and isinstance(v, str) and "." in v}
+    assert {"config.json", "adapter_config.json", "processor_config.json", "chat_template.jinja"} <= names
+    assert [name for name in names if not matches(name, REPLACED)] == []
+    assert not any(matches(name, REPLACED) for name in (*TEXTS, *KEPT))
 
 
 @pytest.mark.once

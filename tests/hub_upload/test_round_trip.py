@@ -6,10 +6,14 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import modeling_t6
 from conversion.__main__ import main as convert
+from hub.folder import UploadError
+from hub.verify import load_in_clean_process
+from modeling_t6 import T6Config
 
 from .common import ROOT, SHIPPED, environment, make_model, run
 from .hub_server import Fault
@@ -98,6 +102,104 @@ def test_code_that_is_not_trusted_does_not_run(hub, uploader, tmp_path):
     assert "pass the argument `trust_remote_code=True`" in outcome.output
     states = [line for line in outcome.output.splitlines() if line.startswith("asked for code:")]
     assert states == ["asked for code: False ran: False", "asked for code: True ran: True"]  # the trap works
+
+
+HEADS = {
+    "SequenceClassification": {"num_labels": 3, "pad_token_id": 1},
+    "TokenClassification": {"num_labels": 5},
+    "QuestionAnswering": {},
+}
+
+
+def test_heads(hub, uploader, tmp_path):
+    """Each kind of head in a clean process, before any other model there has made `AutoModel` known; one pushed from there."""
+    expected, ids = {}, torch.arange(10).view(2, 5)
+    for head, options in HEADS.items():
+        torch.manual_seed(0)
+        config = T6Config(
+            vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8, **options
+        )
+        model = getattr(modeling_t6, f"T6For{head}")(config).eval()
+        model.save_pretrained(tmp_path / head)
+        with torch.no_grad():
+            expected[head] = model(ids)[0]
+        outcome = uploader(tmp_path / head, f"someone/{head}", "--no-tokenizer")
+        assert outcome.code == 0, outcome.output
+    code = """if True:
+        import sys, torch, transformers
+        from safetensors.torch import save_file
+        tensors = {}
+        for head in sys.argv[2:]:
+            auto_class = getattr(transformers, f"AutoModelFor{head}")
+            for name in (head, f"{head}-again") if head == sys.argv[2] else (head,):
+                model = auto_class.from_pretrained(f"someone/{name}", trust_remote_code=True).eval()
+                assert type(model).__module__.startswith("transformers_modules.") and "modeling_t6" not in sys.modules
+                with torch.no_grad():
+                    tensors[name] = model(torch.arange(10).view(2, 5))[0]
+                if head == sys.argv[2] and name == head:
+                    model.push_to_hub(f"someone/{head}-again")
+        save_file(tensors, sys.argv[1])"""
+    env = environment(hub, tmp_path / "home", HF_TOKEN="hf_someone")
+    outcome = run(code, "result.safetensors", *HEADS, env=env, cwd=tmp_path)
+    assert outcome.code == 0, outcome.output
+    found = load_file(tmp_path / "result.safetensors")
+    assert len(found) == len(HEADS) + 1
+    for name, logits in found.items():
+        assert torch.equal(logits, expected[name.removesuffix("-again")])
+
+
+def test_what_readers_get(hub, uploader, tmp_path):
+    """
+    A model of mixed dtypes, with named chat templates, into a repository with an adapter, code and a template of another,
+    from a machine into whose memory it does not fit. Then the lines of its card run as they stand there.
+    """
+    folder = tmp_path / "model"
+    make_model(folder)
+    tensors = {n: t if "norm" in n else t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"dtype": "bfloat16"}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "D {{ messages[0]['content'] }}", "tool_use": "T {{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    assert (folder / "additional_chat_templates" / "tool_use.jinja").is_file()
+    assert uploader(folder, "someone/t6").code == 0
+    repository = hub.repositories["someone/t6"]
+    adapter = b'{"peft_type": "LORA", "base_model_name_or_path": "someone/base"}'
+    left = {
+        "adapter_config.json": adapter,
+        "custom_generate/generate.py": b"raise SystemExit('code of another model runs')\n",
+        "additional_chat_templates/old.jinja": b"O",
+    }
+    repository.change(**left)
+    outcome = uploader(folder, "someone/t6", load="meta")
+    assert outcome.code == 0 and "loaded by a clean process without its numbers" in outcome.output, outcome.output
+    assert not set(left) & set(repository.files())
+
+    card = repository.files()["README.md"].decode()
+    lines = card.split("```python\n")[1].split("```")[0]
+    lines = lines.replace('revision = "..."', f'revision = "{repository.refs["refs/heads/main"]}"')
+    assert "apply_chat_template" in lines and "model.generate(**inputs" in lines
+    code = lines + "\nprint(sorted(tokenizer.chat_template), tokenizer.decode(inputs['input_ids'][0]), model.dtype)"
+    outcome = run(code, env=environment(hub, tmp_path / "home"), cwd=tmp_path)
+    assert outcome.code == 0, outcome.output
+    assert outcome.output.splitlines()[-1] == "['default', 'tool_use'] D What is worth knowing? torch.bfloat16"
+
+
+def test_a_reader_who_gets_something_else(tmp_path):
+    """What the check of a push would say of a repository into which it has come, by its own reader."""
+    make_model(tmp_path / "model")
+    (tmp_path / "model" / "custom_generate").mkdir()
+    (tmp_path / "model" / "custom_generate" / "generate.py").write_text("def generate(model, **kwargs): ...\n")
+    with pytest.raises(UploadError, match="custom_generate/generate.py takes the place of generate()"):
+        load_in_clean_process(
+            str(tmp_path / "model"),
+            "",
+            "AutoModelForCausalLM",
+            ["meta", "generate"],
+            tmp_path,
+            {"HF_HUB_OFFLINE": "1"},
+        )
 
 
 def make_llama(folder):

@@ -1,5 +1,6 @@
 """Damaged folders of Transformers' models: one line that names what is wrong, and nothing at the target."""
 
+import codecs
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, GenerationConfig
 
 from conversion.__main__ import main
 
@@ -53,6 +56,14 @@ def config(**fields):
         (folder / "config.json").write_text(json.dumps(content))
 
     return damage
+
+
+def rope(**fields):
+    return config(rope_parameters={"rope_type": "default", "rope_theta": 1e4} | fields)
+
+
+def new(name: str, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
 
 
 def file(name: str, content: bytes | None):
@@ -129,6 +140,31 @@ WHOLE = {
     "too-few-layers": (config(num_hidden_layers=2), "model.layers.2"),
     "too-many-layers": (config(num_hidden_layers=4), "model.layers.3"),
     "no-layers": (config(num_hidden_layers=0), "num_hidden_layers"),
+    "layers-without-end": (config(num_hidden_layers=10**9), "`num_hidden_layers` must be an integer from 1 to 10,000"),
+    "heads-without-end": (config(num_attention_heads=10**9), "`num_attention_heads` must be"),
+    "head-dim-0": (config(head_dim=0), "`head_dim` must be an integer from 1"),
+    "head-dim-text": (config(head_dim="16"), "got '16'"),
+    "true-for-a-number": (config(num_key_value_heads=True), "`num_key_value_heads` must be an integer"),
+    "theta-text": (config(rope_theta="10000"), "`rope_theta` must be a number above 0, got '10000'"),
+    "theta-null": (rope(rope_theta=None), "`rope_parameters.rope_theta` must be a number above 0, got None"),
+    "theta-list": (rope(rope_theta=[1e4]), "`rope_parameters.rope_theta` must be"),
+    "theta-infinite": (rope(rope_theta=float("inf")), "got inf"),
+    "factor-text": (rope(rope_type="linear", factor="4"), "`rope_parameters.factor` must be"),
+    "no-factor": (rope(rope_type="linear"), "factor"),
+    "rope-a-list": (config(rope_parameters=[1]), "`rope_parameters` must be an object or null, got [1]"),
+    "old-rope-a-text": (config(rope_scaling="linear"), "`rope_scaling` must be"),
+    "epsilon-text": (config(rms_norm_eps="1e-6"), "`rms_norm_eps` must be a number"),
+    "activation-a-number": (config(hidden_act=1), "`hidden_act` must be text"),
+    "tied-a-text": (config(tie_word_embeddings="no"), "`tie_word_embeddings` must be true or false"),
+    "token-a-text": (config(eos_token_id="</s>"), "`eos_token_id` must be an integer"),
+    "layer-types-a-text": (config(layer_types="full"), "`layer_types` must be"),
+    "generation-a-list": (new("generation_config.json", b"[]"), "generation_config.json must hold a JSON object"),
+    "generation-a-text": (new("generation_config.json", b'{"max_new_tokens": "many"}'), "generation_config.json"),
+    "templates-not-json": (new("chat_template.json", b"{"), "chat_template.json cannot be read as JSON"),
+    "tokenizer-not-json": (new("tokenizer.json", b"{"), "tokenizer.json cannot be read as JSON"),
+    "tokenizer-of-nothing": (new("tokenizer.json", b"{}"), "has no tokenizer that can be loaded"),
+    "tokenizer-without-model": (new("tokenizer.json", b'{"version": "1.0", "model": {}}'), "no tokenizer that can be"),
+    "sentences-of-noise": (new("tokenizer.model", b"\x00\x01 noise"), "no tokenizer that can be"),
     "text-for-a-number": (config(hidden_size="wide"), "hidden_size"),
     "vocabulary": (config(vocab_size=98), "[98, 64]"),
     "inner-size": (config(intermediate_size=95), "mlp"),
@@ -172,6 +208,19 @@ def test_shards(damage, named, sharded, tmp_path, capsys):
     refused(tmp_path / "source", tmp_path, named, capsys)
 
 
+def test_byte_order_marks(sharded, tmp_path):
+    """What some editors write before JSON is read, and not written again: Transformers does not read it."""
+    source = shutil.copytree(sharded, tmp_path / "source")
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(source / "tokenizer.json"))
+    for name in ("config.json", "generation_config.json", "tokenizer.json", INDEX):
+        (source / name).write_bytes(codecs.BOM_UTF8 + (source / name).read_bytes())
+    assert main(["hf", str(source), str(tmp_path / "t6"), "--verify"]) == 0
+    for path in (tmp_path / "t6").glob("*.json"):
+        assert not path.read_bytes().startswith(codecs.BOM_UTF8), path
+    assert AutoTokenizer.from_pretrained(tmp_path / "t6").tokenize("b") == ["b"]
+    assert GenerationConfig.from_pretrained(tmp_path / "t6").bos_token_id == 1
+
+
 def test_a_link_that_leaves_the_folder(sharded, tmp_path, capsys):
     """Links are followed only where the Hub's cache makes them: what a shard's name leads to must be a shard."""
     source = shutil.copytree(sharded, tmp_path / "source")
@@ -200,13 +249,6 @@ def test_targets_that_cannot_be(whole, tmp_path, capsys):
         assert main(["hf", str(whole), str(tmp_path / target)]) == 1
         assert named in last_error(capsys)
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "kept.txt").read_text() == "kept"
-    # A failed conversion over an old one keeps the old one.
-    damaged = shutil.copytree(whole, tmp_path / "source")
-    truncated(damaged)
-    assert main(["hf", str(damaged), str(tmp_path / "full"), "--overwrite"]) == 1
-    assert (tmp_path / "full" / "kept.txt").read_text() == "kept"
-    assert main(["hf", str(whole), str(tmp_path / "full"), "--overwrite"]) == 0
-    assert not (tmp_path / "full" / "kept.txt").exists() and (tmp_path / "full" / "model.safetensors").exists()
 
 
 @pytest.mark.once

@@ -1,5 +1,6 @@
 """Checkpoints of the research code against an independent reading of its model."""
 
+import codecs
 import json
 
 import pytest
@@ -87,6 +88,14 @@ DAMAGE = {
     "vocabulary": (lambda a, s: (a | {"vocab_size": 84}, s), "transformer.wte.weight"),
     "no-rank": (lambda a, s: ({k: v for k, v in a.items() if k != "rank"}, s), "`rank`"),
     "text-rank": (lambda a, s: (a | {"rank": "2"}, s), "`rank`"),
+    "true-for-rank": (lambda a, s: (a | {"rank": True}, s), "`rank` must be an integer from 1"),
+    "layers-without-end": (lambda a, s: (a | {"n_layer": 10**9}, s), "`n_layer` must be an integer from 1 to 10,000"),
+    "heads-without-end": (lambda a, s: (a | {"n_head": 10**9}, s), "`n_head`"),
+    "q-rank-without-end": (lambda a, s: (a | {"q_rank": 10**12}, s), "`q_rank`"),
+    "partial-text": (lambda a, s: (a | {"rope_partial_factor": "0.5"}, s), "`rope_partial_factor`"),
+    "partial-true": (lambda a, s: (a | {"rope_partial_factor": True}, s), "`rope_partial_factor`"),
+    "float8": (lambda a, s: (a, s | {B: s[B].to(torch.float8_e4m3fn)}), "float8_e4m3fn"),
+    "sparse": (lambda a, s: (a, s | {B: s[B].to_sparse()}), "torch.sparse_coo"),
     "no-q-rank": (lambda a, s: (a | {"q_rank": 0}, s), "`q_rank`"),
     "partial": (lambda a, s: (a | {"rope_partial_factor": 1.5}, s), "`rope_partial_factor`"),
     "norm": (lambda a, s: (a | {"using_groupnorm": True}, s), "subln"),
@@ -110,6 +119,35 @@ def test_damaged(damage, named, tmp_path, capsys):
 class Hostile:
     def __reduce__(self):
         return print, ("run while loading",)
+
+
+@pytest.mark.once
+def test_files_of_an_old_torch(tmp_path):
+    """Those before 1.6 are no zip files, and cannot be memory-mapped."""
+    arguments, state = research.random_checkpoint(**MODELS["5-heads"])
+    content = {"model": state, "model_args": arguments}
+    torch.save(content, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=False)
+    assert main(["official", str(tmp_path / "ckpt.pt"), str(tmp_path / "t6"), "--no-verify"]) == 0
+
+
+@pytest.mark.once
+def test_companions_of_a_folder(tmp_path, capsys):
+    """What lies beside the weights is looked at as in a folder of Transformers."""
+    arguments, state = research.random_checkpoint(**MODELS["5-heads"])
+    source = write(tmp_path / "source", arguments, state, "folder")
+    (source / "config.json").write_bytes(codecs.BOM_UTF8 + (source / "config.json").read_bytes())
+    (source / "generation_config.json").write_bytes(codecs.BOM_UTF8 + b"{}")
+    assert main(["official", str(source), str(tmp_path / "t6")]) == 0
+    assert (tmp_path / "t6" / "generation_config.json").read_bytes() == b"{}"
+    for name, content, message in (
+        ("generation_config.json", b"[]", "generation_config.json must hold a JSON object"),
+        ("tokenizer.json", b"{}", "has no tokenizer that can be loaded"),
+    ):
+        (source / name).write_bytes(content)
+        assert main(["official", str(source), str(tmp_path / "t6"), "--overwrite"]) == 1
+        assert message in last_error(capsys)
+        (source / name).unlink()
+    assert (tmp_path / "t6" / "generation_config.json").read_bytes() == b"{}"
 
 
 def test_pickles_run_nothing(tmp_path, capsys):

@@ -56,8 +56,11 @@ def convert(args: argparse.Namespace, smaller: bool) -> None:
         new_folder(args.target, args.overwrite, inputs) as folder,
     ):
         result = write(args, smaller, inputs, folder, temporary)
+    unfinished = unfinished_folder(args.target)
     if smaller:
-        shutil.rmtree(unfinished_folder(args.target))
+        shutil.rmtree(unfinished)
+    elif unfinished.exists():
+        print(f"{unfinished} holds an unfinished run that was to make a smaller cache: if it is not wanted, remove it")
     print(result)
 
 

@@ -92,8 +92,9 @@ def what_is_left(args: argparse.Namespace) -> str:
     folder = unfinished_folder(args.target)
     if not folder.exists():
         return "nothing of this run is left"
-    again = "the same command goes on" if not args.overwrite else "the command without --overwrite goes on"
-    return f"{again} from what {folder} holds"
+    again = "the same command" + " without --overwrite" * args.overwrite
+    again += f", with {args.target} out of its way," * (args.overwrite and args.target.exists())
+    return f"{again} goes on from what {folder} holds"
 
 
 if __name__ == "__main__":

@@ -56,8 +56,11 @@ def convert(args: argparse.Namespace, smaller: bool) -> None:
         new_folder(args.target, args.overwrite, inputs) as folder,
     ):
         result = write(args, smaller, inputs, folder, temporary)
+    unfinished = unfinished_folder(args.target)
     if smaller:
-        shutil.rmtree(unfinished_folder(args.target))
+        shutil.rmtree(unfinished)
+    elif unfinished.exists():
+        print(f"{unfinished} holds an unfinished run that was to make a smaller cache: if it is not wanted, remove it")
     print(result)
 
 
@@ -84,7 +87,7 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         check_fields(content, str(source / "config.json"))
         source = without_marks(source, READ, temporary)
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             plan = families.make_plan(config)  # what cannot be is refused before weights are looked for
         except ConversionError:
             raise
@@ -94,6 +97,9 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
             check_options(plan.config, args.k_rank, args.v_rank, args.cache_ratio)
         check_generation_config(source)
         check_tokenizer(source, smaller)
+        if smaller:
+            with stage("reading texts"):
+                texts = order.Texts(args, source, plan.config)
         if not Path(args.source).exists():
             from_hub(args.source, inputs["SRC"].name, READ)  # the same commit, now with its weights
             source = inputs["SRC"] if source == inputs["SRC"] else without_marks(inputs["SRC"], READ, temporary)
@@ -149,8 +155,6 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         write_report(folder, report)
         return f"{args.target}: {numbers:,} weights"
 
-    with stage("reading texts"):
-        texts = order.Texts(args, source, plan.config)
     digests = text_digests | {"source": describe(inputs["SRC"], read_files(source, checkpoint))}
     with working_folder(args, digests) as working:
         exact_folder = working / "exact"

@@ -66,6 +66,10 @@ def new_folder(
         replace_folder(folder, target)
         whole = True
     except OSError as error:
+        if error.filename is not None:
+            place = Path(os.path.abspath(os.fsdecode(error.filename)))
+            if place not in target.parents and not any(place.is_relative_to(p) for p in (target, folder or target)):
+                raise ConversionError(f"{place}: {error.strerror}") from error
         raise ConversionError(f"cannot write {shown}: {error}") from error
     finally:
         if folder is not None:

@@ -134,6 +134,7 @@ WHOLE = {
     "config-a-list": (file("config.json", b"[]"), "list"),
     "no-model-type": (config(model_type="absent"), "config.json"),
     "unknown-model-type": (config(model_type="no-such-model"), "no-such-model"),
+    "code-of-its-own": (config(model_type="own", auto_map={"AutoConfig": "own.Own"}), "config.json: "),
     "another-model": (config(model_type="gpt2"), "gpt2"),
     "mixture-of-experts": (config(model_type="mixtral"), "mixtral"),
     "heads-in-no-groups": (config(num_key_value_heads=3), "num_key_value_heads=3"),

@@ -186,6 +186,16 @@ def test_an_output_through_a_link_goes_where_it_leads(tmp_path):
     assert content(tmp_path / "disk") == {"real/config.json": b"new"}
 
 
+def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):
+    for path, message in (
+        (tmp_path / "source" / "config.json", f"^{tmp_path}/source/config.json: No such file or directory"),
+        (None, f"^cannot write {tmp_path}/t6: .*No such file"),
+    ):
+        with pytest.raises(ConversionError, match=message), new_folder(tmp_path / "t6") as folder:
+            (path or folder / "no" / "such" / "folder").read_text()
+    assert not list(tmp_path.iterdir())
+
+
 def test_permissions_are_those_of_the_umask(tmp_path):
     for umask in (0o022, 0o027, 0o077, 0o002):
         old = os.umask(umask)

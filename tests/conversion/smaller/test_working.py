@@ -134,6 +134,14 @@ def perplexities_of_a_new_run(words: list[str], folder: Path, retrained: bool) -
     return found
 
 
+def test_an_unfinished_run_is_not_forgotten(unfinished, tmp_path, capsys):
+    assert main([*unfinished[:3], "--no-verify"]) == 0
+    assert f"{tmp_path / '.t6.unfinished'} holds an unfinished run" in capsys.readouterr().out
+    (tmp_path / "t6").rename(tmp_path / "exact")
+    assert main(unfinished) == 0
+    assert not list(tmp_path.glob(".t6*"))
+
+
 def test_a_stale_exact_model_is_no_success(unfinished, tmp_path, capsys):
     """Whatever made it stale: here, files that nobody should touch."""
     retrain(tmp_path / ".t6.unfinished" / "exact")

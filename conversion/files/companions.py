@@ -1,5 +1,6 @@
 """The files that belong to a model beside its weights."""
 
+import json
 from pathlib import Path
 
 from transformers import GenerationConfig
@@ -44,4 +45,6 @@ def write_generation_config(source: Path, folder: Path) -> None:
     if not (folder / "generation_config.json").exists():
         expected = generation_config(source)
         if expected != generation_config(folder):
-            GenerationConfig(**expected).save_pretrained(folder)
+            content = {name: value for name, value in expected.items() if value is not None}
+            path = folder / "generation_config.json"  # not by `save_pretrained`, which refuses what `generate()` takes
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

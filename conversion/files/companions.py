@@ -1,6 +1,7 @@
 """The files that belong to a model beside its weights."""
 
 import codecs
+import json
 from pathlib import Path
 
 from transformers import GenerationConfig
@@ -46,7 +47,9 @@ def write_generation_config(source: Path, folder: Path) -> None:
     if not (folder / "generation_config.json").exists():
         expected = generation_config(source)
         if expected != generation_config(folder):
-            GenerationConfig(**expected).save_pretrained(folder)
+            content = {name: value for name, value in expected.items() if value is not None}
+            path = folder / "generation_config.json"  # not by `save_pretrained`, which refuses what `generate()` takes
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def without_marks(source: Path, patterns: tuple[str, ...], folder: Path) -> Path:

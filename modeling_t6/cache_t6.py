@@ -224,9 +224,8 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self._storage: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._views: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # `keys` and `values`, if nobody has assigned others
-        )
+        # `keys` and `values`, if nobody has assigned others.
+        self._views: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __copy__(self) -> "T6DynamicLayer":
         """Both go on from the same rows, so only one may write behind them."""

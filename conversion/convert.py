@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from . import verify
 from .files.checkpoints import Checkpoint
-from .files.companions import check_json, without_marks, write_companions, write_generation_config
+from .files.companions import check_json, generation_config, without_marks, write_companions, write_generation_config
 from .files.errors import ConversionError, reason
 from .files.folders import new_folder, temporary_folder
 from .files.links import check_files
@@ -23,7 +23,7 @@ from .smaller.report import PLOT, REPORT, provenance, table
 from .smaller.report import write as write_report
 from .smaller.stages import stage
 from .smaller.working import describe, read_digests, unfinished_folder, working_folder
-from .source import DESCRIPTION, READ, check_generation_config, from_hub, local_folder, read_config, with_gguf
+from .source import DESCRIPTION, READ, from_hub, local_folder, read_config, with_gguf
 from .sources import families, official
 from .sources.fields import check_fields
 from .sources.plan import Plan
@@ -95,15 +95,15 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
             raise ConversionError(f"{inputs['SRC'] / 'config.json'}: {reason(error)}") from error
         if smaller:
             check_options(plan.config, args.k_rank, args.v_rank, args.cache_ratio)
-        check_generation_config(source)
+        generation_config(source)
         check_tokenizer(source, smaller)
         if smaller:
             with stage("reading texts"):
                 texts = order.Texts(args, source, plan.config)
         if not Path(args.source).exists():
             from_hub(args.source, inputs["SRC"].name, READ)  # the same commit, now with its weights
-            source = inputs["SRC"] if source == inputs["SRC"] else without_marks(inputs["SRC"], READ, temporary)
             check_files(inputs["SRC"], READ)
+            source = without_marks(inputs["SRC"], READ, temporary)
         checkpoint = Checkpoint(source)
         plan = families.plan_as_loaded(config, checkpoint)
     else:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import GenerationConfig
 
 from .files.companions import COMPANIONS
 from .files.errors import ConversionError, reason
@@ -13,7 +12,7 @@ from .files.folders import read_json
 
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-DESCRIPTION = ("config.json", *COMPANIONS)
+DESCRIPTION = ("config.json", "adapter_config.json", *COMPANIONS)
 # What of a folder is read, or copied.
 READ = (*WEIGHTS, *DESCRIPTION, "ckpt.pt", "pytorch_model.bin")
 HF, OFFICIAL = "python -m conversion hf", "python -m conversion official"
@@ -97,13 +96,3 @@ def read_config(source: Path) -> dict:
     if {"rank", "n_embd", "n_layer"} <= set(content):
         raise ConversionError(f"{source} is a model of the research code: `{OFFICIAL}` reads those")
     return content
-
-
-def check_generation_config(source: Path) -> None:
-    """Raises a `ConversionError` that says what of generation_config.json Transformers does not take."""
-    path = source / "generation_config.json"
-    if path.exists():
-        try:
-            GenerationConfig.from_pretrained(source).validate()
-        except Exception as error:  # its validation compares values before it looks at their types
-            raise ConversionError(f"{path}: {reason(error)}") from error

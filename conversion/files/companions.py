@@ -23,6 +23,7 @@ def generation_config(folder: Path) -> dict:
             loaded = GenerationConfig.from_pretrained(folder)
         except OSError:  # there is no such file
             loaded = GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+        loaded.validate()
     except Exception as error:  # whatever its validation raises
         raise ConversionError(f"{folder / 'generation_config.json'}: {reason(error)}") from error
     content = loaded.to_dict()
@@ -69,6 +70,7 @@ def without_marks(source: Path, patterns: tuple[str, ...], folder: Path) -> Path
     for path in files:
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
+        copy.unlink(missing_ok=True)  # of a call before the weights were there
         if path in marked:
             copy.write_bytes(path.read_bytes().removeprefix(codecs.BOM_UTF8))
         else:

@@ -1,5 +1,6 @@
 """Models converted straight from the Hub, here a server that speaks its protocol."""
 
+import codecs
 import json
 
 import pytest
@@ -34,10 +35,18 @@ def test_converts_from_the_hub(tmp_path):
         repository.change(**{"pytorch_model.bin": b"a pickle", "config.json": b"{}", "original/weights.pth": b"more"})
         refused = hub.repositories["someone/mixtral"] = Repository("someone/mixtral", private=False)
         refused.change(**{"config.json": b'{"model_type": "mixtral"}', "model.safetensors": b"hours of download"})
+        # With byte order marks in what is downloaded before the weights, and with them; and with an adapter beside.
+        files = {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()}
+        marked = {name: codecs.BOM_UTF8 + content for name, content in files.items() if name.endswith(".json")}
+        for name, more in (("marked", marked), ("adapter", {"adapter_config.json": b"{}"})):
+            hub.repositories[f"someone/{name}"] = Repository(f"someone/{name}", private=False)
+            hub.repositories[f"someone/{name}"].change(**(files | more))
         hub.repositories["someone/private"] = Repository("someone/private", private=True)
 
         calls = [
             (["someone/llama", "t6", "--revision", good], None),
+            (["someone/marked", "marked"], None),
+            (["someone/adapter", "other"], "adapter_config.json"),
             # At the newest commit its configuration is none; what is private or not there is named.
             (["someone/llama", "other"], "config.json"),
             (["someone/mixtral", "other"], "mixture of experts"),
@@ -67,6 +76,8 @@ def test_converts_from_the_hub(tmp_path):
         assert (report["base_model"], report["source"]) == ("someone/llama", "someone/llama")
 
         # No weights of what is refused by its configuration were asked for.
-        assert hub.requests("GET", r"mixtral/.*config") and not hub.requests("GET", r"mixtral/.*safetensors")
+        for repository, asked in (("llama", True), ("mixtral", False)):
+            assert hub.requests("HEAD", rf"{repository}/resolve/.*config.json")
+            assert bool(hub.requests("HEAD", rf"{repository}/resolve/.*safetensors")) == asked
         # Neither pickles nor what lies in other folders was asked for.
         assert not hub.requests("GET", r"resolve/.*(pytorch_model|original)")

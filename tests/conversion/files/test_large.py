@@ -40,7 +40,7 @@ def test_memory_does_not_grow_with_the_checkpoint(conversion_memory, tmp_path):
 
 
 @pytest.mark.once
-def test_a_kill_leaves_nothing_or_all(conversion_memory, tmp_path):
+def test_a_kill_leaves_nothing_or_all(conversion_memory, tmp_path, capsys):
     config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, vocab_size=8000)
     conversion_memory.write_sparse_checkpoint(tmp_path / "source", config, 100_000_000)
     arguments = ["hf", str(tmp_path / "source"), str(tmp_path / "t6"), "--no-verify", "--max-shard-size", "100MB"]
@@ -51,6 +51,8 @@ def test_a_kill_leaves_nothing_or_all(conversion_memory, tmp_path):
     if process.wait() != -signal.SIGKILL:
         pytest.fail("the conversion ended before it could be killed")
     assert not (tmp_path / "t6").exists()
+    (left,) = tmp_path.glob(".t6.*.partial")
     assert main(arguments) == 0
+    assert f"{left} is removed" in capsys.readouterr().out and not left.exists()
     source, result = (Checkpoint(tmp_path / name) for name in ("source", "t6"))
     assert len(result.files) > 2 and result.nbytes >= source.nbytes

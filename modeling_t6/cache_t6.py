@@ -164,6 +164,25 @@ class FactorViewsMixin:
             refuse_other_rows((key_states, value_states), self.layouts)
         return self.as_stored(key_states), self.as_stored(value_states)
 
+    def _map_storage(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Puts what `function` makes of them in the place of the tensors that hold the rows."""
+        if self.is_initialized:
+            self.keys, self.values = function(self.keys), function(self.values)
+
+    def offload(self):
+        # Blocks, unlike that of Transformers' layers: the next prefetch reads the copy from another stream.
+        self._map_storage(lambda tensor: tensor.to("cpu"))
+
+    def prefetch(self):
+        if self.is_initialized and self.keys.device != self.device:
+            self._map_storage(self._to_device)
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.device, non_blocking=True)
+        if tensor.is_cuda:  # its memory belongs to the prefetch stream, and may only be used again after ours
+            tensor.record_stream(torch.cuda.default_stream(tensor.device))
+        return tensor
+
     @property
     def nbytes(self) -> int:
         """
@@ -312,7 +331,7 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
             if storage is self._storage:
                 self._set_storage(storage, (self.keys.shape[-2], self.values.shape[-2]))
 
-    def _map_storage(self, function) -> None:
+    def _map_storage(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.is_initialized:
             storage, lengths = self._storage_of_rows(), (self.keys.shape[-2], self.values.shape[-2])
             mapped = tuple(function(tensor) for tensor in storage)
@@ -320,20 +339,6 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
                 self._set_storage(mapped, lengths)
             else:
                 self.keys, self.values = mapped
-
-    def offload(self):
-        # Blocks, unlike `DynamicLayer`'s: the next prefetch reads the copy from another stream.
-        self._map_storage(lambda tensor: tensor.to("cpu"))
-
-    def prefetch(self):
-        if self.is_initialized and self.keys.device != self.device:
-            self._map_storage(self._to_device)
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.to(self.device, non_blocking=True)
-        if tensor.is_cuda:  # its memory belongs to the prefetch stream, and may only be used again after ours
-            tensor.record_stream(torch.cuda.default_stream(tensor.device))
-        return tensor
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map_storage(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))

@@ -527,7 +527,8 @@ def test_fp8_cache(implementation, fields):
 
 def test_factors_beyond_the_range_of_fp8_do_not_become_nan():
     cache = T6Cache(config=tiny_config(), dtype=torch.float8_e4m3fn)
-    keys, values = cache.update(torch.full((1, 1, 1, 8), 1e4), torch.full((1, 1, 1, 8), -1e4), 0)
+    rows = (torch.full((1, 1, 1, layout.width), value) for layout, value in zip(cache.layers[0].layouts, (1e4, -1e4)))
+    keys, values = cache.update(*rows, 0)
     assert (keys.float() == 448).all() and (values.float() == -448).all()
 
 

@@ -15,6 +15,7 @@ from conversion.files.checkpoints import Checkpoint
 from conversion.files.errors import ConversionError
 from modeling_t6 import T6ForCausalLM
 
+from ..versions import once_but
 from .common import ROPE, last_error, random_ids, random_source, save_source
 
 
@@ -147,7 +148,7 @@ def test_long_rope(folders, monkeypatch):
         verify.compare_with_transformers(*folders["longrope"])
 
 
-@pytest.mark.parametrize("family", ["ministral", "granite", "gemma", "olmo", "llama-biases"])
+@pytest.mark.parametrize("family", once_but(["ministral", "granite", "gemma", "olmo", "llama-biases"], "granite"))
 def test_what_is_right_passes_layer_by_layer(family, tmp_path, monkeypatch, capsys):
     layers = {"layer_types": ["sliding_attention", "full_attention"]} if family == "ministral" else {}
     save_source(tmp_path / "source", family, num_hidden_layers=2, **layers)
@@ -161,12 +162,14 @@ def test_what_is_right_passes_layer_by_layer(family, tmp_path, monkeypatch, caps
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name, plant, named", FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_refused(name, plant, named, folders, tmp_path):
     with pytest.raises(ConversionError, match=named):
         verify.compare_with_transformers(*planted(folders, name, plant, tmp_path))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "fault", ["window-of-another-layer", "far-window-off-by-one", "long-factor", "one-group", "one-token"]
 )

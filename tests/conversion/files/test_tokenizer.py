@@ -168,6 +168,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("plant, named", FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_refused(plant, named, pipelines, tmp_path):
     save(pipelines["byte-level"], tmp_path, pad_token="<pad>", chat_template=[

@@ -100,10 +100,6 @@ def check_config(folder: Path, checkpoint: Checkpoint) -> tuple[dict, T6Config]:
     if content.get("model_type") != "t6":
         raise UploadError(f"config.json: `model_type` must be 't6', got {content.get('model_type')!r}")
     check_fields(content, checkpoint)
-    try:
-        config = T6Config.from_pretrained(folder)
-    except Exception as error:  # whatever the validation of a configuration raises
-        raise UploadError(f"config.json: {one_line(error)}") from error
     auto_map = content.get("auto_map") or {}
     if not isinstance(auto_map, dict):
         raise UploadError(f"config.json: `auto_map` must be an object from Auto classes to classes, got {auto_map!r}")
@@ -119,6 +115,10 @@ def check_config(folder: Path, checkpoint: Checkpoint) -> tuple[dict, T6Config]:
         raise UploadError(
             f"config.json: `architectures` must be one of {', '.join(sorted(known))}, got {architectures}"
         )
+    try:
+        config = T6Config.from_pretrained(folder)
+    except Exception as error:  # whatever the validation of a configuration raises
+        raise UploadError(f"config.json: {one_line(error)}") from error
     content |= {"architectures": architectures, "auto_map": dict(AUTO_MAP)}
     return content, config
 

@@ -16,6 +16,8 @@ import re
 import sys
 from pathlib import Path
 
+from .sizes import shard_size
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,12 +55,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.token is not None and not args.token.strip():
         parser.error("--token must not be empty")
     return args
-
-
-def shard_size(text: str) -> int:
-    from .shared import shard_size  # as a conversion reads it
-
-    return shard_size(text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What the Hub shares with the conversions: the one place where this package takes something from `conversion`."""
+"""What the Hub shares with the conversions: the one place, beside `sizes`, where this package takes something from `conversion`."""
 
 try:
     from ..conversion.files.bars import hide_bars_of_transformers
@@ -8,7 +8,6 @@ try:
     from ..conversion.files.links import leads_out
     from ..conversion.files.memory import available_memory
     from ..conversion.files.signals import Stopped, stoppable
-    from ..conversion.files.sizes import shard_size
 except ImportError:  # in a checkout the two packages stand side by side, and in no third
     from conversion.files.bars import hide_bars_of_transformers
     from conversion.files.checkpoints import INDEX, Checkpoint, ShardWriter
@@ -17,7 +16,6 @@ except ImportError:  # in a checkout the two packages stand side by side, and in
     from conversion.files.links import leads_out
     from conversion.files.memory import available_memory
     from conversion.files.signals import Stopped, stoppable
-    from conversion.files.sizes import shard_size
 
 
 __all__ = [
@@ -30,7 +28,6 @@ __all__ = [
     "hide_bars_of_transformers",
     "leads_out",
     "read_json",
-    "shard_size",
     "stoppable",
     "temporary_folder",
 ]

@@ -12,7 +12,7 @@ from .folder import UploadError
 
 
 # Loads as a stranger does. Arguments: source, revision or "", Auto class, what to do beside, result. A model that does not
-# fit into memory is loaded to "meta": all files are looked for and all tensors placed, but no number is read.
+# fit into memory is loaded to "meta": all files are looked for and all tensors placed, but no number is kept.
 LOAD = """
 import functools
 import json

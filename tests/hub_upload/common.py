@@ -59,8 +59,9 @@ for line in sys.stdin:
         saved = os.dup(1), os.dup(2)
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
         try:
-            vars(upload).update(loads if request["load"] else nothing)
-            if request["load"] == "meta":  # as on a machine into whose memory no model fits
+            # None: no process is started to load a model. False: as on a machine into whose memory none fits.
+            vars(upload).update(nothing if request["load"] is None else loads)
+            if request["load"] is False:
                 upload.available_memory = nothing["available_memory"]
             code = hub_upload.main(request["arguments"])
         except SystemExit as exit:
@@ -96,8 +97,11 @@ class Uploader:
             text=True,
         )
 
-    def __call__(self, *arguments: object, token: str | None = "hf_someone", load: bool | str = False) -> Outcome:
-        """`python hub_upload.py ARGUMENTS`; `load` says whether models are loaded before and after, with "meta" without their numbers."""
+    def __call__(self, *arguments: object, token: str | None = "hf_someone", load: bool | None = None) -> Outcome:
+        """
+        `python hub_upload.py ARGUMENTS`; `load` says whether models are loaded before and after, and whether with their
+        numbers. With `None` no process is started for it.
+        """
         arguments = [str(argument) for argument in arguments] + (["--token", token] if token else [])
         self.process.stdin.write(json.dumps({"arguments": arguments, "load": load}) + "\n")
         self.process.stdin.flush()

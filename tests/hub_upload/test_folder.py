@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -460,3 +462,16 @@ def test_help(capsys):
     for option in ("--private", "--revision", "--create-pr", "--commit-message", "--dry-run", "--code-only",
                    "--max-shard-size", "--token"):  # fmt: skip
         assert option in text
+
+
+def test_arguments_are_read_without_torch():
+    """So help, and errors in the arguments, come at once."""
+    code = "import sys, hub_upload; hub_upload.main(sys.argv[1:])"
+    for words in (["--help"], ["a", "b/c", "--max-shard-size", "big"]):
+        command = [sys.executable, "-X", "importtime", "-c", code, *words]
+        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        imported = {
+            line.rpartition("|")[2].strip() for line in answer.stderr.splitlines() if line.startswith("import time:")
+        }
+        assert answer.returncode == (0 if words == ["--help"] else 2) and "hub.command" in imported, answer.stderr
+        assert not imported & {"torch", "transformers", "huggingface_hub"}

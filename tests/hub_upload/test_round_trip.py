@@ -172,7 +172,7 @@ def test_what_readers_get(hub, uploader, tmp_path):
         "additional_chat_templates/old.jinja": b"O",
     }
     repository.change(**left)
-    outcome = uploader(folder, "someone/t6", load="meta")
+    outcome = uploader(folder, "someone/t6", load=False)
     assert outcome.code == 0 and "loaded by a clean process without its numbers" in outcome.output, outcome.output
     assert not set(left) & set(repository.files())
 

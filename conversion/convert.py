@@ -135,6 +135,11 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
 
     def compare(folder: Path) -> Comparison:
         if args.command == "official":
+            if not verify.fits_in_memory(numbers):
+                raise ConversionError(
+                    "source and result cannot be compared: they do not fit into memory together; --no-verify writes a model "
+                    "that nothing has verified"
+                )
             return verify.compare_with_research_code(arguments, checkpoint, folder, rounded)
         if verify.fits_in_memory(numbers, verify.cache_numbers(plan.config)):
             return verify.compare_with_transformers(source, folder, rounded)

@@ -114,7 +114,7 @@ def write_tokenizer(source: Path, folder: Path) -> bool:
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
         for field in ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces"):
             content[field] = getattr(tokenizer, field)  # what the class of the source has by default
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     else:
         copy_files(source, folder, (*TOKENIZER_FILES, *TEMPLATE_FILES))
     compare_tokenizers(tokenizer, load_tokenizer(folder))

@@ -147,6 +147,7 @@ def test_long_rope(folders, monkeypatch):
         verify.compare_with_transformers(*folders["longrope"])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("family", ["ministral", "granite", "gemma", "olmo", "llama-biases"])
 def test_what_is_right_passes_layer_by_layer(family, tmp_path, monkeypatch, capsys):
     layers = {"layer_types": ["sliding_attention", "full_attention"]} if family == "ministral" else {}
@@ -161,12 +162,14 @@ def test_what_is_right_passes_layer_by_layer(family, tmp_path, monkeypatch, caps
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name, plant, named", FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_refused(name, plant, named, folders, tmp_path):
     with pytest.raises(ConversionError, match=named):
         verify.compare_with_transformers(*planted(folders, name, plant, tmp_path))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "fault", ["window-of-another-layer", "far-window-off-by-one", "long-factor", "one-group", "one-token"]
 )

@@ -118,13 +118,13 @@ def compare_with_mha(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        with input_errors("generate.py"):
-            compare_with_mha(parse_args(argv))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    with input_errors("generate.py"):
+        compare_with_mha(parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,6 +1,8 @@
 """Settings of every test process, made before torch is imported."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +21,17 @@ if os.environ.get("T6_TEST_DEVICE", "cpu") == "cpu":
 def path_of_other_processes() -> None:
     """Not the repository: what is to see it is told so. Not set earlier, as it is not for the suite's own processes."""
     os.environ["PYTHONPATH"] = str(Path(__file__).parent / "other_processes")
+
+
+@pytest.fixture
+def signals_of_a_terminal() -> Iterator[None]:
+    """What ends a process ends this one, too: started in the background or by nohup, it would ignore Ctrl-C or SIGHUP."""
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)

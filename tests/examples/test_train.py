@@ -271,6 +271,7 @@ def test_one_line_errors(text, tmp_path, options, message):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.usefixtures("signals_of_a_terminal")
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_command_ends_in_one_line(number, code, capsys):
     with pytest.raises(SystemExit) as caught, command_line.input_errors("train.py"):

@@ -260,6 +260,7 @@ def test_a_kill_between_two_renames_is_undone(tmp_path, capsys, monkeypatch):
 STOPS = {signal.SIGTERM: (143, "terminated"), signal.SIGINT: (130, "interrupted"), signal.SIGHUP: (129, "terminated")}
 
 
+@pytest.mark.usefixtures("signals_of_a_terminal")
 @pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
 def test_a_stopped_run_cleans_up(number, source, tmp_path, capsys, monkeypatch):
     """In one line, without a traceback, also where it was to make the folders above its target."""

@@ -178,21 +178,26 @@ def check_tensors(checkpoint: Checkpoint, content: dict, config: T6Config) -> No
 
 def check_dtypes(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """
-    Accepts a mix of dtypes that is of one piece, such as norms in float32: Transformers loads all tensors in that of
-    config.json. Refuses weights none of which has it, and a tensor that is no wider than it and not as its like in another
-    layer: it was rounded.
+    Accepts a mix of dtypes that is of one piece, such as norms in float32 or a layer in bfloat16: Transformers loads all
+    tensors in that of config.json. Refuses weights none of which has it, and a tensor that is no wider than it and has the
+    dtype neither of its like in other layers nor of another tensor of its layer: it was rounded.
     """
 
-    def kind(name: str) -> str:
-        return re.sub(r"\.\d+\.", ".N.", name)
+    def place(name: str) -> tuple[str, str]:
+        """The layer and what is left of a name."""
+        layer = re.match(r".*?\.\d+\.", name)
+        return (layer[0], name[layer.end() :]) if layer else ("", name)
 
     tensors = checkpoint.tensors
     counts = Counter(info.dtype for info in tensors.values())
+    in_layer = Counter((place(name)[0], info.dtype) for name, info in tensors.items())
     alike: dict[str, set[torch.dtype]] = {}
     for name, info in tensors.items():
-        alike.setdefault(kind(name), set()).add(info.dtype)
+        alike.setdefault(place(name)[1], set()).add(info.dtype)
     for name, info in tensors.items():
-        odd = info.dtype != dtype and info.dtype.itemsize <= dtype.itemsize and len(alike[kind(name)]) > 1
+        layer, rest = place(name)
+        alone = len(alike[rest]) > 1 and in_layer[layer, info.dtype] == 1
+        odd = alone and info.dtype != dtype and info.dtype.itemsize <= dtype.itemsize
         if odd or dtype not in counts:
             raise UploadError(f"{name} in {info.file.name} has dtype {info.dtype}, by config.json it is {dtype}")
     if len(counts) > 1:

@@ -256,6 +256,7 @@ MIXED = {
     "norms": (lambda name: "norm" in name, torch.float32, torch.bfloat16),
     "all but the norms": (lambda name: "norm" not in name, torch.bfloat16, torch.float32),
     "the first layer": (lambda name: ".0." in name, torch.float64, torch.float16),
+    "the last layer": (lambda name: ".1." in name, torch.bfloat16, torch.float32),
 }
 
 

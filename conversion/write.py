@@ -20,8 +20,12 @@ def meta_model(config: T6Config) -> T6ForCausalLM:
 
 
 def loaded_dtype(plan: Plan, checkpoint: Checkpoint, dtype: torch.dtype | None) -> torch.dtype:
-    """In which Transformers loads the result: as the source by its configuration, unless all weights are written in `dtype`."""
-    return dtype or plan.config.dtype or next(iter(checkpoint.tensors.values())).dtype
+    """
+    In which Transformers loads the result: in that of the source's configuration, unless all weights are written in `dtype`,
+    or none of them is stored in what the configuration says.
+    """
+    stored = [info.dtype for info in checkpoint.tensors.values()]
+    return dtype or (plan.config.dtype if plan.config.dtype in stored else stored[0])
 
 
 def write_model(

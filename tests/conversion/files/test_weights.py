@@ -159,6 +159,15 @@ def test_mixed_dtypes_load_as_the_source_does(saved, tmp_path):
         assert stored[HEAD].dtype == torch.float32 and stored[EMBEDDINGS].dtype == torch.bfloat16
 
 
+def test_a_dtype_in_which_nothing_is_stored(saved, tmp_path):
+    """An upload refuses a configuration that no tensor agrees with: that of the weights is written."""
+    source = shutil.copytree(saved["untied"], tmp_path / "source")
+    weights(source, lambda s: s.update({name: s[name].bfloat16() for name in s}))
+    assert main(["hf", str(source), str(tmp_path / "t6")]) == 0
+    assert json.loads((source / "config.json").read_text())["dtype"] == "float32"
+    assert json.loads((tmp_path / "t6" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_values_that_float16_cannot_hold(saved, tmp_path, capsys):
     source = shutil.copytree(saved["untied"], tmp_path / "source")
     weights(source, lambda s: s["model.layers.0.mlp.up_proj.weight"].view(-1)[:1].fill_(1e5))

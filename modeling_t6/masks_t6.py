@@ -112,7 +112,7 @@ def create_attention_masks(
         return attention_mask
     if isinstance(cache, PagedFactors):  # goes by the lengths of the requests
         return cache.groups
-    if attention_mask is not None and attention_mask.dim() == 2:  # one for the whole batch, maybe
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:  # one for the whole batch, maybe
         attention_mask = attention_mask.expand(inputs_embeds.shape[0], -1)
     if config.rotates_on_read and cache is not None and position_ids is not None:
         if not torch.compiler.is_compiling():

@@ -140,12 +140,6 @@ class T6Attention(TensorProductFactors):
         if config.output_gate:
             self.o_gate_proj = nn.Linear(hidden_size, heads_size, bias=config.attention_bias)
 
-    @property
-    def sliding_window(self) -> int | None:
-        """What the configuration says now, as masks and caches follow it."""
-        is_sliding = self.config.layer_type(self.layer_idx) == "sliding_attention"
-        return self.config.sliding_window if is_sliding else None
-
     @rename_past_key_values
     def forward(
         self,
@@ -155,6 +149,7 @@ class T6Attention(TensorProductFactors):
         cache: Cache | None = None,
         attend: Callable = heads_attention_forward,
         key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        sliding_window: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -170,7 +165,7 @@ class T6Attention(TensorProductFactors):
             implementation=self.config._attn_implementation,
             dropout=0.0 if not self.training else self.attention_dropout,
             scaling=self.scaling,
-            sliding_window=self.sliding_window,
+            sliding_window=sliding_window,
             **kwargs,
         )
 
@@ -372,6 +367,9 @@ class T6Model(T6PreTrainedModel):
                 position_ids=position_ids,
                 use_cache=use_cache,
                 attend=attend,
+                # What the configuration says now, as masks and caches follow it. Not looked up by the layer, whose index
+                # would make a graph of its own for each layer that is compiled by itself.
+                sliding_window=self.config.sliding_window if layer_type == "sliding_attention" else None,
                 **{CACHE_NAME: cache},  # the name by which gradient checkpointing drops it
                 **kwargs,
             )

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoConfig, DynamicCache
 
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 
-from .common import cached, random_ids, random_model, tiny_config
+from .common import DEVICE, cached, quick, random_ids, random_model, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,17 @@ def test_one_mask_for_a_batch(fields, row):
             for each in (mask, mask.expand(3, -1))
         ]
         assert torch.equal(*generated)
+
+
+@torch.no_grad()
+def test_block_mask():
+    """A mask of flex_attention's own class goes to it as it is."""
+    model = random_model(tiny_config(attn_implementation="flex_attention"))
+    ids = random_ids(model.config, 2, 6)
+    mask = create_block_mask(lambda b, h, q, k: k <= q, None, None, 6, 6, device=DEVICE)
+    with quick("flex_attention"):
+        logits = [model(ids, attention_mask=each, use_cache=False).logits for each in (mask, None)]
+    torch.testing.assert_close(*logits)
 
 
 def test_cache_of_another_model(model):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.testing import CompileCounter
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -214,3 +215,14 @@ def test_sums_of_outer_products(shapes, monkeypatch):
         heads = form_all_heads(*factors)
         ours = [heads, *torch.autograd.grad(heads, factors, probe)]
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"sliding_window": 4}], ids=["full", "sliding"])
+def test_layers_share_a_graph(overrides):
+    """Layers that are compiled one by one, as accelerate and others do it, are compiled once."""
+    torch._dynamo.reset()
+    model, graphs = random_model(tiny_config(num_hidden_layers=3, **overrides)), CompileCounter()
+    for layer in model.model.layers:
+        layer.compile(backend=graphs)
+    model(random_ids(model.config, 1, 6), use_cache=False)
+    assert graphs.frame_count == 1

@@ -76,7 +76,7 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         What there is to say of the result.
     """
     if smaller:
-        device = order.find_device(args)
+        device = order.device_of(args)
         text_digests = read_digests(args)
     if args.command == "hf":
         source = inputs["SRC"] = local_folder(args.source, args.revision)

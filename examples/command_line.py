@@ -52,12 +52,12 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def input_errors(command: str) -> Iterator[None]:
-    """Ends the process with one line where an `InputError` is raised, or where it is told to stop."""
+    """Ends the process with one line where an `InputError` is raised or a file fails, or where it is told to stop."""
     try:
         with stoppable():
             yield
-    except (InputError, ConversionError) as error:
-        raise SystemExit(f"{command}: error: {error}") from None
+    except (InputError, ConversionError, OSError) as error:
+        raise SystemExit(f"{command}: error: {one_line(error)}") from None
     except Stopped as error:
         print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(error.code) from None
@@ -131,7 +131,7 @@ def loading(what: str, name: str | Path) -> Iterator[None]:
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

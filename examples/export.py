@@ -41,6 +41,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output.suffix != ".pt2":
         parser.error(f"OUTPUT must end in .pt2, got {args.output}")
+    if args.output.is_dir():
+        parser.error(f"OUTPUT is a folder: {args.output}")
     if not args.output.parent.is_dir():
         parser.error(f"the folder of OUTPUT does not exist: {args.output.parent}")
     if args.batch_size < 1:

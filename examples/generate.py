@@ -51,6 +51,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 from transformers.distributed import DistributedConfig
 
 from configuration.twins import mha_twin
+from conversion.files.devices import find_device
 
 
 @torch.inference_mode()
@@ -74,7 +75,7 @@ def generate(model, input_ids: torch.Tensor, num_tokens: int, **kwargs) -> tuple
 
 def compare_with_mha(args: argparse.Namespace) -> None:
     """Prints the text, and the speed and cache of both models."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = None if args.parallel else find_device(args.device)
     # The code of the tokenizer is Transformers' own, but Transformers learns the model's type from the model's code.
     with loading("model", args.model):
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)

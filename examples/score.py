@@ -104,12 +104,9 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoModelForCausalLM
 
+from conversion.files.devices import find_device
 from language_modeling import encode, held_out_windows, load_tokenizer, loss_report, text_size, total_loss
 from modeling_t6 import T6Cache  # which registers T6 with the Auto classes
-
-
-def device(args: argparse.Namespace) -> str:
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # lm-eval
@@ -139,9 +136,10 @@ def run_tasks(args: argparse.Namespace) -> list[dict]:
         raise InputError(f"--data: there is no folder {args.data}; `score.py export` writes one")
     if args.data and not (args.data / f"{LOCAL}.yaml").exists():
         raise InputError(f"{args.data} has no {LOCAL}.yaml: `score.py local {args.data}` writes it")
+    device = find_device(args.device)
     with loading("model", args.model):
         model = lm_eval.models.huggingface.HFLM(
-            pretrained=args.model, device=device(args), batch_size=args.batch_size, dtype=args.dtype
+            pretrained=args.model, device=device, batch_size=args.batch_size, dtype=args.dtype
         )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     written = []
@@ -311,9 +309,13 @@ def perplexity(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     Returns:
         By file: tokens, loss_per_token (nats), perplexity, loss_per_character (nats), bits_per_byte.
     """
+    device, texts = find_device(args.device), {path: read_text(path) for path in args.text}
+    for path, text in texts.items():
+        if not text.strip():
+            raise InputError(f"{path} is empty")
     tokenizer = load_tokenizer(args.model)
     with loading("model", args.model):
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device(args))
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
     window = args.window or getattr(model.config, "max_position_embeddings", None)
     if window is None:
         raise InputError(f"--window is needed: the configuration of {args.model} has no max_position_embeddings")
@@ -324,10 +326,7 @@ def perplexity(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         dtype = None if args.cache_dtype == "model" else getattr(torch, args.cache_dtype)
         new_cache = functools.partial(T6Cache, config=model.config, dtype=dtype)
     reports = {}
-    for path in args.text:
-        text = read_text(path)
-        if not text.strip():
-            raise InputError(f"{path} is empty")
+    for path, text in texts.items():
         tokens = encode(tokenizer, [text])
         nats = total_loss(model, held_out_windows(tokens, window), args.batch_size, new_cache)
         report = loss_report(nats, len(tokens) - 1, *text_size([text]))

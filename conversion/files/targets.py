@@ -9,7 +9,7 @@ from pathlib import Path
 from .errors import ConversionError
 
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 # What tools leave in any folder.
 LEFT_OUT = ("__pycache__", ".cache", ".DS_Store", ".ipynb_checkpoints")
 
@@ -44,14 +44,16 @@ class Kind:
 
 
 TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.model.v*",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.model.v*",
     "*.tiktoken", "tekken.json", "chat_template*", "*.jinja", "additional_chat_templates",
 )  # fmt: skip
+# Of models; other code may be the user's.
+CODE = ("*_t6.py", "configuration_*.py", "modeling_*.py", "tokenization_*.py")
 TEXTS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes")
 MODEL = Kind(
     "a model",
     (("config.json",), WEIGHTS),
-    (*TOKENIZER, *TEXTS, "generation_config.json", "*.py", "conversion.json", "conversion.png", "training_args.bin"),
+    (*TOKENIZER, *TEXTS, "generation_config.json", *CODE, "conversion.json", "conversion.png", "training_args.bin"),
 )
 
 

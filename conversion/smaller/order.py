@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 
+from ..files.devices import find_device
 from ..files.errors import ConversionError
 from ..files.folders import new_folder
 from ..files.tokenizer import load_tokenizer
@@ -58,18 +59,13 @@ class Texts:
                 )
 
 
-def find_device(args: argparse.Namespace) -> str:
+def device_of(args: argparse.Namespace) -> str:
     """
     Raises:
         ConversionError: if `--device` is none that computes here, or, to heal, not the first of its kind.
     """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()
-    except Exception as error:  # backends that are not there raise what they like
-        there = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        raise ConversionError(f"--device {name} does not compute here: expected one of {', '.join(there)}") from error
+    name = find_device(args.device)
+    device = torch.device(name)
     if args.heal is not None and device.index:
         raise ConversionError(
             f"--device {name}: healing takes the first that it sees; expected {device.type}, with "
@@ -105,7 +101,7 @@ def make_smaller(
     What is finished in `working` is not done again.
 
     Args:
-        device: see `find_device`.
+        device: see `device_of`.
         rounded: whether the weights of the exact model are rounded ones of the source.
 
     Returns:

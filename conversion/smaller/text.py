@@ -15,7 +15,7 @@ HELD_OUT = 0.1
 
 def read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except OSError as error:
         raise ConversionError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

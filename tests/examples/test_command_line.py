@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import command_line
 import compare
 import export
 import generate
@@ -14,6 +15,7 @@ import prepare
 import pretrain
 import score
 import train
+from conversion.smaller.text import read_text
 from serving import command
 
 
@@ -94,6 +96,33 @@ def test_what_is_missing_is_named(module, options, tmp_path):
     assert str(missing) in message and "\n" not in message and "Repo id" not in message
     assert any(words in message.lower() for words in ("there is no", "no such file"))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("device", ["mps:7", "gpu"])
+@pytest.mark.parametrize("module, options", [(generate, ""), (score, "perplexity {shipped} {text}")])
+def test_a_device_that_is_not_there_is_named(module, options, device, tmp_path, monkeypatch):
+    """Before a model is loaded."""
+    (tmp_path / "text.txt").write_text("to be")
+    monkeypatch.setattr(module, "AutoModelForCausalLM", None)
+    options = options.format(shipped=generate.SHIPPED, text=tmp_path / "text.txt")
+    with pytest.raises(SystemExit) as caught:
+        module.main([*options.split(), "--device", device])
+    assert f"error: --device {device} does not compute here: expected one of cpu" in str(caught.value.code)
+
+
+@pytest.mark.once
+def test_all_texts_are_read_before_a_model_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("to be")
+    monkeypatch.setattr(score, "AutoModelForCausalLM", None)
+    with pytest.raises(SystemExit, match="error: cannot read .*missing: No such file"):
+        score.main(["perplexity", str(generate.SHIPPED), str(tmp_path / "text.txt"), str(tmp_path / "missing")])
+
+
+@pytest.mark.once
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "text.txt").write_bytes("\ufeffto be".encode())
+    assert command_line.read_text(tmp_path / "text.txt") == read_text(tmp_path / "text.txt") == "to be"
 
 
 @pytest.mark.once

@@ -112,12 +112,16 @@ REPLACED = {
     "chat_template.jinja": "",
     "conversion.json": "",
     "modeling_t6.py": "",
+    "configuration_other.py": "",
 }
 KEPT = {
     "notes alone": ({"notes.txt": ""}, "it has no config.json"),
     "no weights": ({"config.json": "{}", "notes.txt": ""}, "it has no *.safetensors"),
     "no configuration": ({"model.safetensors": ""}, "it has no config.json"),
     "notes beside a model": ({"config.json": "{}", "model.safetensors": "", "notes.txt": ""}, "it holds notes.txt"),
+    "code beside a model": ({"config.json": "{}", "model.safetensors": "", "train.py": ""}, "it holds train.py"),
+    "data alone": ({"config.json": "{}", "train.bin": ""}, "it has no *.safetensors"),
+    "notes on a tokenizer": ({"config.json": "{}", "model.safetensors": "", "tokenizer.txt": ""}, "it holds tokenizer.txt"),
     "a project": ({"config.json": "{}", "model.safetensors": "", ".git/HEAD": ""}, "it holds .git"),
     "a model of models": ({"config.json": "{}", "model.safetensors": "", "other/config.json": ""}, "it holds other"),
 }  # fmt: skip

@@ -463,7 +463,7 @@ def test_two_processes(run, data, tmp_path):
         (["--set", "head_dim=7"], "no such architecture: .*even number of features"),
         (["--set", "vocab_size=10"], "vocab_size=10 is less than the 300 tokens"),
         (["--architecture", "{data}/data.json"], "is no config.json of Transformers"),
-        (["--data", "{tmp}"], "cannot load the tokenizer"),
+        (["--data", "{tmp}/empty"], "cannot load the tokenizer"),
         (["--data", "{tmp}/cut"], "the sizes of its files are not those that data.json states"),
         (["--data", "{tmp}/damaged"], "damaged is no folder of prepare.py"),
         (["--data", "{tmp}/missing"], "missing is no folder of prepare.py: .*held_out.bin"),
@@ -476,6 +476,7 @@ def test_two_processes(run, data, tmp_path):
 def test_one_line_errors(data, tmp_path, options, message):
     for name in ("cut", "damaged", "missing"):
         shutil.copytree(data, tmp_path / name)
+    (tmp_path / "empty").mkdir()
     (tmp_path / "cut" / "train.bin").write_bytes((data / "train.bin").read_bytes()[:-2])
     (tmp_path / "damaged" / "data.json").write_text("{")
     (tmp_path / "missing" / "held_out.bin").unlink()

@@ -18,7 +18,7 @@ NUMBERS = (
     "attention_multiplier", "clip_qkv", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
 )  # fmt: skip
 FLAGS = ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "use_sliding_window")
-WORDS = ("hidden_act", "rope_type", "type")
+WORDS = ("model_type", "hidden_act", "rope_type", "type")
 # For these, null is as good as absent.
 NULLABLE = (
     "num_key_value_heads", "head_dim", "original_max_position_embeddings", "partial_rotary_factor", "attention_dropout",
@@ -55,7 +55,9 @@ def _rules() -> dict[str, Rule]:
     rules |= {name: ("text", lambda value: isinstance(value, str)) for name in WORDS}
     for name in ("long_factor", "short_factor"):
         rules[name] = "a list of numbers", lambda value: is_list(value, is_number)
-    rules["sliding_window"] = "an integer or null", lambda value: value is None or is_integer(value)
+    for name in ("sliding_window", "attention_chunk_size"):
+        rules[name] = "an integer or null", lambda value: value is None or is_integer(value)
+    rules["id2label"] = "an object or null", lambda value: value is None or isinstance(value, Mapping)
     rules["layer_types"] = (
         "a list of texts or null",
         lambda value: value is None or is_list(value, lambda item: isinstance(item, str)),

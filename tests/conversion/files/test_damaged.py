@@ -133,6 +133,8 @@ WHOLE = {
     "config-not-utf8": (file("config.json", b"\xff\xfe{}"), "config.json"),
     "config-a-list": (file("config.json", b"[]"), "list"),
     "no-model-type": (config(model_type="absent"), "config.json"),
+    "model-type-list": (config(model_type=["llama"]), "config.json: `model_type` must be text, got ['llama']"),
+    "labels": (config(id2label=7), "config.json: `id2label` must be an object or null, got 7"),
     "unknown-model-type": (config(model_type="no-such-model"), "no-such-model"),
     "code-of-its-own": (config(model_type="own", auto_map={"AutoConfig": "own.Own"}), "config.json: "),
     "another-model": (config(model_type="gpt2"), "gpt2"),

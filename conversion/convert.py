@@ -11,7 +11,7 @@ from . import verify
 from .files.checkpoints import Checkpoint
 from .files.companions import check_json, generation_config, without_marks, write_companions, write_generation_config
 from .files.errors import ConversionError, reason
-from .files.folders import new_folder, temporary_folder
+from .files.folders import new_folder, read_json, temporary_folder
 from .files.links import check_files
 from .files.space import check_space
 from .files.targets import check_target
@@ -85,6 +85,8 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         check_files(source, READ)
         check_json(source)
         check_fields(content, str(source / "config.json"))
+        if (settings := source / "generation_config.json").exists():
+            check_fields(read_json(settings), str(settings))
         source = without_marks(source, READ, temporary)
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)

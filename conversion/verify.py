@@ -60,7 +60,7 @@ def random_ids(vocab_size: int, *shape: int) -> torch.Tensor:
 
 def windows(config: PreTrainedConfig) -> set[int]:
     """The lengths from which layers of a model may forget: what its configuration says, read by the model or not."""
-    return {config.sliding_window} if getattr(config, "sliding_window", None) else set()
+    return {getattr(config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")} - {0}
 
 
 def switches(config: PreTrainedConfig) -> set[int]:

@@ -15,7 +15,7 @@ from modeling_t6 import T6Config
 from modeling_t6.modeling_t6 import AUTO_MAP
 
 from .folder import CHAT_TEMPLATES, TOKENIZER_FILES, WEIGHTS, UploadError, collect, listed, matches
-from .shared import INDEX, Checkpoint, read_json
+from .shared import INDEX, Checkpoint, is_error, read_json
 
 
 # Fields by which `from_pretrained` or a pipeline would read other files than those that are checked, or other numbers.
@@ -221,9 +221,9 @@ def check_tokenizer(folder: Path, files: dict[str, Path], config: T6Config) -> P
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         largest = max(tokenizer.get_vocab().values(), default=-1)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # whatever reading a tokenizer raises; a panic in Rust is no Exception
+    except BaseException as error:  # whatever reading a tokenizer raises
+        if not is_error(error):
+            raise
         names = [name for name in files if matches(name, (*TOKENIZER_FILES, *CHAT_TEMPLATES))]
         raise UploadError(
             f"the tokenizer does not load from {listed(names)}: {type(error).__name__}: {one_line(error)}"

@@ -11,3 +11,8 @@ def reason(error: Exception) -> str:
     """One line of an error's message: the first, or of a configuration's validation the last, which says what is wrong."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip()
+
+
+def is_error(error: BaseException) -> bool:
+    """Whether what a library raised is an error, and not the end of the process: a panic in Rust is no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

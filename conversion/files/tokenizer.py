@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .errors import ConversionError, reason
+from .errors import ConversionError, is_error, reason
 from .folders import read_json
 
 
@@ -77,7 +77,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if not (folder / "config.json").exists():  # by which AutoTokenizer chooses
             return PreTrainedTokenizerFast.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of the tokenizers library, errors are bare `Exception`s
+    except BaseException as error:  # of the tokenizers library, errors are bare `Exception`s, or panics
+        if not is_error(error):
+            raise
         raise ConversionError(f"{folder} has no tokenizer that can be loaded: {reason(error)}") from error
 
 
@@ -125,7 +127,9 @@ def outcome(function: Callable, *args, **kwargs) -> object:
     """What a call gives, or what it raises: a tokenizer may refuse a text, and a template a conversation."""
     try:
         return function(*args, **kwargs)
-    except Exception as error:  # of the tokenizers library, errors are bare `Exception`s
+    except BaseException as error:  # of the tokenizers library, errors are bare `Exception`s, or panics
+        if not is_error(error):
+            raise
         return f"{type(error).__name__}: {error}"
 
 

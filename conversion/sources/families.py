@@ -87,11 +87,12 @@ def make_plan(config: PreTrainedConfig) -> Plan:
     if getattr(config, "quantization_config", None) is not None:
         raise ConversionError("config.json has a quantization_config: quantised weights cannot be converted exactly")
     plan = FAMILIES[kind](config)
-    if kind not in WINDOWED and getattr(config, "sliding_window", None) is not None:
-        plan.notes.append(
-            f"config.json has sliding_window={config.sliding_window}, which {kind} does not read: every token sees all "
-            "those before it, as in the source without a cache (a cache of Transformers forgets tokens by this field)"
-        )
+    for field in ("sliding_window", "attention_chunk_size"):
+        if not (field == "sliding_window" and kind in WINDOWED) and getattr(config, field, None) is not None:
+            plan.notes.append(
+                f"config.json has {field}={getattr(config, field)}, which {kind} does not read: every token sees all those "
+                "before it, as in the source without a cache (a cache of Transformers forgets tokens by this field)"
+            )
     return plan
 
 

@@ -1,4 +1,4 @@
-"""The fields of a config.json of Transformers, by themselves: what they must be before anything is computed from them."""
+"""Fields of config.json and generation_config.json, by themselves: what they must be before anything is computed from them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,12 +17,17 @@ NUMBERS = (
     "rms_norm_eps", "initializer_range", "attention_dropout", "embedding_multiplier", "residual_multiplier",
     "attention_multiplier", "clip_qkv", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
 )  # fmt: skip
-FLAGS = ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "use_sliding_window")
-WORDS = ("hidden_act", "rope_type", "type")
+# Of generation_config.json, or of config.json in old models.
+GENERATION = (
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "temperature",
+    "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty",
+)  # fmt: skip
+FLAGS = ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "use_sliding_window", "do_sample")
+WORDS = ("model_type", "hidden_act", "rope_type", "type")
 # For these, null is as good as absent.
 NULLABLE = (
     "num_key_value_heads", "head_dim", "original_max_position_embeddings", "partial_rotary_factor", "attention_dropout",
-    "clip_qkv", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "type", *FLAGS,
+    "clip_qkv", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "type", *FLAGS, *GENERATION,
 )  # fmt: skip
 
 
@@ -50,12 +55,14 @@ def _rules() -> dict[str, Rule]:
         )
     for name in POSITIVE:
         rules[name] = "a number above 0", lambda value: is_number(value) and value > 0
-    rules |= dict.fromkeys(NUMBERS, ("a number", is_number))
+    rules |= dict.fromkeys((*NUMBERS, *GENERATION), ("a number", is_number))
     rules |= {name: ("true or false", lambda value: isinstance(value, bool)) for name in FLAGS}
     rules |= {name: ("text", lambda value: isinstance(value, str)) for name in WORDS}
     for name in ("long_factor", "short_factor"):
         rules[name] = "a list of numbers", lambda value: is_list(value, is_number)
-    rules["sliding_window"] = "an integer or null", lambda value: value is None or is_integer(value)
+    for name in ("sliding_window", "attention_chunk_size"):
+        rules[name] = "an integer or null", lambda value: value is None or is_integer(value)
+    rules["id2label"] = "an object or null", lambda value: value is None or isinstance(value, Mapping)
     rules["layer_types"] = (
         "a list of texts or null",
         lambda value: value is None or is_list(value, lambda item: isinstance(item, str)),
@@ -78,7 +85,7 @@ RULES = _rules()
 def check_fields(content: Mapping[str, object], file: str) -> None:
     """
     Args:
-        content: of the `config.json` that errors call `file`.
+        content: of a `config.json` or `generation_config.json`, which errors call `file`.
 
     Raises:
         ConversionError: naming file and field, with what was expected and what was got.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conversion.__main__ import main
 from conversion.files.errors import ConversionError
+from conversion.files.signals import Stopped
 from conversion.files.tokenizer import chat_templates, compare_tokenizers, load_tokenizer, write_tokenizer
 from conversion.sources.families import FAMILIES, make_plan
+from hub.check import check_tokenizer
+from hub.folder import UploadError
 
 from ..common import last_error, random_source, save_source
 
@@ -201,3 +205,26 @@ def test_a_tokenizer_that_does_not_load(content, named, pipelines, tmp_path, cap
     assert main(["hf", str(source), str(tmp_path / "t6")]) == 1
     assert named in last_error(capsys)
     assert not (tmp_path / "t6").exists()
+
+
+@pytest.mark.once
+def test_panics_are_errors_and_signals_are_not(tmp_path, monkeypatch):
+    """A tokenizer in Rust that panics raises what is no `Exception`, as a signal does that ends the run."""
+    panic = type("PanicException", (BaseException,), {})("no entry found for key")
+
+    def fail(error):
+        def from_pretrained(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+
+    (tmp_path / "config.json").write_text("{}")
+    fail(panic)
+    with pytest.raises(ConversionError, match="no tokenizer that can be loaded: no entry found for key"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UploadError, match="does not load from tokenizer.json: PanicException: no entry found"):
+        check_tokenizer(tmp_path, {"tokenizer.json": tmp_path / "tokenizer.json"}, None)
+    fail(Stopped(signal.SIGTERM))
+    for load in (load_tokenizer, lambda folder: check_tokenizer(folder, {"tokenizer.json": folder}, None)):
+        with pytest.raises(Stopped):
+            load(tmp_path)

@@ -5,6 +5,7 @@ import torch
 
 from conversion.files.errors import ConversionError
 from conversion.sources.families import FAMILIES, make_plan
+from conversion.verify import windows
 
 from ..common import ROPE, as_t6, random_ids, random_source
 
@@ -14,7 +15,7 @@ STRAY = {
     "partial_rotary_factor": 0.5, "attention_bias": True, "mlp_bias": True, "hidden_activation": "relu",
     "attention_out_bias": True, "residual_multiplier": 0.5, "logits_scaling": 2.0, "embedding_multiplier": 2.0,
     "attention_multiplier": 2.0, "clip_qkv": 0.01, "no_rope_layers": [0, 0, 0], "use_bidirectional_attention": True,
-    "rms_norm_eps": 1.0, "tokenizer_class": "GPT2Tokenizer", "rope_interleaved": True,
+    "attention_chunk_size": 5, "rms_norm_eps": 1.0, "tokenizer_class": "GPT2Tokenizer", "rope_interleaved": True,
 }  # fmt: skip
 # Of these, what each family reads.
 READ = {
@@ -60,16 +61,25 @@ def test_fields_that_a_family_reads(family):
     plain = {"model_type": family} | PLAIN.get(family, {})
     ids = random_ids(2, 20)
     before = random_source(**plain)(ids, use_cache=False).logits
-    windows = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 5}
+    mixed = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 5}
     for name in READ[family] - {"no_rope_layers", "clip_qkv", "use_bidirectional_attention"}:
         fields = {name: STRAY[name]}
         if name == "layer_types":
-            fields = windows | {"use_sliding_window": True}
+            fields = mixed | {"use_sliding_window": True}
         source = random_source(**plain | fields)
         expected = source(ids, use_cache=False).logits
         assert not torch.equal(expected, before), name
         logits = as_t6(source)(ids, use_cache=False).logits
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("field", ["sliding_window", "attention_chunk_size"])
+def test_fields_that_caches_alone_obey_are_told(field):
+    config = random_source(model_type="llama", **{field: 5}).config
+    assert [note.split(":")[0] for note in make_plan(config).notes] == [
+        f"config.json has {field}=5, which llama does not read"
+    ]
+    assert windows(config) == {5}  # past which both models are compared
 
 
 LONG = {

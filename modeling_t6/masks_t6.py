@@ -64,11 +64,16 @@ def validate_inputs(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | 
 
 
 def validate_cache(
-    cache: Cache, config: T6Config, layouts: list[tuple[FactorLayout, FactorLayout]], layers: list[int]
+    cache: Cache,
+    config: T6Config,
+    layouts: list[tuple[FactorLayout, FactorLayout]],
+    layers: list[int],
+    query_length: int,
 ) -> None:
     """
     Refuses what a T6 model would misread or fail on deep inside: tuples of tensors, rows that are not of the `layouts` of
-    the model's layers, and rows of fewer tokens than the window shows. `layers` are the indices of those that `cache` has.
+    the model's layers, and rows of fewer tokens than the window shows. `layers` are the indices of those that `cache` has,
+    `query_length` is the number of new tokens.
     """
     if not hasattr(cache, "get_seq_length"):
         raise ValueError(
@@ -80,6 +85,10 @@ def validate_cache(
         if all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in rows):
             refuse_other_rows(rows, layouts[layer_idx], layer_idx)
         window = getattr(layer, "sliding_window", None)
+        if window is None and getattr(layer, "is_sliding", False):
+            # A static layer does not say its window: it has room for one, or for all the tokens that there will be.
+            drops_rows = layer.cumulative_length_int + query_length > layer.max_cache_len
+            window = layer.max_cache_len if drops_rows else None
         is_full = config.layer_type(layer_idx) == "full_attention"
         if window is not None and (is_full or window < config.sliding_window):
             raise ValueError(

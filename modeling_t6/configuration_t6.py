@@ -164,7 +164,7 @@ class T6Config(PreTrainedConfig):
                     f"out, got {value!r}."
                 )
             return
-        if callable(derived):
+        if callable(derived) and not callable(value):  # a function in its place is someone's patch
             raise ValueError(f"`{name}` must be left out: it is a method of T6's configuration, got {value!r}.")
         is_change = "layer_types" in self.__dict__  # the last field, and all have been set before
         super().__setattr__(name, value)

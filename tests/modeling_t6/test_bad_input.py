@@ -293,6 +293,15 @@ def test_derived_fields_as_they_are(tmp_path):
         tiny_config(num_key_value_heads=1)
 
 
+def test_methods_are_no_fields():
+    """Not by a value of a config.json; a package may patch them with functions, as in every configuration."""
+    config = tiny_config()
+    with pytest.raises(ValueError, match="`ranks` must be left out"):
+        config.ranks = [2, 1]
+    config.ranks = lambda layer_idx: (layer_idx, 1)
+    assert config.ranks(0) == (0, 1)
+
+
 def test_config_that_is_not_json(folder):
     (folder / "config.json").write_text('{"model_type": "t6"')
     with pytest.raises(OSError, match="config.json"):

@@ -212,7 +212,7 @@ def validate_positions(position_ids: torch.Tensor, attention_mask: torch.Tensor 
     past, query_length = int(cache.get_seq_length()), position_ids.shape[1]
     rows = torch.arange(past, past + query_length, device=position_ids.device)
     is_padding, left_padding = torch.zeros_like(position_ids, dtype=torch.bool), 0
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         mask = attention_mask.to(position_ids.device) != 0
         is_padding = ~mask[:, past : past + query_length]
         left_padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)

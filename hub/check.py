@@ -214,7 +214,7 @@ def check_numbers(checkpoint: Checkpoint) -> None:
 
 def check_tokenizer(folder: Path, files: dict[str, Path], config: T6Config) -> PreTrainedTokenizerBase:
     """The tokenizer, which must load without code of its own, and know no token that the model does not."""
-    if not any(name in files for name in TOKENIZER_FILES):
+    if not any(matches(name, TOKENIZER_FILES) for name in files):
         raise UploadError(f"{folder} has no tokenizer: save it there, or pass --no-tokenizer if the model has none")
     if "tokenizer_config.json" in files and read_json(files["tokenizer_config.json"]).get("auto_map"):
         raise UploadError("tokenizer_config.json: `auto_map` names code of its own, only the code of T6 is pushed")

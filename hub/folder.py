@@ -11,7 +11,7 @@ from .shared import leads_out
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+    "merges.txt", "*.model", "*.model.v*", "*.tiktoken", "tekken.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 CHAT_TEMPLATES = ("additional_chat_templates/*.jinja",)  # beside the one in `chat_template.jinja`, by name
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

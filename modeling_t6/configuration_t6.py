@@ -164,12 +164,15 @@ class T6Config(PreTrainedConfig):
                     f"out, got {value!r}."
                 )
             return
-        if callable(derived):
+        if callable(derived) and not callable(value):  # a function in its place is someone's patch
             raise ValueError(f"`{name}` must be left out: it is a method of T6's configuration, got {value!r}.")
+        is_change = "layer_types" in self.__dict__  # the last field, and all have been set before
         super().__setattr__(name, value)
-        if name == "sliding_window" and "layer_types" in self.__dict__:  # set after all fields have been
+        if is_change and name == "sliding_window":
             self._validate_window()
             self._layers_follow_window()
+        elif is_change and name == "layer_types" and value is None and self.sliding_window is not None:
+            self._layers_follow_window()  # as if there had never been any
 
     def _layers_follow_window(self):
         """Layers that are not of types of their own slide if there is a window."""

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .factors_t6 import Factors
+from .factors_t6 import Factors, without_autocast
 
 
 # With this many query tokens or fewer, attention over the cache costs less in factor space than forming K and V.
@@ -50,33 +50,21 @@ def factor_space_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[`factor_space_attention`] over the factors of a cache; probabilities where the eager implementation is asked for."""
+    query = module.queries(factors).to(factors.dtype)
     a_k, b_k, a_v, b_v = module.unpack(factors, factors.key_rows, factors.value_rows)
-    return factor_space_attention(
-        module.queries(factors).to(factors.dtype),
-        (a_k, b_k),
-        (a_v, b_v),
-        attention_mask,
-        scaling=scaling,
-        output_attentions=implementation == "eager",
-        key_features=functools.partial(module.features, rotation=factors.key_rotation),
-        value_features=module.features,
-    )
+    with without_autocast(query.device):
+        return factor_space_attention(
+            query,
+            (a_k, b_k),
+            (a_v, b_v),
+            attention_mask,
+            scaling=scaling,
+            output_attentions=implementation == "eager",
+            key_features=functools.partial(module.features, rotation=factors.key_rotation),
+            value_features=module.features,
+        )
 
 
-def without_autocast(function: Callable) -> Callable:
-    """Has the first argument's device compute in the dtypes of the arguments, which are all one."""
-
-    @functools.wraps(function)
-    def run(query: torch.Tensor, *args, **kwargs):
-        if not torch.is_autocast_enabled(query.device.type):
-            return function(query, *args, **kwargs)
-        with torch.autocast(query.device.type, enabled=False):
-            return function(query, *args, **kwargs)
-
-    return run
-
-
-@without_autocast
 def factor_space_attention(
     query: torch.Tensor,
     key_factors: tuple[torch.Tensor, torch.Tensor],

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Factors of queries, keys and values: made of hidden states, and read from the rows of a cache (paper, section 3.1)"""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,6 +44,15 @@ class T6RMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """
+    A context in which `device` computes in the dtypes of the tensors that it is given. Autocast puts tensors of its own
+    dtype and of float32 together, and fails on others: float8, or another half precision of the model.
+    """
+    enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)  # "meta" has none
+    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
+
+
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
     """Rotates half the hidden dims of the input."""
     x1 = x[..., : x.shape[-1] // 2]
@@ -57,8 +67,9 @@ def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
     """
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     x_rot, x_pass = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    x_rot = (x_rot * cos) + (rotate_half(x_rot) * sin)
-    return torch.cat((x_rot, x_pass.expand(*x_rot.shape[:-1], -1)), dim=-1) if x_pass.shape[-1] else x_rot
+    with without_autocast(x.device):
+        x_rot = (x_rot * cos) + (rotate_half(x_rot) * sin)
+        return torch.cat((x_rot, x_pass.expand(*x_rot.shape[:-1], -1)), dim=-1) if x_pass.shape[-1] else x_rot
 
 
 def form_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -102,8 +113,8 @@ class Factors:
         a_k, a_v: A_K and A_V [batch, key_length, R, h]; constants are [R, h].
         b_k, b_v: B_K and B_V [batch, key_length, R, d] as they are cached; constants are [R, d], third-order factors
             have b and c side by side [..., d_b + d_c]. `TensorProductFactors.features` makes them what heads are made of.
-        dtype: of the hidden states. Under autocast factors come in several dtypes; a cache holds rows of this one, as
-            without, and what reads them takes queries of the same.
+        dtype: of the embeddings, as `query_rotation` has it. Under autocast factors, and the hidden states of later layers,
+            come in other dtypes; a cache holds rows of this one, as without, and what reads them takes queries of the same.
         query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens.
         key_rotation: cos and sin [batch or 1, key_length, rotary_dim] for a `b_k` that is not yet rotated, else `None`.
         key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them, if there is a cache. The keys'
@@ -211,13 +222,15 @@ class TensorProductFactors(nn.Module):
             key_rotation = position_embeddings if key_position_embeddings is None else key_position_embeddings
         else:
             b_k = apply_rotary_pos_emb(b_k, *position_embeddings)
-        return Factors(a_q, b_q, a_k, b_k, a_v, b_v, hidden_states.dtype, position_embeddings, key_rotation)
+        dtype = position_embeddings[0].dtype
+        return Factors(a_q, b_q, a_k, b_k, a_v, b_v, dtype, position_embeddings, key_rotation)
 
     def update_cache(self, factors: Factors, cache: Cache) -> None:
         """Stores the keys' and values' factors of the new tokens, and gives `factors` the rows of all the tokens."""
-        key_rows = self.key_layout.pack(factors.a_k, factors.b_k).to(factors.dtype)
-        value_rows = self.value_layout.pack(factors.a_v, factors.b_v).to(factors.dtype)
-        factors.key_rows, factors.value_rows = cache.update(key_rows, value_rows, self.layer_idx)
+        with without_autocast(factors.b_q.device):
+            key_rows = self.key_layout.pack(factors.a_k, factors.b_k).to(factors.dtype)
+            value_rows = self.value_layout.pack(factors.a_v, factors.b_v).to(factors.dtype)
+            factors.key_rows, factors.value_rows = cache.update(key_rows, value_rows, self.layer_idx)
         factors.lengths = cached_lengths(cache, self.layer_idx)
 
     def unpack(

@@ -64,11 +64,16 @@ def validate_inputs(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | 
 
 
 def validate_cache(
-    cache: Cache, config: T6Config, layouts: list[tuple[FactorLayout, FactorLayout]], layers: list[int]
+    cache: Cache,
+    config: T6Config,
+    layouts: list[tuple[FactorLayout, FactorLayout]],
+    layers: list[int],
+    query_length: int,
 ) -> None:
     """
     Refuses what a T6 model would misread or fail on deep inside: tuples of tensors, rows that are not of the `layouts` of
-    the model's layers, and rows of fewer tokens than the window shows. `layers` are the indices of those that `cache` has.
+    the model's layers, and rows of fewer tokens than the window shows. `layers` are the indices of those that `cache` has,
+    `query_length` is the number of new tokens.
     """
     if not hasattr(cache, "get_seq_length"):
         raise ValueError(
@@ -80,6 +85,10 @@ def validate_cache(
         if all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in rows):
             refuse_other_rows(rows, layouts[layer_idx], layer_idx)
         window = getattr(layer, "sliding_window", None)
+        if window is None and getattr(layer, "is_sliding", False):
+            # A static layer does not say its window: it has room for one, or for all the tokens that there will be.
+            drops_rows = layer.cumulative_length_int + query_length > layer.max_cache_len
+            window = layer.max_cache_len if drops_rows else None
         is_full = config.layer_type(layer_idx) == "full_attention"
         if window is not None and (is_full or window < config.sliding_window):
             raise ValueError(
@@ -203,7 +212,7 @@ def validate_positions(position_ids: torch.Tensor, attention_mask: torch.Tensor 
     past, query_length = int(cache.get_seq_length()), position_ids.shape[1]
     rows = torch.arange(past, past + query_length, device=position_ids.device)
     is_padding, left_padding = torch.zeros_like(position_ids, dtype=torch.bool), 0
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         mask = attention_mask.to(position_ids.device) != 0
         is_padding = ~mask[:, past : past + query_length]
         left_padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)

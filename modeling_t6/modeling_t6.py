@@ -333,7 +333,8 @@ class T6Model(T6PreTrainedModel):
         stage_cache = self.cache_of_this_stage(cache)
         is_paged = isinstance(cache, PagedAttentionCache)  # continuous batching
         if cache is not None and not is_paged and not torch.compiler.is_compiling():
-            validate_cache(stage_cache, self.config, self.row_layouts, self.layers_of_this_stage())
+            layers, query_length = self.layers_of_this_stage(), inputs_embeds.shape[1]
+            validate_cache(stage_cache, self.config, self.row_layouts, layers, query_length)
         validate_inputs(inputs_embeds, attention_mask, stage_cache)
 
         if position_ids is None:

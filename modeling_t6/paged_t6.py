@@ -28,7 +28,7 @@ from transformers.utils import TransformersKwargs, logging
 from .cache_t6 import factor_layouts
 from .configuration_t6 import ConfigView
 from .factor_space_t6 import factor_space_attention
-from .factors_t6 import Factors, form_heads
+from .factors_t6 import Factors, form_heads, without_autocast
 
 
 logger = logging.get_logger(__name__)
@@ -197,9 +197,10 @@ def paged_attention_forward(
 
         group = query[queries]
         if group.shape[1] == 1:
-            output[queries], _ = factor_space_attention(
-                group, (a_k, b_k), (a_v, b_v), mask, scaling, False, key_features, module.features
-            )
+            with without_autocast(group.device):
+                output[queries], _ = factor_space_attention(
+                    group, (a_k, b_k), (a_v, b_v), mask, scaling, False, key_features, module.features
+                )
             continue
         key = form_heads(a_k, key_features(b_k)).transpose(1, 2)
         value = form_heads(a_v, module.features(b_v)).transpose(1, 2)

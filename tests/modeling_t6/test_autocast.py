@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from modeling_t6 import T6Cache
 
@@ -66,11 +66,31 @@ def test_generation(implementation, kwargs):
         assert torch.equal(output, greedy(model, ids, new=4))
 
 
-def test_float8_cache():
-    model = random_model(config_of("TPA"))
+@pytest.mark.parametrize("window", [None, 6])
+def test_float8_cache(window):
+    model = random_model(config_of("TPA", sliding_window=window))
     ids = random_ids(model.config, 2, 13)
     cache = T6Cache(config=model.config, dtype=torch.float8_e4m3fn)
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         for start, end in ((0, 12), (12, 13)):
             assert model(ids[:, start:end], cache=cache).logits.isfinite().all()
     assert cached(model(ids[:, :1], cache=cache)).layers[0].keys.dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"noncontextual_a": True}, {"noncontextual_b": True}, {"sliding_window": 6}], ids=str
+)
+@torch.no_grad()
+def test_another_half_precision(fields):
+    """A model of one, autocast to the other: the hidden states of later layers are in float32, all rows in its own."""
+    model = random_model(config_of("TPA", **fields), dtype=torch.bfloat16)
+    ids = random_ids(model.config, 2, 13)
+    expected = model.float()(ids, use_cache=False).logits[:, -1]
+    model.bfloat16()
+    for cache in (T6Cache(config=model.config), DynamicCache(config=model.config), StaticCache(model.config, 14)):
+        with torch.autocast(DEVICE, torch.float16):
+            logits = [model(ids[:, start:end], cache=cache).logits for start, end in ((0, 12), (12, 13))][1][:, -1]
+        assert (logits.float() - expected).square().mean().sqrt() < 0.1 * expected.std()
+        assert {layer.values.dtype for layer in cache.layers} == {torch.bfloat16}
+    with torch.autocast(DEVICE, torch.float16):
+        generate(model, ids, max_new_tokens=2, cache_implementation="static", disable_compile=True)

@@ -102,12 +102,13 @@ def test_one_mask_for_a_batch(fields, row):
 @torch.no_grad()
 def test_block_mask():
     """A mask of flex_attention's own class goes to it as it is."""
-    model = random_model(tiny_config(attn_implementation="flex_attention"))
-    ids = random_ids(model.config, 2, 6)
-    mask = create_block_mask(lambda b, h, q, k: k <= q, None, None, 6, 6, device=DEVICE)
-    with quick("flex_attention"):
-        logits = [model(ids, attention_mask=each, use_cache=False).logits for each in (mask, None)]
-    torch.testing.assert_close(*logits)
+    model = random_model(tiny_config(attn_implementation="flex_attention", noncontextual_b=True))
+    ids = random_ids(model.config, 2, 9)
+    mask = create_block_mask(lambda b, h, q, k: k <= q, None, None, 9, 9, device=DEVICE)
+    for use_cache in (False, True):
+        with quick("flex_attention"):
+            logits = [model(ids, attention_mask=each, use_cache=use_cache).logits for each in (mask, None)]
+        torch.testing.assert_close(*logits)
 
 
 def test_cache_of_another_model(model):
@@ -291,6 +292,15 @@ def test_derived_fields_as_they_are(tmp_path):
         AutoConfig.from_pretrained(tmp_path, num_key_value_heads=1)
     with pytest.raises(ValueError, match="num_key_value_heads.* must be 5"):
         tiny_config(num_key_value_heads=1)
+
+
+def test_methods_are_no_fields():
+    """Not by a value of a config.json; a package may patch them with functions, as in every configuration."""
+    config = tiny_config()
+    with pytest.raises(ValueError, match="`ranks` must be left out"):
+        config.ranks = [2, 1]
+    config.ranks = lambda layer_idx: (layer_idx, 1)
+    assert config.ranks(0) == (0, 1)
 
 
 def test_config_that_is_not_json(folder):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
@@ -289,6 +289,7 @@ WINDOWS = {  # of a saved model, what is set, and what the result is to be like
     "taken away": ({"sliding_window": 5}, {"sliding_window": None}, {}),
     "of some layers": (ALTERNATING, {"sliding_window": 5}, ALTERNATING | {"sliding_window": 5}),
     "of no layer": (FULL, {"sliding_window": 5}, {}),
+    "types of no layer": (ALTERNATING, {"layer_types": None}, {"sliding_window": 8}),
     "other layers": ({"sliding_window": 5}, {"layer_types": ALTERNATING["layer_types"]}, ALTERNATING | {"sliding_window": 5}),
 }  # fmt: skip
 
@@ -329,17 +330,18 @@ def test_windows_that_cannot_be():
 @torch.no_grad()
 def test_cache_made_for_another_window():
     """Rows that left a smaller window are gone: refused. A larger one holds all that are seen."""
-    model = random_model(tiny_config(sliding_window=5))
-    ids = random_ids(model.config, 2, 13)
-    small, large = (T6Cache(config=tiny_config(sliding_window=window)) for window in (5, 8))
-    for cache in (small, large):
-        model(ids[:, :12], cache=cache)
-    expected = model(ids, use_cache=False).logits[:, 12:]
-    torch.testing.assert_close(model(ids[:, 12:], cache=large).logits, expected, atol=1e-5, rtol=1e-5)
-    for window in (8, None):
-        model.config.sliding_window = window
-        with pytest.raises(ValueError, match="holds the last 5 tokens alone"):
-            model(ids[:, 12:], cache=small)
+    ids = random_ids(tiny_config(), 2, 13)
+    for make_cache in (lambda config: T6Cache(config=config), lambda config: StaticCache(config, 16)):
+        model = random_model(tiny_config(sliding_window=5))
+        small, large = (make_cache(tiny_config(sliding_window=window)) for window in (5, 8))
+        for cache in (small, large):
+            model(ids[:, :12], cache=cache)
+        expected = model(ids, use_cache=False).logits[:, 12:]
+        torch.testing.assert_close(model(ids[:, 12:], cache=large).logits, expected, atol=1e-5, rtol=1e-5)
+        for window in (8, None):
+            model.config.sliding_window = window
+            with pytest.raises(ValueError, match="holds the last 5 tokens alone"):
+                model(ids[:, 12:], cache=small)
 
 
 @torch.no_grad()

@@ -58,6 +58,18 @@ def test_loss_and_logits_to_keep():
         torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, output.logits[:, keep])
 
 
+@torch.no_grad()
+def test_shapes_without_numbers():
+    """Memory and operations of a model are estimated so: a prompt and a decoded token on "meta"."""
+    with torch.device("meta"):
+        model = T6ForCausalLM(tiny_config())
+        cache = T6Cache(config=model.config)
+        for length in (9, 1):
+            logits = model(torch.zeros(2, length, dtype=torch.long), cache=cache).logits
+            assert logits.shape == (2, length, 97)
+    assert cache.get_seq_length() == 10
+
+
 def test_hidden_states_and_attentions():
     model = random_model(tiny_config(attn_implementation="eager"))
     with torch.no_grad():

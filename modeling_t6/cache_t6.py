@@ -416,6 +416,8 @@ class T6Cache(DynamicCache):
         dtype: torch.dtype | None = None,
         **kwargs,
     ):
+        if config is not None and "sliding_attention" in (config.layer_types or ()) and config.sliding_window is None:
+            raise ValueError("`layer_types` has 'sliding_attention', which needs a `sliding_window`, got None.")
         super().__init__(config=config, **kwargs)
         if dtype not in (None, torch.float8_e4m3fn):
             raise ValueError(f"`dtype` must be None, for that of the model, or torch.float8_e4m3fn, got {dtype}.")

@@ -167,9 +167,10 @@ class T6Config(PreTrainedConfig):
         if callable(derived) and not callable(value):  # a function in its place is someone's patch
             raise ValueError(f"`{name}` must be left out: it is a method of T6's configuration, got {value!r}.")
         is_change = "layer_types" in self.__dict__  # the last field, and all have been set before
+        if is_change and name == "sliding_window":
+            self._validate_window(value)
         super().__setattr__(name, value)
         if is_change and name == "sliding_window":
-            self._validate_window()
             self._layers_follow_window()
         elif is_change and name == "layer_types" and value is None and self.sliding_window is not None:
             self._layers_follow_window()  # as if there had never been any
@@ -278,7 +279,7 @@ class T6Config(PreTrainedConfig):
             )
         if "sliding_attention" in (self.layer_types or ()) and self.sliding_window is None:
             raise ValueError("`layer_types` has 'sliding_attention', which needs a `sliding_window`, got None.")
-        self._validate_window()
+        self._validate_window(self.sliding_window)
         if not _is_positive(self.rms_norm_eps):
             raise ValueError(f"`rms_norm_eps` must be a positive number, got {self.rms_norm_eps}.")
         if not 0 <= self.initializer_range < math.inf:
@@ -297,10 +298,10 @@ class T6Config(PreTrainedConfig):
                 f"= {self.rotary_dim} with {size} = {self.b_dim}."
             )
 
-    def _validate_window(self):
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"`sliding_window` must be a positive integer or None, got {self.sliding_window}.")
-        if self.sliding_window is None and {"sliding_attention", "full_attention"} <= set(self.layer_types or ()):
+    def _validate_window(self, window: int | None):
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"`sliding_window` must be a positive integer or None, got {window!r}.")
+        if window is None and {"sliding_attention", "full_attention"} <= set(self.layer_types or ()):
             raise ValueError("`sliding_window` must be a positive integer for `layer_types` of both kinds, got None.")
 
     def _validate_rope_parameters(self):

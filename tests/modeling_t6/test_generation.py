@@ -322,9 +322,13 @@ def test_windows_that_cannot_be():
     for window in (None, 0, -1):
         with pytest.raises(ValueError, match="sliding_window.* must be a positive integer"):
             config.sliding_window = window
+        assert config.sliding_window == ALTERNATING["sliding_window"]
     config = tiny_config()
     with pytest.raises(Exception, match="sliding_window"):
         config.sliding_window = "8"
+    config.layer_types = ["sliding_attention"] * 2  # to which a window may be given next
+    with pytest.raises(ValueError, match="needs a `sliding_window`"):
+        T6Cache(config=config)
 
 
 @torch.no_grad()

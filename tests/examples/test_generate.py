@@ -28,7 +28,7 @@ def run_example(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def test_generates_and_measures(tmp_path):
-    result = run_example("--max-new-tokens", "40", "--temperature", "0", cwd=tmp_path)
+    result = run_example("--max-new-tokens", "12", "--temperature", "0", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("ROMEO:\n")
     rows = re.findall(r"^(T6|MHA) .*?([\d.]+) +([\d,]+)$", result.stdout, flags=re.MULTILINE)

@@ -30,7 +30,7 @@ def conversion_memory() -> Iterator[ModuleType]:
 @pytest.mark.once
 def test_memory_does_not_grow_with_the_checkpoint(conversion_memory, tmp_path):
     peaks = []
-    for layers in (1, 6):
+    for layers in (1, 8):
         config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, vocab_size=8000)
         shards = conversion_memory.write_sparse_checkpoint(tmp_path / f"source-{layers}", config, 80_000_000)
         peaks.append(conversion_memory.convert(tmp_path / f"source-{layers}", tmp_path / f"t6-{layers}")[1])

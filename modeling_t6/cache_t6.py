@@ -133,8 +133,10 @@ def refuse_other_rows(
     Raises `RuntimeError` if the keys and values of a cache layer are not rows of factors of these layouts: such as those
     of heads, [batch, num_heads, seq, head_dim], that tools for other models make.
     """
-    if all(x.shape[1] == 1 and x.shape[-1] == layout.width for x, layout in zip(rows, layouts)):
-        return
+    (keys, values), (key_layout, value_layout) = rows, layouts  # each step comes by here for each layer: no loop
+    if keys.shape[1] == values.shape[1] == 1:
+        if keys.shape[-1] == key_layout.width and values.shape[-1] == value_layout.width:
+            return
     widths, sizes = [layout.width for layout in layouts], [list(x.shape) for x in rows]
     raise RuntimeError(
         "The cache of a T6 model holds factors, not heads: use prompt tuning or LoRA in place of prefix tuning, and a cache "
@@ -309,7 +311,8 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
                 f"The cache holds a batch of {rows.shape[0]} sequences, got rows of size {new.shape[0]}."
             )
         start, end = rows.shape[-2], rows.shape[-2] + new.shape[-2]
-        dtype = new.dtype if self.stored_dtype is not None else torch.promote_types(rows.dtype, new.dtype)
+        is_alike = self.stored_dtype is not None or rows.dtype == new.dtype
+        dtype = new.dtype if is_alike else torch.promote_types(rows.dtype, new.dtype)
         if end > storage.shape[-2] or storage.dtype != dtype:
             # A prompt gets just the room it needs; from then on the storage doubles.
             capacity = end if start == 0 else max(end, 2 * start)

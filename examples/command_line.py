@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(1, str(ROOT))  # behind this folder
 
-from conversion.files.errors import ConversionError
+from conversion.files.errors import ConversionError, one_line
 from conversion.files.folders import last_checkpoint, new_folder, replace_folder, temporary_folder
 from conversion.files.signals import Stopped, stoppable
 from conversion.files.targets import TOKENIZER, Kind, check_target
@@ -103,10 +103,6 @@ def complete_folders(args: argparse.Namespace) -> None:
 
 
 # Files and folders
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 @contextlib.contextmanager

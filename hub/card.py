@@ -13,10 +13,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from modeling_t6 import T6Config
 from modeling_t6.cache_t6 import factor_layouts
 
-from .check import CheckedFolder, one_line
+from .check import CheckedFolder
 from .code import code_commit, project_url
 from .folder import UploadError
-from .shared import read_json
+from .shared import one_line, read_json
 
 
 PAPER = "https://arxiv.org/abs/2501.06425"

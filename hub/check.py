@@ -15,7 +15,7 @@ from modeling_t6 import T6Config
 from modeling_t6.modeling_t6 import AUTO_MAP
 
 from .folder import CHAT_TEMPLATES, TOKENIZER_FILES, WEIGHTS, UploadError, collect, listed, matches
-from .shared import INDEX, Checkpoint, is_error, read_json
+from .shared import INDEX, Checkpoint, is_error, one_line, read_json
 
 
 # Fields by which `from_pretrained` or a pipeline would read other files than those that are checked, or other numbers.
@@ -75,10 +75,6 @@ def check_folder(folder: Path, needs_tokenizer: bool) -> CheckedFolder:
     templates = getattr(tokenizer, "chat_template", None) or {}
     has_chat_template = isinstance(templates, str) or "default" in templates
     return CheckedFolder(files, content, config, checkpoint, has_chat_template)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_json(path: Path) -> None:

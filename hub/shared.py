@@ -3,7 +3,7 @@
 try:
     from ..conversion.files.bars import hide_bars_of_transformers
     from ..conversion.files.checkpoints import INDEX, Checkpoint, ShardWriter
-    from ..conversion.files.errors import ConversionError, is_error
+    from ..conversion.files.errors import ConversionError, is_error, one_line
     from ..conversion.files.folders import read_json, temporary_folder
     from ..conversion.files.links import leads_out
     from ..conversion.files.memory import available_memory
@@ -11,7 +11,7 @@ try:
 except ImportError:  # in a checkout the two packages stand side by side, and in no third
     from conversion.files.bars import hide_bars_of_transformers
     from conversion.files.checkpoints import INDEX, Checkpoint, ShardWriter
-    from conversion.files.errors import ConversionError, is_error
+    from conversion.files.errors import ConversionError, is_error, one_line
     from conversion.files.folders import read_json, temporary_folder
     from conversion.files.links import leads_out
     from conversion.files.memory import available_memory
@@ -28,6 +28,7 @@ __all__ = [
     "hide_bars_of_transformers",
     "is_error",
     "leads_out",
+    "one_line",
     "read_json",
     "stoppable",
     "temporary_folder",

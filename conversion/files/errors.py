@@ -13,6 +13,11 @@ def reason(error: Exception) -> str:
     return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip()
 
 
+def one_line(error: BaseException) -> str:
+    """The whole message of an error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def is_error(error: BaseException) -> bool:
     """Whether what a library raised is an error, and not the end of the process: a panic in Rust is no `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

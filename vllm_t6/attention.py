@@ -1,0 +1,235 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How the tokens of a step attend: rows into pages, requests that decode from the factors, prompts to heads"""
+
+import functools
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
+
+from modeling_t6.configuration_t6 import T6Config
+from modeling_t6.factor_pages_t6 import (
+    SelectedRanks,
+    form_heads_from_pages,
+    has_kernels,
+    select_ranks,
+    store_factors,
+)
+from modeling_t6.flash_tpa_pages_t6 import Pieces, paged_flash_tpa
+
+from .decoding import paged_factor_space_attention
+from .metadata import FactorMetadata
+from .prefill import attend_to_piece, workspace_rows
+
+
+class FactorImpl(AttentionImpl):
+    """
+    What [`FactorAttention`] does in vLLM's operator.
+
+    Args:
+        owner: the module that has the norms of queries and keys, and constant A factors.
+        layer: whose pages these are.
+        config: of the model.
+        layer_idx: which layer of it.
+    """
+
+    supports_dcp = False
+
+    def __init__(self, owner: nn.Module, layer: nn.Module, config: T6Config, layer_idx: int):
+        self.owner, self.config = owner, config
+        self.num_heads, self.head_size, self.scale = layer.num_heads, config.head_dim, config.head_dim**-0.5
+        self.key_layout, self.value_layout = layer.key_layout, layer.value_layout
+        self.k_rank, self.v_rank = config.ranks(layer_idx)
+        self.sliding_window = layer.sliding_window
+        self.kv_cache_dtype = layer.kv_cache_dtype
+        self.projection_sizes = layer.projection_sizes
+        self.stored_dtype = layer.stored_dtype
+        vllm_config = get_current_vllm_config()
+        self.dtype, self.room = vllm_config.model_config.dtype, workspace_rows(vllm_config)
+
+    def forward(
+        self,
+        layer: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: FactorMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`query` are the projections, `key` and `value` the tokens' cos and sin: vLLM's operator has names for three."""
+        projections, cos, sin = query, key, value
+        heads = output.view(-1, self.num_heads, self.head_size)
+        if attn_metadata is None:  # vLLM measures how much memory a step takes
+            self._workspace(heads.dtype, heads.device)
+            return output.zero_()
+        key_pages, value_pages = self.pages(kv_cache)
+        query = self.store(projections, cos, sin, attn_metadata.slots, key_pages, value_pages)
+        if attn_metadata.num_decodes:
+            self.decode(query, key_pages, value_pages, attn_metadata, heads)
+        if attn_metadata.prompt_pieces:
+            self.attend_to_prompts(query, key_pages, value_pages, attn_metadata, heads)
+        return output
+
+    def pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key rows [blocks, block_size, key width] and value rows, in the dtype of the numbers that they hold."""
+        pages = kv_cache.squeeze(1)
+        pages = pages.view(torch.float8_e4m3fn) if pages.dtype == torch.uint8 else pages
+        return pages.split([self.key_layout.width, self.value_layout.width], dim=-1)
+
+    def store(
+        self,
+        projections: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        kernels: bool | None = None,
+    ) -> torch.Tensor:
+        """Writes the rows of a step's tokens; returns their queries [tokens, h, d]. See `store_factors` of `kernels`."""
+        filled = projections[:, : sum(self.projection_sizes.values())]
+        parts = dict(zip(self.projection_sizes, filled.split([*self.projection_sizes.values()], dim=-1)))
+        b_q = parts["q_proj" if self.config.q_rank is None else "q_b_proj"].unflatten(-1, (-1, self.head_size))
+        b_k, b_v = (parts[f"{name}_b_proj"].unflatten(-1, (-1, self.head_size)) for name in "kv")
+        if self.config.noncontextual_a:
+            a_q, a_k, a_v = self.constants()[0], None, None  # rows hold B alone
+        else:
+            a_q, a_k, a_v = (
+                parts[f"{name}_a_proj"].unflatten(-1, (self.num_heads, -1)) if f"{name}_a_proj" in parts else None
+                for name in "qkv"
+            )
+        norms = (self.owner.q_norm.weight, self.owner.k_norm.weight) if self.config.qk_norm else (None, None)
+        return store_factors(
+            a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, *norms,
+            eps=self.config.rms_norm_eps, activation=self.config.head_factor_act, kernels=kernels,
+        )  # fmt: skip
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        metadata: FactorMetadata,
+        heads: torch.Tensor,
+    ) -> None:
+        """Attention of the requests that decode, into the first of `heads` [tokens, h, d]."""
+        num_requests, tokens = metadata.num_decodes, slice(metadata.num_decode_tokens)
+        batch = (
+            query[tokens],
+            key_pages,
+            value_pages,
+            metadata.block_table[:num_requests],
+            metadata.lengths[:num_requests],
+            metadata.query_starts[: num_requests + 1],
+        )
+        _, key_a, value_a = self.constants()
+        if metadata.decode_pieces is None:
+            layouts, constants = (self.key_layout, self.value_layout), (key_a, value_a)
+            paged_factor_space_attention(*batch, layouts, constants, self.scale, self.sliding_window, heads[tokens])
+            return
+        paged_flash_tpa(
+            *batch,
+            metadata.decode_pieces,
+            self.k_rank,
+            self.v_rank,
+            self.scale,
+            metadata.max_decode_queries,
+            key_a=key_a,
+            value_a=value_a,
+            sliding_window=self.sliding_window,
+            output=heads[tokens],
+        )
+
+    def empty_pieces(self, num_requests: int, max_queries: int, device: torch.device) -> Pieces | None:
+        """What FlashTPA's schedule of as many requests is written to; `None` where its kernels do not run."""
+        if not has_kernels(device, self.stored_dtype):
+            return None
+        return Pieces.empty(
+            num_requests,
+            max_queries,
+            self.num_heads,
+            self.head_size,
+            self.k_rank,
+            self.v_rank,
+            self.stored_dtype,
+            device,
+            constant_a=self.config.noncontextual_a,
+            sliding_window=self.sliding_window,
+        )
+
+    def attend_to_prompts(
+        self,
+        query: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        metadata: FactorMetadata,
+        heads: torch.Tensor,
+    ) -> None:
+        """Attention of the prompts of a step, into the last of `heads` [tokens, h, d]."""
+        constants = self._selected_ranks or self.constants()[1:]
+        key, value = self._workspace(query.dtype, query.device)
+        earlier = None  # of a prompt whose rows take several pieces
+        for piece in metadata.prompt_pieces:
+            form_heads_from_pages(
+                key_pages,
+                value_pages,
+                metadata.block_table[piece.requests],
+                piece.first_positions,
+                piece.row_starts,
+                key[: piece.num_rows],
+                value[: piece.num_rows],
+                self.k_rank,
+                self.v_rank,
+                *constants,
+            )
+            earlier = attend_to_piece(
+                query[piece.queries],
+                key[: piece.num_rows],
+                value[: piece.num_rows],
+                piece,
+                self.scale,
+                self.sliding_window,
+                earlier,
+                heads[piece.queries],
+            )
+
+    @functools.cached_property
+    def _selected_ranks(self) -> tuple[SelectedRanks, SelectedRanks] | None:
+        """Constant A_K and A_V that only select, as those of a converted MHA, GQA or MQA model do: fewer heads to form."""
+        _, key_a, value_a = self.constants()
+        selected = None if key_a is None else (select_ranks(key_a), select_ranks(value_a))
+        if selected is None or None in selected or len(selected[0].ranks) != len(selected[1].ranks):
+            return None
+        return selected
+
+    def weights_changed(self) -> None:
+        self.__dict__.pop("_selected_ranks", None)
+
+    def constants(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """A_Q, A_K and A_V [R, h], as far as they are constants."""
+        return tuple(getattr(self.owner, f"{name}_a", None) for name in "qkv")
+
+    def _workspace(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+        """Room for K and V of `room` tokens, [room, h or fewer key/value heads, d]; all layers share it."""
+        num_heads = self.num_heads if self._selected_ranks is None else len(self._selected_ranks[0].ranks)
+        shape = (self.room, num_heads, self.head_size)
+        if is_workspace_manager_initialized():
+            return current_workspace_manager().get_simultaneous((shape, dtype), (shape, dtype))
+        return list(torch.empty(2, *shape, dtype=dtype, device=device))

@@ -1,0 +1,140 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""vLLM's attention backend over pages of factors: what a step's batch is, and how its requests attend"""
+
+from typing import ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from modeling_t6.flash_tpa_pages_t6 import Pieces, schedule_pieces
+
+from .attention import FactorImpl
+from .metadata import FactorMetadata
+from .prefill import plan_pieces, workspace_rows
+
+
+# As many query tokens of a request as FlashTPA takes: one, and those that speculation proposes.
+MAX_QUERIES = 16
+# Tokens of a page, unless the user chooses: a tile of FlashTPA then lies in one page.
+BLOCK_SIZE = 64
+
+
+class FactorBackend(AttentionBackend):
+    """Pages [blocks, 1, block_size, key row + value row] of any size."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "FLASH_TPA"
+
+    @staticmethod
+    def get_impl_cls() -> type[FactorImpl]:
+        return FactorImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["FactorMetadataBuilder"]:
+        return FactorMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
+        return [MultipleOf(8)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return BLOCK_SIZE
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    # Up to vLLM 0.28 a backend says how its pages lie; from 0.29 on vLLM does, and they lie the same.
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+    ) -> tuple[int, ...]:
+        return num_blocks, num_kv_heads, block_size, head_size
+
+    @staticmethod
+    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+        return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
+
+
+class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.reorder_batch_threshold = min(self.reorder_batch_threshold, MAX_QUERIES)
+        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        self.impl, self.sliding_window = layer.impl, layer.sliding_window
+        self.room = workspace_rows(vllm_config)
+        self.pieces: dict[tuple[int, int], Pieces | None] = {}
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
+        speculation = vllm_config.speculative_config
+        num_queries = 1 + (0 if speculation is None else speculation.num_speculative_tokens or 0)
+        if num_queries > MAX_QUERIES:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.UNIFORM_BATCH
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> FactorMetadata:
+        common = common_attn_metadata
+        num_decodes, num_prompts, num_decode_tokens, _ = split_decodes_and_prefills(
+            common, decode_threshold=self.reorder_batch_threshold
+        )
+        metadata = FactorMetadata(
+            slots=common.slot_mapping,
+            block_table=common.block_table_tensor,
+            lengths=common.seq_lens,
+            query_starts=common.query_start_loc,
+            num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
+            max_decode_queries=min(common.max_query_len, self.reorder_batch_threshold),
+        )
+        if num_decodes:
+            metadata.decode_pieces = self._schedule(metadata)
+        if num_prompts:
+            query_lengths = common.query_start_loc_cpu[num_decodes:].diff().tolist()
+            # Exact for prompts, which hold no token that was only proposed.
+            lengths = common.seq_lens_cpu_upper_bound[num_decodes : common.num_reqs].tolist()
+            metadata.prompt_pieces = plan_pieces(
+                query_lengths, lengths, num_decodes, num_decode_tokens, self.room, self.sliding_window, self.device
+            )
+        return metadata
+
+    def _schedule(self, metadata: FactorMetadata) -> Pieces | None:
+        """FlashTPA's schedule of the requests that decode: of as many, always at the same place, which graphs read."""
+        num_requests, max_queries = metadata.num_decodes, metadata.max_decode_queries
+        if (num_requests, max_queries) not in self.pieces:
+            self.pieces[num_requests, max_queries] = self.impl.empty_pieces(num_requests, max_queries, self.device)
+        pieces = self.pieces[num_requests, max_queries]
+        if pieces is not None:
+            schedule_pieces(metadata.lengths[:num_requests], metadata.query_starts[: num_requests + 1], pieces)
+        return pieces

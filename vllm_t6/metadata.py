@@ -1,0 +1,49 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a step's batch is to all layers with pages of one kind"""
+
+from dataclasses import dataclass, field
+
+import torch
+from vllm.v1.attention.backend import AttentionMetadata
+
+from .prefill import Piece
+
+
+@dataclass
+class FactorMetadata(AttentionMetadata):
+    """
+    One step's batch, as all layers with pages of one kind see it. Requests with few query tokens come first and decode
+    from the factors; the others are prompts.
+
+    Attributes:
+        slots: int64 [tokens], where the rows of the step's tokens go: block * block_size + offset, or negative.
+        block_table: int32 [requests, most blocks of one].
+        lengths: int32 [requests], rows that a request has with those of this step.
+        query_starts: int32 [requests + 1], where its query tokens start.
+        num_decodes, num_decode_tokens: of the requests that decode.
+        max_decode_queries: query tokens of one of these at most.
+        decode_pieces: what FlashTPA has scheduled for them.
+        prompt_pieces: K and V that the prompts look at, piece by piece.
+    """
+
+    slots: torch.Tensor
+    block_table: torch.Tensor
+    lengths: torch.Tensor
+    query_starts: torch.Tensor
+    num_decodes: int
+    num_decode_tokens: int
+    max_decode_queries: int
+    decode_pieces: object | None = None
+    prompt_pieces: list[Piece] = field(default_factory=list)

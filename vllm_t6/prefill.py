@@ -1,0 +1,219 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Prompts: how K and V of their tokens, formed from the pages, go through a workspace of bounded size"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+
+# Rows of the workspace that holds K and V while prompts attend, unless a step may add more to one request.
+WORKSPACE_ROWS = 16384
+
+
+@dataclass
+class Piece:
+    """
+    Rows of some requests that are in the workspace at once, and the query tokens that look at them.
+
+    Attributes:
+        requests: a slice of the step's requests.
+        queries: a slice of its tokens, those of the requests.
+        query_starts: int32 [requests + 1] on the device, counted from the piece's first query token.
+        row_starts: int32 [requests + 1] on the device, where in the workspace a request's rows start.
+        first_positions: int32 [requests] on the device, of the first row of each.
+        num_rows: of all requests.
+        max_queries, max_rows: of one request.
+        is_first, is_last: whether the query tokens have attended to nothing before, and to all that they see after it.
+            The last query token of a request sees the last row of its last piece, the one before it one row less.
+    """
+
+    requests: slice
+    queries: slice
+    query_starts: torch.Tensor
+    row_starts: torch.Tensor
+    first_positions: torch.Tensor
+    num_rows: int
+    max_queries: int
+    max_rows: int
+    is_first: bool
+    is_last: bool
+
+
+def workspace_rows(vllm_config: VllmConfig) -> int:
+    """Rows of the workspace: all that a step adds to one request, and all that a sliding window shows of it."""
+    model_config = vllm_config.model_config
+    max_length, most_queries = model_config.max_model_len, vllm_config.scheduler_config.max_num_batched_tokens
+    window = getattr(model_config.hf_text_config, "sliding_window", None) or 0
+    device = torch.device(vllm_config.device_config.device_type)
+    if not can_merge_pieces(device, model_config.dtype, model_config.hf_text_config.head_dim):
+        return max_length
+    return max(min(WORKSPACE_ROWS, max_length), min(most_queries, max_length) + window)
+
+
+def plan_pieces(
+    query_lengths: list[int],
+    lengths: list[int],
+    first_request: int,
+    first_token: int,
+    room: int,
+    window: int | None,
+    device: torch.device,
+) -> list[Piece]:
+    """
+    Divides prompts, the last `query_lengths` tokens of `lengths`, into pieces of at most `room` rows: as many requests as
+    fit side by side; of one that does not fit alone, all that is before its last `room` rows first, in pieces of its own.
+    With a sliding window a request has no more rows than its query tokens see, which always fit.
+    """
+    starts = [max(0, n - q + 1 - window) if window else 0 for q, n in zip(query_lengths, lengths)]
+    pieces = []
+    request, token = 0, first_token
+    while request < len(lengths):
+        end, num_rows = request, 0
+        while end < len(lengths) and num_rows + lengths[end] - starts[end] <= room:
+            num_rows += lengths[end] - starts[end]
+            end += 1
+        if end > request:
+            steps = [list(zip(starts[request:end], lengths[request:end]))]
+        else:
+            end = request + 1
+            start, length = starts[request], lengths[request]
+            steps = [
+                [span] for span in itertools.pairwise([*range(start, length - room, room), length - room, length])
+            ]
+        queries = query_lengths[request:end]
+        for spans in steps:
+            piece = _piece(
+                first_request + request, token, queries, spans, spans is steps[0], spans is steps[-1], device
+            )
+            pieces.append(piece)
+        token += sum(queries)
+        request = end
+    return pieces
+
+
+def _piece(
+    request: int,
+    token: int,
+    query_lengths: list[int],
+    spans: list[tuple[int, int]],
+    is_first: bool,
+    is_last: bool,
+    device: torch.device,
+) -> Piece:
+    num_requests, row_lengths = len(spans), [end - start for start, end in spans]
+    # One copy to the device, which the host does not wait for.
+    query_ends, row_ends = itertools.accumulate(query_lengths), itertools.accumulate(row_lengths)
+    numbers = [0, *query_ends, 0, *row_ends, *(start for start, _ in spans)]
+    host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+    query_starts, row_starts, first_positions = host.to(device, non_blocking=True).split(
+        [num_requests + 1, num_requests + 1, num_requests]
+    )
+    return Piece(
+        requests=slice(request, request + num_requests),
+        queries=slice(token, token + sum(query_lengths)),
+        query_starts=query_starts,
+        row_starts=row_starts,
+        first_positions=first_positions,
+        num_rows=sum(row_lengths),
+        max_queries=max(query_lengths),
+        max_rows=max(row_lengths),
+        is_first=is_first,
+        is_last=is_last,
+    )
+
+
+def can_merge_pieces(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether FlashAttention runs, which returns what the pieces of one request are merged by. Elsewhere all rows fit."""
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and is_half and head_dim % 8 == 0 and head_dim <= 256
+
+
+def attend_to_piece(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    piece: Piece,
+    scaling: float,
+    window: int | None,
+    earlier: tuple[torch.Tensor, torch.Tensor] | None,
+    output: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """
+    Attention of a piece's query tokens [tokens, h, d] to its rows as heads [rows, key/value heads, d].
+
+    Args:
+        earlier: what was returned of the piece before, if this one is not the first of its requests.
+        output: [tokens, h, d], written with the last piece.
+
+    Returns:
+        Of a piece that is not the last: output, and the logarithm of the sums of exponentials [h, tokens], so far.
+    """
+    if not can_merge_pieces(query.device, query.dtype, query.shape[-1]):
+        return _attend_in_pytorch(query, key, value, piece, scaling, window, output)
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+    is_only = piece.is_first and piece.is_last
+    attended, lse = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        max_seqlen_q=piece.max_queries,
+        cu_seqlens_q=piece.query_starts,
+        max_seqlen_k=piece.max_rows,
+        cu_seqlens_k=piece.row_starts,
+        softmax_scale=scaling,
+        causal=piece.is_last,
+        window_size=[-1, -1] if window is None else [window - 1, 0],
+        return_softmax_lse=True,
+        out=output if is_only else None,
+        fa_version=get_flash_attn_version(head_size=query.shape[-1]),
+    )
+    if is_only:
+        return None
+    if piece.is_first:
+        return attended, lse
+    merged = output if piece.is_last else torch.empty_like(attended)
+    merged_lse = torch.empty_like(lse)
+    merge_attn_states(merged, *earlier, attended, lse, merged_lse)
+    return None if piece.is_last else (merged, merged_lse)
+
+
+def _attend_in_pytorch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    piece: Piece,
+    scaling: float,
+    window: int | None,
+    output: torch.Tensor,
+) -> None:
+    spans = (itertools.pairwise(starts.tolist()) for starts in (piece.query_starts, piece.row_starts))
+    for (query_start, query_end), (row_start, row_end) in zip(*spans):
+        num_queries, num_rows = query_end - query_start, row_end - row_start
+        rows = torch.arange(num_rows, device=query.device)
+        own_rows = rows[num_rows - num_queries :, None]
+        attended = nn.functional.scaled_dot_product_attention(
+            query[query_start:query_end].transpose(0, 1)[None],
+            key[row_start:row_end].transpose(0, 1)[None],
+            value[row_start:row_end].transpose(0, 1)[None],
+            attn_mask=(rows <= own_rows) & (rows > own_rows - (window or num_rows)),
+            scale=scaling,
+            enable_gqa=key.shape[1] < query.shape[1],
+        )
+        output[query_start:query_end] = attended[0].transpose(0, 1)

@@ -1,0 +1,120 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checked when vLLM has made the cache: the kernels write and read its pages, the last one included, as PyTorch does"""
+
+import itertools
+import math
+
+import torch
+
+from modeling_t6.factors_t6 import form_heads
+from modeling_t6.flash_tpa_pages_t6 import schedule_pieces
+
+from .attention import FactorImpl
+from .metadata import FactorMetadata
+from .prefill import plan_pieces
+
+
+# Of the largest number: a few roundings to the dtype of the model, in which queries, probabilities and outputs are.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2**-8, torch.bfloat16: 2**-5}
+
+
+def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
+    """
+    Two requests of random numbers go through a layer's pages, as prompts and, their last tokens, decoding. What the pages
+    held is put back.
+
+    Raises:
+        RuntimeError: if rows, or the outputs, are not those that PyTorch computes.
+    """
+    device, (num_blocks, block_size) = kv_cache.device, (kv_cache.shape[0], kv_cache.shape[2])
+    # One request has the last page and then the first; another one has a page between.
+    blocks = torch.tensor([[num_blocks - 1, 0], [num_blocks // 2] * 2], dtype=torch.int32, device=device)
+    lengths = [min(block_size + 5, impl.room - 3), 3] if num_blocks > 2 else [min(block_size, impl.room)]
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+    requests = torch.arange(len(lengths), device=device).repeat_interleave(starts.diff())
+    slots = blocks[requests, positions // block_size] * block_size + positions % block_size
+    metadata = FactorMetadata(
+        slots=slots.long(),
+        block_table=blocks[: len(lengths)],
+        lengths=starts.diff(),
+        query_starts=torch.arange(len(lengths) + 1, dtype=torch.int32, device=device),
+        num_decodes=len(lengths),
+        num_decode_tokens=len(lengths),
+        max_decode_queries=1,
+        decode_pieces=impl.empty_pieces(len(lengths), 1, device),
+        prompt_pieces=plan_pieces(lengths, lengths, 0, 0, impl.room, impl.sliding_window, device),
+    )
+    if metadata.decode_pieces is not None:
+        schedule_pieces(metadata.lengths, metadata.query_starts, metadata.decode_pieces)
+
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = len(slots), sum(impl.projection_sizes.values())
+    projections = torch.randn(sizes, generator=generator, device=device, dtype=torch.float32).to(impl.dtype)
+    angles = 6.3 * torch.rand(len(slots), impl.config.rotary_dim // 2, generator=generator, device=device)
+    tokens = projections, angles.cos().to(impl.dtype), angles.sin().to(impl.dtype), metadata.slots
+
+    used = blocks.unique().long()
+    held = kv_cache[used]
+    pages = impl.pages(kv_cache)
+    expected_query = impl.store(*tokens, *pages, kernels=False)
+    expected_rows = [_rows(part, slots) for part in pages]
+    query = impl.store(*tokens, *pages)
+    rows = [_rows(part, slots) for part in pages]
+    prompts, decoded = torch.empty_like(query), torch.empty_like(query[: len(lengths)])
+    impl.attend_to_prompts(query, *pages, metadata, prompts)
+    impl.decode(query[starts[1:].long() - 1], *pages, metadata, decoded)
+    kv_cache[used] = held
+
+    tolerance = TOLERANCES[impl.dtype]
+    _compare("queries", query, expected_query, tolerance)
+    for name, part, expected_part in zip(("key rows", "value rows"), rows, expected_rows):
+        _compare(name, part, expected_part, max(tolerance, 2**-3 if kv_cache.itemsize == 1 else 0))
+    expected = torch.cat([_attention(impl, *x) for x in zip(*(part.split(lengths) for part in (query, *rows)))])
+    _compare("attention of prompts", prompts, expected, tolerance)
+    _compare("attention of decoded tokens", decoded, expected[starts[1:].long() - 1], tolerance)
+
+
+def _rows(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    numbers = pages.view(torch.uint8) if pages.itemsize == 1 else pages  # not every PyTorch indexes float8 itself
+    return numbers[slots // pages.shape[1], slots % pages.shape[1]].view(pages.dtype).float()
+
+
+def _attention(
+    impl: FactorImpl, query: torch.Tensor, key_rows: torch.Tensor, value_rows: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention of one request, in float64: [tokens, h, d]."""
+    states = []
+    for layout, rows, constant_a in zip(
+        (impl.key_layout, impl.value_layout), (key_rows, value_rows), impl.constants()[1:]
+    ):
+        a, b = layout.unpack(rows[None, None].double())
+        states.append(form_heads(a if constant_a is None else constant_a.double(), b)[0].transpose(0, 1))
+    key, value = states
+    positions = torch.arange(len(query), device=query.device)
+    visible = positions <= positions[:, None]
+    if impl.sliding_window is not None:
+        visible &= positions > positions[:, None] - impl.sliding_window
+    scores = (query.double().transpose(0, 1) @ key.transpose(1, 2) * impl.scale).masked_fill(~visible, -math.inf)
+    return (scores.softmax(-1) @ value).transpose(0, 1)
+
+
+def _compare(name: str, states: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    error, largest = (states.double() - expected.double()).abs().max().item(), expected.abs().max().item()
+    if not error <= tolerance * largest:  # NaN is not
+        raise RuntimeError(
+            f"T6's kernels do not compute what PyTorch does on this machine, with this cache: {name} are off by {error:.3g}, "
+            f"more than {tolerance:.2g} of the largest number, {largest:.3g}. Please report it, with the model's config.json."
+        )

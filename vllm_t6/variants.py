@@ -1,0 +1,40 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the plugin does not serve, each refused by name when a model is loaded"""
+
+from vllm.config import VllmConfig
+
+from modeling_t6.configuration_t6 import T6Config
+
+
+def refuse_unserved_variants(config: T6Config, vllm_config: VllmConfig) -> None:
+    """
+    Raises:
+        ValueError: for a variant that has no kernel on pages, or that vLLM's way of batching cannot serve.
+    """
+    for field in ("noncontextual_b", "shared_b", "c_factor_dim"):
+        if getattr(config, field):
+            raise ValueError(
+                f"vLLM cannot serve a T6 model with `{field}`={getattr(config, field)!r}: there is no kernel on pages for "
+                "it. Transformers' engine serves it (`t6-serve`)."
+            )
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type == "dynamic":
+        raise ValueError(
+            "vLLM cannot serve a T6 model with `rope_type`='dynamic': its frequencies follow the length of each request."
+        )
+    if config.head_factor_act == "softmax" and vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise ValueError(
+            "vLLM cannot serve a T6 model with `head_factor_act`='softmax' by tensor parallelism: it goes over all heads."
+        )

@@ -30,6 +30,10 @@ except ImportError:
 #
 # What a kernel is compiled for comes in a few constants: `KEYS` and `VALUES` are [`Rows`], `MASK` is a [`Mask`], and `LAUNCH`
 # is the `Launch` of flash_tpa_t6.
+#
+# On pages, a tile never crosses from one to the next where they hold whole blocks of tokens: one number of the table says
+# where it lies. Else each row of a tile is looked up by itself. Either way the numbers for the next tile are read while
+# this one is worked on, since its loads wait for them.
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Rows:
     padded_heads: int  # of a row of A, with its padding
     constant_a: bool  # rows hold B alone
     step: int  # ranks that one product goes through
+    gathered: bool = False  # whether each row of a tile has a pointer of its own
 
     @property
     def a_start(self) -> int:
@@ -58,6 +63,7 @@ class Mask:
     causal: bool
     kind: str  # "none", "boolean" or "additive"
     by_column: bool  # whether it differs from a query, or a head, to the next
+    sliding: bool = False  # whether a query sees the last tokens alone
 
 
 @triton.jit
@@ -118,7 +124,7 @@ def _load_query(
     heads,
     stride_t,
     stride_h,
-    NUM_QUERIES: tl.constexpr,
+    num_queries,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -126,7 +132,7 @@ def _load_query(
     features = tl.arange(0, BLOCK_D)
     return tl.load(
         query_ptr + (queries * stride_t + heads * stride_h)[None, :] + features[:, None],
-        mask=((queries < NUM_QUERIES) & (heads < NUM_HEADS))[None, :] & (features < HEAD_DIM)[:, None],
+        mask=((queries < num_queries) & (heads < NUM_HEADS))[None, :] & (features < HEAD_DIM)[:, None],
         other=0.0,
     )
 
@@ -155,7 +161,10 @@ def _load_a(
         columns = heads[None, :]
         if A_HEADS % 16 == 8 and A_HEADS > 8:  # see `FactorLayout`
             columns = (columns + ((rank + _rank_of(rows, STEP)) % 2 * 8)[:, None]) % A_HEADS
-        offsets = (tokens * ROWS.width + _rank_of(rows, STEP) * A_HEADS)[:, None] + columns
+        if ROWS.gathered:
+            offsets = (_rank_of(rows, STEP) * A_HEADS)[:, None] + columns
+        else:
+            offsets = (tokens * ROWS.width + _rank_of(rows, STEP) * A_HEADS)[:, None] + columns
         is_a = (tokens < num_rows)[:, None] & (heads < A_HEADS)[None, :]
         a = tl.load(rows_ptr + (offsets + ROWS.a_start + rank * A_HEADS), mask=is_a, other=0.0)
     return a
@@ -180,6 +189,7 @@ def _hide(
     tokens,
     is_row,
     last_token,
+    window,
     mask_scale,
     mask_stride_h,
     mask_stride_t,
@@ -192,6 +202,8 @@ def _hide(
     visible = is_row[:, None]
     if MASK.causal and MASK.num_queries > 1:
         visible = visible & (tokens[:, None] <= (last_token + queries)[None, :])
+    if MASK.sliding:
+        visible = visible & (tokens[:, None] > (last_token + queries - window)[None, :])
     if MASK.kind != "none":
         if MASK.by_column:
             columns = heads * mask_stride_h + queries * mask_stride_t
@@ -296,6 +308,7 @@ def _store_partial(
     row,
     queries,
     heads,
+    num_queries,
     NUM_QUERIES: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -306,7 +319,7 @@ def _store_partial(
     normalizer = tl.where(is_empty, 1.0, normalizer)
     lse = tl.where(is_empty, -float("inf"), maximum + tl.log2(normalizer))
     row = (row * NUM_QUERIES + queries) * NUM_HEADS + heads
-    is_column = (queries < NUM_QUERIES) & (heads < NUM_HEADS)
+    is_column = (queries < num_queries) & (heads < NUM_HEADS)
     features = tl.arange(0, BLOCK_D)
     tl.store(
         partial_ptr + row[None, :] * HEAD_DIM + features[:, None],
@@ -314,6 +327,46 @@ def _store_partial(
         mask=is_column[None, :] & (features < HEAD_DIM)[:, None],
     )
     tl.store(lse_ptr + row, lse, mask=is_column)
+
+
+@triton.jit
+def _store_output(
+    output,
+    normalizer,
+    out_ptr,
+    queries,
+    heads,
+    stride_t,
+    stride_h,
+    num_queries,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_RANK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of a request that one program reads whole: nothing is left to combine."""
+    normalizer = tl.sum(normalizer, 0)
+    normalizer = tl.where(normalizer == 0.0, 1.0, normalizer)
+    features = tl.arange(0, BLOCK_D)
+    tl.store(
+        out_ptr + (queries * stride_t + heads * stride_h)[None, :] + features[:, None],
+        output / (normalizer * V_RANK)[None, :],
+        mask=((queries < num_queries) & (heads < NUM_HEADS))[None, :] & (features < HEAD_DIM)[:, None],
+    )
+
+
+@triton.jit
+def _pages_of(table_ptr, tokens, end, PAGE_SIZE: tl.constexpr):
+    """The page of each token (0 from `end` on, where the table may hold anything)."""
+    return tl.load(table_ptr + tokens // PAGE_SIZE, mask=tokens < end, other=0)
+
+
+@triton.jit
+def _row_pointers(
+    rows_ptr, pages, page_stride, tokens, ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, STRIDE_UNIT: tl.constexpr
+):  # fmt: skip
+    """A pointer to the row of each token: [tokens, 1]"""
+    return (rows_ptr + pages.to(tl.int64) * page_stride * STRIDE_UNIT + tokens % PAGE_SIZE * ROWS.width)[:, None]
 
 
 @triton.jit(
@@ -327,6 +380,10 @@ def _store_partial(
         "length_stride_b",
         "key_length",
         "num_splits",
+        "table_stride",
+        "window",
+        "out_stride_t",
+        "out_stride_h",
     ]
 )
 def decode_kernel(
@@ -353,12 +410,21 @@ def decode_kernel(
     num_splits,
     scale,
     log2_e,
+    slots_ptr,
+    query_starts_ptr,
+    table_ptr,
+    out_ptr,
+    table_stride,
+    window,
+    out_stride_t,
+    out_stride_h,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     MASK: tl.constexpr,
     LAUNCH: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """
@@ -368,6 +434,10 @@ def decode_kernel(
     exponentials [batch, split, query, head], both float32. The pieces divide the length that is on the device: the
     grid depends on the room in the cache alone. Batch strides of the rows count `STRIDE_UNIT` numbers, which tells the
     compiler that rows start on 16 bytes.
+
+    On pages (`PAGE_SIZE` is not 0; what follows `log2_e` is theirs, and `None` without), a batch stride is that of a page,
+    and a program takes the piece in its slot, see [`schedule_kernel`]. A piece that is all of its request goes straight
+    into the output.
     """
     NUM_QUERIES: tl.constexpr = MASK.num_queries
     NUM_HEADS: tl.constexpr = KEYS.num_heads
@@ -385,52 +455,110 @@ def decode_kernel(
     # Blocks of columns read the same rows: side by side, they find them in the L2 cache.
     column_block = tl.program_id(0) % (HEAD_BLOCKS * QUERY_BLOCKS)
     split = tl.program_id(0) // (HEAD_BLOCKS * QUERY_BLOCKS)
-    batch = tl.program_id(1).to(tl.int64)
+    if PAGE_SIZE:
+        batch = tl.load(slots_ptr + 4 * split).to(tl.int64)
+        if batch < 0:
+            return
+        start = tl.load(slots_ptr + 4 * split + 1)
+        end = tl.load(slots_ptr + 4 * split + 2)
+        partial_row = tl.load(slots_ptr + 4 * split + 3)
+        table_ptr += batch * table_stride
+        first_query_token = tl.load(query_starts_ptr + batch).to(tl.int64)
+        query_ptr += first_query_token * query_stride_t
+        out_ptr += first_query_token * out_stride_t
+        num_queries = NUM_QUERIES
+        last_token = 0
+        if NUM_QUERIES > 1:
+            num_queries = (tl.load(query_starts_ptr + batch + 1) - first_query_token).to(tl.int32)
+            last_token = tl.load(length_ptr + batch) - num_queries
+        first_tile = start // BLOCK_N * BLOCK_N
+    else:
+        batch = tl.program_id(1).to(tl.int64)
 
-    length = key_length
-    if HAS_LENGTHS:
-        length = tl.minimum(tl.load(length_ptr + batch * length_stride_b).to(tl.int32), key_length)
-    piece = tl.cdiv(tl.cdiv(length, num_splits), 16) * 16
-    start = split * piece
-    end = tl.minimum(start + piece, length)
+        length = key_length
+        if HAS_LENGTHS:
+            length = tl.minimum(tl.load(length_ptr + batch * length_stride_b).to(tl.int32), key_length)
+        piece = tl.cdiv(tl.cdiv(length, num_splits), 16) * 16
+        start = split * piece
+        end = tl.minimum(start + piece, length)
+        num_queries = NUM_QUERIES
+        first_tile = start
 
     first_head = (column_block % HEAD_BLOCKS) * ALL_H
     first_query = (column_block // HEAD_BLOCKS) * BLOCK_T
-    query_ptr += batch * query_stride_b
+    if not PAGE_SIZE:
+        query_ptr += batch * query_stride_b
     heads, queries = _columns(first_head, first_query, BLOCK_T, BLOCK_H)
     query = _load_query(
-        query_ptr, queries, heads, query_stride_t, query_stride_h, NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D
+        query_ptr, queries, heads, query_stride_t, query_stride_h, num_queries, NUM_HEADS, HEAD_DIM, BLOCK_D
     )  # fmt: skip
     maximum, normalizer, output = _no_tokens(BLOCK_N, BLOCK_C, BLOCK_D)
     rest_query, rest_output = query, output  # stand for a second tile where there is none
     if REST_H:
         rest_heads, rest_queries = _columns(first_head + BLOCK_H, first_query, BLOCK_T, REST_H)
         rest_query = _load_query(
-            query_ptr, rest_queries, rest_heads, query_stride_t, query_stride_h, NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D
+            query_ptr, rest_queries, rest_heads, query_stride_t, query_stride_h, num_queries, NUM_HEADS, HEAD_DIM, BLOCK_D
         )  # fmt: skip
         rest_maximum, rest_normalizer, rest_output = _no_tokens(BLOCK_N, BLOCK_T * REST_H, BLOCK_D)
 
-    key_ptr += batch * key_stride_b * STRIDE_UNIT
-    value_ptr += batch * value_stride_b * STRIDE_UNIT
-    mask_ptr += batch * mask_stride_b
+    if not PAGE_SIZE:
+        key_ptr += batch * key_stride_b * STRIDE_UNIT
+        value_ptr += batch * value_stride_b * STRIDE_UNIT
+        mask_ptr += batch * mask_stride_b
     features = tl.arange(0, BLOCK_D)
     k_rows = tl.arange(0, KEYS.step * BLOCK_N)
     v_rows = tl.arange(0, VALUES.step * BLOCK_N)
     k_tokens = _token_of(k_rows, KEYS.step)
     v_tokens = _token_of(v_rows, VALUES.step)
-    key_b_offsets = (k_tokens * KEYS.width + _rank_of(k_rows, KEYS.step) * HEAD_DIM)[:, None] + features[None, :]
-    value_b_offsets = (v_tokens * VALUES.width + _rank_of(v_rows, VALUES.step) * HEAD_DIM)[:, None] + features[None, :]
+    if KEYS.gathered:
+        key_b_offsets = (_rank_of(k_rows, KEYS.step) * HEAD_DIM)[:, None] + features[None, :]
+        value_b_offsets = (_rank_of(v_rows, VALUES.step) * HEAD_DIM)[:, None] + features[None, :]
+        next_k_pages = _pages_of(table_ptr, start + k_tokens, end, PAGE_SIZE)
+        if VALUES.step != KEYS.step:
+            next_v_pages = _pages_of(table_ptr, start + v_tokens, end, PAGE_SIZE)
+    else:
+        key_b_offsets = (k_tokens * KEYS.width + _rank_of(k_rows, KEYS.step) * HEAD_DIM)[:, None] + features[None, :]
+        value_b_offsets = (v_tokens * VALUES.width + _rank_of(v_rows, VALUES.step) * HEAD_DIM)[:, None] + features[
+            None, :
+        ]
+        if PAGE_SIZE:
+            next_page = tl.load(table_ptr + start // PAGE_SIZE)
     K_RANK: tl.constexpr = KEYS.rank
     V_RANK: tl.constexpr = VALUES.rank
     K_STEP: tl.constexpr = KEYS.step
     V_STEP: tl.constexpr = VALUES.step
-    for first in tl.range(start, end, BLOCK_N, num_stages=STAGES if LAUNCH.unroll else 1):
-        key_rows = key_ptr + first * tl.full((), KEYS.width, tl.int64)
-        value_rows = value_ptr + first * tl.full((), VALUES.width, tl.int64)
-        tokens = first + tl.arange(0, BLOCK_N)
-        is_row = tokens < end
-        is_key_b = (k_tokens < end - first)[:, None] & (features < HEAD_DIM)[None, :]
-        is_value_b = (v_tokens < end - first)[:, None] & (features < HEAD_DIM)[None, :]
+    for first in tl.range(first_tile, end, BLOCK_N, num_stages=STAGES if LAUNCH.unroll else 1):
+        if PAGE_SIZE:
+            # Tiles end with blocks of tokens; a piece's first, where it starts within one, is shorter.
+            tile = tl.maximum(first, start)
+            next_tile = first + BLOCK_N
+            num_rows = tl.minimum(next_tile, end) - tile
+            if KEYS.gathered:
+                k_pages = next_k_pages
+                next_k_pages = _pages_of(table_ptr, next_tile + k_tokens, end, PAGE_SIZE)
+                v_pages = k_pages
+                if VALUES.step != KEYS.step:
+                    v_pages = next_v_pages
+                    next_v_pages = _pages_of(table_ptr, next_tile + v_tokens, end, PAGE_SIZE)
+                key_rows = _row_pointers(key_ptr, k_pages, key_stride_b, tile + k_tokens, KEYS, PAGE_SIZE, STRIDE_UNIT)
+                value_rows = _row_pointers(
+                    value_ptr, v_pages, value_stride_b, tile + v_tokens, VALUES, PAGE_SIZE, STRIDE_UNIT
+                )  # fmt: skip
+            else:
+                page = next_page.to(tl.int64)
+                next_page = tl.load(table_ptr + next_tile // PAGE_SIZE, mask=next_tile < end, other=0)
+                key_rows = key_ptr + page * key_stride_b * STRIDE_UNIT + tile % PAGE_SIZE * KEYS.width
+                value_rows = value_ptr + page * value_stride_b * STRIDE_UNIT + tile % PAGE_SIZE * VALUES.width
+            tokens = tile + tl.arange(0, BLOCK_N)
+            is_row = tl.arange(0, BLOCK_N) < num_rows
+        else:
+            key_rows = key_ptr + first * tl.full((), KEYS.width, tl.int64)
+            value_rows = value_ptr + first * tl.full((), VALUES.width, tl.int64)
+            tokens = first + tl.arange(0, BLOCK_N)
+            is_row = tokens < end
+            num_rows = end - first
+        is_key_b = (k_tokens < num_rows)[:, None] & (features < HEAD_DIM)[None, :]
+        is_value_b = (v_tokens < num_rows)[:, None] & (features < HEAD_DIM)[None, :]
 
         # Loads of every rank are in flight at once if there is room for them, else those of a few ranks.
         no_scores = tl.where(is_row, 0.0, -float("inf"))[:, None]
@@ -442,25 +570,27 @@ def decode_kernel(
             for r in tl.static_range(0, K_RANK, K_STEP):
                 b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_key_b, other=0.0).to(query.dtype)
                 scores, rest_scores = _add_scores(
-                    scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, end - first, r,
+                    scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, num_rows, r,
                     KEYS, LAUNCH,
                 )  # fmt: skip
         else:
             for r in tl.range(0, K_RANK, K_STEP, num_stages=STAGES):
                 b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_key_b, other=0.0).to(query.dtype)
                 scores, rest_scores = _add_scores(
-                    scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, end - first, r,
+                    scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, num_rows, r,
                     KEYS, LAUNCH,
                 )  # fmt: skip
 
+        if not PAGE_SIZE:
+            last_token = length - NUM_QUERIES
         scores = _hide(
-            scores, mask_ptr, queries, heads, tokens, is_row, length - NUM_QUERIES, log2_e / scale,
+            scores, mask_ptr, queries, heads, tokens, is_row, last_token, window, log2_e / scale,
             mask_stride_h, mask_stride_t, mask_stride_n, MASK,
         )  # fmt: skip
         above = _above(scores, scale, maximum)
         if REST_H:
             rest_scores = _hide(
-                rest_scores, mask_ptr, rest_queries, rest_heads, tokens, is_row, length - NUM_QUERIES, log2_e / scale,
+                rest_scores, mask_ptr, rest_queries, rest_heads, tokens, is_row, last_token, window, log2_e / scale,
                 mask_stride_h, mask_stride_t, mask_stride_n, MASK,
             )  # fmt: skip
             above = tl.maximum(above, _above(rest_scores, scale, rest_maximum))
@@ -486,27 +616,41 @@ def decode_kernel(
             for r in tl.static_range(0, V_RANK, V_STEP):
                 b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_value_b, other=0.0).to(query.dtype)
                 output, rest_output = _add_output(
-                    output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, end - first, r,
+                    output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, num_rows, r,
                     VALUES, LAUNCH,
                 )  # fmt: skip
         else:
             for r in tl.range(0, V_RANK, V_STEP, num_stages=STAGES):
                 b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_value_b, other=0.0).to(query.dtype)
                 output, rest_output = _add_output(
-                    output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, end - first, r,
+                    output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, num_rows, r,
                     VALUES, LAUNCH,
                 )  # fmt: skip
 
     if OVERLAP:  # the combine kernel's programs may take the places that empty, and wait there
         tl.extra.cuda.gdc_launch_dependents()
-    row = batch * num_splits + split
+    if PAGE_SIZE:
+        if partial_row < 0:
+            _store_output(
+                output, normalizer, out_ptr, queries, heads, out_stride_t, out_stride_h, num_queries,
+                NUM_HEADS, HEAD_DIM, V_RANK, BLOCK_D,
+            )  # fmt: skip
+            if REST_H:
+                _store_output(
+                    rest_output, rest_normalizer, out_ptr, rest_queries, rest_heads, out_stride_t, out_stride_h,
+                    num_queries, NUM_HEADS, HEAD_DIM, V_RANK, BLOCK_D,
+                )  # fmt: skip
+            return
+        row = partial_row.to(tl.int64)
+    else:
+        row = batch * num_splits + split
     _store_partial(
-        output, normalizer, maximum, partial_ptr, lse_ptr, row, queries, heads,
+        output, normalizer, maximum, partial_ptr, lse_ptr, row, queries, heads, num_queries,
         NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
     if REST_H:
         _store_partial(
-            rest_output, rest_normalizer, rest_maximum, partial_ptr, lse_ptr, row, rest_queries, rest_heads,
+            rest_output, rest_normalizer, rest_maximum, partial_ptr, lse_ptr, row, rest_queries, rest_heads, num_queries,
             NUM_QUERIES, NUM_HEADS, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
 
@@ -520,11 +664,11 @@ def _load_pieces(partial_ptr, first, splits, features, num_splits, COLUMNS: tl.c
     )
 
 
-@triton.jit(do_not_specialize=["num_splits"])
-def combine_kernel(
+@triton.jit
+def _combine(
     partial_ptr,
     lse_ptr,
-    out_ptr,
+    first,
     num_splits,
     COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -532,14 +676,8 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    """The pieces of one column (a query token's head) into its output: their mean, weighted by exponentials."""
-    if OVERLAP:  # started early: until the decode kernel is complete, and what it wrote is visible
-        tl.extra.cuda.gdc_wait()
-    column = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    first = batch * num_splits * COLUMNS + column
+    """The mean of a column's pieces, weighted by exponentials. `first` is its place in the first piece."""
     splits = tl.arange(0, BLOCK_S)
     features = tl.arange(0, BLOCK_D)
     # Sent for with the sums, not after them.
@@ -557,5 +695,202 @@ def combine_kernel(
         output += piece * tl.exp2(lse - maximum)[:, None]
         splits += BLOCK_S
         piece = _load_pieces(partial_ptr, first, splits, features, num_splits, COLUMNS, HEAD_DIM)
-    output = tl.sum(output, 0) / (normalizer * V_RANK)
+    return tl.sum(output, 0) / (normalizer * V_RANK)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def combine_kernel(
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    num_splits,
+    COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_RANK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """The pieces of one column (a query token's head) into its output."""
+    if OVERLAP:  # started early: until the decode kernel is complete, and what it wrote is visible
+        tl.extra.cuda.gdc_wait()
+    column = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    first = batch * num_splits * COLUMNS + column
+    output = _combine(
+        partial_ptr, lse_ptr, first, num_splits, COLUMNS, HEAD_DIM, V_RANK, BLOCK_D, BLOCK_S, MAX_SPLITS
+    )  # fmt: skip
+    features = tl.arange(0, BLOCK_D)
     tl.store(out_ptr + (batch * COLUMNS + column) * HEAD_DIM + features, output, mask=features < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["out_stride_t", "out_stride_h"])
+def combine_pages_kernel(
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    splits_ptr,
+    query_starts_ptr,
+    out_stride_t,
+    out_stride_h,
+    NUM_QUERIES: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_RANK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """The same for the requests that [`schedule_kernel`] divided: a column of one after another."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    COLUMNS: tl.constexpr = NUM_QUERIES * NUM_HEADS
+    features = tl.arange(0, BLOCK_D)
+    num_columns = tl.load(splits_ptr) * COLUMNS
+    for i in tl.range(tl.program_id(0), num_columns, tl.num_programs(0)):
+        entry_ptr = splits_ptr + 4 * (1 + i // COLUMNS)
+        request = tl.load(entry_ptr)
+        first = tl.load(entry_ptr + 1).to(tl.int64) * COLUMNS + i % COLUMNS
+        num_splits = tl.load(entry_ptr + 2)
+        token = tl.load(query_starts_ptr + request) + i % COLUMNS // NUM_HEADS
+        if token < tl.load(query_starts_ptr + request + 1):
+            output = _combine(
+                partial_ptr, lse_ptr, first, num_splits, COLUMNS, HEAD_DIM, V_RANK, BLOCK_D, BLOCK_S, MAX_SPLITS
+            )  # fmt: skip
+            column_ptr = out_ptr + token.to(tl.int64) * out_stride_t + i % NUM_HEADS * out_stride_h
+            tl.store(column_ptr + features, output, mask=features < HEAD_DIM)
+
+
+@triton.jit
+def _rows_to_read(length_ptr, query_starts_ptr, requests, is_request, window, TILE: tl.constexpr):
+    """Of each request: its first row that a query sees, the end of its rows, its first tile, its number of tiles."""
+    length = tl.load(length_ptr + requests, mask=is_request, other=0).to(tl.int32)
+    query_start = tl.load(query_starts_ptr + requests, mask=is_request, other=0)
+    num_queries = tl.load(query_starts_ptr + requests + 1, mask=is_request, other=0) - query_start
+    length = tl.where(num_queries > 0, length, 0)
+    first = tl.maximum(length - num_queries - window + 1, 0)
+    first_tile = first // TILE
+    return first, length, first_tile, tl.cdiv(length, TILE) - first_tile
+
+
+@triton.jit
+def _count_pieces(first, length, num_tiles, piece, MAX_SPLITS: tl.constexpr):
+    """Into how many pieces of about `piece` times 16 rows each request is divided."""
+    return tl.minimum(tl.minimum(tl.cdiv(tl.cdiv(length - first, 16), piece), num_tiles), MAX_SPLITS)
+
+
+@triton.jit(do_not_specialize=["num_requests", "num_slots", "at_once", "window"])
+def schedule_kernel(
+    length_ptr,
+    query_starts_ptr,
+    slots_ptr,
+    splits_ptr,
+    num_requests,
+    num_slots,
+    at_once,
+    window,
+    TILE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):
+    """
+    Divides the rows of all requests into pieces of about one length, and gives each a slot.
+
+    A slot [4]: the request (-1: none), the first row and the end of the piece, the place of its partial result (-1: it is
+    all of its request). `splits` [1 + requests, 4]: how many requests are divided; then of each of them the request, the
+    place of its first partial result, the number of its pieces. Pieces start on multiples of `TILE`, but for the first of
+    a sliding window.
+
+    Each program finds the same pieces, and fills `BLOCK_S` slots.
+    """
+    requests = tl.arange(0, BLOCK_R)
+    first, length, _, num_tiles = _rows_to_read(
+        length_ptr, query_starts_ptr, requests, requests < num_requests, window, TILE
+    )
+    units = tl.cdiv(length - first, 16)
+    total, longest, num_used = tl.sum(units, 0), tl.max(units, 0), tl.sum((units > 0).to(tl.int32), 0)
+    for block in range(BLOCK_R, num_requests, BLOCK_R):
+        requests = block + tl.arange(0, BLOCK_R)
+        more_first, more_length, _, _ = _rows_to_read(
+            length_ptr, query_starts_ptr, requests, requests < num_requests, window, TILE
+        )
+        units = tl.cdiv(more_length - more_first, 16)
+        total += tl.sum(units, 0)
+        longest = tl.maximum(longest, tl.max(units, 0))
+        num_used += tl.sum((units > 0).to(tl.int32), 0)
+
+    # The shortest pieces of which there are at most as many as run at once, or twice or three times as many, or besides
+    # one for each request as many as run at once.
+    rounds = tl.arange(1, 5)
+    budget = tl.where((rounds < 4) & (rounds * at_once <= num_slots), rounds * at_once, num_used + at_once)
+    high = tl.zeros([4], tl.int32) + tl.maximum(longest, 1)
+    low = tl.minimum(tl.maximum(tl.cdiv(total, budget), 1), high)
+    count = tl.zeros([4], tl.int32)
+    while tl.max(high - low, 0) >= 0:
+        middle = (low + high) // 2
+        counts = _count_pieces(first[None, :], length[None, :], num_tiles[None, :], middle[:, None], MAX_SPLITS)
+        num_pieces = tl.sum(counts, 1)
+        for block in range(BLOCK_R, num_requests, BLOCK_R):
+            requests = block + tl.arange(0, BLOCK_R)
+            more_first, more_length, _, more_tiles = _rows_to_read(
+                length_ptr, query_starts_ptr, requests, requests < num_requests, window, TILE
+            )
+            counts = _count_pieces(
+                more_first[None, :], more_length[None, :], more_tiles[None, :], middle[:, None], MAX_SPLITS
+            )
+            num_pieces += tl.sum(counts, 1)
+        fits = (num_pieces <= budget) & (low <= high)
+        count = tl.where(fits, num_pieces, count)
+        high, low = tl.where(fits, middle - 1, high), tl.where(fits | (low > high), low, middle + 1)
+    # `low` is the shortest that fits. Its time: that of the longest pieces in as many rounds, each of which costs
+    # something.
+    num_rounds = tl.cdiv(count, at_once)
+    time = (num_rounds * (low + 8)).to(tl.float32) * (1.0 + 0.06 * num_rounds)
+    time = tl.where(num_used <= budget, time, float("inf"))
+    piece = tl.min(tl.where(time == tl.min(time, 0), low, 2147483647), 0)
+
+    slots = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    slot_request = tl.zeros([BLOCK_S], tl.int32) - 1
+    slot_first = tl.zeros([BLOCK_S], tl.int32)
+    slot_partial = tl.zeros([BLOCK_S], tl.int32)
+    num_pieces, num_partial, num_splits = 0, 0, 0
+    for block in range(0, num_requests, BLOCK_R):
+        requests = block + tl.arange(0, BLOCK_R)
+        first, length, _, num_tiles = _rows_to_read(
+            length_ptr, query_starts_ptr, requests, requests < num_requests, window, TILE
+        )
+        counts = _count_pieces(first, length, num_tiles, piece, MAX_SPLITS)
+        is_split = (counts > 1).to(tl.int32)
+        first_pieces = num_pieces + tl.cumsum(counts, 0) - counts
+        first_partials = num_partial + tl.cumsum(counts * is_split, 0) - counts * is_split
+        is_here = (slots[:, None] >= first_pieces[None, :]) & (slots[:, None] < (first_pieces + counts)[None, :])
+        slot_request += tl.sum(tl.where(is_here, requests[None, :] + 1, 0), 1)
+        slot_first += tl.sum(tl.where(is_here, first_pieces[None, :], 0), 1)
+        slot_partial += tl.sum(tl.where(is_here, first_partials[None, :], 0), 1)
+        entry_ptr = splits_ptr + 4 * (num_splits + tl.cumsum(is_split, 0))
+        is_mine = (counts > 1) & (tl.full([BLOCK_R], tl.program_id(0), tl.int32) == 0)
+        tl.store(entry_ptr, requests, mask=is_mine)
+        tl.store(entry_ptr + 1, first_partials, mask=is_mine)
+        tl.store(entry_ptr + 2, counts, mask=is_mine)
+        num_pieces += tl.sum(counts, 0)
+        num_partial += tl.sum(counts * is_split, 0)
+        num_splits += tl.sum(is_split, 0)
+    if tl.program_id(0) == 0:
+        tl.store(splits_ptr, num_splits)
+
+    is_slot = slots < num_slots
+    first, length, first_tile, num_tiles = _rows_to_read(
+        length_ptr, query_starts_ptr, slot_request, slot_request >= 0, window, TILE
+    )
+    counts = tl.maximum(_count_pieces(first, length, num_tiles, piece, MAX_SPLITS), 1)
+    index = slots - slot_first
+    start = tl.maximum((first_tile + index * num_tiles // counts) * TILE, first)
+    end = tl.minimum((first_tile + (index + 1) * num_tiles // counts) * TILE, length)
+    slot_ptr = slots_ptr + 4 * slots
+    tl.store(slot_ptr, slot_request, mask=is_slot)
+    tl.store(slot_ptr + 1, start, mask=is_slot)
+    tl.store(slot_ptr + 2, end, mask=is_slot)
+    tl.store(slot_ptr + 3, tl.where(counts > 1, slot_partial + index, -1), mask=is_slot)

@@ -47,6 +47,12 @@ COMBINE_WARPS = 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # On Hopper and newer, the combine kernel's launch overlaps the decode kernel; a benchmark may switch it off.
 OVERLAP = True
+# What the decode kernel takes besides for a cache of pages.
+WITHOUT_PAGES = {
+    **dict.fromkeys(("slots_ptr", "query_starts_ptr", "table_ptr", "out_ptr")),
+    **dict.fromkeys(("table_stride", "window", "out_stride_t", "out_stride_h")),
+    "PAGE_SIZE": 0,
+}
 # Triton's interpreter runs the kernels on a CPU, to test them.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -144,10 +150,19 @@ def choose_launch(
 
 
 @functools.cache
-def rows_of(rank: int, num_heads: int, head_dim: int, stride: int, width: int, constant_a: bool, step: int) -> "Rows":
+def rows_of(
+    rank: int,
+    num_heads: int,
+    head_dim: int,
+    stride: int,
+    width: int,
+    constant_a: bool,
+    step: int,
+    gathered: bool = False,
+) -> "Rows":
     """`Rows` of `width` numbers that are `stride` numbers apart, read by `step` ranks where that divides the rank."""
     step = step if rank % step == 0 else 1
-    return Rows(rank, num_heads, head_dim, stride, width // rank - head_dim, constant_a, step)
+    return Rows(rank, num_heads, head_dim, stride, width // rank - head_dim, constant_a, step, gathered)
 
 
 @functools.lru_cache  # one length after another: the layers of a model share it
@@ -258,6 +273,7 @@ def _flash_tpa(
             num_splits,
             LOG2_E * scaling / k_rank,
             LOG2_E,
+            **WITHOUT_PAGES,
             KEYS=keys,
             VALUES=values,
             MASK=visible,

@@ -17,7 +17,14 @@ from triton.compiler import ASTSource
 
 from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.flash_tpa_kernels_t6 import Mask, combine_kernel, decode_kernel
-from modeling_t6.flash_tpa_t6 import COMBINE_WARPS, COMBINED_SPLITS, MAX_SPLITS, choose_launch, rows_of
+from modeling_t6.flash_tpa_t6 import (
+    COMBINE_WARPS,
+    COMBINED_SPLITS,
+    MAX_SPLITS,
+    WITHOUT_PAGES,
+    choose_launch,
+    rows_of,
+)
 
 
 SHAPES = [  # heads, head_dim, k_rank, v_rank, queries, constant A, dtype, dtype of the cache, mask, rows on 16 bytes
@@ -60,7 +67,7 @@ def compile_shape(shape: tuple, capability: int):
     constants = {
         "KEYS": rows[0], "VALUES": rows[1], "MASK": Mask(queries, heads, True, mask, mask == "additive"),
         "LAUNCH": launch, "HAS_LENGTHS": True, "STRIDE_UNIT": 16 // BYTES[cache_dtype] if aligned else 1,
-        "OVERLAP": capability >= 90,
+        "OVERLAP": capability >= 90, **WITHOUT_PAGES,
     }  # fmt: skip
     types = dict.fromkeys(("query_ptr", "key_a_ptr", "value_a_ptr"), f"*{dtype}")
     types |= {

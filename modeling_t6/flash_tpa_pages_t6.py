@@ -1,0 +1,309 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""FlashTPA on pages: decoding attention of an engine's requests, whose factors lie in pages of one cache"""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import flash_tpa_t6
+from .flash_tpa_t6 import (
+    COMBINE_WARPS,
+    COMBINED_SPLITS,
+    LOG2_E,
+    MAX_HEAD_DIM,
+    MAX_QUERIES,
+    MAX_SPLITS,
+    choose_launch,
+    rows_of,
+)
+
+
+try:
+    import triton
+
+    from .flash_tpa_kernels_t6 import Mask, combine_pages_kernel, decode_kernel, schedule_kernel
+except ImportError:
+    triton = None
+
+
+NO_WINDOW = 2**30  # longer than any request
+SCHEDULED_REQUESTS, SCHEDULED_SLOTS, SCHEDULE_WARPS = 1024, 16, 8  # of a program of the schedule
+COMBINE_PROGRAMS = 8  # of a multiprocessor
+
+
+def _bucket(max_query_length: int) -> int:
+    """Query tokens that the kernel is compiled for: 1, 2, 4, 8 or 16."""
+    if not 1 <= max_query_length <= MAX_QUERIES:
+        raise ValueError(f"max_query_length must be 1 to {MAX_QUERIES}, got {max_query_length}.")
+    return 1 << (max_query_length - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """
+    Which program reads what of a batch of `num_requests`: filled by [`schedule_pieces`] at each step, read by
+    [`paged_flash_tpa`] in each layer. Made once, its tensors keep their addresses, so that CUDA graphs may read them.
+
+    Attributes:
+        slots: int32 [num_slots, 4], a piece each: the request (-1: unused), its first row and its end, the place of its
+            partial result (-1: it is all of its request).
+        splits: int32 [1 + num_requests, 4], the requests of several pieces: their number first, then the request, its
+            first place and how many for each of them.
+        num_at_once: pieces that the chip works on at once.
+        num_partials: places for partial results.
+        tile: tokens that pieces are multiples of.
+        sliding_window: tokens that a query sees, its own included; `None`: all.
+    """
+
+    slots: torch.Tensor
+    splits: torch.Tensor
+    num_at_once: int
+    num_partials: int
+    tile: int
+    sliding_window: int | None
+
+    @property
+    def num_requests(self) -> int:
+        return self.splits.shape[0] - 1
+
+    @classmethod
+    def empty(
+        cls,
+        num_requests: int,
+        max_query_length: int,
+        num_heads: int,
+        head_dim: int,
+        k_rank: int,
+        v_rank: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        constant_a: bool = False,
+        sliding_window: int | None = None,
+    ) -> "Pieces":
+        """
+        Pieces for a batch of that many requests, those without tokens counted, over layers of this shape. Other layers
+        may read them too, as long as their window is the same.
+
+        Args:
+            dtype: of the cache.
+        """
+        device = torch.device(device)
+        num_queries = _bucket(max_query_length)
+        num_sms, shared_memory = flash_tpa_t6._device_limits(device)
+        launch = choose_launch(
+            num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, dtype.itemsize, shared_memory
+        )
+        columns = launch.column_blocks(num_queries, num_heads)
+        places = num_sms * launch.programs_per_sm
+        at_once = max(1, places // columns)
+        # As `choose_splits` fills places, for requests of one length.
+        filled = {n: n * places // (num_requests * columns) * num_requests * columns / (n * places) for n in (1, 2, 3)}
+        rounds = max(filled, key=lambda n: filled[n] - 0.06 * n)
+        num_slots = max(rounds * at_once, at_once + num_requests)
+        tensors = (torch.empty(n, 4, dtype=torch.int32, device=device) for n in (num_slots, 1 + num_requests))
+        return cls(*tensors, at_once, min(num_slots, 3 * at_once), launch.block_n, sliding_window)
+
+
+def schedule_pieces(lengths: torch.Tensor, query_starts: torch.Tensor, pieces: Pieces) -> Pieces:
+    """
+    Divides what a batch reads among the places of the chip, whatever the lengths of its requests: one short launch for
+    all layers of a window. Reads nothing on the host.
+
+    Args:
+        lengths: int32 [num_requests], rows of each request, those of its query tokens included.
+        query_starts: int32 [num_requests + 1], where its query tokens begin, and where the last ones end.
+
+    Returns:
+        `pieces`, filled.
+    """
+    num_slots, num_requests = pieces.slots.shape[0], pieces.num_requests
+    if lengths.shape != (num_requests,) or query_starts.shape != (num_requests + 1,):
+        raise ValueError(
+            f"Pieces for {num_requests} requests need lengths [{num_requests}] and query_starts [{num_requests + 1}], got "
+            f"{list(lengths.shape)} and {list(query_starts.shape)}."
+        )
+    with torch.cuda.device_of(lengths):
+        schedule_kernel[(triton.cdiv(num_slots, SCHEDULED_SLOTS),)](
+            lengths.contiguous(),
+            query_starts.contiguous(),
+            pieces.slots,
+            pieces.splits,
+            num_requests,
+            num_slots,
+            pieces.num_at_once,
+            NO_WINDOW if pieces.sliding_window is None else pieces.sliding_window,
+            TILE=pieces.tile,
+            BLOCK_R=SCHEDULED_REQUESTS,
+            BLOCK_S=SCHEDULED_SLOTS,
+            MAX_SPLITS=MAX_SPLITS,
+            num_warps=SCHEDULE_WARPS,
+        )
+    return pieces
+
+
+def _check(query, key_pages, value_pages, block_table, query_starts, pieces, max_query_length, sliding_window, output):
+    if query.dim() != 3 or query.shape[2] > MAX_HEAD_DIM:
+        raise ValueError(f"query must be [tokens, h, d] with d at most {MAX_HEAD_DIM}, got {list(query.shape)}.")
+    if key_pages.shape[:2] != value_pages.shape[:2] or key_pages.stride(2) != 1 or value_pages.stride(2) != 1:
+        raise ValueError(
+            "key_pages and value_pages must be [blocks, page_size, width] of as many pages, with the numbers of a row side "
+            f"by side, got {list(key_pages.shape)} and {list(value_pages.shape)} with strides {key_pages.stride()} and "
+            f"{value_pages.stride()}."
+        )
+    if block_table.shape[0] < pieces.num_requests or block_table.stride(1) != 1:
+        raise ValueError(
+            f"block_table must have a contiguous row for each of {pieces.num_requests} requests, got {list(block_table.shape)}."
+        )
+    if pieces.sliding_window != sliding_window:
+        raise ValueError(f"sliding_window is {sliding_window}, that of the pieces {pieces.sliding_window}.")
+    if output is not None and (output.shape != query.shape or output.stride(2) != 1 or output.dtype != query.dtype):
+        raise ValueError(
+            f"output must be {query.dtype} {list(query.shape)} with contiguous heads, got {output.dtype} {list(output.shape)}."
+        )
+
+
+def paged_flash_tpa(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    query_starts: torch.Tensor,
+    pieces: Pieces,
+    k_rank: int,
+    v_rank: int,
+    scaling: float,
+    max_query_length: int,
+    key_a: torch.Tensor | None = None,
+    value_a: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    output: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Attention of a few query tokens of each request over its pages of factors, in one pass over the rows as they lie: what
+    [`flash_tpa`] computes. No gradient. Reads nothing on the host, and its launches depend on shapes alone.
+
+    Args:
+        query: [tokens, h, d], rotated, the tokens of one request after those of another; bfloat16, float16 or float32; d at
+            most 256.
+        key_pages, value_pages: [blocks, page_size, width] as `FactorLayout` packs rows, with any strides of pages and
+            rows; the query's dtype, or float8_e4m3fn. Fastest where a page holds whole blocks of `pieces.tile` tokens.
+        block_table: int32 [requests or more, pages], where each page of a request lies. What is beyond its length, or
+            before all windows, is not looked at.
+        lengths: int32 [requests], rows of each request, those of its query tokens included: the last query token sees the
+            last of them, the one before it one less, and so on. 0 for a request without tokens.
+        query_starts: int32 [requests + 1], where the query tokens of each request begin, and where the last ones end.
+        pieces: by [`schedule_pieces`] from the same lengths and query starts.
+        scaling: of the scores, positive.
+        max_query_length: 1 to 16, the most tokens of a request.
+        key_a, value_a: constant A factors [R_K, h] and [R_V, h]; rows then hold B alone.
+        sliding_window: how many tokens a query sees, its own included.
+        output: to write into, [tokens, h, d].
+
+    Returns:
+        Output [tokens, h, d]: `output`, if given. Tokens of no request are left as they are.
+    """
+    _check(query, key_pages, value_pages, block_table, query_starts, pieces, max_query_length, sliding_window, output)
+    num_queries = _bucket(max_query_length)
+    _, num_heads, head_dim = query.shape
+    page_size = key_pages.shape[1]
+    num_sms, shared_memory = flash_tpa_t6._device_limits(query.device)
+    constant_a = key_a is not None
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    if output is None:
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+
+    itemsize = key_pages.element_size()
+    unit = 16 // itemsize
+    while key_pages.stride(0) % unit or value_pages.stride(0) % unit:
+        unit //= 2
+    is_aligned = unit * itemsize == 16 and not any(
+        rows.stride(1) % unit or rows.data_ptr() % 16 for rows in (key_pages, value_pages)
+    )
+    launch = choose_launch(
+        num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, itemsize, shared_memory, is_aligned
+    )
+    gathered = page_size % launch.block_n != 0
+    keys, values = (
+        rows_of(rank, num_heads, head_dim, pages.stride(1), pages.shape[2], constant_a, launch.step, gathered)
+        for rank, pages in ((k_rank, key_pages), (v_rank, value_pages))
+    )
+    visible = Mask(
+        num_queries, num_heads, causal=True, kind="none", by_column=False,
+        sliding=sliding_window is not None and num_queries > 1,
+    )  # fmt: skip
+
+    columns = launch.column_blocks(num_queries, num_heads)
+    partial = query.new_empty((pieces.num_partials, num_queries, num_heads, head_dim), dtype=torch.float32)
+    lse = query.new_empty((pieces.num_partials, num_queries, num_heads), dtype=torch.float32)
+    overlap = flash_tpa_t6.OVERLAP and flash_tpa_t6._can_overlap(query.device)
+    with torch.cuda.device_of(query):
+        decode_kernel[(columns * pieces.slots.shape[0],)](
+            query,
+            key_pages,
+            value_pages,
+            query if key_a is None else key_a.contiguous(),
+            query if value_a is None else value_a.contiguous(),
+            query,
+            lengths,
+            partial,
+            lse,
+            0,
+            *query.stride()[:2],
+            key_pages.stride(0) // unit,
+            value_pages.stride(0) // unit,
+            *(0, 0, 0, 0),
+            0,
+            0,
+            0,
+            LOG2_E * scaling / k_rank,
+            LOG2_E,
+            pieces.slots,
+            query_starts,
+            block_table,
+            output,
+            block_table.stride(0),
+            NO_WINDOW if sliding_window is None else sliding_window,
+            *output.stride()[:2],
+            KEYS=keys,
+            VALUES=values,
+            MASK=visible,
+            LAUNCH=launch,
+            HAS_LENGTHS=True,
+            STRIDE_UNIT=unit,
+            PAGE_SIZE=page_size,
+            OVERLAP=overlap,
+            num_warps=launch.warps,
+        )
+        combine_pages_kernel[(COMBINE_PROGRAMS * num_sms,)](
+            partial,
+            lse,
+            output,
+            pieces.splits,
+            query_starts,
+            *output.stride()[:2],
+            NUM_QUERIES=num_queries,
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            V_RANK=v_rank,
+            BLOCK_D=launch.block_d,
+            BLOCK_S=COMBINED_SPLITS,
+            MAX_SPLITS=MAX_SPLITS,
+            OVERLAP=overlap,
+            num_warps=COMBINE_WARPS,
+            **({"launch_pdl": True} if overlap else {}),
+        )
+    return output

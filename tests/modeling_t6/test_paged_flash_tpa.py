@@ -1,0 +1,146 @@
+"""FlashTPA on pages, on a GPU or through Triton's interpreter, against float64 and over every row that no one may read."""
+
+import random
+
+import pytest
+import torch
+
+from modeling_t6 import flash_tpa_t6
+from modeling_t6.flash_tpa_pages_t6 import Pieces, schedule_pieces
+
+from .common import DEVICE
+from .flash_tpa_cases import TOLERANCES
+from .paged_flash_tpa_cases import random_case, relative_error, small_case
+
+
+pytestmark = [pytest.mark.once, pytest.mark.skipif(flash_tpa_t6.triton is None, reason="Triton is for Linux")]
+PLAIN = {
+    "dtype": torch.float32, "float8": False, "heads": 5, "head_dim": 32, "k_rank": 2, "v_rank": 1, "constant_a": False,
+    "max_queries": 1, "sliding_window": None, "page_size": 16, "shared": False, "wide_rows": False,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def checked_interpreter(monkeypatch):
+    if DEVICE != "cpu":
+        return
+    from . import interpreter
+
+    interpreter.compute_bfloat16(monkeypatch)
+    interpreter.check_addresses(monkeypatch)
+    interpreter.patch_language_once(monkeypatch)
+
+
+def check(case: dict) -> None:
+    assert relative_error(case, DEVICE) < TOLERANCES[case["dtype"]]
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_batches(seed):
+    """On a GPU, `paged_flash_tpa_cases` runs as many as one likes; the interpreter runs small ones."""
+    check((small_case if DEVICE == "cpu" else random_case)(seed))
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 16, 24, 32, 64, 128, 272])
+def test_page_sizes(page_size):
+    """Pages that are parts of a tile, tiles that are parts of a page, and neither."""
+    check(random_case(page_size, **PLAIN | {"page_size": page_size, "lengths": [130, 1, 33], "shared": True}))
+
+
+@pytest.mark.parametrize("heads, head_dim", [(34, 64), (47, 64), (78, 64), (3, 33)])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_head_counts(heads, head_dim, page_size):
+    fixed = {"dtype": torch.bfloat16, "heads": heads, "head_dim": head_dim, "page_size": page_size, "v_rank": 2}
+    check(random_case(heads, **PLAIN | fixed | {"lengths": [90, 40]}))
+
+
+@pytest.mark.parametrize("window", [1, 7, 33, 100])
+@pytest.mark.parametrize("page_size", [8, 32])
+def test_sliding_windows(window, page_size):
+    """Of one token and more, longer than a request; what is before them is NaN, its pages are given back."""
+    fixed = {"sliding_window": window, "page_size": page_size, "lengths": [3, 90, 64, 0, 80], "max_queries": 3}
+    check(random_case(window, **PLAIN | fixed))
+
+
+@pytest.mark.parametrize("max_queries", [2, 3, 16])
+def test_ragged_queries(max_queries):
+    """Requests of no token to as many as there may be, over as many rows or more."""
+    check(random_case(max_queries, **PLAIN | {"max_queries": max_queries, "lengths": [40, 0, 16, 1, 70, 0, 20]}))
+
+
+@pytest.mark.parametrize("ranks", [(16, 16), (1, 8)], ids=str)
+def test_constant_a(ranks):
+    fixed = {"constant_a": True, "k_rank": ranks[0], "v_rank": ranks[1], "page_size": 32, "dtype": torch.bfloat16}
+    check(random_case(1, **PLAIN | fixed | {"lengths": [70, 20]}))
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+def test_float8(page_size):
+    fixed = {"float8": True, "dtype": torch.float16, "v_rank": 2, "heads": 12, "head_dim": 64, "page_size": page_size}
+    check(random_case(2, **PLAIN | fixed | {"lengths": [150, 31]}))
+
+
+def test_one_long_request_beside_many_short_ones():
+    check(random_case(3, **PLAIN | {"lengths": [5] * 9 + [600] + [7] * 8}))
+
+
+# The schedule.
+
+
+def schedule(lengths: list[int], queries: list[int], window: int | None = None, at_once: int = 8) -> list[list[tuple]]:
+    """The pieces (first row, end, place of the partial result) of each request, every slot and entry checked."""
+    pieces = Pieces.empty(len(lengths), 16, 8, 32, 1, 1, torch.float32, DEVICE, sliding_window=window)
+    num_slots = max(at_once, at_once + len(lengths))
+    pieces = Pieces(
+        torch.full((num_slots, 4), -9, dtype=torch.int32, device=DEVICE),
+        torch.full((len(lengths) + 1, 4), -9, dtype=torch.int32, device=DEVICE),
+        at_once,
+        3 * at_once,
+        pieces.tile,
+        window,
+    )
+    starts = torch.tensor([0, *queries], device=DEVICE).cumsum(0, dtype=torch.int32)
+    schedule_pieces(torch.tensor(lengths, dtype=torch.int32, device=DEVICE), starts, pieces)
+    slots = pieces.slots.tolist()
+    found = [[] for _ in lengths]
+    for request, first, end, partial in slots:
+        if request >= 0:
+            found[request].append((first, end, partial))
+    used = sum(map(len, found))
+    assert all(slot[0] == -1 for slot in slots[used:])
+    entries = pieces.splits.tolist()
+    split = {i: of_request for i, of_request in enumerate(found) if len(of_request) > 1}
+    assert [entry[:3] for entry in entries[1 : 1 + entries[0][0]]] == [
+        [i, of_request[0][2], len(of_request)] for i, of_request in split.items()
+    ]
+    places = [place for of_request in split.values() for _, _, place in of_request]
+    assert places == list(range(len(places))) and len(places) <= pieces.num_partials
+    assert all(of_request[0][2] == -1 for of_request in found if len(of_request) == 1)
+    return found
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_schedule_covers_every_row_once(window):
+    choose = random.Random(0)
+    for count, longest in ((1, 4000), (3, 100), (40, 2000), (1100, 60)):
+        lengths = [choose.choice((0, 1, longest, choose.randint(1, longest))) for _ in range(count)]
+        queries = [min(length, choose.randint(0, 3)) for length in lengths]
+        for length, n, pieces in zip(lengths, queries, schedule(lengths, queries, window)):
+            first = 0 if window is None else max(0, length - n - window + 1)
+            if n == 0 or length == 0:
+                assert pieces == []
+                continue
+            assert pieces[0][0] == first and pieces[-1][1] == length
+            assert all(a[1] == b[0] and a[0] < a[1] for a, b in zip(pieces, pieces[1:]))
+            assert all(piece[0] % 16 == 0 for piece in pieces[1:])
+
+
+def test_schedule_fills_the_chip_once_with_requests_of_one_length():
+    for count in (1, 2, 4, 8):
+        found = schedule([16 * 1000] * count, [1] * count)
+        assert all(len(pieces) == 8 // count for pieces in found)
+
+
+def test_schedule_divides_the_longest_alone():
+    found = schedule([16] * 20 + [16 * 400], [1] * 21)
+    assert all(len(pieces) == 1 for pieces in found[:-1]) and len(found[-1]) >= 6

@@ -92,7 +92,7 @@ def schedule(lengths: list[int], queries: list[int], window: int | None = None, 
     pieces = Pieces.empty(len(lengths), 16, 8, 32, 1, 1, torch.float32, DEVICE, sliding_window=window)
     num_slots = max(at_once, at_once + len(lengths))
     pieces = Pieces(
-        torch.full((num_slots, 4), -9, dtype=torch.int32, device=DEVICE),
+        torch.full((num_slots, 8), -9, dtype=torch.int32, device=DEVICE),
         torch.full((len(lengths) + 1, 4), -9, dtype=torch.int32, device=DEVICE),
         at_once,
         3 * at_once,
@@ -103,7 +103,7 @@ def schedule(lengths: list[int], queries: list[int], window: int | None = None, 
     schedule_pieces(torch.tensor(lengths, dtype=torch.int32, device=DEVICE), starts, pieces)
     slots = pieces.slots.tolist()
     found = [[] for _ in lengths]
-    for request, first, end, partial in slots:
+    for request, first, end, partial, *_ in slots:
         if request >= 0:
             found[request].append((first, end, partial))
     used = sum(map(len, found))

@@ -380,6 +380,8 @@ def _row_pointers(
         "length_stride_b",
         "key_length",
         "num_splits",
+        "slots_ptr",
+        "table_ptr",
         "table_stride",
         "window",
         "out_stride_t",
@@ -725,7 +727,7 @@ def combine_kernel(
     tl.store(out_ptr + (batch * COLUMNS + column) * HEAD_DIM + features, output, mask=features < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["out_stride_t", "out_stride_h"])
+@triton.jit(do_not_specialize=["splits_ptr", "query_starts_ptr", "out_stride_t", "out_stride_h"])
 def combine_pages_kernel(
     partial_ptr,
     lse_ptr,
@@ -781,7 +783,7 @@ def _count_pieces(first, length, num_tiles, piece, MAX_SPLITS: tl.constexpr):
     return tl.minimum(tl.minimum(tl.cdiv(tl.cdiv(length - first, 16), piece), num_tiles), MAX_SPLITS)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_slots", "at_once", "window"])
+@triton.jit(do_not_specialize=["length_ptr", "query_starts_ptr", "num_requests", "num_slots", "at_once", "window"])
 def schedule_kernel(
     length_ptr,
     query_starts_ptr,

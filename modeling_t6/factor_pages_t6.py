@@ -298,7 +298,7 @@ def _store_sizes(num_heads: int, key_layout: FactorLayout, value_layout: FactorL
     block_d = _power_of_2(key_layout.head_dim, 16)
     all_heads = _power_of_2(max(num_heads, key_layout.padded_heads, value_layout.padded_heads))
     # Few blocks of heads, few of whose heads are none.
-    widths = [n for n in (4, 8, 16, 32, 64) if n * block_d <= QUERY_TILE]
+    widths = [n for n in (1, 2, 4, 8, 16, 32, 64) if n * block_d <= QUERY_TILE]
     block_h = min(reversed(widths), key=lambda n: -(-num_heads // n) * (n + 8))
     return {
         "BLOCK_H": block_h,

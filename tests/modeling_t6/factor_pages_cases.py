@@ -2,6 +2,7 @@
 Random cases of the kernels between projections and pages, and their references in float64.
 
     python -m tests.modeling_t6.factor_pages_cases 0 100      # on a GPU: that many seeds, in as many processes as cores
+    compute-sanitizer --tool memcheck python -m tests.modeling_t6.factor_pages_cases 0 10 0      # in this process
 """
 
 import math
@@ -258,10 +259,14 @@ def _run(seed: int) -> str | None:
 
 
 def main() -> None:
-    first, last = int(sys.argv[1]), int(sys.argv[2])
-    with torch.multiprocessing.get_context("spawn").Pool(int(sys.argv[3]) if len(sys.argv) > 3 else None) as pool:
-        failures = [failure for failure in pool.imap_unordered(_run, range(first, last), chunksize=2) if failure]
-    print(*failures, f"{last - first} random cases, {len(failures)} failures", sep="\n")
+    seeds, processes = range(int(sys.argv[1]), int(sys.argv[2])), int(sys.argv[3]) if len(sys.argv) > 3 else None
+    if processes == 0:
+        results = list(map(_run, seeds))
+    else:
+        with torch.multiprocessing.get_context("spawn").Pool(processes) as pool:
+            results = list(pool.imap_unordered(_run, seeds, chunksize=2))
+    failures = [failure for failure in results if failure]
+    print(*failures, f"{len(results)} random cases, {len(failures)} failures", sep="\n")
     sys.exit(len(failures) > 0)
 
 

@@ -187,22 +187,14 @@ class FactorImpl(AttentionImpl):
         key, value = self._workspace(query.dtype, query.device)
         earlier = None  # of a prompt whose rows take several pieces
         for piece in metadata.prompt_pieces:
+            piece_key, piece_value = key[: len(piece.slots)], value[: len(piece.slots)]
             form_heads_from_pages(
-                key_pages,
-                value_pages,
-                metadata.block_table[piece.requests],
-                piece.first_positions,
-                piece.row_starts,
-                key[: piece.num_rows],
-                value[: piece.num_rows],
-                self.k_rank,
-                self.v_rank,
-                *constants,
+                key_pages, value_pages, piece.slots, piece_key, piece_value, self.k_rank, self.v_rank, *constants
             )
             earlier = attend_to_piece(
                 query[piece.queries],
-                key[: piece.num_rows],
-                value[: piece.num_rows],
+                piece_key,
+                piece_value,
                 piece,
                 self.scale,
                 self.sliding_window,

@@ -125,7 +125,14 @@ class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
             # Exact for prompts, which hold no token that was only proposed.
             lengths = common.seq_lens_cpu_upper_bound[num_decodes : common.num_reqs].tolist()
             metadata.prompt_pieces = plan_pieces(
-                query_lengths, lengths, num_decodes, num_decode_tokens, self.room, self.sliding_window, self.device
+                query_lengths,
+                lengths,
+                num_decodes,
+                num_decode_tokens,
+                self.room,
+                self.sliding_window,
+                metadata.block_table,
+                self.kv_cache_spec.block_size,
             )
         return metadata
 

@@ -110,7 +110,7 @@ class T6Attention(nn.Module):
             self.o_gate_proj = ColumnParallelLinear(
                 config.hidden_size,
                 config.num_attention_heads * head_dim,
-                bias=False,
+                bias=config.attention_bias,
                 quant_config=quant_config,
                 prefix=f"{prefix}.o_gate_proj",
             )

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
+from modeling_t6.factor_pages_t6 import slots_of_rows
+
 
 # Rows of the workspace that holds K and V while prompts attend, unless a step may add more to one request.
 WORKSPACE_ROWS = 16384
@@ -31,23 +33,19 @@ class Piece:
     Rows of some requests that are in the workspace at once, and the query tokens that look at them.
 
     Attributes:
-        requests: a slice of the step's requests.
-        queries: a slice of its tokens, those of the requests.
+        queries: a slice of the step's tokens, those of the requests.
         query_starts: int32 [requests + 1] on the device, counted from the piece's first query token.
         row_starts: int32 [requests + 1] on the device, where in the workspace a request's rows start.
-        first_positions: int32 [requests] on the device, of the first row of each.
-        num_rows: of all requests.
+        slots: int64 [rows] on the device, where in the pages these are.
         max_queries, max_rows: of one request.
         is_first, is_last: whether the query tokens have attended to nothing before, and to all that they see after it.
             The last query token of a request sees the last row of its last piece, the one before it one row less.
     """
 
-    requests: slice
     queries: slice
     query_starts: torch.Tensor
     row_starts: torch.Tensor
-    first_positions: torch.Tensor
-    num_rows: int
+    slots: torch.Tensor
     max_queries: int
     max_rows: int
     is_first: bool
@@ -72,7 +70,8 @@ def plan_pieces(
     first_token: int,
     room: int,
     window: int | None,
-    device: torch.device,
+    block_table: torch.Tensor,
+    block_size: int,
 ) -> list[Piece]:
     """
     Divides prompts, the last `query_lengths` tokens of `lengths`, into pieces of at most `room` rows: as many requests as
@@ -107,15 +106,16 @@ def plan_pieces(
 
 
 def _piece(
-    request: int,
+    requests: slice,
     token: int,
     query_lengths: list[int],
     spans: list[tuple[int, int]],
     is_first: bool,
     is_last: bool,
-    device: torch.device,
+    block_table: torch.Tensor,
+    block_size: int,
 ) -> Piece:
-    num_requests, row_lengths = len(spans), [end - start for start, end in spans]
+    device, num_requests, row_lengths = block_table.device, len(spans), [end - start for start, end in spans]
     # One copy to the device, which the host does not wait for.
     query_ends, row_ends = itertools.accumulate(query_lengths), itertools.accumulate(row_lengths)
     numbers = [0, *query_ends, 0, *row_ends, *(start for start, _ in spans)]
@@ -124,12 +124,10 @@ def _piece(
         [num_requests + 1, num_requests + 1, num_requests]
     )
     return Piece(
-        requests=slice(request, request + num_requests),
         queries=slice(token, token + sum(query_lengths)),
         query_starts=query_starts,
         row_starts=row_starts,
-        first_positions=first_positions,
-        num_rows=sum(row_lengths),
+        slots=slots_of_rows(block_table, first_positions, row_starts, block_size, sum(row_lengths)),
         max_queries=max(query_lengths),
         max_rows=max(row_lengths),
         is_first=is_first,

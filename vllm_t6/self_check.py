@@ -55,7 +55,7 @@ def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
         num_decode_tokens=len(lengths),
         max_decode_queries=1,
         decode_pieces=impl.empty_pieces(len(lengths), 1, device),
-        prompt_pieces=plan_pieces(lengths, lengths, 0, 0, impl.room, impl.sliding_window, device),
+        prompt_pieces=plan_pieces(lengths, lengths, 0, 0, impl.room, impl.sliding_window, blocks, block_size),
     )
     if metadata.decode_pieces is not None:
         schedule_pieces(metadata.lengths, metadata.query_starts, metadata.decode_pieces)

@@ -96,17 +96,15 @@ def plan_pieces(
             ]
         queries = query_lengths[request:end]
         for spans in steps:
-            piece = _piece(
-                first_request + request, token, queries, spans, spans is steps[0], spans is steps[-1], device
-            )
-            pieces.append(piece)
+            is_first, is_last = spans is steps[0], spans is steps[-1]
+            table = block_table[first_request + request : first_request + end]
+            pieces.append(_piece(token, queries, spans, is_first, is_last, table, block_size))
         token += sum(queries)
         request = end
     return pieces
 
 
 def _piece(
-    requests: slice,
     token: int,
     query_lengths: list[int],
     spans: list[tuple[int, int]],

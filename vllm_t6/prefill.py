@@ -60,7 +60,7 @@ def workspace_rows(vllm_config: VllmConfig) -> int:
     device = torch.device(vllm_config.device_config.device_type)
     if not can_merge_pieces(device, model_config.dtype, model_config.hf_text_config.head_dim):
         return max_length
-    return max(min(WORKSPACE_ROWS, max_length), min(most_queries, max_length) + window)
+    return max(WORKSPACE_ROWS, min(most_queries, max_length) + window)
 
 
 def plan_pieces(

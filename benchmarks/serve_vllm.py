@@ -18,7 +18,9 @@ decoding steps over a full cache alone. The memory is a part of the GPU's, since
 latency: time to first token and between tokens of streamed answers of vLLM's server, requests coming at random
 (Poisson) at given rates.
 
-A model is a folder of configuration/, or any other with a config.json. Each runs in a process of its own. On a CPU:
+A model is a folder of configuration/, or any other with a config.json. Each runs in a process of its own, by default after the
+one before has ended; with --together all start at once, which saves minutes where memory is enough for all, and are then
+measured in turn. On a CPU:
 
     VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/serve_vllm.py throughput --models A B --engine '{"enforce_eager": true}' ...
 """
@@ -50,16 +52,18 @@ def parse_args() -> argparse.Namespace:
         added.add_argument("--seed", type=int, default=0)
         if requests is not None:
             added.add_argument("--requests", type=int, default=requests)
+        if requests != 512:
+            added.add_argument("--together", action="store_true", help="start all models at once, measure in turn")
         add_output(added, plots=False)
         return added
 
     def lengths(added: argparse.ArgumentParser) -> None:
         added.add_argument("--prompt-tokens", type=int, nargs=2, default=(100, 900), metavar=("FROM", "TO"))
         added.add_argument("--new-tokens", type=int, default=96)
-        added.add_argument("--memory", type=float, default=0.5, help="part of the GPU's that vLLM may use")
 
     throughput = command("throughput", SMALL, 512)
     lengths(throughput)
+    throughput.add_argument("--memory", type=float, default=0.5, help="part of the GPU's that vLLM may use")
     throughput.add_argument("--repeats", type=int, default=3, help="runs, after one that is not timed")
     long = command("long", XL, 4)
     long.add_argument("--context", type=int, default=32768, help="tokens of a prompt")
@@ -68,6 +72,7 @@ def parse_args() -> argparse.Namespace:
     lengths(latency)
     latency.add_argument("--rates", type=float, nargs="+", default=(4, 16, 64), help="requests that come in a second")
     latency.add_argument("--seconds", type=float, default=15, help="for which they come")
+    latency.add_argument("--cache", type=int, default=2**34, help="bytes")
     args = parser.parse_args()
     if (args.command is None) == (args.plot is None):
         parser.error("a command is wanted: throughput, long, latency, or --plot")
@@ -79,13 +84,16 @@ if __name__ == "__main__":
 
 import asyncio
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import random
 import statistics
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vllm_server import Server, at_times, complete, machine, model_folders, session
@@ -101,6 +109,29 @@ def alone(function: Callable, *arguments):
         return pool.submit(function, *arguments).result()
 
 
+class Turns:
+    """Of processes that start together: nobody's turn comes before all have started, and then one at a time."""
+
+    def __init__(self, manager, parties: int):
+        self.started, self.turn = manager.Barrier(parties), manager.Lock()
+
+    @contextlib.contextmanager
+    def mine(self) -> Iterator[None]:
+        self.started.wait()
+        with self.turn:
+            yield
+
+    def alone(self, function: Callable, *arguments):
+        """What `alone` does; if it fails, the others do not wait for it."""
+        try:
+            return alone(function, self, *arguments)
+        except BaseException as error:
+            if not isinstance(error, threading.BrokenBarrierError):
+                print(f"{function.__name__}{arguments[:1]}: {error!r}", file=sys.stderr, flush=True)
+            self.started.abort()
+            raise
+
+
 def random_prompts(count: int, lengths: tuple[int, int], vocab_size: int, seed: int) -> list[list[int]]:
     generator = random.Random(seed)
     return [[generator.randrange(vocab_size) for _ in range(generator.randint(*lengths))] for _ in range(count)]
@@ -111,6 +142,7 @@ def vocab_size(folder: Path) -> int:
 
 
 def engine_settings(args: argparse.Namespace, **settings) -> dict:
+    """Of `LLM(...)` or a server; the last word is the user's."""
     settings |= {"dtype": args.dtype, "load_format": "dummy", "skip_tokenizer_init": True, "seed": args.seed}
     return settings | args.engine
 
@@ -227,17 +259,26 @@ def print_throughput(args: argparse.Namespace, rows: dict) -> None:
         )
 
 
-def long_of(folder: Path, settings: dict, context: int, steps: int, seed: int) -> dict:
+def long_of(turns: Turns, folder: Path, settings: dict, context: int, steps: int, seed: int) -> dict:
     llm, facts = start_engine(folder, settings)
+    with turns.mine():
+        return facts | time_long(llm, facts, vocab_size(folder), context, steps, seed)
+
+
+def time_long(llm, facts: dict, vocab_size: int, context: int, steps: int, seed: int) -> dict:
     # A page that a run frees is not taken again while there are pages that none has used: with as many of these as all
     # runs take, the prompts' own stay.
-    taken = [1, SHORT, SHORT + steps, SHORT + steps]
+    taken = [1, SHORT, SHORT, SHORT + steps]
     pages = -(-context // facts["block_size"])
     pages += sum(1 + -(-new // facts["block_size"]) for new in taken)
     count = (facts["num_blocks"] - 1) // pages  # one is vLLM's own
     if count == 0:
         raise RuntimeError(f"No request of {context:,} tokens fits into {facts['tokens']:,} tokens of cache.")
-    prompts = random_prompts(count, (context, context), vocab_size(folder), seed)
+    if count > (most := llm.llm_engine.vllm_config.scheduler_config.max_num_seqs):
+        raise RuntimeError(
+            f"{count} requests fit, of which {most} run at once: --engine '{{\"max_num_seqs\": {count}}}'"
+        )
+    prompts = random_prompts(count, (context, context), vocab_size, seed)
     prefill_seconds, _ = run(llm, prompts, 1)
     run(llm, prompts, SHORT)  # of another shape than the one before; not timed
     times = []
@@ -248,7 +289,7 @@ def long_of(folder: Path, settings: dict, context: int, steps: int, seed: int) -
             if output.num_cached_tokens < context - 2 * facts["block_size"]:
                 raise RuntimeError(f"Of {context:,} tokens of a prompt, {output.num_cached_tokens:,} were still held.")
     step = (times[1] - times[0]) / steps
-    return facts | {
+    return {
         "requests": count,
         "prefill_seconds": prefill_seconds,
         "step_seconds": step,
@@ -256,18 +297,33 @@ def long_of(folder: Path, settings: dict, context: int, steps: int, seed: int) -
     }
 
 
+def groups(args: argparse.Namespace, folders: dict[str, Path]) -> list[dict[str, Path]]:
+    """The models that start together."""
+    return [folders] if args.together else [{name: folder} for name, folder in folders.items()]
+
+
+def fixed_cache(num_bytes: int) -> dict:
+    """Settings for so many bytes of cache, whatever else runs on the GPU: the part is what must be free at the start."""
+    return {"kv_cache_memory_bytes": num_bytes, "gpu_memory_utilization": 0.1}
+
+
 def measure_long(args: argparse.Namespace, folders: dict[str, Path]) -> dict:
-    settings = engine_settings(args, enable_prefix_caching=True, max_num_seqs=256)
-    settings["max_model_len"] = args.context + SHORT + args.steps
-    needs = dict(zip(folders, alone(all_row_bytes, list(folders.values()), settings)))
-    # 3% for the pages that `long_of` leaves free.
-    settings["kv_cache_memory_bytes"] = int(1.03 * max(needs.values()) * settings["max_model_len"] * args.requests)
-    settings |= args.engine
+    length = args.context + SHORT + args.steps
+    needs = dict(zip(folders, alone(all_row_bytes, list(folders.values()), engine_settings(args))))
+    # 3% for the pages that `time_long` leaves free.
+    cache = fixed_cache(int(1.03 * max(needs.values()) * length * args.requests))
+    settings = engine_settings(args, enable_prefix_caching=True, max_num_seqs=256, max_model_len=length, **cache)
     rows = {}
-    for name, folder in folders.items():
-        rows[name] = alone(long_of, folder, settings, args.context, args.steps, args.seed)
-        rows[name]["row_bytes"] = needs[name]
-        print(f"{name}: {rows[name]['tokens_per_second']:,.0f} tokens/s", flush=True)
+    for group in groups(args, folders):
+        with multiprocessing.Manager() as manager, concurrent.futures.ThreadPoolExecutor(len(group)) as threads:
+            turns = Turns(manager, len(group))
+            running = {
+                name: threads.submit(turns.alone, long_of, folder, settings, args.context, args.steps, args.seed)
+                for name, folder in group.items()
+            }
+            for name, result in running.items():
+                rows[name] = result.result() | {"row_bytes": needs[name]}
+                print(f"{name}: {rows[name]['tokens_per_second']:,.0f} tokens/s", flush=True)
     return rows
 
 
@@ -313,19 +369,30 @@ async def at_rate(url: str, rate: float, seconds: float, prompts: list[list[int]
     }
 
 
+def latency_of(server: Server, args: argparse.Namespace, vocab_size: int) -> dict:
+    prompts = random_prompts(512, args.prompt_tokens, vocab_size, args.seed)
+    asyncio.run(at_rate(server.url, 100, 0.2, prompts, args.new_tokens, args.seed + 1))  # not timed
+    rates = [
+        asyncio.run(at_rate(server.url, rate, args.seconds, prompts, args.new_tokens, args.seed))
+        for rate in args.rates
+    ]
+    return {"versions": f"vLLM {server.version()}", "rates": rates}
+
+
 def measure_latency(args: argparse.Namespace, folders: dict[str, Path]) -> dict:
-    settings = engine_settings(args, gpu_memory_utilization=args.memory, enable_prefix_caching=False)
+    settings = engine_settings(args, enable_prefix_caching=False, **fixed_cache(args.cache))
     rows = {}
-    for name, folder in folders.items():
-        prompts = random_prompts(512, args.prompt_tokens, vocab_size(folder), args.seed)
-        with Server(folder, settings, folder / "server.log") as server:
-            asyncio.run(at_rate(server.url, 100, 0.2, prompts, args.new_tokens, args.seed + 1))  # not timed
-            rows[name] = {"versions": f"vLLM {server.version()}"}
-            rows[name]["rates"] = [
-                asyncio.run(at_rate(server.url, rate, args.seconds, prompts, args.new_tokens, args.seed))
-                for rate in args.rates
-            ]
-        print(f"{name}: done", flush=True)
+    for group in groups(args, folders):
+        with contextlib.ExitStack() as stack:
+            servers = {
+                name: stack.enter_context(Server(folder, settings, folder / "server.log"))
+                for name, folder in group.items()
+            }
+            for server in servers.values():
+                server.wait()
+            for name, server in servers.items():
+                rows[name] = latency_of(server, args, vocab_size(group[name]))
+                print(f"{name}: done", flush=True)
     return rows
 
 

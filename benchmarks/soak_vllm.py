@@ -192,6 +192,7 @@ def main() -> None:
     engine = {"dtype": args.dtype, "skip_tokenizer_init": True, "max_num_seqs": args.clients}
     engine |= {"max_model_len": args.prompt_tokens[1] + args.new_tokens[1]} | args.engine
     with tempfile.TemporaryDirectory() as directory, Server(args.folder, engine, Path(directory) / "log") as server:
+        server.wait()
         versions = f"{machine()}, vLLM {server.version()}"
         print(f"{versions}, {args.folder}", flush=True)
         soak = Soak(server, prompts, args.seed)

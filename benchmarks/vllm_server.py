@@ -82,7 +82,7 @@ def command_line(engine: dict) -> list[str]:
 
 
 class Server:
-    """vLLM's OpenAI server on a port of its own, from the first answer to /health to the end of the `with`."""
+    """vLLM's OpenAI server on a port of its own, until the end of the `with`; `wait` for it to have started."""
 
     def __init__(self, folder: Path, engine: dict, log: Path, start_seconds: float = 600):
         """
@@ -107,10 +107,13 @@ class Server:
     def __enter__(self) -> "Server":
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        return self
+
+    def wait(self) -> None:
+        """Until it answers, or raises RuntimeError with what it printed."""
         start = time.perf_counter()
         while True:
             if self.process.poll() is not None or time.perf_counter() - start > self.start_seconds:
-                self.__exit__()
                 lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
                 # The engine's own reason stands far above the server's last words.
                 said = "\n".join(
@@ -119,7 +122,7 @@ class Server:
                 raise RuntimeError(f"The server did not start: {' '.join(self.command)}\n{said}")
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-                return self
+                return
             time.sleep(0.5)
 
     def __exit__(self, *exception) -> None:

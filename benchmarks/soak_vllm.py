@@ -162,8 +162,12 @@ class Soak:
             top = json.load(response)["choices"][0]["logprobs"]["top_logprobs"][0]
         return {int(token.removeprefix("token_id:")): value for token, value in top.items()}
 
+    @staticmethod
+    def distance(values: dict[int, float], known: int, other: int) -> float:
+        return abs(values[known] - values[other]) if known in values and other in values else float("inf")
+
     def gaps(self) -> list[float]:
-        """For each answer that was not the known one, how much less likely its first other token is, in nats."""
+        """For each answer that was not the known one, how far its first other token is from the known one, in nats: infinitely if it is not likely."""
         found: dict[tuple[int, int, int], float] = {}
         gaps = []
         for index, tokens in self.others:
@@ -172,7 +176,7 @@ class Soak:
             key = (index, place, tokens[place])
             if key not in found:
                 values = self.log_probabilities(self.prompts[index][0] + known[:place])
-                found[key] = abs(values.get(known[place], -1e9) - values.get(tokens[place], -1e9))
+                found[key] = self.distance(values, known[place], tokens[place])
             gaps.append(found[key])
         return gaps
 
@@ -207,7 +211,8 @@ def main() -> None:
     pages = int(after["num_gpu_blocks"])
     lost = round(after["vllm:kv_cache_usage_perc"] * pages)
     still_running = int(after["vllm:num_requests_running"] + after["vllm:num_requests_waiting"])
-    wrong = sum(gap > args.tie for gap in gaps)
+    ties = [gap for gap in gaps if gap <= args.tie]
+    wrong = len(gaps) - len(ties)
     memory = {name: growth(soak.samples, name) for name in ("resident_bytes", "gpu_bytes") if name in soak.samples[0]}
     preempted = int(after["vllm:num_preemptions_total"] - before["vllm:num_preemptions_total"])
     most = max(sample["cache_usage"] for sample in soak.samples)
@@ -217,9 +222,7 @@ def main() -> None:
     )
     print(f"{preempted:,} preempted, up to {most:.1%} of {pages:,} pages in use")
     print(f"pages in use in the end: {lost}; requests: {still_running}")
-    print(
-        f"wrong answers: {wrong}; others at a tie: {len(gaps) - wrong}, the widest {max(gaps, default=0):.4f} nats apart"
-    )
+    print(f"wrong answers: {wrong}; others at a tie: {len(ties)}, at most {max(ties, default=0):.4f} nats apart")
     print(f"errors: {len(soak.errors)}{': ' + soak.errors[0] if soak.errors else ''}")
     for name, (early, late, part) in memory.items():
         print(f"{name}: {early / 2**20:,.1f} MiB in the second quarter, {late / 2**20:,.1f} in the last ({part:+.2%})")
@@ -241,7 +244,7 @@ def main() -> None:
         "pages": pages,
         "pages_lost": lost,
         "wrong": wrong,
-        "gaps": gaps,
+        "ties": ties,
         "errors": soak.errors,
         "memory": memory,
         "failed": failed,

@@ -28,7 +28,9 @@ def add_output(parser: argparse.ArgumentParser, plots: bool = True) -> None:
 
 def save(data: dict, path: Path | None) -> None:
     if path is not None:
-        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
 
 
 def draw(plot: Callable, files: tuple[str, str], size: tuple[float, float]) -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
+from modeling_t6.flash_tpa_pages_t6 import Pieces
+
 from .prefill import Piece
 
 
@@ -45,5 +47,5 @@ class FactorMetadata(AttentionMetadata):
     num_decodes: int
     num_decode_tokens: int
     max_decode_queries: int
-    decode_pieces: object | None = None
+    decode_pieces: Pieces | None = None
     prompt_pieces: list[Piece] = field(default_factory=list)

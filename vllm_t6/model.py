@@ -276,24 +276,37 @@ class T6ForCausalLM(nn.Module, SupportsPP):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """The tensors of a T6 folder, under the names that Transformers gives them."""
         parameters = dict(self.named_parameters())
+        kinds = ("weight", "bias", "q_a", "k_a", "v_a")  # not what a quantisation adds
+        wanted = {name for target in parameters if target.endswith(kinds) for name in self._parts(target)}
         loaded = set()
         for name, weight in weights:
             if name == "lm_head.weight" and self.config.tie_word_embeddings or is_pp_missing_parameter(name, self):
                 continue
             *path, module, kind = name.split(".")
-            if path and path[-1] == "self_attn" or module == "self_attn":
-                weight = self._local_share(module if path[-1] == "self_attn" else kind, weight)
             shard, fused = self._fused(path, module)
             target = ".".join([*path, fused, kind])
             if target not in parameters:
                 raise ValueError(f"The checkpoint has {name!r}, which a T6 model of this configuration has not.")
+            weight = self._local_share(kind if module == "self_attn" else module, weight)
             loader = getattr(parameters[target], "weight_loader", default_weight_loader)
             loader(parameters[target], weight, *([] if shard is None else [shard]))
+            wanted.discard(name)
             loaded.add(target)
+        if wanted:
+            raise ValueError(f"The checkpoint lacks {min(wanted)!r}, which a T6 model of this configuration has.")
         for module in self.modules():
             if isinstance(module, FactorAttention):
                 module.impl.weights_changed()
         return loaded
+
+    def _parts(self, target: str) -> list[str]:
+        """The names in a checkpoint of what a parameter here is made of."""
+        *path, module, kind = target.split(".")
+        if module == "factors_proj":
+            parts = self.get_submodule(".".join(path)).attn.projection_sizes
+        else:
+            parts = ("gate_proj", "up_proj") if module == "gate_up_proj" else (module,)
+        return [".".join([*path, part, kind]) for part in parts]
 
     def _fused(self, path: list[str], module: str) -> tuple[int | None, str]:
         """Which part of which fused product a projection is; `None` and itself if it is none."""

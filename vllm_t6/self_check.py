@@ -30,6 +30,7 @@ from .prefill import plan_pieces
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2**-8, torch.bfloat16: 2**-5}
 
 
+@torch.no_grad()
 def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
     """
     Two requests of random numbers go through a layer's pages, as prompts and, their last tokens, decoding. What the pages

@@ -14,6 +14,7 @@
 """What the plugin does not serve, each refused by name when a model is loaded"""
 
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.activation import get_act_and_mul_fn
 
 from modeling_t6.configuration_t6 import T6Config
 
@@ -29,6 +30,12 @@ def refuse_unserved_variants(config: T6Config, vllm_config: VllmConfig) -> None:
                 f"vLLM cannot serve a T6 model with `{field}`={getattr(config, field)!r}: there is no kernel on pages for "
                 "it. Transformers' engine serves it (`t6-serve`)."
             )
+    try:
+        get_act_and_mul_fn(config.hidden_act)
+    except ValueError as error:
+        raise ValueError(f"vLLM cannot serve a T6 model with `hidden_act`={config.hidden_act!r}: {error}") from None
+    if vllm_config.parallel_config.decode_context_parallel_size > 1:
+        raise ValueError("vLLM cannot serve a T6 model with `decode_context_parallel_size` above 1.")
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type == "dynamic":
         raise ValueError(

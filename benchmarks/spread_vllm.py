@@ -53,7 +53,6 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
-import functools
 import gc
 import json
 import os

@@ -1,6 +1,7 @@
 """What Triton's interpreter does not do by itself: bfloat16 arithmetic, checks of every address, and some haste."""
 
 import numpy as np
+import torch
 from triton.runtime import interpreter
 
 
@@ -35,6 +36,20 @@ def compute_bfloat16(monkeypatch) -> None:
     monkeypatch.setattr(builder, "create_dot", create_dot)
     monkeypatch.setattr(builder, "create_fmul", create_fmul)
     monkeypatch.setattr(builder, "cast_impl", cast)
+
+
+def round_float8(monkeypatch) -> None:
+    """The interpreter rounds numbers just below a power of 2, as float8, to half of it: what float32 becomes on a GPU."""
+    builder, language = interpreter.InterpreterBuilder, interpreter.tl
+    plain_convert = builder.create_fp_to_fp
+
+    def convert(self, operand, dtype, rounding_mode):
+        if operand.dtype.scalar != language.float32 or dtype.scalar != language.float8e4nv:
+            return plain_convert(self, operand, dtype, rounding_mode)
+        numbers = torch.from_numpy(np.array(operand.data)).to(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(numbers.view(torch.uint8).numpy(), language.float8e4nv)
+
+    monkeypatch.setattr(builder, "create_fp_to_fp", convert)
 
 
 def check_addresses(monkeypatch) -> None:

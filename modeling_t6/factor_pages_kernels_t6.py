@@ -1,0 +1,403 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Triton kernels between projections and pages of factors: rows written, and keys and values formed of them again"""
+
+from dataclasses import dataclass
+
+
+try:  # the remote-code loader passes over packages that are imported here
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """How the factors of keys, or of values, lie in a page: one row for each token, as `FactorLayout` packs it."""
+
+    rank: int
+    num_heads: int
+    head_dim: int
+    padded_heads: int  # of a row of A, with its padding
+    rotates: bool  # whether every other row of A begins with its last 8 numbers
+    kind: str  # "cached": A is in the row; "constant": a tensor [R, h]; "selected": one rank, and its weight, for each head
+
+    @property
+    def a_start(self) -> int:
+        return self.rank * self.head_dim
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What becomes of B factors before they are stored, and of queries."""
+
+    rotary_dim: int
+    has_norm: bool
+
+
+@triton.jit
+def _load_angles(cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """For each feature: the other one of its pair, whether RoPE rotates it, its cosine, and its sine with the pair's sign."""
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    features = tl.arange(0, BLOCK_D)
+    is_first = features < HALF
+    is_rotated = features < ROTARY_DIM
+    cos = tl.load(cos_ptr + features % HALF, mask=is_rotated, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + features % HALF, mask=is_rotated, other=0.0).to(tl.float32)
+    return tl.where(is_first, features + HALF, features - HALF), is_rotated, cos, tl.where(is_first, -sin, sin)
+
+
+@triton.jit
+def _normalize(rows, paired_rows, norm_ptr, features, pairs, is_rotated, eps, HEAD_DIM: tl.constexpr):
+    """RMS norm of rows [n, BLOCK_D], zero beyond d, and of the same rows with the features of each pair exchanged."""
+    scale = tl.rsqrt(tl.sum(rows * rows, 1) / HEAD_DIM + eps)[:, None]
+    weight = tl.load(norm_ptr + features, mask=features < HEAD_DIM, other=0.0).to(tl.float32)
+    paired_weight = tl.load(norm_ptr + pairs, mask=is_rotated, other=0.0).to(tl.float32)
+    return rows * scale * weight[None, :], paired_rows * scale * paired_weight[None, :]
+
+
+@triton.jit
+def _activate(a, is_head, ACTIVATION: tl.constexpr):
+    """A [n, heads], all heads of each of n ranks."""
+    if ACTIVATION == "sigmoid":
+        a = tl.sigmoid(a)
+    elif ACTIVATION == "softmax":
+        a = tl.where(is_head, a, -1e30)  # finite, for rows that hold no head
+        a = tl.exp(a - tl.max(a, 1, keep_dims=True))
+        a = a / tl.sum(a, 1, keep_dims=True)
+    return a
+
+
+@triton.jit
+def _as_stored(x, DTYPE: tl.constexpr):
+    """What is beyond the range of float8 becomes its largest number, not NaN."""
+    if DTYPE == tl.float8e4nv:
+        x = tl.clamp(x, -448.0, 448.0)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _load_query_a(
+    a_ptr, heads, rank,
+    NUM_HEADS: tl.constexpr, RANK: tl.constexpr, CONSTANT_A: tl.constexpr, ACTIVATION: tl.constexpr,
+    ALL_HEADS: tl.constexpr,
+):  # fmt: skip
+    """A_Q of some heads and one rank, activated."""
+    if CONSTANT_A:
+        return tl.load(a_ptr + rank * NUM_HEADS + heads, mask=heads < NUM_HEADS, other=0.0).to(tl.float32)
+    a = tl.load(a_ptr + heads * RANK + rank, mask=heads < NUM_HEADS, other=0.0).to(tl.float32)
+    if ACTIVATION == "sigmoid":
+        a = tl.sigmoid(a)
+    elif ACTIVATION == "softmax":
+        others = tl.arange(0, ALL_HEADS)
+        others = tl.load(a_ptr + others * RANK + rank, mask=others < NUM_HEADS, other=-float("inf")).to(tl.float32)
+        maximum = tl.max(others, 0)
+        a = tl.exp(a - maximum) / tl.sum(tl.exp(others - maximum), 0)
+    return a
+
+
+@triton.jit
+def _form_query(
+    a_ptr, b_ptr, cos_ptr, sin_ptr, norm_ptr, query_ptr, first_head, eps,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, RANK: tl.constexpr, CONSTANT_A: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROTATION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, ALL_HEADS: tl.constexpr,
+):  # fmt: skip
+    """The query of one token for some heads. Without factors (`RANK` 0), B is the query itself."""
+    heads = first_head + tl.arange(0, BLOCK_H)
+    features = tl.arange(0, BLOCK_D)
+    is_query = (heads < NUM_HEADS)[:, None] & (features < HEAD_DIM)[None, :]
+    pairs, is_rotated, cos, sin = _load_angles(cos_ptr, sin_ptr, ROTATION.rotary_dim, BLOCK_D)
+    # Heads are rotated after they are formed where a norm comes between, else the factors are.
+    ROTATES_HEADS: tl.constexpr = ROTATION.has_norm or RANK == 0
+    if RANK == 0:
+        rows = b_ptr + (heads * HEAD_DIM)[:, None]
+        is_pair = (heads < NUM_HEADS)[:, None] & is_rotated[None, :]
+        query = tl.load(rows + features[None, :], mask=is_query, other=0.0).to(tl.float32)
+        paired = tl.load(rows + pairs[None, :], mask=is_pair, other=0.0).to(tl.float32)
+    else:
+        query = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+        paired = query
+        for r in tl.static_range(RANK):
+            a = _load_query_a(a_ptr, heads, r, NUM_HEADS, RANK, CONSTANT_A, ACTIVATION, ALL_HEADS)[:, None]
+            b = tl.load(b_ptr + (r * HEAD_DIM + features), mask=features < HEAD_DIM, other=0.0).to(tl.float32)
+            paired_b = tl.load(b_ptr + (r * HEAD_DIM + pairs), mask=is_rotated, other=0.0).to(tl.float32)
+            if ROTATES_HEADS:
+                query += a * b[None, :]
+                paired += a * paired_b[None, :]
+            else:
+                query += a * (b * cos + paired_b * sin)[None, :]
+        query = query / RANK
+        paired = paired / RANK
+    if ROTATION.has_norm:
+        query, paired = _normalize(query, paired, norm_ptr, features, pairs, is_rotated, eps, HEAD_DIM)
+    if ROTATES_HEADS:
+        query = query * cos[None, :] + paired * sin[None, :]
+    offsets = (heads * HEAD_DIM)[:, None] + features[None, :]
+    tl.store(query_ptr + offsets, query.to(query_ptr.dtype.element_ty), mask=is_query)
+
+
+@triton.jit
+def _store_b(
+    b_ptr, cos_ptr, sin_ptr, norm_ptr, row_ptr, eps,
+    ROWS: tl.constexpr, ROTATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """B of one token, `BLOCK_R` ranks at a time: of keys normalised and rotated, of values (no `ROTATION`) as it is."""
+    HEAD_DIM: tl.constexpr = ROWS.head_dim
+    RANK: tl.constexpr = ROWS.rank
+    features = tl.arange(0, BLOCK_D)
+    for first in tl.static_range(0, RANK, BLOCK_R):
+        ranks = first + tl.arange(0, BLOCK_R)
+        offsets = (ranks * HEAD_DIM)[:, None] + features[None, :]
+        is_b = (ranks < RANK)[:, None] & (features < HEAD_DIM)[None, :]
+        b = tl.load(b_ptr + offsets, mask=is_b, other=0.0).to(tl.float32)
+        if ROTATION is not None:
+            pairs, is_rotated, cos, sin = _load_angles(cos_ptr, sin_ptr, ROTATION.rotary_dim, BLOCK_D)
+            is_pair = (ranks < RANK)[:, None] & is_rotated[None, :]
+            paired = tl.load(b_ptr + ((ranks * HEAD_DIM)[:, None] + pairs[None, :]), mask=is_pair, other=0.0)
+            paired = paired.to(tl.float32)
+            if ROTATION.has_norm:
+                b, paired = _normalize(b, paired, norm_ptr, features, pairs, is_rotated, eps, HEAD_DIM)
+            b = b * cos[None, :] + paired * sin[None, :]
+        tl.store(row_ptr + offsets, _as_stored(b, row_ptr.dtype.element_ty), mask=is_b)
+
+
+@triton.jit
+def _store_a(
+    a_ptr, row_ptr, ROWS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, ALL_HEADS: tl.constexpr
+):
+    """A of one token, head-major as it is projected, into the rows of its ranks, padded with zeros."""
+    A_HEADS: tl.constexpr = ROWS.padded_heads
+    RANK: tl.constexpr = ROWS.rank
+    columns = tl.arange(0, ALL_HEADS)[None, :]
+    for first in tl.static_range(0, RANK, BLOCK_R):
+        ranks = (first + tl.arange(0, BLOCK_R))[:, None]
+        heads = columns
+        if ROWS.rotates:
+            heads = (columns + ranks % 2 * (A_HEADS - 8)) % A_HEADS
+        is_row = (ranks < RANK) & (columns < A_HEADS)
+        is_head = is_row & (heads < ROWS.num_heads) & (ROWS.kind == "cached")
+        a = tl.load(a_ptr + heads * RANK + ranks, mask=is_head, other=0.0).to(tl.float32)
+        a = tl.where(is_head, _activate(a, is_head, ACTIVATION), 0.0)
+        offsets = ROWS.a_start + ranks * A_HEADS + columns
+        tl.store(row_ptr + offsets, _as_stored(a, row_ptr.dtype.element_ty), mask=is_row)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "a_q_stride",
+        "b_q_stride",
+        "a_k_stride",
+        "b_k_stride",
+        "a_v_stride",
+        "b_v_stride",
+        "cos_stride",
+        "sin_stride",
+        "key_block_stride",
+        "key_row_stride",
+        "value_block_stride",
+        "value_row_stride",
+        "num_slots",
+        "page_size",
+    ]
+)
+def store_factors_kernel(
+    a_q_ptr,
+    b_q_ptr,
+    a_k_ptr,
+    b_k_ptr,
+    a_v_ptr,
+    b_v_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    slots_ptr,
+    key_pages_ptr,
+    value_pages_ptr,
+    query_ptr,
+    a_q_stride,
+    b_q_stride,
+    a_k_stride,
+    b_k_stride,
+    a_v_stride,
+    b_v_stride,
+    cos_stride,
+    sin_stride,
+    key_block_stride,
+    key_row_stride,
+    value_block_stride,
+    value_row_stride,
+    num_slots,
+    page_size,
+    eps,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    Q_RANK: tl.constexpr,
+    CONSTANT_A: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROTATION: tl.constexpr,
+    B_UNIT: tl.constexpr,
+    PAGE_UNIT: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ALL_HEADS: tl.constexpr,
+):
+    """
+    For each token: a program for each block of heads, which forms their query, one for the key row, one for the value row.
+
+    Strides of B and of pages count `B_UNIT` and `PAGE_UNIT` numbers, which tells the compiler how rows are aligned.
+    """
+    NUM_HEADS: tl.constexpr = KEYS.num_heads
+    HEAD_DIM: tl.constexpr = KEYS.head_dim
+    HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
+    part = tl.program_id(0) % (HEAD_BLOCKS + 2)
+    token = (tl.program_id(0) // (HEAD_BLOCKS + 2)).to(tl.int64)
+    cos_ptr += token * cos_stride
+    sin_ptr += token * sin_stride
+    if part < HEAD_BLOCKS:
+        _form_query(
+            a_q_ptr + token * a_q_stride, b_q_ptr + token * b_q_stride * B_UNIT, cos_ptr, sin_ptr, q_norm_ptr,
+            query_ptr + token * (NUM_HEADS * HEAD_DIM), part * BLOCK_H, eps,
+            NUM_HEADS, HEAD_DIM, Q_RANK, CONSTANT_A, ACTIVATION, ROTATION, BLOCK_H, BLOCK_D, ALL_HEADS,
+        )  # fmt: skip
+    else:
+        slot = tl.load(slots_ptr + token, mask=token < num_slots, other=-1).to(tl.int64)
+        if slot >= 0:
+            block = slot // page_size
+            offset = slot % page_size
+            if part == HEAD_BLOCKS:
+                row_ptr = key_pages_ptr + (block * key_block_stride + offset * key_row_stride) * PAGE_UNIT
+                b_ptr = b_k_ptr + token * b_k_stride * B_UNIT
+                _store_b(b_ptr, cos_ptr, sin_ptr, k_norm_ptr, row_ptr, eps, KEYS, ROTATION, BLOCK_R, BLOCK_D)
+                if KEYS.padded_heads:
+                    _store_a(a_k_ptr + token * a_k_stride, row_ptr, KEYS, ACTIVATION, BLOCK_R, ALL_HEADS)
+            else:
+                row_ptr = value_pages_ptr + (block * value_block_stride + offset * value_row_stride) * PAGE_UNIT
+                b_ptr = b_v_ptr + token * b_v_stride * B_UNIT
+                _store_b(b_ptr, cos_ptr, sin_ptr, k_norm_ptr, row_ptr, eps, VALUES, None, BLOCK_R, BLOCK_D)
+                if VALUES.padded_heads:
+                    _store_a(a_v_ptr + token * a_v_stride, row_ptr, VALUES, ACTIVATION, BLOCK_R, ALL_HEADS)
+
+
+@triton.jit
+def _form_heads(
+    rows, a_ptr, ranks_ptr, heads, is_pair, out_ptr, out_rows, out_stride,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(1 / R) A^T B of some pairs of a token and a head, of rows that begin at `rows`."""
+    HEAD_DIM: tl.constexpr = ROWS.head_dim
+    A_HEADS: tl.constexpr = ROWS.padded_heads
+    RANK: tl.constexpr = ROWS.rank
+    features = tl.arange(0, BLOCK_D)
+    is_number = is_pair[:, None] & (features < HEAD_DIM)[None, :]
+    # Heads of one token find its row of B in the L1 cache.
+    b_rows = rows[:, None] + features[None, :]
+    if ROWS.kind == "selected":
+        rank = tl.load(ranks_ptr + heads, mask=is_pair, other=0)
+        a = tl.load(a_ptr + heads, mask=is_pair, other=0.0).to(tl.float32)
+        b = tl.load(b_rows + (rank * HEAD_DIM)[:, None], mask=is_number, other=0.0)
+        states = a[:, None] * b.to(tl.float32)
+    else:
+        states = tl.zeros([heads.shape[0], BLOCK_D], tl.float32)
+        for r in tl.static_range(RANK):
+            if ROWS.kind == "constant":
+                a = tl.load(a_ptr + r * ROWS.num_heads + heads, mask=is_pair, other=0.0)
+            else:
+                columns = heads
+                if ROWS.rotates and r % 2 == 1:
+                    columns = (heads + 8) % A_HEADS
+                a = tl.load(rows + (ROWS.a_start + r * A_HEADS + columns), mask=is_pair, other=0.0)
+            b = tl.load(b_rows + r * HEAD_DIM, mask=is_number, other=0.0)
+            states += a.to(tl.float32)[:, None] * b.to(tl.float32)
+    offsets = (out_rows * out_stride + heads * HEAD_DIM)[:, None] + features[None, :]
+    tl.store(out_ptr + offsets, (states / RANK).to(out_ptr.dtype.element_ty), mask=is_number)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "key_block_stride",
+        "key_row_stride",
+        "value_block_stride",
+        "value_row_stride",
+        "table_stride",
+        "num_requests",
+        "page_size",
+    ]
+)
+def form_heads_kernel(
+    key_pages_ptr,
+    value_pages_ptr,
+    key_a_ptr,
+    value_a_ptr,
+    key_ranks_ptr,
+    value_ranks_ptr,
+    block_table_ptr,
+    first_positions_ptr,
+    row_starts_ptr,
+    key_ptr,
+    value_ptr,
+    key_block_stride,
+    key_row_stride,
+    value_block_stride,
+    value_row_stride,
+    table_stride,
+    num_requests,
+    page_size,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    PAGE_UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """
+    K (of programs (i, 0)) and V (of programs (i, 1)), `BLOCK_M` pairs of a token and a head at a time: in a workspace
+    [rows, h, d] they lie one after the other, whatever h is. Programs beyond the last request's row end at once.
+    """
+    NUM_HEADS: tl.constexpr = KEYS.num_heads
+    num_rows = tl.load(row_starts_ptr + num_requests)
+    first = tl.program_id(0) * BLOCK_M
+    if first // NUM_HEADS < num_rows:
+        pairs = first + tl.arange(0, BLOCK_M)
+        rows = pairs // NUM_HEADS
+        heads = pairs % NUM_HEADS
+        is_pair = rows < num_rows
+        # A row's request: as many as end before it.
+        requests = tl.zeros([BLOCK_M], tl.int32)
+        for first_request in tl.range(0, num_requests, BLOCK_B):
+            numbers = first_request + tl.arange(0, BLOCK_B)
+            ends = tl.load(row_starts_ptr + 1 + numbers, mask=numbers < num_requests, other=2147483647)
+            requests += tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1)
+        start = tl.load(row_starts_ptr + requests, mask=is_pair, other=0)
+        positions = tl.load(first_positions_ptr + requests, mask=is_pair, other=0) + rows - start
+        blocks = block_table_ptr + requests.to(tl.int64) * table_stride + positions // page_size
+        block = tl.load(blocks, mask=is_pair, other=0).to(tl.int64)
+        offset = (positions % page_size).to(tl.int64)
+        out_rows = rows.to(tl.int64)
+        if tl.program_id(1) == 0:
+            factor_rows = key_pages_ptr + (block * key_block_stride + offset * key_row_stride) * PAGE_UNIT
+            _form_heads(
+                factor_rows, key_a_ptr, key_ranks_ptr, heads, is_pair, key_ptr, out_rows, KEY_STRIDE, KEYS, BLOCK_D
+            )  # fmt: skip
+        else:
+            factor_rows = value_pages_ptr + (block * value_block_stride + offset * value_row_stride) * PAGE_UNIT
+            _form_heads(
+                factor_rows, value_a_ptr, value_ranks_ptr, heads, is_pair, value_ptr, out_rows, VALUE_STRIDE, VALUES,
+                BLOCK_D,
+            )  # fmt: skip

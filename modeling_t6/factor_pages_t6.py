@@ -1,0 +1,406 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Factors in the pages of an engine: from projections to queries and rows, and from rows to keys and values of a prompt.
+In Triton on a GPU, elsewhere in PyTorch.
+
+Pages are two tensors, of key rows [blocks, page_size, key width] and of value rows [blocks, page_size, value width], as
+`FactorLayout` packs them: of the model's dtype or another one, float8_e4m3fn also as uint8. They may have any strides but
+of numbers in a row; one tensor that holds both is given as two views of it. A slot is `block * page_size + offset`. A cache
+that is not paged, [batch, room, width], has pages of `room` tokens.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .cache_t6 import FactorLayout
+from .factors_t6 import activate_head_factors, apply_rotary_pos_emb, form_heads
+from .flash_tpa_t6 import IS_INTERPRETED
+
+
+try:
+    import triton
+
+    from .factor_pages_kernels_t6 import PagedRows, Rotation, form_heads_kernel, store_factors_kernel
+except ImportError:
+    triton = None
+
+
+# Sizes with which the kernels are started.
+QUERY_TILE = 1024  # numbers of a block of heads that one program forms, at most, unless 16 heads are more
+QUERY_NUMBERS = 16  # of them for each thread
+PAIRS_TILE = 4096  # numbers of keys or values that one program forms
+PAIRS_NUMBERS = 32
+
+
+class SelectedRanks(NamedTuple):
+    """
+    A constant A that selects: key/value head g is `weights[g] / R` times row `ranks[g]` of B. Attention then has G
+    key/value heads, each for as many query heads that follow each other, as in GQA.
+
+    Attributes:
+        ranks: int32 [G].
+        weights: [G], of A.
+    """
+
+    ranks: torch.Tensor
+    weights: torch.Tensor
+
+
+def select_ranks(a: torch.Tensor) -> SelectedRanks | None:
+    """
+    The G key/value heads of a constant A [R, h] whose heads each have one rank, and equal ones lie together in groups of
+    h / G: that of a model converted from MHA, GQA or MQA. `None` for any other. Reads A on the host.
+    """
+    a = a.detach()
+    num_heads = a.shape[1]
+    if ((a != 0).sum(0) != 1).any():
+        return None
+    changes = (a[:, 1:] != a[:, :-1]).any(0).nonzero()[:, 0] + 1
+    size = int(changes[0]) if len(changes) else num_heads
+    if num_heads % size or changes.tolist() != list(range(size, num_heads, size)):
+        return None
+    ranks = (a[:, ::size] != 0).int().argmax(0)
+    return SelectedRanks(ranks.to(torch.int32), a[ranks, torch.arange(0, num_heads, size, device=a.device)])
+
+
+def store_factors(
+    a_q: torch.Tensor | None,
+    b_q: torch.Tensor,
+    a_k: torch.Tensor | None,
+    b_k: torch.Tensor,
+    a_v: torch.Tensor | None,
+    b_v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """
+    Writes the factors of tokens into pages, and forms their queries: what `TensorProductFactors.project` and `queries`
+    do after the projections, in float32, in one launch.
+
+    Args:
+        a_q: [tokens, h, R_Q] as it is projected, a constant [R_Q, h], or `None` for queries without factors.
+        b_q: [tokens, R_Q, d] before RoPE, or the queries [tokens, h, d].
+        a_k, a_v: [tokens, h, R_K] and [tokens, h, R_V] as they are projected; `None` where they are constants, and rows
+            hold B alone.
+        b_k, b_v: [tokens, R_K, d] and [tokens, R_V, d]. All six may be views of one product, with any stride between
+            tokens; numbers of one token are contiguous.
+        cos, sin: [tokens, rotary_dim / 2], of the first features of each token's rotation (the second are the same).
+        slots: int64 [tokens] or fewer. A token with a negative slot, or without one, is not written.
+        key_pages, value_pages: see above. What is beyond the range of float8 is written as its largest number.
+        q_norm, k_norm: weights [d] of the RMS norm of query heads and of rows of B_K before RoPE, both or none.
+        activation: of A that is projected: "sigmoid", "softmax" over these heads, or `None`.
+
+    Returns:
+        Queries [tokens, h, d], normalised and rotated, in the dtype of `b_q`.
+    """
+    key_pages, value_pages = _as_numbers(key_pages), _as_numbers(value_pages)
+    k_rank, v_rank, head_dim = b_k.shape[1], b_v.shape[1], b_k.shape[2]
+    num_heads = b_q.shape[1] if a_q is None else a_q.shape[1]
+    key_layout, value_layout = _layouts(k_rank, v_rank, 0 if a_k is None else num_heads, head_dim)
+    _check_widths(key_pages, value_pages, key_layout, value_layout)
+    store = _store_in_triton if _in_triton(b_q, key_pages) else _store_in_torch
+    return store(
+        a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
+        key_layout, value_layout,
+    )  # fmt: skip
+
+
+def form_heads_from_pages(
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    first_positions: torch.Tensor,
+    row_starts: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_rank: int,
+    v_rank: int,
+    key_a: torch.Tensor | SelectedRanks | None = None,
+    value_a: torch.Tensor | SelectedRanks | None = None,
+) -> None:
+    """
+    Forms K = (1 / R_K) A_K^T B_K, and V, of some tokens of each request, in float32, of rows in any order of pages.
+
+    Args:
+        block_table: int32 [requests, max pages], the blocks of each request's tokens in order.
+        first_positions: int32 [requests], the first position of each request whose K and V are wanted.
+        row_starts: int32 [requests + 1], ascending from 0: request b's rows of `key` and `value` are `row_starts[b]` to
+            `row_starts[b + 1]`. Those behind the last are left as they are.
+        key, value: workspace [room, h, d], where a token's numbers are contiguous, for at least `row_starts[-1]` rows.
+        key_a, value_a: constant factors [R_K, h] and [R_V, h]; of both as `select_ranks` has them, the workspace has the
+            G key/value heads [room, G, d].
+    """
+    key_pages, value_pages = _as_numbers(key_pages), _as_numbers(value_pages)
+    head_dim = key.shape[2]
+    key_layout, value_layout = _layouts(k_rank, v_rank, key.shape[1] if key_a is None else 0, head_dim)
+    _check_widths(key_pages, value_pages, key_layout, value_layout)
+    form = _form_in_triton if _in_triton(key, key_pages) else _form_in_torch
+    form(
+        key_pages, value_pages, block_table, first_positions, row_starts, key, value, key_a, value_a,
+        key_layout, value_layout,
+    )  # fmt: skip
+
+
+@functools.cache
+def _layouts(k_rank: int, v_rank: int, num_heads: int, head_dim: int) -> tuple[FactorLayout, FactorLayout]:
+    return FactorLayout(k_rank, num_heads, head_dim), FactorLayout(v_rank, num_heads, head_dim)
+
+
+def _as_numbers(pages: torch.Tensor) -> torch.Tensor:
+    return pages.view(torch.float8_e4m3fn) if pages.dtype == torch.uint8 else pages
+
+
+def _check_widths(
+    key_pages: torch.Tensor, value_pages: torch.Tensor, key_layout: FactorLayout, value_layout: FactorLayout
+) -> None:
+    if key_pages.shape[-1] != key_layout.width or value_pages.shape[-1] != value_layout.width:
+        raise ValueError(
+            f"`key_pages` and `value_pages` must have rows of {key_layout.width} and {value_layout.width} numbers, got sizes "
+            f"{list(key_pages.shape)} and {list(value_pages.shape)}."
+        )
+
+
+def _in_triton(states: torch.Tensor, pages: torch.Tensor) -> bool:
+    if triton is None or states.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    return _has_kernels(states.device, pages.dtype) if states.is_cuda else IS_INTERPRETED
+
+
+@functools.cache
+def _has_kernels(device: torch.device, pages_dtype: torch.dtype) -> bool:
+    """NVIDIA GPUs from Ampere on; for float8 from Ada on."""
+    if torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= ((8, 9) if pages_dtype.itemsize == 1 else (8, 0))
+
+
+# In PyTorch.
+
+
+def _store_in_torch(
+    a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
+    key_layout, value_layout,
+) -> torch.Tensor:  # fmt: skip
+    dtype = b_q.dtype
+    cos, sin = (torch.cat([x, x], dim=-1)[None].float() for x in (cos, sin))
+
+    def head_factors(a: torch.Tensor | None) -> torch.Tensor | None:
+        return None if a is None else activate_head_factors(a[None].float().transpose(-1, -2), activation)
+
+    def normalize(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        return x if weight is None else torch.nn.functional.rms_norm(x, x.shape[-1:], weight.float(), eps)
+
+    query = b_q[None].float()
+    if a_q is not None:
+        query = form_heads(a_q.float() if a_q.dim() == 2 else head_factors(a_q), query)
+    query = apply_rotary_pos_emb(normalize(query, q_norm), cos, sin)[0].to(dtype)
+
+    b_k = apply_rotary_pos_emb(normalize(b_k[None].float(), k_norm), cos, sin)
+    is_stored = slots >= 0
+    slots = slots[is_stored]
+    for pages, layout, a, b in (
+        (key_pages, key_layout, a_k, b_k), (value_pages, value_layout, a_v, b_v[None].float())
+    ):  # fmt: skip
+        rows = layout.pack(head_factors(a), b)[0, 0, : len(is_stored)][is_stored]
+        if pages.dtype == torch.float8_e4m3fn:  # as bytes: not every PyTorch indexes float8 itself
+            limits = torch.finfo(pages.dtype)
+            rows, pages = rows.clamp(limits.min, limits.max).to(pages.dtype).view(torch.uint8), pages.view(torch.uint8)
+        pages[slots // pages.shape[1], slots % pages.shape[1]] = rows.to(pages.dtype)
+    return query
+
+
+def _form_in_torch(
+    key_pages, value_pages, block_table, first_positions, row_starts, key, value, key_a, value_a, key_layout, value_layout
+) -> None:  # fmt: skip
+    numbers = torch.arange(len(block_table), device=block_table.device)
+    requests = numbers.repeat_interleave(row_starts.diff())
+    rows = torch.arange(len(requests), device=block_table.device)
+    positions = first_positions[requests] + rows - row_starts[requests]
+    blocks, offsets = block_table[requests, positions // key_pages.shape[1]], positions % key_pages.shape[1]
+    for pages, layout, constant_a, states in (
+        (key_pages, key_layout, key_a, key), (value_pages, value_layout, value_a, value)
+    ):  # fmt: skip
+        cached_rows = (
+            pages.view(torch.uint8)[blocks, offsets].view(pages.dtype)
+            if pages.itemsize == 1
+            else pages[blocks, offsets]
+        )
+        a, b = layout.unpack(cached_rows[None, None].float())
+        if isinstance(constant_a, SelectedRanks):
+            b = b[0, :, constant_a.ranks]
+            states[: len(rows)] = constant_a.weights.float()[:, None] * b / layout.rank
+        else:
+            states[: len(rows)] = form_heads(a if constant_a is None else constant_a.float(), b)[0]
+
+
+# In Triton.
+
+
+def _power_of_2(n: int, least: int = 1) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _unit(itemsize: int, *strides: int) -> int:
+    """The largest power of 2 that divides all strides, to 16 bytes."""
+    unit = 16 // itemsize
+    while any(stride % unit for stride in strides):
+        unit //= 2
+    return unit
+
+
+@functools.cache
+def _paged_rows(layout: FactorLayout, num_heads: int, kind: str) -> "PagedRows":
+    return PagedRows(layout.rank, num_heads, layout.head_dim, layout.padded_heads, layout.rotates, kind)
+
+
+@functools.cache
+def _store_sizes(num_heads: int, key_layout: FactorLayout, value_layout: FactorLayout) -> dict:
+    block_d = _power_of_2(key_layout.head_dim, 16)
+    all_heads = _power_of_2(max(num_heads, key_layout.padded_heads, value_layout.padded_heads))
+    # Few blocks of heads, few of whose heads are none.
+    widths = [n for n in (4, 8, 16, 32, 64) if n * block_d <= QUERY_TILE]
+    block_h = min(reversed(widths), key=lambda n: -(-num_heads // n) * (n + 8))
+    return {
+        "BLOCK_H": block_h,
+        "BLOCK_D": block_d,
+        "BLOCK_R": max(
+            1, min(_power_of_2(max(key_layout.rank, value_layout.rank)), QUERY_TILE // max(block_d, all_heads))
+        ),
+        "ALL_HEADS": all_heads,
+        "num_warps": max(1, min(8, block_h * block_d // (32 * QUERY_NUMBERS))),
+    }
+
+
+def _token_stride(name: str, x: torch.Tensor | None, is_constant: bool = False) -> int:
+    """Numbers from a token to the next, of factors whose other numbers are contiguous."""
+    if x is None or is_constant:
+        return 0
+    if x.dim() != 3 or x.stride()[1:] != (x.shape[2], 1):
+        raise ValueError(
+            f"`{name}` must be [tokens, n, m] with contiguous numbers of one token, got size {list(x.shape)} with strides "
+            f"{list(x.stride())}."
+        )
+    return x.stride(0)
+
+
+def _store_in_triton(
+    a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
+    key_layout, value_layout,
+) -> torch.Tensor:  # fmt: skip
+    num_tokens, head_dim = b_q.shape[0], b_q.shape[2]
+    num_heads = b_q.shape[1] if a_q is None else a_q.shape[1]
+    query = b_q.new_empty((num_tokens, num_heads, head_dim))
+    if num_tokens == 0:
+        return query
+    constant_a = a_q is not None and a_q.dim() == 2
+    a_strides = _token_stride("a_q", a_q, constant_a), _token_stride("a_k", a_k), _token_stride("a_v", a_v)
+    b_strides = _token_stride("b_q", b_q), _token_stride("b_k", b_k), _token_stride("b_v", b_v)
+    b_unit = _unit(b_q.element_size(), *b_strides)
+    page_strides = key_pages.stride(0), key_pages.stride(1), value_pages.stride(0), value_pages.stride(1)
+    page_unit = _unit(key_pages.element_size(), *page_strides)
+    sizes = _store_sizes(num_heads, key_layout, value_layout)
+    kind = "constant" if a_k is None else "cached"
+    programs = num_tokens * (-(-num_heads // sizes["BLOCK_H"]) + 2)
+    with torch.cuda.device_of(query):
+        store_factors_kernel[(programs,)](
+            b_q if a_q is None else a_q.contiguous() if constant_a else a_q,
+            b_q,
+            b_k if a_k is None else a_k,
+            b_k,
+            b_v if a_v is None else a_v,
+            b_v,
+            cos,
+            sin,
+            b_q if q_norm is None else q_norm,
+            b_k if k_norm is None else k_norm,
+            slots,
+            key_pages,
+            value_pages,
+            query,
+            a_strides[0],
+            b_strides[0] // b_unit,
+            a_strides[1],
+            b_strides[1] // b_unit,
+            a_strides[2],
+            b_strides[2] // b_unit,
+            cos.stride(0),
+            sin.stride(0),
+            *(stride // page_unit for stride in page_strides),
+            slots.shape[0],
+            key_pages.shape[1],
+            eps,
+            KEYS=_paged_rows(key_layout, num_heads, kind),
+            VALUES=_paged_rows(value_layout, num_heads, kind),
+            Q_RANK=0 if a_q is None else b_q.shape[1],
+            CONSTANT_A=constant_a,
+            ACTIVATION=activation,
+            ROTATION=Rotation(2 * cos.shape[1], q_norm is not None),
+            B_UNIT=b_unit,
+            PAGE_UNIT=page_unit,
+            **sizes,
+        )
+    return query
+
+
+def _form_in_triton(
+    key_pages, value_pages, block_table, first_positions, row_starts, key, value, key_a, value_a, key_layout, value_layout
+) -> None:  # fmt: skip
+    room, num_heads, head_dim = key.shape
+    page_strides = key_pages.stride(0), key_pages.stride(1), value_pages.stride(0), value_pages.stride(1)
+    page_unit = _unit(key_pages.element_size(), *page_strides)
+    block_d = _power_of_2(head_dim, 16)
+    block_m = max(1, PAIRS_TILE // block_d)
+    tensors, rows = [], []
+    for pages, layout, a in ((key_pages, key_layout, key_a), (value_pages, value_layout, value_a)):
+        kind = "cached" if a is None else "selected" if isinstance(a, SelectedRanks) else "constant"
+        ranks, weights = a if kind == "selected" else (block_table, pages if a is None else a.contiguous())
+        tensors.append((weights, ranks))
+        rows.append(_paged_rows(layout, num_heads, kind))
+    with torch.cuda.device_of(key):
+        form_heads_kernel[(-(-room * num_heads // block_m), 2)](
+            key_pages,
+            value_pages,
+            tensors[0][0],
+            tensors[1][0],
+            tensors[0][1],
+            tensors[1][1],
+            block_table,
+            first_positions,
+            row_starts,
+            key,
+            value,
+            *(stride // page_unit for stride in page_strides),
+            block_table.stride(0),
+            block_table.shape[0],
+            key_pages.shape[1],
+            KEYS=rows[0],
+            VALUES=rows[1],
+            KEY_STRIDE=_token_stride("key", key),
+            VALUE_STRIDE=_token_stride("value", value),
+            PAGE_UNIT=page_unit,
+            BLOCK_M=block_m,
+            BLOCK_D=block_d,
+            BLOCK_B=64,
+            num_warps=PAIRS_TILE // (32 * PAIRS_NUMBERS),
+        )

@@ -31,6 +31,7 @@ from transformers.utils import TransformersKwargs, logging
 from .cache_t6 import factor_layouts
 from .configuration_t6 import ConfigView
 from .engine_pages_t6 import EnginePages, PageGroup, join_halves
+from .factor_pages_t6 import store_factors
 from .factor_space_t6 import factor_space_attention
 from .factors_t6 import Factors, form_heads, without_autocast
 from .flash_tpa_pages_t6 import Pieces, paged_flash_tpa, schedule_pieces
@@ -305,6 +306,44 @@ class PagedFactors:
         rows = self.pages.rows[layer_idx]
         return rows[..., :key_width], rows[..., key_width : key_width + value_width]
 
+    def store(self, module: nn.Module, hidden_states: torch.Tensor, *position_embeddings) -> Factors:
+        """
+        The factors of a layer for the step's tokens, whose rows are then in its pages. `position_embeddings` are those of
+        `TensorProductFactors.project`.
+
+        Returns:
+            With `key_rows` and `value_rows` that `others` of the step attend to, [1, 1, rows, R_K (h + d)] and [1, 1, rows,
+            R_V (h + d)]; where the kernels run, with queries in place of the new tokens' factors.
+        """
+        if not self.pages.has_kernel or module.head_mesh is not None:
+            factors = module.project(hidden_states, *position_embeddings)
+            module.update_cache(factors, self)
+            return factors
+        step, angles = self.of_layer(module.layer_idx), position_embeddings[0]
+        widths = module.key_layout.width, module.value_layout.width
+        pages, slots = self.pages_of_layer(module.layer_idx, *widths), step.write_slots
+        if step.others:  # which may attend to rows that have no place in pages: those that a window has passed
+            rows = self.pages.rows[module.layer_idx].new_empty((1, hidden_states.shape[1], sum(widths)))
+            pages, slots = rows.split(widths, dim=-1), torch.arange(rows.shape[1], device=rows.device)
+        projected = module.project_tokens(hidden_states[0])
+        config = module.config
+        query = store_factors(
+            *projected,
+            *(x[0, :, : x.shape[-1] // 2] for x in angles),
+            slots,
+            *pages,
+            q_norm=module.q_norm.weight if config.qk_norm else None,
+            k_norm=module.k_norm.weight if config.qk_norm else None,
+            eps=config.rms_norm_eps,
+            activation=config.head_factor_act,
+        )
+        a_k, a_v = (module.k_a, module.v_a) if config.noncontextual_a else (None, None)
+        factors = Factors(None, query[None], a_k, None, a_v, None, angles[0].dtype, angles, is_query=True)
+        if step.others:
+            key_rows, value_rows = (part[:, None] for part in pages)
+            factors.key_rows, factors.value_rows = self.update(key_rows, value_rows, module.layer_idx)
+        return factors
+
     def update(
         self, key_rows: torch.Tensor, value_rows: torch.Tensor, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -421,10 +460,10 @@ def paged_attention_forward(
     the step.
     """
     step = attention_mask.of_layer(module.layer_idx)
-    query = module.queries(factors).to(factors.dtype)
+    query = (factors.b_q if factors.is_query else module.queries(factors)).to(factors.dtype)
     output = torch.empty_like(query)
     if step.decoding is not None:
-        constant_a = factors.a_k.dim() == 2
+        key_a, value_a = (a if a is not None and a.dim() == 2 else None for a in (factors.a_k, factors.a_v))
         widths = module.key_layout.width, module.value_layout.width
         output[0, step.decoding.queries] = paged_flash_tpa(
             query[0, step.decoding.queries],
@@ -437,8 +476,8 @@ def paged_attention_forward(
             module.v_rank,
             scaling,
             max_query_length=1,
-            key_a=factors.a_k if constant_a else None,
-            value_a=factors.a_v if constant_a else None,
+            key_a=key_a,
+            value_a=value_a,
         )
     for queries, keys, mask in step.others:
         key_rows, value_rows = (rows[:, 0][keys].unsqueeze(1) for rows in (factors.key_rows, factors.value_rows))

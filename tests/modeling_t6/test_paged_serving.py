@@ -120,7 +120,9 @@ def test_a_decoding_step_reads_nothing_on_the_host(monkeypatch):
             for name in ("tolist", "item", "__bool__", "__int__", "__index__", "cpu", "numpy", "nonzero"):
                 plain = getattr(torch.Tensor, name)
                 patches.setattr(
-                    torch.Tensor, name, lambda *args, n=name, f=plain, **kwargs: (reads.append(n), f(*args, **kwargs))[1]
+                    torch.Tensor,
+                    name,
+                    lambda *args, n=name, f=plain, **kwargs: (reads.append(n), f(*args, **kwargs))[1],
                 )
             output = forward(*args, **kwargs)
         decodes = kwargs["block_table"] is not None

@@ -380,6 +380,8 @@ def _row_pointers(
         "length_stride_b",
         "key_length",
         "num_splits",
+        "slots_ptr",
+        "table_ptr",
         "table_stride",
         "window",
         "out_stride_t",
@@ -411,7 +413,6 @@ def decode_kernel(
     scale,
     log2_e,
     slots_ptr,
-    query_starts_ptr,
     table_ptr,
     out_ptr,
     table_stride,
@@ -456,21 +457,24 @@ def decode_kernel(
     column_block = tl.program_id(0) % (HEAD_BLOCKS * QUERY_BLOCKS)
     split = tl.program_id(0) // (HEAD_BLOCKS * QUERY_BLOCKS)
     if PAGE_SIZE:
-        batch = tl.load(slots_ptr + 4 * split).to(tl.int64)
-        if batch < 0:
+        # All that a program has to know, in one read. What it finds by it is read at once, too.
+        slot_ptr = slots_ptr + 8 * split
+        request = tl.load(slot_ptr)
+        start = tl.load(slot_ptr + 1)
+        end = tl.load(slot_ptr + 2)
+        partial_row = tl.load(slot_ptr + 3)
+        first_query_token = tl.load(slot_ptr + 4).to(tl.int64)
+        last_token = tl.load(slot_ptr + 5)
+        num_queries = tl.load(slot_ptr + 6)
+        if request < 0:
             return
-        start = tl.load(slots_ptr + 4 * split + 1)
-        end = tl.load(slots_ptr + 4 * split + 2)
-        partial_row = tl.load(slots_ptr + 4 * split + 3)
-        table_ptr += batch * table_stride
-        first_query_token = tl.load(query_starts_ptr + batch).to(tl.int64)
+        if NUM_QUERIES == 1:
+            num_queries = NUM_QUERIES
+        table_ptr += request.to(tl.int64) * table_stride
+        if not KEYS.gathered:
+            next_page = tl.load(table_ptr + start // PAGE_SIZE)
         query_ptr += first_query_token * query_stride_t
         out_ptr += first_query_token * out_stride_t
-        num_queries = NUM_QUERIES
-        last_token = 0
-        if NUM_QUERIES > 1:
-            num_queries = (tl.load(query_starts_ptr + batch + 1) - first_query_token).to(tl.int32)
-            last_token = tl.load(length_ptr + batch) - num_queries
         first_tile = start // BLOCK_N * BLOCK_N
     else:
         batch = tl.program_id(1).to(tl.int64)
@@ -521,8 +525,6 @@ def decode_kernel(
         value_b_offsets = (v_tokens * VALUES.width + _rank_of(v_rows, VALUES.step) * HEAD_DIM)[:, None] + features[
             None, :
         ]
-        if PAGE_SIZE:
-            next_page = tl.load(table_ptr + start // PAGE_SIZE)
     K_RANK: tl.constexpr = KEYS.rank
     V_RANK: tl.constexpr = VALUES.rank
     K_STEP: tl.constexpr = KEYS.step
@@ -725,7 +727,7 @@ def combine_kernel(
     tl.store(out_ptr + (batch * COLUMNS + column) * HEAD_DIM + features, output, mask=features < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["out_stride_t", "out_stride_h"])
+@triton.jit(do_not_specialize=["splits_ptr", "query_starts_ptr", "out_stride_t", "out_stride_h"])
 def combine_pages_kernel(
     partial_ptr,
     lse_ptr,
@@ -765,7 +767,7 @@ def combine_pages_kernel(
 
 @triton.jit
 def _rows_to_read(length_ptr, query_starts_ptr, requests, is_request, window, TILE: tl.constexpr):
-    """Of each request: its first row that a query sees, the end of its rows, its first tile, its number of tiles."""
+    """Of each request: its first row that a query sees, its length, its first tile, and the number of its tiles."""
     length = tl.load(length_ptr + requests, mask=is_request, other=0).to(tl.int32)
     query_start = tl.load(query_starts_ptr + requests, mask=is_request, other=0)
     num_queries = tl.load(query_starts_ptr + requests + 1, mask=is_request, other=0) - query_start
@@ -781,7 +783,7 @@ def _count_pieces(first, length, num_tiles, piece, MAX_SPLITS: tl.constexpr):
     return tl.minimum(tl.minimum(tl.cdiv(tl.cdiv(length - first, 16), piece), num_tiles), MAX_SPLITS)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_slots", "at_once", "window"])
+@triton.jit(do_not_specialize=["length_ptr", "query_starts_ptr", "num_requests", "num_slots", "at_once", "window"])
 def schedule_kernel(
     length_ptr,
     query_starts_ptr,
@@ -799,10 +801,10 @@ def schedule_kernel(
     """
     Divides the rows of all requests into pieces of about one length, and gives each a slot.
 
-    A slot [4]: the request (-1: none), the first row and the end of the piece, the place of its partial result (-1: it is
-    all of its request). `splits` [1 + requests, 4]: how many requests are divided; then of each of them the request, the
-    place of its first partial result, the number of its pieces. Pieces start on multiples of `TILE`, but for the first of
-    a sliding window.
+    A slot [8]: the request (-1: none), the first row and the end of the piece, the place of its partial result (-1: it is
+    all of its request); of the request the first query token, the last row that this one sees, and the number of its
+    query tokens; 0. `splits` [1 + requests, 4]: how many requests are divided; then of each of them the request, the place
+    of its first partial result, the number of its pieces. Pieces start on multiples of `TILE`, but for the first of a sliding window.
 
     Each program finds the same pieces, and fills `BLOCK_S` slots.
     """
@@ -882,15 +884,21 @@ def schedule_kernel(
         tl.store(splits_ptr, num_splits)
 
     is_slot = slots < num_slots
+    is_used = slot_request >= 0
     first, length, first_tile, num_tiles = _rows_to_read(
-        length_ptr, query_starts_ptr, slot_request, slot_request >= 0, window, TILE
+        length_ptr, query_starts_ptr, slot_request, is_used, window, TILE
     )
+    query_start = tl.load(query_starts_ptr + slot_request, mask=is_used, other=0)
+    num_queries = tl.load(query_starts_ptr + slot_request + 1, mask=is_used, other=0) - query_start
     counts = tl.maximum(_count_pieces(first, length, num_tiles, piece, MAX_SPLITS), 1)
     index = slots - slot_first
     start = tl.maximum((first_tile + index * num_tiles // counts) * TILE, first)
     end = tl.minimum((first_tile + (index + 1) * num_tiles // counts) * TILE, length)
-    slot_ptr = slots_ptr + 4 * slots
+    slot_ptr = slots_ptr + 8 * slots
     tl.store(slot_ptr, slot_request, mask=is_slot)
     tl.store(slot_ptr + 1, start, mask=is_slot)
     tl.store(slot_ptr + 2, end, mask=is_slot)
     tl.store(slot_ptr + 3, tl.where(counts > 1, slot_partial + index, -1), mask=is_slot)
+    tl.store(slot_ptr + 4, query_start, mask=is_slot)
+    tl.store(slot_ptr + 5, length - num_queries, mask=is_slot)
+    tl.store(slot_ptr + 6, num_queries, mask=is_slot)

@@ -40,7 +40,7 @@ except ImportError:
 
 NO_WINDOW = 2**30  # longer than any request
 SCHEDULED_REQUESTS, SCHEDULED_SLOTS, SCHEDULE_WARPS = 1024, 16, 8  # of a program of the schedule
-COMBINE_PROGRAMS = 8  # of a multiprocessor
+COMBINE_PROGRAMS = 4  # of a multiprocessor: as many as its registers hold
 
 
 def _bucket(max_query_length: int) -> int:
@@ -57,8 +57,8 @@ class Pieces:
     [`paged_flash_tpa`] in each layer. Made once, its tensors keep their addresses, so that CUDA graphs may read them.
 
     Attributes:
-        slots: int32 [num_slots, 4], a piece each: the request (-1: unused), its first row and its end, the place of its
-            partial result (-1: it is all of its request).
+        slots: int32 [num_slots, 8], a piece each: the request (-1: unused), its first row and its end, the place of its
+            partial result (-1: it is all of its request), and what else a program has to know of the request.
         splits: int32 [1 + num_requests, 4], the requests of several pieces: their number first, then the request, its
             first place and how many for each of them.
         num_at_once: pieces that the chip works on at once.
@@ -112,8 +112,9 @@ class Pieces:
         filled = {n: n * places // (num_requests * columns) * num_requests * columns / (n * places) for n in (1, 2, 3)}
         rounds = max(filled, key=lambda n: filled[n] - 0.06 * n)
         num_slots = max(rounds * at_once, at_once + num_requests)
-        tensors = (torch.empty(n, 4, dtype=torch.int32, device=device) for n in (num_slots, 1 + num_requests))
-        return cls(*tensors, at_once, min(num_slots, 3 * at_once), launch.block_n, sliding_window)
+        slots = torch.empty(num_slots, 8, dtype=torch.int32, device=device)
+        splits = torch.empty(1 + num_requests, 4, dtype=torch.int32, device=device)
+        return cls(slots, splits, at_once, min(num_slots, 3 * at_once), launch.block_n, sliding_window)
 
 
 def schedule_pieces(lengths: torch.Tensor, query_starts: torch.Tensor, pieces: Pieces) -> Pieces:
@@ -272,7 +273,6 @@ def paged_flash_tpa(
             LOG2_E * scaling / k_rank,
             LOG2_E,
             pieces.slots,
-            query_starts,
             block_table,
             output,
             block_table.stride(0),

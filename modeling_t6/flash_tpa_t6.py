@@ -49,8 +49,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OVERLAP = True
 # What the decode kernel takes besides for a cache of pages.
 WITHOUT_PAGES = {
-    **dict.fromkeys(("slots_ptr", "query_starts_ptr", "table_ptr", "out_ptr")),
-    **dict.fromkeys(("table_stride", "window", "out_stride_t", "out_stride_h")),
+    **dict.fromkeys(("slots_ptr", "table_ptr", "out_ptr", "table_stride", "window", "out_stride_t", "out_stride_h")),
     "PAGE_SIZE": 0,
 }
 # Triton's interpreter runs the kernels on a CPU, to test them.

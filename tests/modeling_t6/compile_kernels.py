@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modeling_t6.cache_t6 import FactorLayout
-from modeling_t6.flash_tpa_kernels_t6 import Mask, combine_kernel, decode_kernel
+from modeling_t6.flash_tpa_kernels_t6 import Mask, combine_kernel, combine_pages_kernel, decode_kernel, schedule_kernel
+from modeling_t6.flash_tpa_pages_t6 import SCHEDULE_WARPS, SCHEDULED_REQUESTS, SCHEDULED_SLOTS
 from modeling_t6.flash_tpa_t6 import (
     COMBINE_WARPS,
     COMBINED_SPLITS,
@@ -38,6 +39,11 @@ SHAPES = [  # heads, head_dim, k_rank, v_rank, queries, constant A, dtype, dtype
     (16, 256, 8, 16, 1, True, "bf16", "bf16", "none", True),
     (47, 128, 2, 2, 2, False, "fp32", "fp32", "none", True),
 ]
+PAGED_SHAPES = {  # by tokens of a page: whole tiles, parts of one
+    128: (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),
+    16: (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
+    64: (5, 64, 2, 3, 16, False, "bf16", "bf16", "none", True),
+}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
@@ -53,34 +59,52 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, warps: int, c
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
-def compile_shape(shape: tuple, capability: int):
-    """The two kernels as `flash_tpa` starts them on such a GPU, and the launch."""
+def compile_shape(shape: tuple, capability: int, page_size: int = 0):
+    """
+    The two kernels as `flash_tpa`, or `paged_flash_tpa` for pages of that many tokens, starts them on such a GPU, and the
+    launch.
+    """
     heads, head_dim, k_rank, v_rank, queries, constant_a, dtype, cache_dtype, mask, aligned = shape
     launch = choose_launch(
         queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability], aligned
     )
     widths = [FactorLayout(rank, 0 if constant_a else heads, head_dim).width for rank in (k_rank, v_rank)]
+    strides = [sum(widths)] * 2 if page_size else [width + (not aligned) for width in widths]
+    gathered = page_size % launch.block_n != 0
     rows = [
-        rows_of(rank, heads, head_dim, width + (not aligned), width, constant_a, launch.step)
-        for rank, width in zip((k_rank, v_rank), widths)
+        rows_of(rank, heads, head_dim, stride, width, constant_a, launch.step, gathered)
+        for rank, width, stride in zip((k_rank, v_rank), widths, strides)
     ]
+    visible = Mask(queries, heads, True, mask, mask == "additive", sliding=page_size > 0 and queries > 1)
     constants = {
-        "KEYS": rows[0], "VALUES": rows[1], "MASK": Mask(queries, heads, True, mask, mask == "additive"),
-        "LAUNCH": launch, "HAS_LENGTHS": True, "STRIDE_UNIT": 16 // BYTES[cache_dtype] if aligned else 1,
-        "OVERLAP": capability >= 90, **WITHOUT_PAGES,
+        "KEYS": rows[0], "VALUES": rows[1], "MASK": visible, "LAUNCH": launch, "HAS_LENGTHS": True,
+        "STRIDE_UNIT": 16 // BYTES[cache_dtype] if aligned else 1, "OVERLAP": capability >= 90,
     }  # fmt: skip
-    types = dict.fromkeys(("query_ptr", "key_a_ptr", "value_a_ptr"), f"*{dtype}")
+    constants |= {"PAGE_SIZE": page_size} if page_size else WITHOUT_PAGES
+    types = dict.fromkeys(("query_ptr", "key_a_ptr", "value_a_ptr", "out_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("slots_ptr", "query_starts_ptr", "table_ptr", "splits_ptr"), "*i32")
     types |= {
-        "key_ptr": f"*{cache_dtype}", "value_ptr": f"*{cache_dtype}", "length_ptr": "*i64", "partial_ptr": "*fp32",
-        "lse_ptr": "*fp32", "mask_ptr": "*i1" if mask == "boolean" else f"*{dtype}", "scale": "fp32", "log2_e": "fp32",
+        "key_ptr": f"*{cache_dtype}", "value_ptr": f"*{cache_dtype}", "length_ptr": "*i32" if page_size else "*i64",
+        "partial_ptr": "*fp32", "lse_ptr": "*fp32", "mask_ptr": "*i1" if mask == "boolean" else f"*{dtype}",
+        "scale": "fp32", "log2_e": "fp32",
     }  # fmt: skip
     decode = compile_kernel(decode_kernel, types, constants, launch.warps, capability)
     constants = {
-        "COLUMNS": queries * heads, "HEAD_DIM": head_dim, "V_RANK": v_rank, "BLOCK_D": launch.block_d,
-        "BLOCK_S": COMBINED_SPLITS, "MAX_SPLITS": MAX_SPLITS, "OVERLAP": capability >= 90,
+        "HEAD_DIM": head_dim, "V_RANK": v_rank, "BLOCK_D": launch.block_d, "BLOCK_S": COMBINED_SPLITS,
+        "MAX_SPLITS": MAX_SPLITS, "OVERLAP": capability >= 90,
     }  # fmt: skip
-    types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-    return launch, decode, compile_kernel(combine_kernel, types, constants, COMBINE_WARPS, capability)
+    if page_size:
+        kernel, constants = combine_pages_kernel, constants | {"NUM_QUERIES": queries, "NUM_HEADS": heads}
+    else:
+        kernel, constants = combine_kernel, constants | {"COLUMNS": queries * heads}
+    return launch, decode, compile_kernel(kernel, types, constants, COMBINE_WARPS, capability)
+
+
+def compile_schedule(capability: int):
+    """The kernel that shares out the rows of a batch on pages."""
+    types = dict.fromkeys(("length_ptr", "query_starts_ptr", "slots_ptr", "splits_ptr"), "*i32")
+    constants = {"TILE": 64, "BLOCK_R": SCHEDULED_REQUESTS, "BLOCK_S": SCHEDULED_SLOTS, "MAX_SPLITS": MAX_SPLITS}
+    return compile_kernel(schedule_kernel, types, constants, SCHEDULE_WARPS, capability)
 
 
 def _report(tool: str, option: str, kernel) -> str:
@@ -120,10 +144,12 @@ def unset_registers(kernel) -> set[int]:
 
 def main() -> None:
     """Fails for a kernel that does not fit the GPU, spills much, or is known to be miscompiled."""
-    for capability, shape in itertools.product(map(int, sys.argv[1:]), SHAPES):
+    shapes = [*((0, shape) for shape in SHAPES), *PAGED_SHAPES.items()]
+    for capability, (page_size, shape) in itertools.product(map(int, sys.argv[1:]), shapes):
         if "fp8e4nv" in shape and capability < 89:
             continue
-        launch, decode, _ = compile_shape(shape, capability)
+        launch, decode, _ = compile_shape(shape, capability, page_size)
+        shape += (f"pages of {page_size}",) if page_size else ()
         shared = decode.metadata.shared
         assert shared <= SHARED_MEMORY[capability], f"{capability} {shape}: {shared} bytes of shared memory"
         assert "m64n8k" not in decode.asm["ptx"], (
@@ -135,6 +161,10 @@ def main() -> None:
         print(
             f"{capability} {shape}: {registers} registers, {spills} bytes of spills, {shared} bytes of shared memory, {launch}"
         )
+    for capability in map(int, sys.argv[1:]):
+        registers, spills = registers_and_spills(compile_schedule(capability))
+        assert spills == 0, f"{capability} schedule: {spills} bytes of spills"
+        print(f"{capability} schedule: {registers} registers")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class Batch:
         pages = torch.full((sum(num_pages) + 3, page_size, sum(widths) + extra), math.nan).to(cache_dtype)
 
         self.constants, factors = [], []
-        for layout, rank in zip(layouts, (case["k_rank"], case["v_rank"])):
+        for rank in (case["k_rank"], case["v_rank"]):
             self.constants.append(torch.randn(rank, heads).to(dtype) if case["constant_a"] else None)
             of_requests = []
             for length, shared in zip(self.lengths, self.shared):

@@ -5,15 +5,16 @@ import random
 import pytest
 import torch
 
-from modeling_t6 import flash_tpa_t6
-from modeling_t6.flash_tpa_pages_t6 import Pieces, schedule_pieces
+from modeling_t6 import flash_tpa_pages_t6, flash_tpa_t6
+from modeling_t6.flash_tpa_pages_t6 import Pieces, paged_flash_tpa, schedule_pieces
 
 from .common import DEVICE
 from .flash_tpa_cases import TOLERANCES
-from .paged_flash_tpa_cases import random_case, relative_error, small_case
+from .paged_flash_tpa_cases import Batch, random_case, relative_error, small_case
 
 
 pytestmark = [pytest.mark.once, pytest.mark.skipif(flash_tpa_t6.triton is None, reason="Triton is for Linux")]
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs and compiled kernels need a GPU")
 PLAIN = {
     "dtype": torch.float32, "float8": False, "heads": 5, "head_dim": 32, "k_rank": 2, "v_rank": 1, "constant_a": False,
     "max_queries": 1, "sliding_window": None, "page_size": 16, "shared": False, "wide_rows": False,
@@ -84,6 +85,46 @@ def test_one_long_request_beside_many_short_ones():
     check(random_case(3, **PLAIN | {"lengths": [5] * 9 + [600] + [7] * 8}))
 
 
+def test_a_cache_of_more_numbers_than_32_bits_count():
+    """Only the pages of the request are touched: the rest of the memory is asked for, and never used."""
+    case = random_case(4, **PLAIN | {"float8": True, "dtype": torch.float16, "lengths": [40], "page_size": 32})
+    batch = Batch(case, DEVICE)
+    width = batch.key_pages.shape[2] + batch.value_pages.shape[2]
+    last = 2**31 // (32 * width) + 1
+    pages = torch.empty(last + 2, 32, width, dtype=torch.float8_e4m3fn, device=DEVICE)
+    for i, page in enumerate(batch.table[0, :2].tolist()):
+        rows = torch.cat([batch.key_pages[page].float(), batch.value_pages[page].float()], -1)
+        pages[last + i] = rows.to(pages.dtype)
+        batch.table[0, i] = last + i
+    batch.key_pages, batch.value_pages = pages.split([batch.key_pages.shape[2], batch.value_pages.shape[2]], -1)
+    output, expected = batch.run(DEVICE), batch.expected()
+    assert (output[: len(expected)].double() - expected).norm() / expected.norm() < TOLERANCES[torch.float16]
+
+
+def test_refuses_what_does_not_fit():
+    batch = Batch(random_case(5, **PLAIN | {"lengths": [20, 3]}), DEVICE)
+    pieces = Pieces.empty(2, 1, 5, 32, 2, 1, torch.float32, DEVICE)
+    lengths, starts = torch.tensor([20, 3], dtype=torch.int32), torch.arange(3, dtype=torch.int32)
+
+    def attend(query=batch.query, table=batch.table, max_query_length=1, **kwargs):
+        query, table, *places = (x.to(DEVICE) for x in (query, table, lengths, starts))
+        rows = batch.key_pages, batch.value_pages
+        paged_flash_tpa(query, *rows, table, *places, pieces, 2, 1, 0.2, max_query_length, **kwargs)
+
+    with pytest.raises(ValueError, match="sliding_window is 7, that of the pieces None"):
+        attend(sliding_window=7)
+    with pytest.raises(ValueError, match="1 to 16, got 17"):
+        attend(max_query_length=17)
+    with pytest.raises(ValueError, match="query must be"):
+        attend(query=batch.query[None])
+    with pytest.raises(ValueError, match="block_table"):
+        attend(table=batch.table[:1])
+    with pytest.raises(ValueError, match="output must be"):
+        attend(output=batch.query[:1])
+    with pytest.raises(ValueError, match="Pieces for 2 requests"):
+        schedule_pieces(lengths[:1].to(DEVICE), starts.to(DEVICE), pieces)
+
+
 # The schedule.
 
 
@@ -92,7 +133,7 @@ def schedule(lengths: list[int], queries: list[int], window: int | None = None, 
     pieces = Pieces.empty(len(lengths), 16, 8, 32, 1, 1, torch.float32, DEVICE, sliding_window=window)
     num_slots = max(at_once, at_once + len(lengths))
     pieces = Pieces(
-        torch.full((num_slots, 4), -9, dtype=torch.int32, device=DEVICE),
+        torch.full((num_slots, 8), -9, dtype=torch.int32, device=DEVICE),
         torch.full((len(lengths) + 1, 4), -9, dtype=torch.int32, device=DEVICE),
         at_once,
         3 * at_once,
@@ -103,7 +144,7 @@ def schedule(lengths: list[int], queries: list[int], window: int | None = None, 
     schedule_pieces(torch.tensor(lengths, dtype=torch.int32, device=DEVICE), starts, pieces)
     slots = pieces.slots.tolist()
     found = [[] for _ in lengths]
-    for request, first, end, partial in slots:
+    for request, first, end, partial, *_ in slots:
         if request >= 0:
             found[request].append((first, end, partial))
     used = sum(map(len, found))
@@ -120,9 +161,11 @@ def schedule(lengths: list[int], queries: list[int], window: int | None = None, 
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_schedule_covers_every_row_once(window):
+def test_schedule_covers_every_row_once(window, monkeypatch):
+    """Also for more requests than are looked at together."""
+    monkeypatch.setattr(flash_tpa_pages_t6, "SCHEDULED_REQUESTS", 16)
     choose = random.Random(0)
-    for count, longest in ((1, 4000), (3, 100), (40, 2000), (1100, 60)):
+    for count, longest in ((1, 4000), (3, 100), (16, 900), (37, 2000), (60, 60)):
         lengths = [choose.choice((0, 1, longest, choose.randint(1, longest))) for _ in range(count)]
         queries = [min(length, choose.randint(0, 3)) for length in lengths]
         for length, n, pieces in zip(lengths, queries, schedule(lengths, queries, window)):
@@ -144,3 +187,69 @@ def test_schedule_fills_the_chip_once_with_requests_of_one_length():
 def test_schedule_divides_the_longest_alone():
     found = schedule([16] * 20 + [16 * 400], [1] * 21)
     assert all(len(pieces) == 1 for pieces in found[:-1]) and len(found[-1]) >= 6
+
+
+# On a GPU only.
+
+
+def number_of_compilations() -> int:
+    from modeling_t6.flash_tpa_kernels_t6 import combine_pages_kernel, decode_kernel, schedule_kernel
+
+    kernels = (combine_pages_kernel, decode_kernel, schedule_kernel)
+    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+
+@needs_gpu
+def test_one_compilation_for_every_batch():
+    fixed = PLAIN | {"dtype": torch.bfloat16, "heads": 32, "head_dim": 64, "max_queries": 4}
+    check(random_case(0, **fixed | {"lengths": [4]}))
+    before = number_of_compilations()
+    for seed, lengths in enumerate(([1], [2], [17, 300], [16] * 16, [5000, 1], [33] * 100)):
+        check(random_case(seed, **fixed | {"lengths": lengths}))
+    assert number_of_compilations() == before
+
+
+@needs_gpu
+def test_a_graph_is_replayed_for_another_batch():
+    fixed = PLAIN | {"dtype": torch.bfloat16, "heads": 12, "head_dim": 64, "max_queries": 3, "page_size": 64}
+    # One number of pages and of query tokens, since the graph keeps the addresses.
+    batches = [
+        Batch(random_case(seed, **fixed | {"lengths": lengths}), DEVICE)
+        for seed, lengths in ((0, [4000, 70, 900, 1]), (1, [1, 2000, 3, 2900]), (2, [0, 0, 4900, 64]))
+    ]
+    num_pages, num_tokens = (max(getattr(b, name).shape[0] for b in batches) for name in ("key_pages", "query"))
+    width = batches[0].key_pages.shape[2] + batches[0].value_pages.shape[2]
+    pages = torch.empty(num_pages, 64, width, dtype=torch.bfloat16, device=DEVICE)
+    query = torch.empty(num_tokens, 12, 64, dtype=torch.bfloat16, device=DEVICE)
+    table = torch.empty(5, 90, dtype=torch.int32, device=DEVICE)
+    lengths, starts = (torch.empty(n, dtype=torch.int32, device=DEVICE) for n in (4, 5))
+    pieces = Pieces.empty(4, 3, 12, 64, 2, 1, torch.bfloat16, DEVICE)
+
+    def fill(batch):
+        pages[: batch.key_pages.shape[0]] = torch.cat([batch.key_pages, batch.value_pages], -1)
+        query[: batch.query.shape[0]] = batch.query.to(DEVICE)
+        table[:, : batch.table.shape[1]] = batch.table
+        lengths.copy_(torch.tensor(batch.lengths))
+        starts.copy_(torch.tensor(batch.starts))
+
+    def attend():
+        schedule_pieces(lengths, starts, pieces)
+        rows = pages.split([batches[0].key_pages.shape[2], batches[0].value_pages.shape[2]], -1)
+        return paged_flash_tpa(query, *rows, table, lengths, starts, pieces, 2, 1, scaling, 3)
+
+    scaling = 64**-0.5
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        fill(batches[0])
+        attend()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            output = attend()
+        for batch in batches:
+            batch.scaling = scaling
+            fill(batch)
+            graph.replay()
+            expected = batch.expected()
+            difference = output[: len(expected)].cpu().double() - expected
+            assert difference.norm() / expected.norm() < TOLERANCES[torch.bfloat16]

@@ -210,7 +210,6 @@ def _store_a(
         "value_block_stride",
         "value_row_stride",
         "num_slots",
-        "page_size",
     ]
 )
 def store_factors_kernel(
@@ -241,7 +240,6 @@ def store_factors_kernel(
     value_block_stride,
     value_row_stride,
     num_slots,
-    page_size,
     eps,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
@@ -251,6 +249,7 @@ def store_factors_kernel(
     ROTATION: tl.constexpr,
     B_UNIT: tl.constexpr,
     PAGE_UNIT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -277,8 +276,8 @@ def store_factors_kernel(
     else:
         slot = tl.load(slots_ptr + token, mask=token < num_slots, other=-1).to(tl.int64)
         if slot >= 0:
-            block = slot // page_size
-            offset = slot % page_size
+            block = slot // PAGE_SIZE
+            offset = slot % PAGE_SIZE
             if part == HEAD_BLOCKS:
                 row_ptr = key_pages_ptr + (block * key_block_stride + offset * key_row_stride) * PAGE_UNIT
                 b_ptr = b_k_ptr + token * b_k_stride * B_UNIT
@@ -328,15 +327,7 @@ def _form_heads(
 
 
 @triton.jit(
-    do_not_specialize=[
-        "key_block_stride",
-        "key_row_stride",
-        "value_block_stride",
-        "value_row_stride",
-        "table_stride",
-        "num_requests",
-        "page_size",
-    ]
+    do_not_specialize=["key_block_stride", "key_row_stride", "value_block_stride", "value_row_stride", "num_slots"]
 )
 def form_heads_kernel(
     key_pages_ptr,
@@ -345,59 +336,41 @@ def form_heads_kernel(
     value_a_ptr,
     key_ranks_ptr,
     value_ranks_ptr,
-    block_table_ptr,
-    first_positions_ptr,
-    row_starts_ptr,
+    slots_ptr,
     key_ptr,
     value_ptr,
     key_block_stride,
     key_row_stride,
     value_block_stride,
     value_row_stride,
-    table_stride,
-    num_requests,
-    page_size,
+    num_slots,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     VALUE_STRIDE: tl.constexpr,
     PAGE_UNIT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
 ):
     """
     K (of programs (i, 0)) and V (of programs (i, 1)), `BLOCK_M` pairs of a token and a head at a time: in a workspace
-    [rows, h, d] they lie one after the other, whatever h is. Programs beyond the last request's row end at once.
+    [room, h, d] they lie one after the other, whatever h is.
     """
     NUM_HEADS: tl.constexpr = KEYS.num_heads
-    num_rows = tl.load(row_starts_ptr + num_requests)
-    first = tl.program_id(0) * BLOCK_M
-    if first // NUM_HEADS < num_rows:
-        pairs = first + tl.arange(0, BLOCK_M)
-        rows = pairs // NUM_HEADS
-        heads = pairs % NUM_HEADS
-        is_pair = rows < num_rows
-        # A row's request: as many as end before it.
-        requests = tl.zeros([BLOCK_M], tl.int32)
-        for first_request in tl.range(0, num_requests, BLOCK_B):
-            numbers = first_request + tl.arange(0, BLOCK_B)
-            ends = tl.load(row_starts_ptr + 1 + numbers, mask=numbers < num_requests, other=2147483647)
-            requests += tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), 1)
-        start = tl.load(row_starts_ptr + requests, mask=is_pair, other=0)
-        positions = tl.load(first_positions_ptr + requests, mask=is_pair, other=0) + rows - start
-        blocks = block_table_ptr + requests.to(tl.int64) * table_stride + positions // page_size
-        block = tl.load(blocks, mask=is_pair, other=0).to(tl.int64)
-        offset = (positions % page_size).to(tl.int64)
-        out_rows = rows.to(tl.int64)
-        if tl.program_id(1) == 0:
-            factor_rows = key_pages_ptr + (block * key_block_stride + offset * key_row_stride) * PAGE_UNIT
-            _form_heads(
-                factor_rows, key_a_ptr, key_ranks_ptr, heads, is_pair, key_ptr, out_rows, KEY_STRIDE, KEYS, BLOCK_D
-            )  # fmt: skip
-        else:
-            factor_rows = value_pages_ptr + (block * value_block_stride + offset * value_row_stride) * PAGE_UNIT
-            _form_heads(
-                factor_rows, value_a_ptr, value_ranks_ptr, heads, is_pair, value_ptr, out_rows, VALUE_STRIDE, VALUES,
-                BLOCK_D,
-            )  # fmt: skip
+    pairs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = pairs // NUM_HEADS
+    heads = pairs % NUM_HEADS
+    slots = tl.load(slots_ptr + rows, mask=rows < num_slots, other=-1).to(tl.int64)
+    is_pair = slots >= 0
+    blocks = slots // PAGE_SIZE
+    offsets = slots % PAGE_SIZE
+    rows = rows.to(tl.int64)
+    if tl.program_id(1) == 0:
+        factors = key_pages_ptr + (blocks * key_block_stride + offsets * key_row_stride) * PAGE_UNIT
+        _form_heads(factors, key_a_ptr, key_ranks_ptr, heads, is_pair, key_ptr, rows, KEY_STRIDE, KEYS, BLOCK_D)
+    else:
+        factors = value_pages_ptr + (blocks * value_block_stride + offsets * value_row_stride) * PAGE_UNIT
+        _form_heads(
+            factors, value_a_ptr, value_ranks_ptr, heads, is_pair, value_ptr, rows, VALUE_STRIDE, VALUES, BLOCK_D
+        )

@@ -40,8 +40,8 @@ except ImportError:
 
 
 # Sizes with which the kernels are started.
-QUERY_TILE = 1024  # numbers of a block of heads that one program forms, at most, unless 16 heads are more
-QUERY_NUMBERS = 16  # of them for each thread
+QUERY_TILE = 1024  # numbers of a block of heads that one program forms, at most
+QUERY_NUMBERS = 32  # of them for each thread
 PAIRS_TILE = 4096  # numbers of keys or values that one program forms
 PAIRS_NUMBERS = 32
 
@@ -126,12 +126,35 @@ def store_factors(
     )  # fmt: skip
 
 
+def slots_of_rows(
+    block_table: torch.Tensor, first_positions: torch.Tensor, row_starts: torch.Tensor, page_size: int, room: int
+) -> torch.Tensor:
+    """
+    The slots of some tokens of each request, in a row: once for all layers, without waiting for the device.
+
+    Args:
+        block_table: int32 [requests, max pages], the blocks of each request's tokens in order.
+        first_positions: int32 [requests], the first position of each request that is wanted.
+        row_starts: int32 [requests + 1], ascending from 0: request b has the rows `row_starts[b]` to `row_starts[b + 1]`.
+        room: number of rows.
+
+    Returns:
+        int64 [room], -1 behind the last request's.
+    """
+    rows = torch.arange(room, dtype=row_starts.dtype, device=row_starts.device)
+    requests = torch.searchsorted(row_starts, rows, right=True) - 1
+    is_asked = requests < len(block_table)
+    requests = requests.clamp(max=len(block_table) - 1)
+    positions = first_positions[requests] + rows - row_starts[requests]
+    pages = (positions // page_size).clamp(max=block_table.shape[1] - 1)
+    slots = block_table[requests, pages].long() * page_size + positions % page_size
+    return torch.where(is_asked, slots, -1)
+
+
 def form_heads_from_pages(
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    first_positions: torch.Tensor,
-    row_starts: torch.Tensor,
+    slots: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     k_rank: int,
@@ -140,14 +163,11 @@ def form_heads_from_pages(
     value_a: torch.Tensor | SelectedRanks | None = None,
 ) -> None:
     """
-    Forms K = (1 / R_K) A_K^T B_K, and V, of some tokens of each request, in float32, of rows in any order of pages.
+    Forms K = (1 / R_K) A_K^T B_K, and V, of the tokens in some slots, in float32.
 
     Args:
-        block_table: int32 [requests, max pages], the blocks of each request's tokens in order.
-        first_positions: int32 [requests], the first position of each request whose K and V are wanted.
-        row_starts: int32 [requests + 1], ascending from 0: request b's rows of `key` and `value` are `row_starts[b]` to
-            `row_starts[b + 1]`. Those behind the last are left as they are.
-        key, value: workspace [room, h, d], where a token's numbers are contiguous, for at least `row_starts[-1]` rows.
+        slots: int64 [rows], as of [`slots_of_rows`]. Where one is negative, a row is left as it is.
+        key, value: workspace [rows or more, h, d], where a token's numbers are contiguous.
         key_a, value_a: constant factors [R_K, h] and [R_V, h]; of both as `select_ranks` has them, the workspace has the
             G key/value heads [room, G, d].
     """
@@ -156,10 +176,7 @@ def form_heads_from_pages(
     key_layout, value_layout = _layouts(k_rank, v_rank, key.shape[1] if key_a is None else 0, head_dim)
     _check_widths(key_pages, value_pages, key_layout, value_layout)
     form = _form_in_triton if _in_triton(key, key_pages) else _form_in_torch
-    form(
-        key_pages, value_pages, block_table, first_positions, row_starts, key, value, key_a, value_a,
-        key_layout, value_layout,
-    )  # fmt: skip
+    form(key_pages, value_pages, slots, key, value, key_a, value_a, key_layout, value_layout)
 
 
 @functools.cache
@@ -230,28 +247,20 @@ def _store_in_torch(
     return query
 
 
-def _form_in_torch(
-    key_pages, value_pages, block_table, first_positions, row_starts, key, value, key_a, value_a, key_layout, value_layout
-) -> None:  # fmt: skip
-    numbers = torch.arange(len(block_table), device=block_table.device)
-    requests = numbers.repeat_interleave(row_starts.diff())
-    rows = torch.arange(len(requests), device=block_table.device)
-    positions = first_positions[requests] + rows - row_starts[requests]
-    blocks, offsets = block_table[requests, positions // key_pages.shape[1]], positions % key_pages.shape[1]
+def _form_in_torch(key_pages, value_pages, slots, key, value, key_a, value_a, key_layout, value_layout) -> None:
+    rows = (slots >= 0).nonzero()[:, 0]
+    slots = slots[rows]
     for pages, layout, constant_a, states in (
         (key_pages, key_layout, key_a, key), (value_pages, value_layout, value_a, value)
     ):  # fmt: skip
-        cached_rows = (
-            pages.view(torch.uint8)[blocks, offsets].view(pages.dtype)
-            if pages.itemsize == 1
-            else pages[blocks, offsets]
-        )
-        a, b = layout.unpack(cached_rows[None, None].float())
+        is_float8 = pages.dtype == torch.float8_e4m3fn
+        factors = (pages.view(torch.uint8) if is_float8 else pages)[slots // pages.shape[1], slots % pages.shape[1]]
+        a, b = layout.unpack(factors.view(pages.dtype)[None, None].float())
         if isinstance(constant_a, SelectedRanks):
-            b = b[0, :, constant_a.ranks]
-            states[: len(rows)] = constant_a.weights.float()[:, None] * b / layout.rank
+            heads = constant_a.weights.float()[:, None] * b[:, :, constant_a.ranks] / layout.rank
         else:
-            states[: len(rows)] = form_heads(a if constant_a is None else constant_a.float(), b)[0]
+            heads = form_heads(a if constant_a is None else constant_a.float(), b)
+        states[rows] = heads[0].to(states.dtype)
 
 
 # In Triton.
@@ -269,6 +278,16 @@ def _unit(itemsize: int, *strides: int) -> int:
     return unit
 
 
+def _page_constants(key_pages: torch.Tensor, value_pages: torch.Tensor) -> tuple[tuple[int, ...], dict]:
+    """Strides of blocks and rows, of keys and of values, and in which unit; pages without gaps are as those of one row."""
+    page_size = key_pages.shape[1]
+    strides = key_pages.stride(0), key_pages.stride(1), value_pages.stride(0), value_pages.stride(1)
+    if strides[0] == page_size * strides[1] and strides[2] == page_size * strides[3]:
+        page_size, strides = 1, (strides[1], 0, strides[3], 0)
+    unit = _unit(key_pages.element_size(), *strides)
+    return tuple(stride // unit for stride in strides), {"PAGE_UNIT": unit, "PAGE_SIZE": page_size}
+
+
 @functools.cache
 def _paged_rows(layout: FactorLayout, num_heads: int, kind: str) -> "PagedRows":
     return PagedRows(layout.rank, num_heads, layout.head_dim, layout.padded_heads, layout.rotates, kind)
@@ -279,7 +298,7 @@ def _store_sizes(num_heads: int, key_layout: FactorLayout, value_layout: FactorL
     block_d = _power_of_2(key_layout.head_dim, 16)
     all_heads = _power_of_2(max(num_heads, key_layout.padded_heads, value_layout.padded_heads))
     # Few blocks of heads, few of whose heads are none.
-    widths = [n for n in (4, 8, 16, 32, 64) if n * block_d <= QUERY_TILE]
+    widths = [n for n in (1, 2, 4, 8, 16, 32, 64) if n * block_d <= QUERY_TILE]
     block_h = min(reversed(widths), key=lambda n: -(-num_heads // n) * (n + 8))
     return {
         "BLOCK_H": block_h,
@@ -317,8 +336,7 @@ def _store_in_triton(
     a_strides = _token_stride("a_q", a_q, constant_a), _token_stride("a_k", a_k), _token_stride("a_v", a_v)
     b_strides = _token_stride("b_q", b_q), _token_stride("b_k", b_k), _token_stride("b_v", b_v)
     b_unit = _unit(b_q.element_size(), *b_strides)
-    page_strides = key_pages.stride(0), key_pages.stride(1), value_pages.stride(0), value_pages.stride(1)
-    page_unit = _unit(key_pages.element_size(), *page_strides)
+    page_strides, page_constants = _page_constants(key_pages, value_pages)
     sizes = _store_sizes(num_heads, key_layout, value_layout)
     kind = "constant" if a_k is None else "cached"
     programs = num_tokens * (-(-num_heads // sizes["BLOCK_H"]) + 2)
@@ -346,9 +364,8 @@ def _store_in_triton(
             b_strides[2] // b_unit,
             cos.stride(0),
             sin.stride(0),
-            *(stride // page_unit for stride in page_strides),
+            *page_strides,
             slots.shape[0],
-            key_pages.shape[1],
             eps,
             KEYS=_paged_rows(key_layout, num_heads, kind),
             VALUES=_paged_rows(value_layout, num_heads, kind),
@@ -357,50 +374,44 @@ def _store_in_triton(
             ACTIVATION=activation,
             ROTATION=Rotation(2 * cos.shape[1], q_norm is not None),
             B_UNIT=b_unit,
-            PAGE_UNIT=page_unit,
+            **page_constants,
             **sizes,
         )
     return query
 
 
-def _form_in_triton(
-    key_pages, value_pages, block_table, first_positions, row_starts, key, value, key_a, value_a, key_layout, value_layout
-) -> None:  # fmt: skip
-    room, num_heads, head_dim = key.shape
-    page_strides = key_pages.stride(0), key_pages.stride(1), value_pages.stride(0), value_pages.stride(1)
-    page_unit = _unit(key_pages.element_size(), *page_strides)
+def _form_in_triton(key_pages, value_pages, slots, key, value, key_a, value_a, key_layout, value_layout) -> None:
+    num_rows, num_heads, head_dim = len(slots), key.shape[1], key.shape[2]
+    if num_rows == 0:
+        return
+    page_strides, page_constants = _page_constants(key_pages, value_pages)
     block_d = _power_of_2(head_dim, 16)
     block_m = max(1, PAIRS_TILE // block_d)
-    tensors, rows = [], []
+    weights, ranks, rows = [], [], []
     for pages, layout, a in ((key_pages, key_layout, key_a), (value_pages, value_layout, value_a)):
-        kind = "cached" if a is None else "selected" if isinstance(a, SelectedRanks) else "constant"
-        ranks, weights = a if kind == "selected" else (block_table, pages if a is None else a.contiguous())
-        tensors.append((weights, ranks))
-        rows.append(_paged_rows(layout, num_heads, kind))
+        is_selected = isinstance(a, SelectedRanks)
+        weights.append(pages if a is None else a.weights if is_selected else a.contiguous())
+        ranks.append(a.ranks if is_selected else slots)
+        rows.append(
+            _paged_rows(layout, num_heads, "cached" if a is None else "selected" if is_selected else "constant")
+        )
     with torch.cuda.device_of(key):
-        form_heads_kernel[(-(-room * num_heads // block_m), 2)](
+        form_heads_kernel[(-(-num_rows * num_heads // block_m), 2)](
             key_pages,
             value_pages,
-            tensors[0][0],
-            tensors[1][0],
-            tensors[0][1],
-            tensors[1][1],
-            block_table,
-            first_positions,
-            row_starts,
+            *weights,
+            *ranks,
+            slots,
             key,
             value,
-            *(stride // page_unit for stride in page_strides),
-            block_table.stride(0),
-            block_table.shape[0],
-            key_pages.shape[1],
+            *page_strides,
+            num_rows,
             KEYS=rows[0],
             VALUES=rows[1],
             KEY_STRIDE=_token_stride("key", key),
             VALUE_STRIDE=_token_stride("value", value),
-            PAGE_UNIT=page_unit,
             BLOCK_M=block_m,
             BLOCK_D=block_d,
-            BLOCK_B=64,
             num_warps=PAIRS_TILE // (32 * PAIRS_NUMBERS),
+            **page_constants,
         )

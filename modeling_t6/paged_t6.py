@@ -141,6 +141,8 @@ def attends_on_pages(config: PreTrainedConfig, device: torch.device, dtype: torc
     implementation = config._attn_implementation.removeprefix("paged|")
     if triton is None or config.rotates_on_read or config.c_factor_dim is not None:
         return False
+    if config.head_factor_act == "softmax" and config.num_local_heads < config.num_attention_heads:
+        return False  # the kernel that writes rows does not ask the processes that have the other heads
     if device.type == "cuda":
         runs = implementation != "eager" and _is_supported(device, False)
     else:
@@ -183,7 +185,8 @@ class GroupStep:
     A step of the engine in the layers that share pages.
 
     Attributes:
-        write_slots: int64 [tokens], where the rows of the step's tokens go.
+        write_slots: int64 [tokens], where the rows of the step's tokens go. -1 is nowhere: if there are no `others`, where the
+            kernel alone writes.
         decoding: requests that the kernel attends for, or `None`.
         read_slots: int64 [rows], of the rows that the other requests attend to, or `None` if those are rows of the step.
         new_rows: where among these the rows of the step's tokens belong, and of which tokens.
@@ -242,7 +245,7 @@ class PagedFactors:
         positions = (lengths - 1).clamp(min=0)
         last_pages = block_table.gather(1, (positions // group.page_size).long()[:, None])[:, 0]
         slots = last_pages.long() * group.page_size + positions % group.page_size
-        slots = torch.where(lengths > 0, slots, group.spare_slot)
+        slots = torch.where(lengths > 0, slots, -1)
         return GroupStep(slots, self._over_pages(slice(None), block_table, lengths))
 
     def _read_and_decode(self, groups: Iterable[PageGroup]) -> dict[PageGroup, GroupStep]:
@@ -277,7 +280,10 @@ class PagedFactors:
             elif others:  # of prompts that begin in this step, all of whose rows are those of their tokens
                 others = [(query, query) for query, _ in others]
             others = _group_requests(others, math.inf if window is None else window, device)
-            steps[group] = GroupStep(group.slots(write), on_pages, read_slots, new_rows, others)
+            write_slots = group.slots(write)
+            if self.pages.has_kernel and not others:
+                write_slots = torch.where(write_slots == group.spare_slot, -1, write_slots)
+            steps[group] = GroupStep(write_slots, on_pages, read_slots, new_rows, others)
         return steps
 
     def _over_pages(
@@ -315,7 +321,7 @@ class PagedFactors:
             With `key_rows` and `value_rows` that `others` of the step attend to, [1, 1, rows, R_K (h + d)] and [1, 1, rows,
             R_V (h + d)]; where the kernels run, with queries in place of the new tokens' factors.
         """
-        if not self.pages.has_kernel or module.head_mesh is not None:
+        if not self.pages.has_kernel:
             factors = module.project(hidden_states, *position_embeddings)
             module.update_cache(factors, self)
             return factors

@@ -22,6 +22,13 @@ CONFIGS = {
     "mixed windows": MIXED_LAYERS,
     "constant A": {"noncontextual_a": True, "sliding_window": 6},
     "ranks by layer": {"k_rank": [1, 3], "v_rank": [2, 4]},
+    "KV-only": {"q_rank": None, "qk_norm": True},
+    "all else": {
+        "head_factor_act": "softmax",
+        "head_norm": True,
+        "output_gate": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
 }
 
 

@@ -245,7 +245,7 @@ class PagedFactors:
         positions = (lengths - 1).clamp(min=0)
         last_pages = block_table.gather(1, (positions // group.page_size).long()[:, None])[:, 0]
         slots = last_pages.long() * group.page_size + positions % group.page_size
-        slots = torch.where(lengths > 0, slots, -1)
+        slots = slots.masked_fill(lengths == 0, -1)  # `where` would copy the number from the host
         return GroupStep(slots, self._over_pages(slice(None), block_table, lengths))
 
     def _read_and_decode(self, groups: Iterable[PageGroup]) -> dict[PageGroup, GroupStep]:
@@ -471,8 +471,9 @@ def paged_attention_forward(
     if step.decoding is not None:
         key_a, value_a = (a if a is not None and a.dim() == 2 else None for a in (factors.a_k, factors.a_v))
         widths = module.key_layout.width, module.value_layout.width
-        output[0, step.decoding.queries] = paged_flash_tpa(
-            query[0, step.decoding.queries],
+        at = step.decoding.queries
+        attended = paged_flash_tpa(
+            query[0, at],
             *attention_mask.pages_of_layer(module.layer_idx, *widths),
             step.decoding.block_table,
             step.decoding.lengths,
@@ -484,7 +485,10 @@ def paged_attention_forward(
             max_query_length=1,
             key_a=key_a,
             value_a=value_a,
+            output=output[0, at] if isinstance(at, slice) else None,
         )
+        if not isinstance(at, slice):
+            output[0, at] = attended
     for queries, keys, mask in step.others:
         key_rows, value_rows = (rows[:, 0][keys].unsqueeze(1) for rows in (factors.key_rows, factors.value_rows))
         a_k, b_k, a_v, b_v = module.unpack(factors, key_rows, value_rows)

@@ -118,7 +118,8 @@ def test_no_tokens(implementation):
     no_slots = torch.zeros(0, dtype=torch.long, device=DEVICE)
     angles = torch.ones(0, 8, device=DEVICE)
     assert store_factors(None, b, None, b, None, b, angles, angles, no_slots, pages, pages).shape == (0, 1, 16)
-    form_heads_from_pages(pages, pages, no_slots, b, b, 1, 1, torch.ones(1, 1), torch.ones(1, 1))
+    a = torch.ones(1, 1, device=DEVICE)
+    form_heads_from_pages(pages, pages, no_slots, b, b, 1, 1, a, a)
     assert (pages == 0).all()
 
 
@@ -159,8 +160,9 @@ def test_bad_input():
 
 @pytest.mark.skipif(factor_pages_t6.triton is None, reason="PyTorch takes any strides")
 def test_factors_with_other_numbers_between():
-    b, angles, slots = torch.randn(2, 1, 16), torch.ones(2, 8), torch.tensor([0, 1])
-    pages, apart = torch.zeros(1, 2, 16), torch.randn(2, 1, 32)[..., ::2]
+    b, angles = torch.randn(2, 1, 16, device=DEVICE), torch.ones(2, 8, device=DEVICE)
+    slots, pages = torch.tensor([0, 1], device=DEVICE), torch.zeros(1, 2, 16, device=DEVICE)
+    apart = torch.randn(2, 1, 32, device=DEVICE)[..., ::2]
     with pytest.raises(ValueError, match="`b_v` must be .* contiguous"):
         store_factors(None, b, None, b, None, apart, angles, angles, slots, pages, pages)
 

@@ -259,28 +259,30 @@ class PagedFactors:
         steps = {}
         for group in groups:
             window = self.config.sliding_window if group.layer_type == "sliding_attention" else None
-            read, write = (self.kwargs[name][group.index] for name in ("read_index", "write_index"))
+            read_index, write_index = (self.kwargs[name][group.index] for name in ("read_index", "write_index"))
             decoding, others = [], []
             for query, key in zip(queries, keys[group.layer_type]):
                 if query[0] == query[1]:  # with which the engine fills a step up
                     continue
-                decodes = self.pages.has_kernel and query[1] - query[0] == 1 and read.numel() > 0
+                decodes = self.pages.has_kernel and query[1] - query[0] == 1 and read_index.numel() > 0
                 (decoding if decodes else others).append((query, key))
             on_pages = None
             if decoding:
                 tokens = [query[0] for query, _ in decoding]
-                table = _find_pages(decoding, [positions[token] for token in tokens], group, window, read, write)
+                table = _find_pages(
+                    decoding, [positions[token] for token in tokens], group, window, read_index, write_index
+                )
                 lengths = torch.tensor([end - start for _, (start, end) in decoding], dtype=torch.int32, device=device)
                 one_by_one = tokens == list(range(tokens[0], tokens[-1] + 1))
                 at = slice(tokens[0], tokens[-1] + 1) if one_by_one else torch.tensor(tokens, device=device)
                 on_pages = self._over_pages(at, table, lengths)
             read_slots = new_rows = None
-            if others and read.numel() > 0:
-                others, read_slots, new_rows = _gather(others, group.slots(read))
+            if others and read_index.numel() > 0:
+                others, read_slots, new_rows = _gather(others, group.slots(read_index))
             elif others:  # of prompts that begin in this step, all of whose rows are those of their tokens
                 others = [(query, query) for query, _ in others]
             others = _group_requests(others, math.inf if window is None else window, device)
-            write_slots = group.slots(write)
+            write_slots = group.slots(write_index)
             if self.pages.has_kernel and not others:
                 write_slots = torch.where(write_slots == group.spare_slot, -1, write_slots)
             steps[group] = GroupStep(write_slots, on_pages, read_slots, new_rows, others)
@@ -363,9 +365,8 @@ class PagedFactors:
         stored = self.pages.rows[layer_idx].flatten(0, 1)[:, : new.shape[-1]]
         rows = new
         if step.read_slots is not None:
-            rows = stored[
-                step.read_slots
-            ]  # before the write: in a layer with a window that takes the place of an old row
+            # Before these are stored: in a layer with a window they take the place of old rows.
+            rows = stored[step.read_slots]
             places, tokens = step.new_rows
             rows[places] = new[tokens]
         stored.index_copy_(0, step.write_slots, new.to(stored.dtype))
@@ -377,8 +378,8 @@ def _find_pages(
     positions: list[int],
     group: PageGroup,
     window: int | None,
-    read: torch.Tensor,
-    write: torch.Tensor,
+    read_index: torch.Tensor,
+    write_index: torch.Tensor,
 ) -> torch.Tensor:
     """
     The block table, int32 [requests, pages], of requests that decode in a step for which the engine makes none, from the
@@ -392,13 +393,13 @@ def _find_pages(
         firsts = range(0, end - start, group.page_size)
         table.append(
             [
-                len(read) + query[0] if place == position % window else start + (place - oldest) % window
+                len(read_index) + query[0] if place == position % window else start + (place - oldest) % window
                 for place in firsts
             ]
         )
     most = max(map(len, table))
-    table = torch.tensor([row + row[:1] * (most - len(row)) for row in table], device=read.device)
-    return group.pages(torch.cat([read, write])[table]).int()
+    table = torch.tensor([row + row[:1] * (most - len(row)) for row in table], device=read_index.device)
+    return group.pages(torch.cat([read_index, write_index])[table]).int()
 
 
 def _gather(

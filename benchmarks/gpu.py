@@ -47,6 +47,7 @@ def graph_seconds(calls: list[Callable], repeats: int = 7) -> float:
     more than the L2 cache holds, as the layers of a model do.
     """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still be filling what the calls read
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()

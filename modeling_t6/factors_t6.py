@@ -120,6 +120,7 @@ class Factors:
         key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them, if there is a cache. The keys'
             and values' factors above are then still those of the new tokens: `TensorProductFactors.unpack` reads rows.
         lengths: int [1] on the device, how many of the rows count, of a cache with room for more; else `None`.
+        is_query: whether `b_q` are queries as `TensorProductFactors.queries` returns them, normalised and rotated.
     """
 
     a_q: torch.Tensor | None
@@ -134,6 +135,7 @@ class Factors:
     key_rows: torch.Tensor | None = None
     value_rows: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
+    is_query: bool = False
 
 
 class TensorProductFactors(nn.Module):
@@ -224,6 +226,24 @@ class TensorProductFactors(nn.Module):
             b_k = apply_rotary_pos_emb(b_k, *position_embeddings)
         dtype = position_embeddings[0].dtype
         return Factors(a_q, b_q, a_k, b_k, a_v, b_v, dtype, position_embeddings, key_rotation)
+
+    def project_tokens(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """
+        A_Q, B_Q, A_K, B_K, A_V and B_V of tokens [tokens, hidden_size] as they are projected, [tokens, h, R] and
+        [tokens, R, d], of models that cache B_K and B_V as K and V are made of them. A constant A_Q is [R_Q, h], and constant A_K
+        and A_V are `None`, as are those of queries without factors, whose B_Q are [tokens, h, d].
+        """
+        projected = []
+        for name, rank in (("q", self.q_rank), ("k", self.k_rank), ("v", self.v_rank)):
+            if rank is None:
+                projected += [None, self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))]
+                continue
+            if self.config.noncontextual_a:
+                projected.append(self.q_a if name == "q" else None)
+            else:
+                projected.append(getattr(self, f"{name}_a_proj")(hidden_states).unflatten(-1, (-1, rank)))
+            projected.append(getattr(self, f"{name}_b_proj")(hidden_states).unflatten(-1, (rank, -1)))
+        return tuple(projected)
 
     def update_cache(self, factors: Factors, cache: Cache) -> None:
         """Stores the keys' and values' factors of the new tokens, and gives `factors` the rows of all the tokens."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 
-from . import flash_tpa_t6
 from .flash_tpa_t6 import (
     COMBINE_WARPS,
     COMBINED_SPLITS,
@@ -25,7 +24,9 @@ from .flash_tpa_t6 import (
     MAX_HEAD_DIM,
     MAX_QUERIES,
     MAX_SPLITS,
+    can_overlap,
     choose_launch,
+    device_limits,
     rows_of,
 )
 
@@ -101,7 +102,7 @@ class Pieces:
         """
         device = torch.device(device)
         num_queries = _bucket(max_query_length)
-        num_sms, shared_memory = flash_tpa_t6._device_limits(device)
+        num_sms, shared_memory = device_limits(device)
         launch = choose_launch(
             num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, dtype.itemsize, shared_memory
         )
@@ -220,7 +221,7 @@ def paged_flash_tpa(
     num_queries = _bucket(max_query_length)
     _, num_heads, head_dim = query.shape
     page_size = key_pages.shape[1]
-    num_sms, shared_memory = flash_tpa_t6._device_limits(query.device)
+    num_sms, shared_memory = device_limits(query.device)
     constant_a = key_a is not None
     if query.stride(-1) != 1:
         query = query.contiguous()
@@ -250,7 +251,7 @@ def paged_flash_tpa(
     columns = launch.column_blocks(num_queries, num_heads)
     partial = query.new_empty((pieces.num_partials, num_queries, num_heads, head_dim), dtype=torch.float32)
     lse = query.new_empty((pieces.num_partials, num_queries, num_heads), dtype=torch.float32)
-    overlap = flash_tpa_t6.OVERLAP and flash_tpa_t6._can_overlap(query.device)
+    overlap = can_overlap(query.device)
     with torch.cuda.device_of(query):
         decode_kernel[(columns * pieces.slots.shape[0],)](
             query,

@@ -143,8 +143,10 @@ def choose_launch(
     programs_that_fit = (shared_memory + 1024) // (bytes_used(block_n, stages, ranks) + 1024)
     programs_per_sm = max(1, min(programs_that_fit, 4 if is_8_bit else 3 if itemsize == 1 and step == 2 else 2))
     warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
-    if not is_aligned:  # such loads are not in flight in any case; unrolled, Triton 3.6 miscompiles some
-        unroll, step = False, 1
+    # B that copies of 4 bytes do not reach goes through registers, and no load is in flight. Unrolled, Triton 3.6 miscompiles
+    # some of that; and where the tensor cores read blocks of 64 tokens from the one place that remains, ptxas 12.8 loses it.
+    if not is_aligned or head_dim * itemsize % 4:
+        block_n, unroll, step = min(block_n, 32), False, 1
     return Launch(block_n, block_t, block_h, rest_h, block_d, unroll, stages, step, warps, programs_per_sm)
 
 
@@ -177,7 +179,7 @@ def choose_splits(programs: int, places: int, num_blocks: int) -> int:
 
 
 @functools.cache
-def _device_limits(device: torch.device) -> tuple[int, int]:
+def device_limits(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that a program may have."""
     if device.type != "cuda":
         return 4, 232448
@@ -185,10 +187,9 @@ def _device_limits(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
-@functools.cache
-def _can_overlap(device: torch.device) -> bool:
+def can_overlap(device: torch.device) -> bool:
     """Whether the chip has programmatic dependent launch, by which a kernel starts before the last one ends."""
-    return device.type == "cuda" and _capability(device) >= (9, 0)
+    return OVERLAP and device.type == "cuda" and _capability(device) >= (9, 0)
 
 
 def _rows_as_read(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -216,7 +217,7 @@ def _flash_tpa(
 ) -> torch.Tensor:
     batch_size, num_queries, num_heads, head_dim = query.shape
     key_length = key_rows.shape[2]
-    num_sms, shared_memory = _device_limits(query.device)
+    num_sms, shared_memory = device_limits(query.device)
     constant_a = key_a is not None
     if query.stride(-1) != 1:
         query = query.contiguous()
@@ -251,7 +252,7 @@ def _flash_tpa(
     partial = query.new_empty((batch_size, num_splits, num_queries, num_heads, head_dim), dtype=torch.float32)
     lse = query.new_empty((batch_size, num_splits, num_queries, num_heads), dtype=torch.float32)
     output = query.new_empty(query.shape)
-    overlap = OVERLAP and _can_overlap(query.device)
+    overlap = can_overlap(query.device)
     with torch.cuda.device_of(query):
         decode_kernel[(columns * num_splits, batch_size)](
             query,
@@ -414,6 +415,7 @@ def _is_supported(device: torch.device, is_float8: bool) -> bool:
     return _capability(device) >= ((8, 9) if is_float8 else (8, 0))
 
 
+@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return (0, 0) if torch.version.cuda is None else torch.cuda.get_device_capability(device)
 

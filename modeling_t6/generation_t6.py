@@ -16,6 +16,7 @@
 import functools
 
 import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -30,9 +31,19 @@ from .paged_t6 import page_factors
 class T6GenerationMixin(GenerationMixin):
     """`GenerationMixin` for a model with a language modelling head whose base model is a [`T6Model`], `self.model`."""
 
-    def init_continuous_batching(self, *args, **kwargs) -> ContinuousBatchingManager:
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        *args,
+        **kwargs,
+    ) -> ContinuousBatchingManager:
         """As in every model; the pages of the cache hold factors."""
-        return page_factors(super().init_continuous_batching(*args, **kwargs))
+        asked = continuous_batching_config
+        if asked is None:  # where older code puts it
+            asked = getattr(generation_config or self.generation_config, "continuous_batching_config", None)
+        manager = super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
+        return page_factors(manager, asked if asked is not None else ContinuousBatchingConfig())
 
     def create_masks_for_generate(
         self,

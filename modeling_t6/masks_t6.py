@@ -120,7 +120,7 @@ def create_attention_masks(
     if isinstance(attention_mask, dict):  # made ahead by `generate()`
         return attention_mask
     if isinstance(cache, PagedFactors):  # goes by the lengths of the requests
-        return cache.groups
+        return dict.fromkeys(cache.key_ends, cache)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:  # one for the whole batch, maybe
         attention_mask = attention_mask.expand(inputs_embeds.shape[0], -1)
     if config.rotates_on_read and cache is not None and position_ids is not None:

@@ -154,9 +154,12 @@ class T6Attention(TensorProductFactors):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
 
-        factors = self.project(hidden_states, position_embeddings, key_position_embeddings)
-        if cache is not None:
-            self.update_cache(factors, cache)
+        if isinstance(cache, PagedFactors):
+            factors = cache.store(self, hidden_states, position_embeddings, key_position_embeddings)
+        else:
+            factors = self.project(hidden_states, position_embeddings, key_position_embeddings)
+            if cache is not None:
+                self.update_cache(factors, cache)
 
         attn_output, attn_weights = attend(
             self,

@@ -17,9 +17,12 @@ import functools
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import ContinuousBatchingConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, PagedAttentionCache
 from transformers.processing_utils import Unpack
@@ -27,8 +30,12 @@ from transformers.utils import TransformersKwargs, logging
 
 from .cache_t6 import factor_layouts
 from .configuration_t6 import ConfigView
+from .engine_pages_t6 import EnginePages, PageGroup, join_halves
+from .factor_pages_t6 import store_factors
 from .factor_space_t6 import factor_space_attention
 from .factors_t6 import Factors, form_heads, without_autocast
+from .flash_tpa_pages_t6 import Pieces, paged_flash_tpa, schedule_pieces
+from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, MAX_HEAD_DIM, _is_supported, triton
 
 
 logger = logging.get_logger(__name__)
@@ -74,51 +81,276 @@ class PagedModel:
         return self._model(*args, **kwargs)
 
 
-def page_factors(manager: ContinuousBatchingManager) -> ContinuousBatchingManager:
-    """Has a manager, before it makes its cache, make one of factors."""
+def page_factors(manager: ContinuousBatchingManager, asked: ContinuousBatchingConfig) -> ContinuousBatchingManager:
+    """
+    Has a manager, before it makes its cache, make one of factors. `asked` is the user's configuration: that of the manager
+    has what the engine makes of it for attention with masks.
+    """
     if isinstance(manager.model, PagedModel):  # kept from an earlier batch
         return manager
-    config = manager.continuous_batching_config
-    if any(config.cuda_graph_booleans) or config.varlen_compile_config or config.decode_compile_config:
-        logger.warning("Paged attention over factors runs without CUDA graphs and torch.compile: both are off.")
-    config.use_cuda_graph, config.varlen_compile_config, config.decode_compile_config = (False, False), None, None
-    config.use_async_batching = False  # which is there to hide the launches that graphs save
+    model, config = manager.model, manager.continuous_batching_config
+    has_kernel = attends_on_pages(model.config, model.device, model.dtype)
+    # The engine has block tables for layers without windows alone, and records graphs of steps that read block tables.
+    has_block_tables = has_kernel and not _has_windows(model.config) and asked.max_blocks_per_request != 0
+    has_graphs = has_block_tables and model.device.type == "cuda" and not _reads_positions_on_host(model.config)
+    asked_graphs = asked.cuda_graph_booleans
+    if config.varlen_compile_config or config.decode_compile_config or any(asked_graphs) and not has_graphs:
+        logger.warning(
+            "Attention over pages of factors runs without torch.compile, and without CUDA graphs "
+            f"{'of prompts' if has_graphs else 'for this model on this device'}."
+        )
+    config.varlen_compile_config = config.decode_compile_config = None
+    config.use_cuda_graph = (False, has_graphs and (asked.use_cuda_graph is None or asked_graphs[1]))
+    config.use_async_batching = model.device.type == "cuda" and (
+        config.use_cuda_graph[1] if asked.use_async_batching is None else asked.use_async_batching and has_kernel
+    )
+    config.max_blocks_per_request = 0
+    if has_block_tables:
+        page_size = config.page_size if hasattr(config, "page_size") else config.block_size
+        longest = -(-model.config.max_position_embeddings // page_size)
+        config.max_blocks_per_request = asked.max_blocks_per_request or max(longest, 2)  # as many as its warm-up takes
     if config.num_blocks is None:
         # Beside the cache, the engine leaves room for one layer's rows; attention copies up to five layers' worth.
-        num_layers = manager.model.config.num_hidden_layers
+        num_layers = model.config.num_hidden_layers
         config.max_memory_percent = (config.max_memory_percent or 0.8) * (num_layers + 1) / (num_layers + 5)
-    config.max_blocks_per_request = 0  # block tables are for kernels that read keys and values
-    manager.model = PagedModel(manager.model)
+    manager.model = PagedModel(model)
+    create_batch_processor = manager._create_batch_processor
+
+    def create_processor_of_pages():
+        processor = create_batch_processor()
+        if not hasattr(processor.cache, "factors"):
+            if hasattr(processor.cache, "key_cache"):
+                join_halves(processor)
+            processor.cache.factors = EnginePages(processor.cache, model.config, has_kernel)
+            record = processor.model_runner.run_one_warmup
+            # No graph is recorded of a prompt: the engine would read one as long as the whole cache for nothing.
+            processor.model_runner.run_one_warmup = lambda model, num_q_tokens, max_kv_read: (
+                record(model=model, num_q_tokens=num_q_tokens, max_kv_read=None) if max_kv_read is None else 0.0
+            )
+        return processor
+
+    manager._create_batch_processor = create_processor_of_pages
     return manager
+
+
+def attends_on_pages(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """
+    Whether requests that decode attend by the kernel over pages as they lie: as `decode_with_flash_tpa` says of other
+    caches. On a GPU not where the implementation is `"eager"`, elsewhere where `"flash_tpa"` is asked for by name.
+    """
+    implementation = config._attn_implementation.removeprefix("paged|")
+    if triton is None or config.rotates_on_read or config.c_factor_dim is not None:
+        return False
+    if config.head_factor_act == "softmax" and config.num_local_heads < config.num_attention_heads:
+        return False  # the kernel that writes rows does not ask the processes that have the other heads
+    if device.type == "cuda":
+        runs = implementation != "eager" and _is_supported(device, False)
+    else:
+        runs = implementation == "flash_tpa" and IS_INTERPRETED
+    return runs and config.head_dim <= MAX_HEAD_DIM and dtype in DTYPES
+
+
+def _has_windows(config: PreTrainedConfig) -> bool:
+    return any(config.layer_type(layer_idx) != "full_attention" for layer_idx in range(config.num_hidden_layers))
+
+
+def _reads_positions_on_host(config: PreTrainedConfig) -> bool:
+    """Whether RoPE looks up the longest position of a step, as `dynamic_rope_update` does for these."""
+    return "dynamic" in config.rope_parameters["rope_type"] or config.rope_parameters["rope_type"] == "longrope"
+
+
+@dataclass(frozen=True)
+class DecodingRequests:
+    """
+    The requests of a step that decode one token each over pages, which the kernel reads.
+
+    Attributes:
+        queries: where their tokens are among those of the step.
+        block_table: int32 [requests, pages].
+        lengths: int32 [requests], how many rows each attends to, that of its token included.
+        query_starts: int32 [requests + 1].
+        pieces: which program of the kernel reads which of their rows.
+    """
+
+    queries: slice | torch.Tensor
+    block_table: torch.Tensor
+    lengths: torch.Tensor
+    query_starts: torch.Tensor
+    pieces: Pieces
+
+
+@dataclass(frozen=True)
+class GroupStep:
+    """
+    A step of the engine in the layers that share pages.
+
+    Attributes:
+        write_slots: int64 [tokens], where the rows of the step's tokens go. -1 is nowhere: if there are no `others`, where the
+            kernel alone writes.
+        decoding: requests that the kernel attends for, or `None`.
+        read_slots: int64 [rows], of the rows that the other requests attend to, or `None` if those are rows of the step.
+        new_rows: where among these the rows of the step's tokens belong, and of which tokens.
+        others: the other requests, as [`_group_requests`] returns them.
+    """
+
+    write_slots: torch.Tensor
+    decoding: DecodingRequests | None = None
+    read_slots: torch.Tensor | None = None
+    new_rows: tuple[torch.Tensor, torch.Tensor] | None = None
+    others: tuple[tuple[tuple, tuple, torch.Tensor | None], ...] = ()
 
 
 class PagedFactors:
     """
     What one step of the engine reads and writes. Its tokens, of many requests, lie one after the other in one row, and
-    so do the rows of factors that these requests attend to.
+    so do the rows of factors that are copied out of pages. Those are of all requests where PyTorch attends, and of the
+    requests that read a prompt, or a piece of one, where the kernel attends for the others, from pages as they lie.
+
+    A step with a block table is one in which every request decodes, and may be recorded as a CUDA graph: what is made of
+    the engine's tensors then is made on the device, for requests of length 0 too, with which the engine fills a graph up.
 
     Args:
         config: of the model.
-        cache: the engine's, with one key/value head of `paged_width(config)`.
+        cache: the engine's, whose `factors` are [`EnginePages`].
         position_ids: those of the tokens, [1, tokens].
         kwargs: the other arguments that the engine calls the model with.
     """
 
     def __init__(self, config: PreTrainedConfig, cache: PagedAttentionCache, position_ids: torch.Tensor, kwargs: dict):
-        self.cache, self.kwargs = cache, kwargs
-        self.width = paged_width(config)
-        lengths = kwargs["cu_seq_lens_k"]
-        if not isinstance(lengths, dict):  # one layer type in older versions
-            lengths = dict.fromkeys(set(config.layer_types or ["full_attention"]), lengths)
-        query_ends = kwargs["cu_seq_lens_q"]
-        last_positions = position_ids[0, query_ends[1:].long() - 1]
-        self.groups, self.row_positions = {}, {}
-        for layer_type, key_ends in lengths.items():
-            window = config.sliding_window if layer_type == "sliding_attention" else math.inf
-            self.groups[layer_type] = _group_requests(query_ends.tolist(), key_ends.tolist(), window, key_ends.device)
+        self.config, self.pages, self.kwargs, self.position_ids = config, cache.factors, kwargs, position_ids
+        self.key_ends = kwargs["cu_seq_lens_k"]
+        if not isinstance(self.key_ends, dict):  # one layer type in older versions
+            self.key_ends = {self.pages.groups[0].layer_type: self.key_ends}
+        groups = dict.fromkeys(self.pages.groups)  # each once
+        if kwargs.get("block_table") is not None:
+            self.steps = {group: self._decode(group) for group in groups}
+        else:
+            self.steps = self._read_and_decode(groups)
+
+    @property
+    def row_positions(self) -> dict[str, torch.Tensor]:
+        """By layer type, the positions of the rows that are copied, [1, rows], for models that rotate B_K where it is read."""
+        query_ends = self.kwargs["cu_seq_lens_q"]
+        last_positions = self.position_ids[0, query_ends[1:].long() - 1]
+        positions = {}
+        for layer_type, key_ends in self.key_ends.items():
             # A request's rows are its last ones: their positions go up to that of its last token.
             shifts = (last_positions + 1 - key_ends[1:]).repeat_interleave(key_ends.diff())
-            self.row_positions[layer_type] = (torch.arange(len(shifts), device=shifts.device) + shifts)[None]
+            positions[layer_type] = (torch.arange(len(shifts), device=shifts.device) + shifts)[None]
+        return positions
+
+    def _decode(self, group: PageGroup) -> GroupStep:
+        block_table = group.pages_of_table(self.kwargs["block_table"][group.index])
+        lengths = self.key_ends[group.layer_type].diff()
+        positions = (lengths - 1).clamp(min=0)
+        last_pages = block_table.gather(1, (positions // group.page_size).long()[:, None])[:, 0]
+        slots = last_pages.long() * group.page_size + positions % group.page_size
+        slots = slots.masked_fill(lengths == 0, -1)  # `where` would copy the number from the host
+        return GroupStep(slots, self._over_pages(slice(None), block_table, lengths))
+
+    def _read_and_decode(self, groups: Iterable[PageGroup]) -> dict[PageGroup, GroupStep]:
+        """The lengths of a step that reads prompts are read on the host: it is no graph, and takes its time anyway."""
+        device = self.position_ids.device
+        if device.type == "cuda":
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())  # where the engine writes them
+        queries = list(itertools.pairwise(self.kwargs["cu_seq_lens_q"].tolist()))
+        keys = {layer_type: list(itertools.pairwise(ends.tolist())) for layer_type, ends in self.key_ends.items()}
+        positions = self.position_ids[0].tolist()
+        steps = {}
+        for group in groups:
+            window = self.config.sliding_window if group.layer_type == "sliding_attention" else None
+            read_index, write_index = (self.kwargs[name][group.index] for name in ("read_index", "write_index"))
+            decoding, others = [], []
+            for query, key in zip(queries, keys[group.layer_type]):
+                if query[0] == query[1]:  # with which the engine fills a step up
+                    continue
+                decodes = self.pages.has_kernel and query[1] - query[0] == 1 and read_index.numel() > 0
+                (decoding if decodes else others).append((query, key))
+            on_pages = None
+            if decoding:
+                tokens = [query[0] for query, _ in decoding]
+                table = _find_pages(
+                    decoding, [positions[token] for token in tokens], group, window, read_index, write_index
+                )
+                lengths = torch.tensor([end - start for _, (start, end) in decoding], dtype=torch.int32, device=device)
+                one_by_one = tokens == list(range(tokens[0], tokens[-1] + 1))
+                at = slice(tokens[0], tokens[-1] + 1) if one_by_one else torch.tensor(tokens, device=device)
+                on_pages = self._over_pages(at, table, lengths)
+            read_slots = new_rows = None
+            if others and read_index.numel() > 0:
+                others, read_slots, new_rows = _gather(others, group.slots(read_index))
+            elif others:  # of prompts that begin in this step, all of whose rows are those of their tokens
+                others = [(query, query) for query, _ in others]
+            others = _group_requests(others, math.inf if window is None else window, device)
+            write_slots = group.slots(write_index)
+            if self.pages.has_kernel and not others:
+                write_slots = torch.where(write_slots == group.spare_slot, -1, write_slots)
+            steps[group] = GroupStep(write_slots, on_pages, read_slots, new_rows, others)
+        return steps
+
+    def _over_pages(
+        self, queries: slice | torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
+    ) -> DecodingRequests:
+        config, device = self.config, lengths.device
+        query_starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device)
+        pieces = Pieces.empty(
+            len(lengths),
+            1,
+            config.num_local_heads,
+            config.head_dim,
+            *config.ranks(0),
+            self.pages.rows[0].dtype,
+            device,
+            config.noncontextual_a,
+        )
+        pieces = schedule_pieces(lengths, query_starts, pieces)
+        return DecodingRequests(queries, block_table, lengths, query_starts, pieces)
+
+    def of_layer(self, layer_idx: int) -> GroupStep:
+        return self.steps[self.pages.groups[layer_idx]]
+
+    def pages_of_layer(self, layer_idx: int, key_width: int, value_width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its key rows and its value rows, views [pages, page_size, width]."""
+        rows = self.pages.rows[layer_idx]
+        return rows[..., :key_width], rows[..., key_width : key_width + value_width]
+
+    def store(self, module: nn.Module, hidden_states: torch.Tensor, *position_embeddings) -> Factors:
+        """
+        The factors of a layer for the step's tokens, whose rows are then in its pages. `position_embeddings` are those of
+        `TensorProductFactors.project`.
+
+        Returns:
+            With `key_rows` and `value_rows` that `others` of the step attend to, [1, 1, rows, R_K (h + d)] and [1, 1, rows,
+            R_V (h + d)]; where the kernels run, with queries in place of the new tokens' factors.
+        """
+        if not self.pages.has_kernel:
+            factors = module.project(hidden_states, *position_embeddings)
+            module.update_cache(factors, self)
+            return factors
+        step, angles = self.of_layer(module.layer_idx), position_embeddings[0]
+        widths = module.key_layout.width, module.value_layout.width
+        pages, slots = self.pages_of_layer(module.layer_idx, *widths), step.write_slots
+        if step.others:  # which may attend to rows that have no place in pages: those that a window has passed
+            rows = self.pages.rows[module.layer_idx].new_empty((1, hidden_states.shape[1], sum(widths)))
+            pages, slots = rows.split(widths, dim=-1), torch.arange(rows.shape[1], device=rows.device)
+        projected = module.project_tokens(hidden_states[0])
+        config = module.config
+        query = store_factors(
+            *projected,
+            *(x[0, :, : x.shape[-1] // 2] for x in angles),
+            slots,
+            *pages,
+            q_norm=module.q_norm.weight if config.qk_norm else None,
+            k_norm=module.k_norm.weight if config.qk_norm else None,
+            eps=config.rms_norm_eps,
+            activation=config.head_factor_act,
+        )
+        a_k, a_v = (module.k_a, module.v_a) if config.noncontextual_a else (None, None)
+        factors = Factors(None, query[None], a_k, None, a_v, None, angles[0].dtype, angles, is_query=True)
+        if step.others:
+            key_rows, value_rows = (part[:, None] for part in pages)
+            factors.key_rows, factors.value_rows = self.update(key_rows, value_rows, module.layer_idx)
+        return factors
 
     def update(
         self, key_rows: torch.Tensor, value_rows: torch.Tensor, layer_idx: int
@@ -127,33 +359,79 @@ class PagedFactors:
         Stores the rows of the step's tokens, [1, 1, tokens, R_K (h + d)] and [1, 1, tokens, R_V (h + d)].
 
         Returns:
-            All rows that its requests attend to, [1, 1, rows, R_K (h + d)] and [1, 1, rows, R_V (h + d)].
+            All rows that `others` of the step attend to, [1, 1, rows, R_K (h + d)] and [1, 1, rows, R_V (h + d)].
         """
-        key_width, value_width = key_rows.shape[-1], value_rows.shape[-1]
-        rows = torch.cat([key_rows, value_rows], dim=-1)
-        rows = nn.functional.pad(rows, (0, 2 * self.width - rows.shape[-1]))
-        if "max_length_q" in self.kwargs:  # from Transformers 5.19 on
-            indices = {"kwargs": dict(self.kwargs)}  # a copy: the engine's cache changes it
-        else:
-            indices = {name: self.kwargs[name] for name in ("read_index", "write_index")}
-        halves = self.cache.update(*rows.split(self.width, dim=-1), layer_idx, **indices)
-        rows = torch.cat([half.reshape(1, 1, -1, self.width) for half in halves], dim=-1)
-        return rows[..., :key_width], rows[..., key_width : key_width + value_width]
+        step, new = self.of_layer(layer_idx), torch.cat([key_rows, value_rows], dim=-1)[0, 0]
+        stored = self.pages.rows[layer_idx].flatten(0, 1)[:, : new.shape[-1]]
+        rows = new
+        if step.read_slots is not None:
+            # Before these are stored: in a layer with a window they take the place of old rows.
+            rows = stored[step.read_slots]
+            places, tokens = step.new_rows
+            rows[places] = new[tokens]
+        stored.index_copy_(0, step.write_slots, new.to(stored.dtype))
+        return tuple(part[None, None] for part in rows.split([key_rows.shape[-1], value_rows.shape[-1]], dim=-1))
+
+
+def _find_pages(
+    requests: list[tuple[tuple, tuple]],
+    positions: list[int],
+    group: PageGroup,
+    window: int | None,
+    read_index: torch.Tensor,
+    write_index: torch.Tensor,
+) -> torch.Tensor:
+    """
+    The block table, int32 [requests, pages], of requests that decode in a step for which the engine makes none, from the
+    indices at which it reads and writes their rows: a page is where its first row is. In a layer with a window a row's
+    place is its position modulo the window, and the row of the new token is written where the oldest one was read.
+    """
+    window = window or 2**62
+    table = []
+    for (query, (start, end)), position in zip(requests, positions):
+        oldest = position + 1 - (end - start)
+        firsts = range(0, end - start, group.page_size)
+        table.append(
+            [
+                len(read_index) + query[0] if place == position % window else start + (place - oldest) % window
+                for place in firsts
+            ]
+        )
+    most = max(map(len, table))
+    table = torch.tensor([row + row[:1] * (most - len(row)) for row in table], device=read_index.device)
+    return group.pages(torch.cat([read_index, write_index])[table]).int()
+
+
+def _gather(
+    requests: list[tuple[tuple, tuple]], slots: torch.Tensor
+) -> tuple[list[tuple[tuple, tuple]], torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """
+    The rows of some of a step's requests one after the other: the requests with the places of their rows there, the slots
+    of these, and where those of the new tokens belong, and of which tokens.
+    """
+    moved, length = [], 0
+    for query, (start, end) in requests:
+        moved.append((query, (length, length + end - start)))
+        length += end - start
+    places = torch.cat([torch.arange(end - (query[1] - query[0]), end) for query, (_, end) in moved])
+    tokens = torch.cat([torch.arange(*query) for query, _ in moved])
+    read_slots = torch.cat([slots[start:end] for _, (start, end) in requests])
+    return moved, read_slots, (places.to(slots.device), tokens.to(slots.device))
 
 
 def _group_requests(
-    query_ends: list[int], key_ends: list[int], window: float, device: torch.device
+    requests: list[tuple[tuple, tuple]], window: float, device: torch.device
 ) -> list[tuple[tuple, tuple, torch.Tensor | None]]:
     """
-    The requests of a step in groups that attend at once: those that decode one token together where their lengths are
-    within a factor of two, as a padded batch, and each of the others alone.
+    Requests, by the places of their queries and of their rows, in groups that attend at once: those that decode one token
+    together where their lengths are within a factor of two, as a padded batch, and each of the others alone.
 
     Returns:
         For each group the index of its queries into [1, tokens], that of its keys into [1, rows], and its mask, boolean
         [batch, 1, query_length, key_length], or `None` if it is causal over as many rows as queries, or of one query.
     """
     by_length = defaultdict(list)
-    for query, key in zip(itertools.pairwise(query_ends), itertools.pairwise(key_ends)):
+    for query, key in requests:
         decodes = query[1] - query[0] == 1
         by_length[(key[1] - key[0]).bit_length() if decodes else query].append((query, key))
     groups = []
@@ -179,17 +457,40 @@ def _group_requests(
 def paged_attention_forward(
     module: nn.Module,
     factors: Factors,
-    attention_mask: list[tuple[tuple, tuple, torch.Tensor | None]],
+    attention_mask: PagedFactors,
     scaling: float,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention of one layer in one step of the engine: requests that decode attend in factor space, a prompt or a piece of
-    one forms K and V of its own request, for this layer and step. `attention_mask` is one of [`PagedFactors`]' groups.
+    Attention of one layer in one step of the engine. Requests that decode attend over pages by the kernel, or without it in
+    factor space; a prompt or a piece of one forms K and V of its own request, for this layer and step. `attention_mask` is
+    the step.
     """
-    query = module.queries(factors).to(factors.dtype)
+    step = attention_mask.of_layer(module.layer_idx)
+    query = (factors.b_q if factors.is_query else module.queries(factors)).to(factors.dtype)
     output = torch.empty_like(query)
-    for queries, keys, mask in attention_mask:
+    if step.decoding is not None:
+        key_a, value_a = (a if a is not None and a.dim() == 2 else None for a in (factors.a_k, factors.a_v))
+        widths = module.key_layout.width, module.value_layout.width
+        at = step.decoding.queries
+        attended = paged_flash_tpa(
+            query[0, at],
+            *attention_mask.pages_of_layer(module.layer_idx, *widths),
+            step.decoding.block_table,
+            step.decoding.lengths,
+            step.decoding.query_starts,
+            step.decoding.pieces,
+            module.k_rank,
+            module.v_rank,
+            scaling,
+            max_query_length=1,
+            key_a=key_a,
+            value_a=value_a,
+            output=output[0, at] if isinstance(at, slice) else None,
+        )
+        if not isinstance(at, slice):
+            output[0, at] = attended
+    for queries, keys, mask in step.others:
         key_rows, value_rows = (rows[:, 0][keys].unsqueeze(1) for rows in (factors.key_rows, factors.value_rows))
         a_k, b_k, a_v, b_v = module.unpack(factors, key_rows, value_rows)
         rotation = None if factors.key_rotation is None else tuple(angles[keys] for angles in factors.key_rotation)

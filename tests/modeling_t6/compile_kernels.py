@@ -35,6 +35,7 @@ SHAPES = [  # heads, head_dim, k_rank, v_rank, queries, constant A, dtype, dtype
     (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
     (12, 96, 8, 3, 1, False, "fp16", "fp16", "none", True),
     (12, 64, 2, 3, 1, False, "bf16", "bf16", "additive", False),
+    (32, 33, 8, 5, 1, False, "bf16", "bf16", "none", True),
     (5, 64, 2, 3, 16, False, "bf16", "bf16", "additive", True),
     (16, 256, 8, 16, 1, True, "bf16", "bf16", "none", True),
     (47, 128, 2, 2, 2, False, "fp32", "fp32", "none", True),

@@ -72,6 +72,16 @@ def test_head_counts(heads, dtype):
 
 @pytest.mark.once
 @needs_triton
+@pytest.mark.parametrize("heads, ranks", [(32, (8, 5)), (34, (1, 2))], ids=str)
+def test_heads_of_an_odd_size(heads, ranks):
+    """Rows may start on 16 bytes: those of B within them do not."""
+    fixed = {"queries": 1, "head_dim": 33, "k_rank": ranks[0], "v_rank": ranks[1], "constant_a": False}
+    case = random_case(5, heads=heads, dtype=torch.bfloat16, tokens=90, batch=2, **fixed)
+    assert relative_error(case, DEVICE) < TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.once
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ranks", [(2, 2), (4, 2)], ids=str)
 @pytest.mark.parametrize("heads, queries", [(12, 1), (30, 1), (3, 2)])
@@ -100,7 +110,7 @@ def test_choose_splits():
 @needs_triton
 def test_pieces_divide_the_length_on_the_device(monkeypatch):
     """More pieces than blocks of tokens, pieces that end within a block, pieces with nothing in them."""
-    monkeypatch.setattr(flash_tpa_t6, "_device_limits", lambda device: (37, 232448))
+    monkeypatch.setattr(flash_tpa_t6, "device_limits", lambda device: (37, 232448))
     for tokens in (1, 16, 17, 300):
         case = random_case(
             5,
@@ -381,7 +391,7 @@ def test_kernels_compile_for_a_gpu():
     command = [sys.executable, "-m", "tests.modeling_t6.compile_kernels", "90"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=env)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("bytes of spills") == 12
+    assert result.stdout.count("bytes of spills") == 13
 
 
 def test_prefill_and_training_go_through_sdpa():

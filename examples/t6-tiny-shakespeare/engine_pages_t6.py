@@ -1,0 +1,1 @@
+../../modeling_t6/engine_pages_t6.py

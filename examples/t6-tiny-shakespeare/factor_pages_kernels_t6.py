@@ -1,0 +1,1 @@
+../../modeling_t6/factor_pages_kernels_t6.py

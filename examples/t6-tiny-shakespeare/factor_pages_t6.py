@@ -1,0 +1,1 @@
+../../modeling_t6/factor_pages_t6.py

@@ -1,0 +1,1 @@
+../../modeling_t6/flash_tpa_pages_t6.py

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Triton kernels between projections and pages of factors: rows written, and keys and values formed of them again"""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 try:  # the remote-code loader passes over packages that are imported here
@@ -23,8 +23,7 @@ except ImportError:
     raise
 
 
-@dataclass(frozen=True)
-class PagedRows:
+class PagedRows(NamedTuple):
     """How the factors of keys, or of values, lie in a page: one row for each token, as `FactorLayout` packs it."""
 
     rank: int
@@ -39,8 +38,7 @@ class PagedRows:
         return self.rank * self.head_dim
 
 
-@dataclass(frozen=True)
-class Rotation:
+class Rotation(NamedTuple):
     """What becomes of B factors before they are stored, and of queries."""
 
     rotary_dim: int

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Triton kernels of FlashTPA: attention of a few query tokens over a cache of factors (paper, section 3.2)"""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 try:  # the remote-code loader passes over packages that are imported here
@@ -29,15 +29,15 @@ except ImportError:
 # power of 2 may take two tiles, of `BLOCK_H` and of `REST_H` heads, which share the loads of B.
 #
 # What a kernel is compiled for comes in a few constants: `KEYS` and `VALUES` are [`Rows`], `MASK` is a [`Mask`], and `LAUNCH`
-# is the `Launch` of flash_tpa_t6.
+# is the `Launch` of flash_tpa_t6. They are tuples since Triton writes constants as JSON for whoever watches compilations,
+# as vLLM does.
 #
 # On pages, a tile never crosses from one to the next where they hold whole blocks of tokens: one number of the table says
 # where it lies. Else each row of a tile is looked up by itself. Either way the numbers for the next tile are read while
 # this one is worked on, since its loads wait for them.
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """How the factors of keys, or of values, lie in the rows of a cache."""
 
     rank: int
@@ -54,8 +54,7 @@ class Rows:
         return self.rank * self.head_dim
 
 
-@dataclass(frozen=True)
-class Mask:
+class Mask(NamedTuple):
     """What a query must not look at."""
 
     num_queries: int

@@ -16,7 +16,7 @@
 import functools
 import math
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -56,8 +56,7 @@ WITHOUT_PAGES = {
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """Sizes with which the kernels are compiled and started."""
 
     block_n: int  # tokens in a block

@@ -1,6 +1,7 @@
 """The Triton kernels of FlashTPA, on a GPU or through Triton's interpreter, against float64 and the other paths."""
 
 import importlib.util
+import json
 import os
 import random
 import subprocess
@@ -381,6 +382,23 @@ def test_float8_needs_ada(monkeypatch):
     for capability, expected in (((7, 5), (False, False)), ((8, 0), (True, False)), ((8, 9), (True, True))):
         monkeypatch.setattr(flash_tpa_t6, "_capability", lambda device, c=capability: c)
         assert tuple(decode_with_flash_tpa(config, hidden, cache) for cache in (plain, float8)) == expected
+
+
+@pytest.mark.once
+@needs_triton
+def test_constants_can_be_written_as_json():
+    """Triton gives them as such to whoever watches compilations, such as vLLM's monitor."""
+    from modeling_t6.factor_pages_kernels_t6 import PagedRows, Rotation
+    from modeling_t6.flash_tpa_kernels_t6 import Mask
+
+    constants = [
+        flash_tpa_t6.rows_of(2, 34, 64, 208, 208, False, 2),
+        Mask(1, 34, True, "none", False),
+        choose_launch(1, 34, 64, 2, 2, False, 2, 232448),
+        PagedRows(2, 34, 64, 40, True, "cached"),
+        Rotation(64, False),
+    ]
+    assert json.loads(json.dumps(constants)) == [list(constant) for constant in constants]
 
 
 @pytest.mark.once

@@ -61,7 +61,7 @@ class Pieces:
         slots: int32 [num_slots, 8], a piece each: the request (-1: unused), its first row and its end, the place of its
             partial result (-1: it is all of its request), and what else a program has to know of the request.
         splits: int32 [1 + num_requests, 4], the requests of several pieces: their number first, then the request, its
-            first place and how many for each of them.
+            first place, how many, and its first query token for each of them.
         num_at_once: pieces that the chip works on at once.
         num_partials: places for partial results.
         tile: tokens that pieces are multiples of.

@@ -159,8 +159,8 @@ def schedule(lengths: list[int], queries: list[int], window: int | None = None, 
     assert all(slot[0] == -1 for slot in slots[used:])
     entries = pieces.splits.tolist()
     split = {i: of_request for i, of_request in enumerate(found) if len(of_request) > 1}
-    assert [entry[:3] for entry in entries[1 : 1 + entries[0][0]]] == [
-        [i, of_request[0][2], len(of_request)] for i, of_request in split.items()
+    assert entries[1 : 1 + entries[0][0]] == [
+        [i, of_request[0][2], len(of_request), int(starts[i])] for i, of_request in split.items()
     ]
     places = [place for of_request in split.values() for _, _, place in of_request]
     assert places == list(range(len(places))) and len(places) <= pieces.num_partials

@@ -48,6 +48,7 @@ class Rows:
     constant_a: bool  # rows hold B alone
     step: int  # ranks that one product goes through
     gathered: bool = False  # whether each row of a tile has a pointer of its own
+    start_8: bool = False  # whether rows start on 8 bytes, which their pointer, in the middle of 16, does not tell
 
     @property
     def a_start(self) -> int:
@@ -366,7 +367,8 @@ def _row_pointers(
     rows_ptr, pages, page_stride, tokens, ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, STRIDE_UNIT: tl.constexpr
 ):  # fmt: skip
     """A pointer to the row of each token: [tokens, 1]"""
-    return (rows_ptr + pages.to(tl.int64) * page_stride * STRIDE_UNIT + tokens % PAGE_SIZE * ROWS.width)[:, None]
+    rows = (rows_ptr + pages.to(tl.int64) * page_stride * STRIDE_UNIT + tokens % PAGE_SIZE * ROWS.width)[:, None]
+    return tl.multiple_of(rows, [8, 8]) if ROWS.start_8 else rows
 
 
 @triton.jit(
@@ -554,6 +556,10 @@ def decode_kernel(
                 )  # fmt: skip
                 key_rows = key_ptr + page * key_stride_b * STRIDE_UNIT + tile % PAGE_SIZE * KEYS.width
                 value_rows = value_ptr + page * value_stride_b * STRIDE_UNIT + tile % PAGE_SIZE * VALUES.width
+                if KEYS.start_8:
+                    key_rows = tl.multiple_of(key_rows, 8)
+                if VALUES.start_8:
+                    value_rows = tl.multiple_of(value_rows, 8)
             tokens = tile + tl.arange(0, BLOCK_N)
             is_row = tl.arange(0, BLOCK_N) < num_rows
         else:

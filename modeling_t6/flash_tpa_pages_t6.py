@@ -243,7 +243,14 @@ def paged_flash_tpa(
     gathered = page_size % launch.block_n != 0
     keys, values = (
         rows_of(
-            rank, num_heads, head_dim, pages.stride(1), pages.shape[2], constant_a, launch.step, gathered,
+            rank,
+            num_heads,
+            head_dim,
+            pages.stride(1),
+            pages.shape[2],
+            constant_a,
+            launch.step,
+            gathered,
             start_8=is_aligned and start == 8,
         )  # fmt: skip
         for rank, pages, start in ((k_rank, key_pages, starts[0]), (v_rank, value_pages, starts[1]))

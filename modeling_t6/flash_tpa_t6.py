@@ -225,7 +225,11 @@ def _flash_tpa(
     key_rows, key_unit = _rows_as_read(key_rows)
     value_rows, value_unit = _rows_as_read(value_rows)
     unit = min(key_unit, value_unit)
-    is_aligned = unit * key_rows.element_size() == 16 and key_rows.stride(2) % unit == value_rows.stride(2) % unit == 0
+    is_aligned = (
+        unit * key_rows.element_size() == 16
+        and key_rows.stride(2) % unit == value_rows.stride(2) % unit == 0
+        and key_rows.data_ptr() % 16 == value_rows.data_ptr() % 16 == 0
+    )
     launch = choose_launch(
         num_queries,
         num_heads,

@@ -6,10 +6,15 @@ after another, and over batches of mixed lengths.
 
 Every time is one call out of a CUDA graph of calls that read different caches; pages lie in random order. The schedule of
 pieces, which a step needs once for all its layers, is timed by itself. Shares are of the bandwidth of copies, measured in
-the same run, each cached number counted once.
+the same run, each cached number counted once. `--quick` takes few shapes, and tells where the time goes: it adds the
+contiguous kernel over keys and values side by side, as pages hold them, both kernels without the one that combines, and
+other settings of the launch.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
+from dataclasses import replace
 
 from options import add_output, describe, save
 from shapes import CacheShape
@@ -34,12 +39,21 @@ MODELS = {
     "rank 2, FP8": (32, 64, 2, "float8_e4m3fn"),
 }
 PAGE_SIZES = (16, 64, 128)
+QUICK = [shape for shape in SHAPES if shape.tokens in (8192, 32768) and shape.heads in (32, 34, 78)]
+# Names of `flash_tpa_pages_t6` set to other values, and fields of its `Launch`.
+VARIANTS = {
+    "combine x2": ({"COMBINE_PROGRAMS": 2}, {}),
+    "combine x8": ({"COMBINE_PROGRAMS": 8}, {}),
+    "tile 64": ({}, {"block_n": 64}),
+    "2 stages": ({}, {"stages": 2}),
+}
 
 
 def parse_args() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("--processes", type=int, default=15, help="that compile the kernels beforehand")
     parser.add_argument("--page-sizes", nargs="+", type=int, default=list(PAGE_SIZES), metavar="TOKENS")
+    parser.add_argument("--quick", action="store_true", help="few shapes, and where their time goes")
     add_output(parser, plots=False)
     return parser.parse_args()
 
@@ -54,6 +68,7 @@ import math
 import torch
 from gpu import copies_larger_than_l2, copy_bandwidth, graph_seconds, machine
 
+from modeling_t6 import flash_tpa_pages_t6, flash_tpa_t6
 from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.flash_tpa_pages_t6 import Pieces, paged_flash_tpa, schedule_pieces
 from modeling_t6.flash_tpa_t6 import flash_tpa
@@ -78,8 +93,11 @@ class Requests:
             torch.randn(sum(counts), page_size, 2 * self.width, device="cuda", dtype=torch.bfloat16).to(self.dtype)
             for _ in range(copies)
         ]
+        self.plan()
+
+    def plan(self) -> None:
         self.pieces = Pieces.empty(
-            len(lengths), 1, self.heads, self.head_dim, self.rank, self.rank, self.dtype, "cuda"
+            len(self.lengths), 1, self.heads, self.head_dim, self.rank, self.rank, self.dtype, "cuda"
         )
         self.schedule()
 
@@ -110,76 +128,172 @@ class Requests:
         return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
-def time_contiguous(shape: CacheShape, copies: int) -> float:
-    batch, tokens, heads, head_dim, rank, _ = shape
+@contextlib.contextmanager
+def variant(names: dict, fields: dict):
+    """The kernels on pages with other settings."""
+    choose = flash_tpa_pages_t6.choose_launch
+    names = names | {"choose_launch": lambda *args: replace(choose(*args), **fields)}
+    plain = {name: getattr(flash_tpa_pages_t6, name) for name in names}
+    for name, value in names.items():
+        setattr(flash_tpa_pages_t6, name, value)
+    try:
+        yield
+    finally:
+        for name, value in plain.items():
+            setattr(flash_tpa_pages_t6, name, value)
+
+
+class NoKernel:
+    """In the place of one: is launched, and does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+@contextlib.contextmanager
+def without_combining():
+    plain = flash_tpa_t6.combine_kernel, flash_tpa_pages_t6.combine_pages_kernel
+    flash_tpa_t6.combine_kernel = flash_tpa_pages_t6.combine_pages_kernel = NoKernel()
+    try:
+        yield
+    finally:
+        flash_tpa_t6.combine_kernel, flash_tpa_pages_t6.combine_pages_kernel = plain
+
+
+def contiguous_calls(shape: CacheShape, copies: int, side_by_side: bool = False) -> list:
+    batch, tokens, heads, head_dim, rank, dtype = shape
     width = FactorLayout(rank, heads, head_dim).width
-    rows = [
-        torch.randn(2, batch, 1, tokens, width, device="cuda", dtype=torch.bfloat16).unbind() for _ in range(copies)
-    ]
     query = torch.randn(batch, 1, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-    calls = [functools.partial(flash_tpa, query, *pair, rank, rank, head_dim**-0.5) for pair in rows]
-    return graph_seconds(calls * max(1, 8 // copies))
+    calls = []
+    for _ in range(copies):
+        sizes = (batch, 1, tokens, 2 * width) if side_by_side else (2, batch, 1, tokens, width)
+        rows = torch.randn(sizes, device="cuda", dtype=torch.bfloat16).to(getattr(torch, dtype))
+        pair = rows.split(width, dim=-1) if side_by_side else rows.unbind()
+        calls.append(functools.partial(flash_tpa, query, *pair, rank, rank, head_dim**-0.5))
+    return calls * max(1, 8 // copies)
 
 
 def compile_kernels(job: tuple) -> None:
     """Fills Triton's cache on disk. A page size of 0 stands for rows that lie one after another."""
-    (heads, head_dim, rank, dtype), page_size = job
+    model, page_size, settings, side_by_side = job
     if page_size:
-        Requests([300, 2], (heads, head_dim, rank, dtype), page_size).attend()
+        with variant(*settings):
+            Requests([300, 2], model, page_size).attend()
     else:
-        width = FactorLayout(rank, heads, head_dim).width
-        rows = torch.randn(2, 2, 1, 300, width, device="cuda", dtype=torch.bfloat16).to(getattr(torch, dtype))
-        query = torch.randn(2, 1, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-        flash_tpa(query, *rows, rank, rank, head_dim**-0.5)
+        contiguous_calls(CacheShape(2, 300, *model), 1, side_by_side)[0]()
     torch.cuda.synchronize()
 
 
-def measure(page_sizes: list[int], processes: int) -> dict:
-    models = sorted({shape[2:] for shape in SHAPES} | set(MODELS.values()))
+def measure_shape(shape: CacheShape, page_sizes: list[int], details: bool) -> list[dict]:
+    """Requests of one length: pages against rows that lie one after another."""
+    copies = copies_larger_than_l2(shape.num_bytes)
+    calls = contiguous_calls(shape, copies)
+    contiguous = {"contiguous": graph_seconds(calls)}
+    if details:
+        with without_combining():
+            contiguous["contiguous, not combined"] = graph_seconds(calls)
+        del calls
+        contiguous["side by side"] = graph_seconds(contiguous_calls(shape, copies, side_by_side=True))
+    calls, results = None, []
+    for page_size in page_sizes:
+        requests = Requests([shape.tokens] * shape.batch, shape[2:], page_size, copies)
+        row = {"shape": shape._asdict(), "page_size": page_size} | contiguous
+        row |= {"seconds": graph_seconds(requests.calls()), "error": requests.error()}
+        if details:
+            row["schedule"] = graph_seconds([requests.schedule] * 8)
+            with without_combining():
+                row["not combined"] = graph_seconds(requests.calls())
+            for name, settings in VARIANTS.items():
+                with variant(*settings):
+                    requests.plan()
+                    row[name] = graph_seconds(requests.calls())
+        results.append(row)
+        del requests
+    return results
+
+
+def measure_batch(name: str, model_name: str, page_size: int) -> list[dict]:
+    """Requests of mixed lengths, beside the bandwidth of copies."""
+    lengths, model = BATCHES[name], MODELS[model_name]
+    shape = CacheShape(1, sum(lengths), *model)
+    requests = Requests(lengths, model, page_size, copies_larger_than_l2(shape.num_bytes))
+    seconds, schedule = graph_seconds(requests.calls()), graph_seconds([requests.schedule] * 8)
+    row = {"requests": name, "model": model_name, "page_size": page_size, "seconds": seconds, "schedule": schedule}
+    row |= {"bytes": shape.num_bytes, "pieces": int((requests.pieces.slots[:, 0] >= 0).sum())}
+    return [row | {"divided": int(requests.pieces.splits[0, 0]), "error": requests.error()}]
+
+
+class Worker:
+    """A process that measures one thing after another, and is replaced where one of them breaks it."""
+
+    def __init__(self):
+        self._start()
+
+    def _start(self) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        self.pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+
+    def measure(self, function, *args) -> list[dict]:
+        try:
+            return self.pool.submit(function, *args).result()
+        except Exception as error:
+            print(f"{function.__name__}{args} failed: {str(error).splitlines()[0]}", flush=True)
+            self.pool.shutdown(cancel_futures=True)
+            self._start()
+            return []
+
+
+def print_shape(rows: list[dict]) -> None:
+    shape, contiguous = CacheShape(**rows[0]["shape"]), rows[0]["contiguous"]
+    name = f"{shape.batch} x {shape.tokens:,}, h {shape.heads}, rank {shape.rank}"
+    ratios = "".join(f"{row['seconds'] / contiguous:9.3f}" for row in rows)
+    print(f"{name:32}{contiguous * 1e6:8.1f} us{ratios}   error {max(row['error'] for row in rows):.1e}", flush=True)
+    for row in rows if "schedule" in rows[0] else ():
+        names = ("side by side", "contiguous, not combined", "seconds", "not combined", *VARIANTS, "schedule")
+        times = "; ".join(f"{name if name != 'seconds' else 'pages'} {row[name] * 1e6:.1f}" for name in names)
+        print(f"    page {row['page_size']}: {times} us", flush=True)
+
+
+def measure(page_sizes: list[int], processes: int, quick: bool) -> dict:
+    shapes = QUICK if quick else SHAPES
+    models = sorted({shape[2:] for shape in shapes} | (set() if quick else set(MODELS.values())))
+    plain = ({}, {})
+    jobs = [(model, page_size, plain, False) for model in models for page_size in (0, *page_sizes)]
+    if quick:
+        jobs += [(model, 0, plain, True) for model in models]
+        jobs += list(itertools.product(models, page_sizes, [v for v in VARIANTS.values() if v[1]], [False]))
     with torch.multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pool.map(compile_kernels, list(itertools.product(models, (0, *page_sizes))), chunksize=1)
+        pool.map(compile_kernels, jobs, chunksize=1)
     bandwidth = copy_bandwidth()
     print(f"{machine()}; bfloat16, one query token; copies move {bandwidth / 1e12:.2f} TB/s")
-    results = []
+    worker, results = Worker(), []
     heading = "".join(f"{f'page {size}':>9}" for size in page_sizes)
     print(f"{'batch x tokens, heads, rank':32}{'rows':>11}{heading}   (pages: time as a multiple)")
-    for shape in SHAPES:
-        copies = copies_larger_than_l2(shape.num_bytes)
-        seconds = [time_contiguous(shape, copies)]
-        line = (
-            f"{f'{shape.batch} x {shape.tokens:,}, h {shape.heads}, rank {shape.rank}':32}{seconds[0] * 1e6:8.1f} us"
-        )
-        for page_size in page_sizes:
-            requests = Requests([shape.tokens] * shape.batch, shape[2:], page_size, copies)
-            seconds.append(graph_seconds(requests.calls()))
-            row = {"shape": shape._asdict(), "page_size": page_size, "seconds": seconds[-1]}
-            results.append(row | {"contiguous": seconds[0], "error": requests.error()})
-            line += f"{seconds[-1] / seconds[0]:9.3f}"
-            del requests
-        print(line + f"   error {max(row['error'] for row in results[-len(page_sizes) :]):.1e}", flush=True)
-    print(f"\n{'requests':24}{'model':14}{'page':>5}{'time':>11}{'of copies':>11}{'schedule':>11}  pieces, of several")
-    for (name, lengths), (model_name, model), page_size in itertools.product(
-        BATCHES.items(), MODELS.items(), page_sizes
-    ):
-        shape = CacheShape(1, sum(lengths), *model)
-        requests = Requests(lengths, model, page_size, copies_larger_than_l2(shape.num_bytes))
-        seconds, schedule = graph_seconds(requests.calls()), graph_seconds([requests.schedule] * 8)
-        share = shape.num_bytes / seconds / bandwidth
-        used = int((requests.pieces.slots[:, 0] >= 0).sum())
-        row = {"requests": name, "model": model_name, "page_size": page_size, "seconds": seconds, "share": share}
-        results.append(row | {"schedule": schedule, "pieces": used, "error": requests.error()})
+    for shape in shapes:
+        rows = worker.measure(measure_shape, shape, page_sizes, quick)
+        results += rows
+        if rows:
+            print_shape(rows)
+    if not quick:
         print(
-            f"{name:24}{model_name:14}{page_size:5}{seconds * 1e6:8.1f} us{share:11.0%}{schedule * 1e6:8.1f} us  {used}, "
-            f"{int(requests.pieces.splits[0, 0])}   error {results[-1]['error']:.1e}",
-            flush=True,
+            f"\n{'requests':24}{'model':14}{'page':>5}{'time':>11}{'of copies':>11}{'schedule':>11}  pieces, divided"
         )
-        del requests
+        for names in itertools.product(BATCHES, MODELS, page_sizes):
+            for row in worker.measure(measure_batch, *names):
+                row["share"] = row["bytes"] / row["seconds"] / bandwidth
+                results.append(row)
+                print(
+                    f"{names[0]:24}{names[1]:14}{names[2]:5}{row['seconds'] * 1e6:8.1f} us{row['share']:11.0%}"
+                    f"{row['schedule'] * 1e6:8.1f} us  {row['pieces']}, {row['divided']}   error {row['error']:.1e}",
+                    flush=True,
+                )
+    worker.pool.shutdown()
     return {"machine": machine(), "copy_bandwidth": bandwidth, "results": results}
 
 
 def main() -> None:
     args = parse_args()
-    save(measure(args.page_sizes, args.processes), args.output)
+    save(measure(args.page_sizes, args.processes, args.quick), args.output)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Rows(NamedTuple):
     constant_a: bool  # rows hold B alone
     step: int  # ranks that one product goes through
     gathered: bool = False  # whether each row of a tile has a pointer of its own
+    start_8: bool = False  # whether rows start on 8 bytes, which their pointer, in the middle of 16, does not tell
 
     @property
     def a_start(self) -> int:
@@ -357,7 +358,7 @@ def _store_output(
 @triton.jit
 def _pages_of(table_ptr, tokens, end, PAGE_SIZE: tl.constexpr):
     """The page of each token (0 from `end` on, where the table may hold anything)."""
-    return tl.load(table_ptr + tokens // PAGE_SIZE, mask=tokens < end, other=0)
+    return tl.load(table_ptr + tokens // PAGE_SIZE, mask=tokens < end, other=0, eviction_policy="evict_last")
 
 
 @triton.jit
@@ -365,7 +366,8 @@ def _row_pointers(
     rows_ptr, pages, page_stride, tokens, ROWS: tl.constexpr, PAGE_SIZE: tl.constexpr, STRIDE_UNIT: tl.constexpr
 ):  # fmt: skip
     """A pointer to the row of each token: [tokens, 1]"""
-    return (rows_ptr + pages.to(tl.int64) * page_stride * STRIDE_UNIT + tokens % PAGE_SIZE * ROWS.width)[:, None]
+    rows = (rows_ptr + pages.to(tl.int64) * page_stride * STRIDE_UNIT + tokens % PAGE_SIZE * ROWS.width)[:, None]
+    return tl.multiple_of(rows, [8, 8]) if ROWS.start_8 else rows
 
 
 @triton.jit(
@@ -456,22 +458,23 @@ def decode_kernel(
     column_block = tl.program_id(0) % (HEAD_BLOCKS * QUERY_BLOCKS)
     split = tl.program_id(0) // (HEAD_BLOCKS * QUERY_BLOCKS)
     if PAGE_SIZE:
-        # All that a program has to know, in one read. What it finds by it is read at once, too.
+        # All that a program has to know, in one read. What it finds by it is read at once, too. All layers read the same:
+        # the L2 cache is to keep it while rows stream through.
         slot_ptr = slots_ptr + 8 * split
-        request = tl.load(slot_ptr)
-        start = tl.load(slot_ptr + 1)
-        end = tl.load(slot_ptr + 2)
-        partial_row = tl.load(slot_ptr + 3)
-        first_query_token = tl.load(slot_ptr + 4).to(tl.int64)
-        last_token = tl.load(slot_ptr + 5)
-        num_queries = tl.load(slot_ptr + 6)
+        request = tl.load(slot_ptr, eviction_policy="evict_last")
+        start = tl.load(slot_ptr + 1, eviction_policy="evict_last")
+        end = tl.load(slot_ptr + 2, eviction_policy="evict_last")
+        partial_row = tl.load(slot_ptr + 3, eviction_policy="evict_last")
+        first_query_token = tl.load(slot_ptr + 4, eviction_policy="evict_last").to(tl.int64)
+        last_token = tl.load(slot_ptr + 5, eviction_policy="evict_last")
+        num_queries = tl.load(slot_ptr + 6, eviction_policy="evict_last")
         if request < 0:
             return
         if NUM_QUERIES == 1:
             num_queries = NUM_QUERIES
         table_ptr += request.to(tl.int64) * table_stride
         if not KEYS.gathered:
-            next_page = tl.load(table_ptr + start // PAGE_SIZE)
+            next_page = tl.load(table_ptr + start // PAGE_SIZE, eviction_policy="evict_last")
         query_ptr += first_query_token * query_stride_t
         out_ptr += first_query_token * out_stride_t
         first_tile = start // BLOCK_N * BLOCK_N
@@ -547,9 +550,15 @@ def decode_kernel(
                 )  # fmt: skip
             else:
                 page = next_page.to(tl.int64)
-                next_page = tl.load(table_ptr + next_tile // PAGE_SIZE, mask=next_tile < end, other=0)
+                next_page = tl.load(
+                    table_ptr + next_tile // PAGE_SIZE, mask=next_tile < end, other=0, eviction_policy="evict_last"
+                )  # fmt: skip
                 key_rows = key_ptr + page * key_stride_b * STRIDE_UNIT + tile % PAGE_SIZE * KEYS.width
                 value_rows = value_ptr + page * value_stride_b * STRIDE_UNIT + tile % PAGE_SIZE * VALUES.width
+                if KEYS.start_8:
+                    key_rows = tl.multiple_of(key_rows, 8)
+                if VALUES.start_8:
+                    value_rows = tl.multiple_of(value_rows, 8)
             tokens = tile + tl.arange(0, BLOCK_N)
             is_row = tl.arange(0, BLOCK_N) < num_rows
         else:
@@ -726,6 +735,21 @@ def combine_kernel(
     tl.store(out_ptr + (batch * COLUMNS + column) * HEAD_DIM + features, output, mask=features < HEAD_DIM)
 
 
+@triton.jit
+def _load_entry(splits_ptr, query_starts_ptr, i, num_columns, COLUMNS: tl.constexpr, NUM_QUERIES: tl.constexpr):
+    """Of the request of the `i`-th column: its first place, the number of its pieces, its query tokens' first and end."""
+    entry_ptr = splits_ptr + 4 * (1 + i // COLUMNS)
+    is_column = i < num_columns
+    place = tl.load(entry_ptr + 1, mask=is_column, other=0, eviction_policy="evict_last")
+    num_splits = tl.load(entry_ptr + 2, mask=is_column, other=0, eviction_policy="evict_last")
+    token = tl.load(entry_ptr + 3, mask=is_column, other=0, eviction_policy="evict_last")
+    end = token + 1
+    if NUM_QUERIES > 1:
+        request = tl.load(entry_ptr, mask=is_column, other=0, eviction_policy="evict_last")
+        end = tl.load(query_starts_ptr + request + 1, mask=is_column, other=0, eviction_policy="evict_last")
+    return place, num_splits, token, end
+
+
 @triton.jit(do_not_specialize=["splits_ptr", "query_starts_ptr", "out_stride_t", "out_stride_h"])
 def combine_pages_kernel(
     partial_ptr,
@@ -745,23 +769,28 @@ def combine_pages_kernel(
     OVERLAP: tl.constexpr,
 ):
     """The same for the requests that [`schedule_kernel`] divided: a column of one after another."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
     COLUMNS: tl.constexpr = NUM_QUERIES * NUM_HEADS
     features = tl.arange(0, BLOCK_D)
-    num_columns = tl.load(splits_ptr) * COLUMNS
-    for i in tl.range(tl.program_id(0), num_columns, tl.num_programs(0)):
-        entry_ptr = splits_ptr + 4 * (1 + i // COLUMNS)
-        request = tl.load(entry_ptr)
-        first = tl.load(entry_ptr + 1).to(tl.int64) * COLUMNS + i % COLUMNS
-        num_splits = tl.load(entry_ptr + 2)
-        token = tl.load(query_starts_ptr + request) + i % COLUMNS // NUM_HEADS
-        if token < tl.load(query_starts_ptr + request + 1):
+    first = tl.program_id(0)
+    num_columns = tl.load(splits_ptr, eviction_policy="evict_last") * COLUMNS
+    # Written before the decode kernel began, so this need not wait for it.
+    place, num_splits, token, end = _load_entry(
+        splits_ptr, query_starts_ptr, first, num_columns, COLUMNS, NUM_QUERIES
+    )  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    for i in tl.range(first, num_columns, tl.num_programs(0)):
+        column_token = token + i % COLUMNS // NUM_HEADS
+        if column_token < end:
             output = _combine(
-                partial_ptr, lse_ptr, first, num_splits, COLUMNS, HEAD_DIM, V_RANK, BLOCK_D, BLOCK_S, MAX_SPLITS
+                partial_ptr, lse_ptr, place.to(tl.int64) * COLUMNS + i % COLUMNS, num_splits,
+                COLUMNS, HEAD_DIM, V_RANK, BLOCK_D, BLOCK_S, MAX_SPLITS,
             )  # fmt: skip
-            column_ptr = out_ptr + token.to(tl.int64) * out_stride_t + i % NUM_HEADS * out_stride_h
+            column_ptr = out_ptr + column_token.to(tl.int64) * out_stride_t + i % NUM_HEADS * out_stride_h
             tl.store(column_ptr + features, output, mask=features < HEAD_DIM)
+        place, num_splits, token, end = _load_entry(
+            splits_ptr, query_starts_ptr, i + tl.num_programs(0), num_columns, COLUMNS, NUM_QUERIES
+        )  # fmt: skip
 
 
 @triton.jit
@@ -803,7 +832,7 @@ def schedule_kernel(
     A slot [8]: the request (-1: none), the first row and the end of the piece, the place of its partial result (-1: it is
     all of its request); of the request the first query token, the last row that this one sees, and the number of its
     query tokens; 0. `splits` [1 + requests, 4]: how many requests are divided; then of each of them the request, the place
-    of its first partial result, the number of its pieces. Pieces start on multiples of `TILE`, but for the first of a sliding window.
+    of its first partial result, the number of its pieces, its first query token. Pieces start on multiples of `TILE`, but for the first of a sliding window.
 
     Each program finds the same pieces, and fills `BLOCK_S` slots.
     """
@@ -876,6 +905,8 @@ def schedule_kernel(
         tl.store(entry_ptr, requests, mask=is_mine)
         tl.store(entry_ptr + 1, first_partials, mask=is_mine)
         tl.store(entry_ptr + 2, counts, mask=is_mine)
+        query_start = tl.load(query_starts_ptr + requests, mask=is_mine & (requests < num_requests), other=0)
+        tl.store(entry_ptr + 3, query_start, mask=is_mine)
         num_pieces += tl.sum(counts, 0)
         num_partial += tl.sum(counts * is_split, 0)
         num_splits += tl.sum(is_split, 0)

@@ -61,7 +61,7 @@ class Pieces:
         slots: int32 [num_slots, 8], a piece each: the request (-1: unused), its first row and its end, the place of its
             partial result (-1: it is all of its request), and what else a program has to know of the request.
         splits: int32 [1 + num_requests, 4], the requests of several pieces: their number first, then the request, its
-            first place and how many for each of them.
+            first place, how many, and its first query token for each of them.
         num_at_once: pieces that the chip works on at once.
         num_partials: places for partial results.
         tile: tokens that pieces are multiples of.
@@ -232,16 +232,28 @@ def paged_flash_tpa(
     unit = 16 // itemsize
     while key_pages.stride(0) % unit or value_pages.stride(0) % unit:
         unit //= 2
-    is_aligned = unit * itemsize == 16 and not any(
-        rows.stride(1) % unit or rows.data_ptr() % 16 for rows in (key_pages, value_pages)
+    # Copies of 8 bytes are in flight as those of 16 are: FP8 rows of values may start in the middle of 16.
+    starts = [rows.data_ptr() % 16 for rows in (key_pages, value_pages)]
+    is_aligned = unit * itemsize >= 8 and not any(
+        start % 8 or rows.stride(1) * itemsize % 8 for start, rows in zip(starts, (key_pages, value_pages))
     )
     launch = choose_launch(
         num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, itemsize, shared_memory, is_aligned
     )
     gathered = page_size % launch.block_n != 0
     keys, values = (
-        rows_of(rank, num_heads, head_dim, pages.stride(1), pages.shape[2], constant_a, launch.step, gathered)
-        for rank, pages in ((k_rank, key_pages), (v_rank, value_pages))
+        rows_of(
+            rank,
+            num_heads,
+            head_dim,
+            pages.stride(1),
+            pages.shape[2],
+            constant_a,
+            launch.step,
+            gathered,
+            start_8=is_aligned and start == 8,
+        )  # fmt: skip
+        for rank, pages, start in ((k_rank, key_pages, starts[0]), (v_rank, value_pages, starts[1]))
     )
     visible = Mask(
         num_queries, num_heads, causal=True, kind="none", by_column=False,

@@ -98,7 +98,7 @@ def choose_launch(
     Args:
         itemsize: bytes of a number of the cache.
         shared_memory: bytes that a program may have.
-        is_aligned: whether rows start on 16 bytes.
+        is_aligned: whether rows start on 16 bytes (on pages, which tell the compiler, on 8).
     """
     block_d = _power_of_2(head_dim, least=16)
     # Heads that fit the registers. Never 8 columns for a group of 4 warps: Triton 3.6 miscompiles products that narrow (its
@@ -159,10 +159,11 @@ def rows_of(
     constant_a: bool,
     step: int,
     gathered: bool = False,
+    start_8: bool = False,
 ) -> "Rows":
     """`Rows` of `width` numbers that are `stride` numbers apart, read by `step` ranks where that divides the rank."""
     step = step if rank % step == 0 else 1
-    return Rows(rank, num_heads, head_dim, stride, width // rank - head_dim, constant_a, step, gathered)
+    return Rows(rank, num_heads, head_dim, stride, width // rank - head_dim, constant_a, step, gathered, start_8)
 
 
 @functools.lru_cache  # one length after another: the layers of a model share it
@@ -223,7 +224,11 @@ def _flash_tpa(
     key_rows, key_unit = _rows_as_read(key_rows)
     value_rows, value_unit = _rows_as_read(value_rows)
     unit = min(key_unit, value_unit)
-    is_aligned = unit * key_rows.element_size() == 16 and key_rows.stride(2) % unit == value_rows.stride(2) % unit == 0
+    is_aligned = (
+        unit * key_rows.element_size() == 16
+        and key_rows.stride(2) % unit == value_rows.stride(2) % unit == 0
+        and key_rows.data_ptr() % 16 == value_rows.data_ptr() % 16 == 0
+    )
     launch = choose_launch(
         num_queries,
         num_heads,

@@ -73,6 +73,21 @@ def test_head_counts(heads, dtype):
 
 @pytest.mark.once
 @needs_triton
+@pytest.mark.parametrize("start", [0, 1, 4, 8])
+def test_rows_of_a_view_that_starts_within_16_bytes(start, monkeypatch):
+    """Whatever their stride, their loads are not unrolled."""
+    launches, choose = [], flash_tpa_t6.choose_launch
+    monkeypatch.setattr(flash_tpa_t6, "choose_launch", lambda *args: launches.append(choose(*args)) or launches[-1])
+    query = torch.randn(1, 1, 32, 64, dtype=torch.bfloat16, device=DEVICE)
+    buffer = torch.randn(1, 1, 70, 200, dtype=torch.bfloat16, device=DEVICE)
+    rows = buffer[..., start : start + 192]
+    output, expected = (flash_tpa(query, buffer[..., :192], x, 2, 2, 0.2).float() for x in (rows, rows.contiguous()))
+    assert [launch.unroll for launch in launches] == [start % 8 == 0, True]
+    assert ((output - expected).norm() / expected.norm()).item() < TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.once
+@needs_triton
 @pytest.mark.parametrize("heads, ranks", [(32, (8, 5)), (34, (1, 2))], ids=str)
 def test_heads_of_an_odd_size(heads, ranks):
     """Rows may start on 16 bytes: those of B within them do not."""

@@ -89,6 +89,15 @@ def test_float8(page_size):
     check(random_case(2, **PLAIN | fixed | {"lengths": [150, 31]}))
 
 
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_float8_values_that_start_in_the_middle_of_16_bytes(rank, page_size):
+    fixed = {"float8": True, "dtype": torch.bfloat16, "heads": 34, "head_dim": 64, "k_rank": rank, "v_rank": rank}
+    case = random_case(7, **PLAIN | fixed | {"page_size": page_size, "lengths": [70, 3]})
+    assert Batch(case, DEVICE).value_pages.data_ptr() % 16 == 8
+    check(case)
+
+
 def test_one_long_request_beside_many_short_ones():
     check(random_case(3, **PLAIN | {"lengths": [5] * 9 + [600] + [7] * 8}))
 
@@ -159,8 +168,8 @@ def schedule(lengths: list[int], queries: list[int], window: int | None = None, 
     assert all(slot[0] == -1 for slot in slots[used:])
     entries = pieces.splits.tolist()
     split = {i: of_request for i, of_request in enumerate(found) if len(of_request) > 1}
-    assert [entry[:3] for entry in entries[1 : 1 + entries[0][0]]] == [
-        [i, of_request[0][2], len(of_request)] for i, of_request in split.items()
+    assert entries[1 : 1 + entries[0][0]] == [
+        [i, of_request[0][2], len(of_request), int(starts[i])] for i, of_request in split.items()
     ]
     places = [place for of_request in split.values() for _, _, place in of_request]
     assert places == list(range(len(places))) and len(places) <= pieces.num_partials

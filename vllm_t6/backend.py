@@ -16,7 +16,9 @@
 from typing import ClassVar
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -36,7 +38,7 @@ from .prefill import plan_pieces, workspace_rows
 
 # As many query tokens of a request as FlashTPA takes: one, and those that speculation proposes.
 MAX_QUERIES = 16
-# Tokens of a page, unless the user chooses: a tile of FlashTPA then lies in one page.
+# Tokens of a page, unless the user chooses, where FlashTPA's kernels do not run.
 BLOCK_SIZE = 64
 
 
@@ -63,7 +65,13 @@ class FactorBackend(AttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return BLOCK_SIZE
+        """As many tokens as FlashTPA looks at at once, which then lie in one page."""
+        layers = get_layers_from_vllm_config(get_current_vllm_config(), AttentionLayerBase)
+        device = torch.device(current_platform.device_type)
+        pieces = [
+            layer.impl.empty_pieces(1, 1, device) for layer in layers.values() if layer.get_attn_backend() is cls
+        ]
+        return max((BLOCK_SIZE if one is None else one.tile for one in pieces), default=BLOCK_SIZE)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

@@ -81,7 +81,7 @@ class T6Attention(nn.Module):
         layer_idx = extract_layer_index(prefix)
         k_rank, v_rank = config.ranks(layer_idx)
         num_heads, head_dim = LocalConfig(config).num_local_heads, config.head_dim
-        self.num_heads, self.head_dim = num_heads, head_dim
+        self.head_dim = head_dim
 
         ranks = {"q": config.q_rank, "k": k_rank, "v": v_rank}
         # B first: its rows start on 16 bytes.
@@ -99,9 +99,9 @@ class T6Attention(nn.Module):
             prefix=f"{prefix}.factors_proj",
             disable_tp=True,  # `load_weights` takes this process's share of the A projections
         )
-        self.constant_names = [f"{name}_a" for name, rank in ranks.items() if config.noncontextual_a and rank]
-        for name in self.constant_names:
-            setattr(self, name, nn.Parameter(torch.empty(ranks[name[0]], num_heads), requires_grad=False))
+        for name, rank in ranks.items():
+            if config.noncontextual_a and rank is not None:
+                setattr(self, f"{name}_a", nn.Parameter(torch.empty(rank, num_heads), requires_grad=False))
         self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.head_norm = RMSNorm(head_dim, eps=1e-5) if config.head_norm else None

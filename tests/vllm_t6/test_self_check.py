@@ -1,0 +1,138 @@
+"""The check of the pages at load passes on what works, and no fault that is put in gets by."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from vllm_t6 import attention
+from vllm_t6.layer import FactorAttention
+from vllm_t6.self_check import check_pages
+
+from ..modeling_t6.common import random_model, tiny_config
+from .common import MIXED_LAYERS, engine
+
+
+MODELS = {
+    "plain": ({}, {}),
+    "mixed_layers": (MIXED_LAYERS, {}),
+    "noncontextual_a": ({"noncontextual_a": True}, {}),
+    "qk_norm": ({"qk_norm": True}, {}),
+    "fp8": ({}, {"kv_cache_dtype": "fp8"}),
+    "bfloat16": ({}, {"dtype": "bfloat16"}),
+}
+
+
+NUM_BLOCKS = 99
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
+def layers(request, tmp_path_factory) -> Iterator[list[FactorAttention]]:
+    """Those of an engine, with numbers in all their pages."""
+    folder, (fields, settings) = tmp_path_factory.mktemp("t6"), request.param
+    random_model(tiny_config(**fields)).save_pretrained(folder)
+    with engine(folder, num_gpu_blocks_override=NUM_BLOCKS, **settings) as llm:
+        layers = list(llm.llm_engine.vllm_config.compilation_config.static_forward_context.values())
+        for layer in layers:
+            layer.kv_cache.random_(0, 100)
+        yield layers
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, NUM_BLOCKS])
+def test_passes_and_leaves_pages_as_they_were(layers, num_blocks):
+    for layer in layers:
+        held = layer.kv_cache.clone()
+        check_pages(layer.impl, layer.kv_cache[:num_blocks])
+        assert torch.equal(layer.kv_cache, held)
+
+
+def with_slots(store: Callable, change: Callable) -> Callable:
+    """Where rows are written is changed, but for those of the reference."""
+
+    def changed(*args, kernels=None, **kwargs):
+        args = list(args)
+        if kernels is None:
+            args[8] = change(args[8])
+        return store(*args, kernels=kernels, **kwargs)
+
+    return changed
+
+
+def next_slot(store: Callable) -> Callable:
+    return with_slots(store, lambda slots: slots.roll(1))
+
+
+def last_page_not_written(store: Callable) -> Callable:
+    return with_slots(store, lambda slots: slots.where(slots < (NUM_BLOCKS - 1) * 16, -1))
+
+
+def nothing_written(store: Callable) -> Callable:
+    return with_slots(store, lambda slots: torch.full_like(slots, -1))
+
+
+def other_queries(store: Callable) -> Callable:
+    def changed(*args, kernels=None, **kwargs):
+        query = store(*args, kernels=kernels, **kwargs)
+        return query * 1.1 if kernels is None else query
+
+    return changed
+
+
+def other_values(store: Callable) -> Callable:
+    def changed(*args, kernels=None, **kwargs):
+        args = list(args)
+        if kernels is None:
+            args[5] = 1.3 * args[5]  # B_V
+        return store(*args, kernels=kernels, **kwargs)
+
+    return changed
+
+
+def pages_in_another_order(decode: Callable) -> Callable:
+    def changed(query, key_pages, value_pages, block_table, *args):
+        return decode(query, key_pages, value_pages, block_table.flip(1), *args)
+
+    return changed
+
+
+def nan_outputs(decode: Callable) -> Callable:
+    def changed(*args):
+        decode(*args)
+        args[-1][-1, -1, -1] = torch.nan
+
+    return changed
+
+
+def other_outputs(attend: Callable) -> Callable:
+    def changed(*args):
+        earlier = attend(*args)
+        args[-1].mul_(1.1)
+        return earlier
+
+    return changed
+
+
+FAULTS = [
+    ("store_factors", next_slot, "key rows"),
+    ("store_factors", last_page_not_written, "key rows"),
+    ("store_factors", nothing_written, "key rows"),
+    ("store_factors", other_queries, "queries"),
+    ("store_factors", other_values, "value rows"),
+    ("attend_to_piece", other_outputs, "attention of prompts"),
+    ("attend_to_piece", nan_outputs, "attention of prompts"),
+    ("paged_factor_space_attention", pages_in_another_order, "attention of decoded tokens"),
+    ("paged_factor_space_attention", other_outputs, "attention of decoded tokens"),
+    ("paged_factor_space_attention", nan_outputs, "attention of decoded tokens"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "fault", "named"), FAULTS, ids=[f"{function}-{fault.__name__}" for function, fault, _ in FAULTS]
+)
+def test_fails(layers, function, fault, named, monkeypatch):
+    monkeypatch.setattr(attention, function, fault(getattr(attention, function)))
+    for layer in layers:
+        held = layer.kv_cache.clone()
+        with pytest.raises(RuntimeError, match=f"with this cache: {named} are off"):
+            check_pages(layer.impl, layer.kv_cache)
+        assert torch.equal(layer.kv_cache, held)

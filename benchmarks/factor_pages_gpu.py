@@ -35,7 +35,13 @@ from gpu import copies_larger_than_l2, copy_bandwidth, graph_seconds, machine
 
 from modeling_t6 import factor_pages_t6
 from modeling_t6.cache_t6 import FactorLayout
-from modeling_t6.factor_pages_t6 import SelectedRanks, form_heads_from_pages, select_ranks, store_factors
+from modeling_t6.factor_pages_t6 import (
+    SelectedRanks,
+    form_heads_from_pages,
+    select_ranks,
+    store_factors,
+    view_factors,
+)
 
 
 class Shape(NamedTuple):
@@ -82,7 +88,9 @@ class Layer:
             parts += [(heads, q_rank), (heads, rank), (heads, rank)]
         sizes = [n * m for n, m in parts]
         product = random(tokens, -(-sum(sizes) // 8) * 8)
-        views = [part.unflatten(-1, size) for part, size in zip(product[:, : sum(sizes)].split(sizes, dim=-1), parts)]
+        views = [
+            view_factors(part, size[0]) for part, size in zip(product[:, : sum(sizes)].split(sizes, dim=-1), parts)
+        ]
         (b_q, b_k, b_v), (a_q, a_k, a_v) = views[:3], views[3:] or (None, None, None)
         cos, sin = torch.rand(2, tokens, head_dim // 2, device="cuda")
         width = shape.layout.width

@@ -77,6 +77,15 @@ def select_ranks(a: torch.Tensor) -> SelectedRanks | None:
     return SelectedRanks(ranks.to(torch.int32), a[ranks, torch.arange(0, num_heads, size, device=a.device)])
 
 
+def view_factors(part: torch.Tensor, n: int) -> torch.Tensor:
+    """
+    [tokens, n * m], some columns of a product, as [tokens, n, m]. `unflatten` would forget the stride of a single token, for
+    which the kernel would be compiled once more.
+    """
+    m = part.shape[1] // n
+    return part.as_strided((part.shape[0], n, m), (part.stride(0), m, 1))
+
+
 def store_factors(
     a_q: torch.Tensor | None,
     b_q: torch.Tensor,

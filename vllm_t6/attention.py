@@ -28,6 +28,7 @@ from modeling_t6.factor_pages_t6 import (
     has_kernels,
     select_ranks,
     store_factors,
+    view_factors,
 )
 from modeling_t6.flash_tpa_pages_t6 import Pieces, paged_flash_tpa
 
@@ -106,15 +107,16 @@ class FactorImpl(AttentionImpl):
         """Writes the rows of a step's tokens; returns their queries [tokens, h, d]. See `store_factors` of `kernels`."""
         filled = projections[:, : sum(self.projection_sizes.values())]
         parts = dict(zip(self.projection_sizes, filled.split([*self.projection_sizes.values()], dim=-1)))
-        b_q = parts["q_proj" if self.config.q_rank is None else "q_b_proj"].unflatten(-1, (-1, self.head_size))
-        b_k, b_v = (parts[f"{name}_b_proj"].unflatten(-1, (-1, self.head_size)) for name in "kv")
+        queries = ("q_proj", self.num_heads) if self.config.q_rank is None else ("q_b_proj", self.config.q_rank)
+        b_q, b_k, b_v = (
+            view_factors(parts[name], rank)
+            for name, rank in (queries, ("k_b_proj", self.k_rank), ("v_b_proj", self.v_rank))
+        )
         if self.config.noncontextual_a:
             a_q, a_k, a_v = self.constants()[0], None, None  # rows hold B alone
         else:
-            a_q, a_k, a_v = (
-                parts[f"{name}_a_proj"].unflatten(-1, (self.num_heads, -1)) if f"{name}_a_proj" in parts else None
-                for name in "qkv"
-            )
+            names = [f"{name}_a_proj" for name in "qkv"]
+            a_q, a_k, a_v = (view_factors(parts[name], self.num_heads) if name in parts else None for name in names)
         norms = (self.owner.q_norm.weight, self.owner.k_norm.weight) if self.config.qk_norm else (None, None)
         return store_factors(
             a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, *norms,

@@ -14,7 +14,13 @@ from torch import nn
 
 from modeling_t6 import T6Config, factor_pages_t6
 from modeling_t6.cache_t6 import factor_layouts
-from modeling_t6.factor_pages_t6 import form_heads_from_pages, select_ranks, slots_of_rows, store_factors
+from modeling_t6.factor_pages_t6 import (
+    form_heads_from_pages,
+    select_ranks,
+    slots_of_rows,
+    store_factors,
+    view_factors,
+)
 from modeling_t6.factors_t6 import TensorProductFactors
 
 
@@ -159,7 +165,7 @@ def check_store(case: dict, device: str, store=store_factors) -> None:
     pages = random_pages(case, blocks, tuple(layout.width for layout in layouts), device)
 
     product = product.to(device)
-    views = {name: product[:, part].unflatten(-1, shapes[name]) for name, part in parts.items()}
+    views = {name: view_factors(product[:, part], shapes[name][0]) for name, part in parts.items()}
     a_q = layer.q_a.to(device, dtype) if constant_a and layer.q_rank is not None else views.get("q_a_proj")
     norms = (
         [norm.weight.to(device, dtype) for norm in (layer.q_norm, layer.k_norm)] if case["qk_norm"] else (None, None)
@@ -232,7 +238,7 @@ def check_form(case: dict, device: str, form=form_heads_from_pages) -> None:
     workspace = torch.full((total + 3, 2, num_heads, head_dim), math.nan, dtype=dtype, device=device)
     key, value = (
         workspace.unbind(1)
-        if choose.random() < 0.5
+        if case["seed"] % 2
         else [torch.full_like(workspace[:, 0].contiguous(), math.nan) for _ in range(2)]
     )
     slots = slots_of_rows(

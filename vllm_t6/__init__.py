@@ -13,8 +13,6 @@
 # limitations under the License.
 """vLLM plugin: T6 models served from pages of factors, in a vLLM as it is"""
 
-from .compatibility import warn_of_untested_version
-
 
 def register() -> None:
     """
@@ -25,6 +23,5 @@ def register() -> None:
 
     import modeling_t6  # noqa: F401  registers T6's classes with Transformers' Auto classes
 
-    warn_of_untested_version()
     # By name: vLLM looks at the class in a process of its own, so that nothing here touches a GPU.
     ModelRegistry.register_model("T6ForCausalLM", "vllm_t6.model:T6ForCausalLM")

@@ -79,6 +79,7 @@ class FactorImpl(AttentionImpl):
         heads = output.view(-1, self.num_heads, self.head_size)
         if attn_metadata is None:  # vLLM measures how much memory a step takes
             self._workspace(heads.dtype, heads.device)
+            heads.new_empty(4, *heads.shape)  # queries, and outputs of a prompt that takes several pieces
             return output.zero_()
         key_pages, value_pages = self.pages(kv_cache)
         query = self.store(projections, cos, sin, attn_metadata.slots, key_pages, value_pages)

@@ -29,11 +29,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from modeling_t6.factor_pages_t6 import has_kernels
 from modeling_t6.flash_tpa_pages_t6 import Pieces, schedule_pieces
 
 from .attention import FactorImpl
 from .metadata import FactorMetadata
-from .prefill import plan_pieces, workspace_rows
+from .prefill import plan_pieces
 
 
 # As many query tokens of a request as FlashTPA takes: one, and those that speculation proposes.
@@ -69,7 +70,9 @@ class FactorBackend(AttentionBackend):
         layers = get_layers_from_vllm_config(get_current_vllm_config(), AttentionLayerBase)
         device = torch.device(current_platform.device_type)
         pieces = [
-            layer.impl.empty_pieces(1, 1, device) for layer in layers.values() if layer.get_attn_backend() is cls
+            layer.impl.empty_pieces(1, 1, device)
+            for layer in layers.values()
+            if issubclass(layer.get_attn_backend(), FactorBackend)
         ]
         return max((BLOCK_SIZE if one is None else one.tile for one in pieces), default=BLOCK_SIZE)
 
@@ -90,6 +93,13 @@ class FactorBackend(AttentionBackend):
         return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
 
 
+class SlidingFactorBackend(FactorBackend):
+    """
+    That of layers with a sliding window: vLLM may keep the pages of both kinds of layers in one group, and makes a builder of
+    metadata for each backend in it.
+    """
+
+
 class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -98,15 +108,17 @@ class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.reorder_batch_threshold = min(self.reorder_batch_threshold, MAX_QUERIES)
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-        self.impl, self.sliding_window = layer.impl, layer.sliding_window
-        self.room = workspace_rows(vllm_config)
+        self.impl = layer.impl
         self.pieces: dict[tuple[int, int], Pieces | None] = {}
+        # vLLM's bound of a request's length counts tokens that are only proposed; prompts have none, unless more are
+        # proposed than a request that decodes may have.
+        self.bound_is_exact = _most_queries(vllm_config) <= MAX_QUERIES
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
-        speculation = vllm_config.speculative_config
-        num_queries = 1 + (0 if speculation is None else speculation.num_speculative_tokens or 0)
-        if num_queries > MAX_QUERIES:
+        if not has_kernels(torch.device(current_platform.device_type), kv_cache_spec.dtype):
+            return AttentionCGSupport.NEVER
+        if _most_queries(vllm_config) > MAX_QUERIES:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.UNIFORM_BATCH
 
@@ -130,15 +142,15 @@ class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
             metadata.decode_pieces = self._schedule(metadata)
         if num_prompts:
             query_lengths = common.query_start_loc_cpu[num_decodes:].diff().tolist()
-            # Exact for prompts, which hold no token that was only proposed.
-            lengths = common.seq_lens_cpu_upper_bound[num_decodes : common.num_reqs].tolist()
+            lengths = common.seq_lens_cpu_upper_bound if self.bound_is_exact and not fast_build else common.seq_lens
+            lengths = lengths[num_decodes : common.num_reqs].tolist()
             metadata.prompt_pieces = plan_pieces(
                 query_lengths,
                 lengths,
                 num_decodes,
                 num_decode_tokens,
-                self.room,
-                self.sliding_window,
+                self.impl.room,
+                self.impl.sliding_window,
                 metadata.block_table,
                 self.kv_cache_spec.block_size,
             )
@@ -153,3 +165,9 @@ class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
         if pieces is not None:
             schedule_pieces(metadata.lengths[:num_requests], metadata.query_starts[: num_requests + 1], pieces)
         return pieces
+
+
+def _most_queries(vllm_config: VllmConfig) -> int:
+    """Query tokens of a request that decodes: one, and those that speculation proposes."""
+    speculation = vllm_config.speculative_config
+    return 1 + (0 if speculation is None else speculation.num_speculative_tokens or 0)

@@ -26,7 +26,7 @@ from modeling_t6.cache_t6 import factor_layouts
 from modeling_t6.configuration_t6 import ConfigView, T6Config
 
 from .attention import FactorImpl
-from .backend import FactorBackend
+from .backend import FactorBackend, SlidingFactorBackend
 from .self_check import check_pages
 
 
@@ -123,7 +123,7 @@ class FactorAttention(nn.Module, AttentionLayerBase):
         return output
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        return FactorBackend
+        return FactorBackend if self.sliding_window is None else SlidingFactorBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         fields = {

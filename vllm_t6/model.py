@@ -42,6 +42,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from modeling_t6.configuration_t6 import T6Config
 from modeling_t6.modeling_t6 import T6RotaryEmbedding
 
+from .compatibility import warn_of_untested_version
 from .layer import FactorAttention, LocalConfig
 from .variants import refuse_unserved_variants
 
@@ -71,6 +72,13 @@ class T6MLP(nn.Module):
         return x
 
 
+def projection_names(config: T6Config) -> list[str]:
+    """The parts of a layer's product of factors, in order. B comes first: its rows then start on 16 bytes."""
+    factorised = "kv" if config.q_rank is None else "qkv"
+    names = [*(["q_proj"] if config.q_rank is None else []), *(f"{name}_b_proj" for name in factorised)]
+    return names if config.noncontextual_a else [*names, *(f"{name}_a_proj" for name in factorised)]
+
+
 class T6Attention(nn.Module):
     """
     All factors of a token come from one product: the A projections of this process's heads, the B projections whole.
@@ -84,11 +92,10 @@ class T6Attention(nn.Module):
         self.head_dim = head_dim
 
         ranks = {"q": config.q_rank, "k": k_rank, "v": v_rank}
-        # B first: its rows start on 16 bytes.
-        sizes = {} if config.q_rank is not None else {"q_proj": num_heads * head_dim}
-        sizes |= {f"{name}_b_proj": rank * head_dim for name, rank in ranks.items() if rank is not None}
-        if not config.noncontextual_a:
-            sizes |= {f"{name}_a_proj": num_heads * rank for name, rank in ranks.items() if rank is not None}
+        sizes = {"q_proj": num_heads * head_dim}
+        sizes |= {f"{name}_b_proj": rank and rank * head_dim for name, rank in ranks.items()}
+        sizes |= {f"{name}_a_proj": rank and rank * num_heads for name, rank in ranks.items()}
+        sizes = {name: sizes[name] for name in projection_names(config)}
         # 34 heads make products that tensor cores are slow at. The outputs that fill up are not looked at.
         padding = 0 if quant_config is not None else -sum(sizes.values()) % 8
         self.factors_proj = MergedColumnParallelLinear(
@@ -234,15 +241,18 @@ class T6Model(nn.Module):
 
 
 class T6ForCausalLM(nn.Module, SupportsPP):
-    packed_modules_mapping = {
-        "factors_proj": ["q_proj", "q_a_proj", "k_a_proj", "v_a_proj", "q_b_proj", "k_b_proj", "v_b_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
+        warn_of_untested_version()
         config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
         self.config = config
+        self.packed_modules_mapping = {
+            "factors_proj": projection_names(config),
+            "gate_up_proj": ["gate_proj", "up_proj"],
+        }
+        if quant_config is not None:
+            quant_config.packed_modules_mapping = self.packed_modules_mapping
+        self.is_loaded = False
         self.model = T6Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
@@ -274,7 +284,7 @@ class T6ForCausalLM(nn.Module, SupportsPP):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """The tensors of a T6 folder, under the names that Transformers gives them."""
+        """The tensors of a T6 folder, under the names that Transformers gives them: at first all, later any."""
         parameters = dict(self.named_parameters())
         kinds = ("weight", "bias", "q_a", "k_a", "v_a")  # not what a quantisation adds
         wanted = {name for target in parameters if target.endswith(kinds) for name in self._parts(target)}
@@ -292,8 +302,9 @@ class T6ForCausalLM(nn.Module, SupportsPP):
             loader(parameters[target], weight, *([] if shard is None else [shard]))
             wanted.discard(name)
             loaded.add(target)
-        if wanted:
+        if wanted and not self.is_loaded:
             raise ValueError(f"The checkpoint lacks {min(wanted)!r}, which a T6 model of this configuration has.")
+        self.is_loaded = True
         for module in self.modules():
             if isinstance(module, FactorAttention):
                 module.impl.weights_changed()
@@ -321,6 +332,8 @@ class T6ForCausalLM(nn.Module, SupportsPP):
     def _local_share(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """This process's heads of a head-major projection [h * n, ...], or of constant A factors [R, h]."""
         rank, num_processes = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        if num_processes == 1:
+            return weight
         if name in ("q_proj", "q_a_proj", "k_a_proj", "v_a_proj"):
             return weight.chunk(num_processes, dim=0)[rank]
         if name in ("q_a", "k_a", "v_a"):

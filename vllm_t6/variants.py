@@ -13,10 +13,12 @@
 # limitations under the License.
 """What the plugin does not serve, each refused by name when a model is loaded"""
 
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
 
 from modeling_t6.configuration_t6 import T6Config
+from modeling_t6.flash_tpa_t6 import MAX_HEAD_DIM
 
 
 def refuse_unserved_variants(config: T6Config, vllm_config: VllmConfig) -> None:
@@ -34,8 +36,14 @@ def refuse_unserved_variants(config: T6Config, vllm_config: VllmConfig) -> None:
         get_act_and_mul_fn(config.hidden_act)
     except ValueError as error:
         raise ValueError(f"vLLM cannot serve a T6 model with `hidden_act`={config.hidden_act!r}: {error}") from None
+    if config.head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"vLLM cannot serve a T6 model with `head_dim` above {MAX_HEAD_DIM}, got {config.head_dim}.")
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         raise ValueError("vLLM cannot serve a T6 model with `decode_context_parallel_size` above 1.")
+    if vllm_config.cache_config.kv_cache_dtype_skip_layers:
+        raise ValueError("vLLM cannot serve a T6 model with `kv_cache_dtype_skip_layers`: all layers have one dtype.")
+    if envs.VLLM_BATCH_INVARIANT:
+        raise ValueError("vLLM cannot serve a T6 model with VLLM_BATCH_INVARIANT: a batch is divided as a whole.")
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type == "dynamic":
         raise ValueError(

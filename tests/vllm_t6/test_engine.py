@@ -69,6 +69,24 @@ def test_chunked_prefill(name, tmp_path):
         assert_same(ask(llm, prompts), generate(model, prompts))
 
 
+def test_one_group_for_layers_of_both_kinds(tmp_path):
+    """vLLM may keep the pages of sliding layers as those of full ones; each layer goes by its own window all the same."""
+    model, prompts = make_model("mixed_layers", tmp_path), random_prompts((1, 40, 70, 200), each=8)
+    settings = {"disable_hybrid_kv_cache_manager": True, "max_num_batched_tokens": 64, "max_num_seqs": 32}
+    with engine(tmp_path, **settings) as llm:
+        assert_same(ask(llm, prompts), generate(model, prompts))
+
+
+def test_new_weights_in_parts(tmp_path):
+    """What trains a model hands its weights to a running engine piece by piece."""
+    make_model("plain", tmp_path)
+    other, prompts = random_model(tiny_config(), seed=7), random_prompts((1, 40), each=16)
+    with engine(tmp_path, enable_prefix_caching=False) as llm:
+        for part in other.state_dict().items():
+            llm.apply_model(lambda served, part=part: served.load_weights([part]))
+        assert_same(ask(llm, prompts), generate(other, prompts))
+
+
 @pytest.mark.parametrize(("name", "num_blocks"), [("plain", 20), ("mixed_layers", 60)], ids=["plain", "mixed_layers"])
 def test_preemption(name, num_blocks, tmp_path):
     """Requests lose their pages to others, and begin anew."""

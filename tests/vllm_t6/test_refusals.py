@@ -34,6 +34,9 @@ SETTINGS = {
     "int8": (
         {"kv_cache_dtype": "int8_per_token_head"}, "`kv_cache_dtype` of a T6 model must .* got 'int8_per_token_head'",
     ),
+    "skipped_layers": (
+        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}, "`kv_cache_dtype_skip_layers`",
+    ),
     # By vLLM itself.
     "decode_context_parallel": (
         {"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "[Dd]ecode.context.parallel",

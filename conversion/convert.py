@@ -23,9 +23,10 @@ from .smaller.report import PLOT, REPORT, provenance, table
 from .smaller.report import write as write_report
 from .smaller.stages import stage
 from .smaller.working import describe, read_digests, unfinished_folder, working_folder
-from .source import DESCRIPTION, READ, from_hub, local_folder, read_config, with_gguf
+from .source import DESCRIPTION, HF, READ, from_hub, local_folder, read_config
 from .sources import families, official
 from .sources.fields import check_fields
+from .sources.gguf import GgufFile, is_gguf
 from .sources.plan import Plan
 from .verify import Comparison
 from .write import loaded_dtype, write_model
@@ -81,10 +82,15 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
     if args.command == "hf":
         source = inputs["SRC"] = local_folder(args.source, args.revision)
         check_target(args.target, args.overwrite, inputs)
+        gguf, described = None, source / "config.json"
+        if source.is_file():
+            gguf, described, source = GgufFile(source), source, temporary / "source"
+            for note in gguf.write_description(source):
+                print("note:", note)
         content = read_config(source)
         check_files(source, READ)
         check_json(source)
-        check_fields(content, str(source / "config.json"))
+        check_fields(content, str(described))
         if (settings := source / "generation_config.json").exists():
             check_fields(read_json(settings), str(settings))
         source = without_marks(source, READ, temporary)
@@ -94,7 +100,7 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         except ConversionError:
             raise
         except Exception as error:  # whatever a configuration's validation raises
-            raise ConversionError(f"{inputs['SRC'] / 'config.json'}: {reason(error)}") from error
+            raise ConversionError(f"{described}: {reason(error)}") from error
         if smaller:
             check_options(plan.config, args.k_rank, args.v_rank, args.cache_ratio)
         generation_config(source)
@@ -106,12 +112,14 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
             from_hub(args.source, inputs["SRC"].name, READ)  # the same commit, now with its weights
             check_files(inputs["SRC"], READ)
             source = without_marks(inputs["SRC"], READ, temporary)
+        if gguf is not None:
+            gguf.write_weights(source, args.max_shard_size)
         checkpoint = Checkpoint(source)
         plan = families.plan_as_loaded(config, checkpoint)
     else:
         source = inputs["SRC"]
-        if source.suffix.lower() == ".gguf":
-            raise ConversionError(with_gguf(source))
+        if is_gguf(source):
+            raise ConversionError(f"{source} is GGUF: `{HF} {source}` reads those")
         if source.is_dir():
             check_files(source, READ)
             check_json(source)

@@ -122,6 +122,12 @@ class GgufFile:
                     f"{self.path}: `{name}` is {shown(value)}, which Transformers does not read: expected "
                     f"{' or '.join(map(repr, neutral)) or 'no such field'}"
                 )
+        heads, groups = (self.field(f"{self.architecture}.attention.{name}") for name in ("head_count", "head_count_kv"))
+        if heads % groups:
+            raise ConversionError(
+                f"{self.path}: `{self.architecture}.attention.head_count` is {heads}, no multiple of "
+                f"`{self.architecture}.attention.head_count_kv`, {groups}"
+            )
         if self.field(f"{self.architecture}.block_count") > len(self.reader.tensors):
             raise ConversionError(
                 f"{self.path}: `{self.architecture}.block_count` is {self.field(f'{self.architecture}.block_count')}, "
@@ -136,9 +142,9 @@ class GgufFile:
                 raise
             raise ConversionError(f"{self.path}: Transformers cannot make {what} of it: {one_line(error)}") from error
 
-    def write_description(self, folder: Path) -> list[str]:
+    def write_config(self, folder: Path) -> list[str]:
         """
-        Writes configuration and tokenizer into the new folder `folder`.
+        Writes the configuration into the new folder `folder`.
 
         Returns:
             What the user is to be told.
@@ -157,10 +163,6 @@ class GgufFile:
         if self.architecture not in ARCHITECTURES:
             return []  # the configuration says why it is refused
         self.check_heads(config)
-        if self.field("tokenizer.ggml.model") not in (None, "none", "no_vocab"):
-            tokenizer = self._transformers("a tokenizer", AutoTokenizer)
-            save_tokenizer(tokenizer, folder)
-            compare_tokenizers(tokenizer, load_tokenizer(folder))
         window = self.field(f"{self.architecture}.attention.sliding_window")
         if window and getattr(config, "sliding_window", None) != window:
             return [
@@ -168,6 +170,17 @@ class GgufFile:
                 "every token sees all those before it"
             ]
         return []
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """
+        Writes the tokenizer, if the file has one, into the new folder `folder`: not beside the configuration, since there
+        Transformers takes the class of some families, which builds a pipeline of its own.
+        """
+        folder.mkdir()
+        if self.field("tokenizer.ggml.model") not in (None, "none", "no_vocab"):
+            tokenizer = self._transformers("a tokenizer", AutoTokenizer)
+            save_tokenizer(tokenizer, folder)
+            compare_tokenizers(tokenizer, load_tokenizer(folder))
 
     def check_heads(self, config: PreTrainedConfig) -> None:
         """Raises a `ConversionError` if heads are of another size, or rotated otherwise, than Transformers takes them for."""
@@ -220,7 +233,10 @@ class GgufFile:
         with ShardWriter(folder, announced, max_shard_size) as writer:
             progress = tqdm(announced, desc="dequantising", unit="tensor")
             for (name, shape, dtype), tensor in zip(progress, stored.values()):
-                weights = processor.process(self.dequantised(tensor).reshape(shape), tensor.name).weights
+                weights = self.dequantised(tensor)
+                if not np.isfinite(weights).all():
+                    raise ConversionError(f"{self.path}: {tensor.name} has values that are not finite")
+                weights = processor.process(weights.reshape(shape), tensor.name).weights
                 writer.write(name, torch.from_numpy(np.ascontiguousarray(weights)).to(dtype))
             writer.close()
 

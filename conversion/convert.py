@@ -149,8 +149,8 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         None if Path(args.source).exists() else args.source,
     )  # fmt: skip
     if args.command == "hf":  # what layers without windows cache, heads of keys and values in any dtype
-        report["source_cache_numbers_per_token"] = plan.config.num_hidden_layers * plan.config.head_dim * (
-            plan.config.k_rank + plan.config.v_rank
+        report["source_cache_numbers_per_token"] = (
+            plan.config.num_hidden_layers * plan.config.head_dim * (plan.config.k_rank + plan.config.v_rank)
         )
 
     def compare(folder: Path) -> Comparison:

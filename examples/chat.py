@@ -81,7 +81,9 @@ class Chat:
         self.messages.append({"role": "assistant", "content": answer})
         cache = output.cache if hasattr(output, "cache") else output.past_key_values  # renamed in Transformers 5.24
         nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        print(f"[{len(tokens)} tokens, {len(tokens) / seconds:.1f} per second; {self.cache(nbytes, cache.get_seq_length())}]")
+        print(
+            f"[{len(tokens)} tokens, {len(tokens) / seconds:.1f} per second; {self.cache(nbytes, cache.get_seq_length())}]"
+        )
 
     def cache(self, nbytes: int, length: int) -> str:
         """The bytes of the cache, beside those of its source, where it is converted, and of MHA."""

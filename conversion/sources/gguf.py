@@ -122,7 +122,9 @@ class GgufFile:
                     f"{self.path}: `{name}` is {shown(value)}, which Transformers does not read: expected "
                     f"{' or '.join(map(repr, neutral)) or 'no such field'}"
                 )
-        heads, groups = (self.field(f"{self.architecture}.attention.{name}") for name in ("head_count", "head_count_kv"))
+        heads, groups = (
+            self.field(f"{self.architecture}.attention.{name}") for name in ("head_count", "head_count_kv")
+        )
         if heads % groups:
             raise ConversionError(
                 f"{self.path}: `{self.architecture}.attention.head_count` is {heads}, no multiple of "

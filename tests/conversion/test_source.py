@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
     }.items():  # fmt: skip
         (folder / name).mkdir()
         for file in files:
-            (folder / name / file).write_bytes(b"GGUF")
+            (folder / name / file).write_bytes(b"GGUF" if name == "gguf" else b"other")
     arguments, _ = research.random_checkpoint(heads=5, head_dim=16, q_rank=6, rank=2)
     (folder / "research" / "config.json").write_text(json.dumps({"model_type": "gpt2"} | arguments))
     return folder

@@ -84,7 +84,10 @@ def write_gguf(path: Path, family: str = "llama", kind: TYPES = TYPES.F32, drop=
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
         weights = tensor.numpy()
-        for part, heads in (("q_proj.weight", config.num_attention_heads), ("k_proj.weight", config.num_key_value_heads)):
+        for part, heads in (
+            ("q_proj.weight", config.num_attention_heads),
+            ("k_proj.weight", config.num_key_value_heads),
+        ):
             if name == "llama" and key.endswith(part):
                 weights = rotated_pairs(weights, heads)
         target = map_name.get_name(key, try_suffixes=(".weight", ".bias"))
@@ -110,6 +113,7 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
     writer.add_token_merges(["h e", "he \u0120"])
+    writer.add_bos_token_id(0)  # without which Transformers 5.17 has no tokenizer of this kind
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(1)
     writer.add_chat_template(CHAT)
@@ -155,7 +159,12 @@ def test_quantisation_types(kind, tmp_path):
     expected, found = own_loading(path).state_dict(), Checkpoint(tmp_path / "t6")
     half = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
     for layer in range(2):
-        for name, target in (("q_proj", "q_proj"), ("k_proj", "k_b_proj"), ("v_proj", "v_b_proj"), ("o_proj", "o_proj")):
+        for name, target in (
+            ("q_proj", "q_proj"),
+            ("k_proj", "k_b_proj"),
+            ("v_proj", "v_b_proj"),
+            ("o_proj", "o_proj"),
+        ):
             tensor = found.read(f"model.layers.{layer}.self_attn.{target}.weight")
             assert torch.equal(tensor.float(), expected[f"model.layers.{layer}.self_attn.{name}.weight"]), name
             assert tensor.dtype == half
@@ -181,7 +190,18 @@ def test_a_file_without_the_ending_and_a_smaller_cache(tmp_path):
     """Stores name files by digests; compression takes a GGUF file as it takes a folder."""
     path = write_gguf(tmp_path / "sha256-ab", "llama", TYPES.Q8_0)
     (tmp_path / "text").write_text("he said 1234 and\n" * 400)
-    args = ["--k-rank", "1", "--v-rank", "1", "--calibration", str(tmp_path / "text"), "--window", "32", "--reconstruct-steps", "0"]
+    args = [
+        "--k-rank",
+        "1",
+        "--v-rank",
+        "1",
+        "--calibration",
+        str(tmp_path / "text"),
+        "--window",
+        "32",
+        "--reconstruct-steps",
+        "0",
+    ]
     assert main(["hf", str(path), str(tmp_path / "t6"), *args]) == 0
     report = json.loads((tmp_path / "t6" / "conversion.json").read_text())
     assert report["source"] == "sha256-ab" and report["source_model_type"] == "llama"

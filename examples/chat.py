@@ -25,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=number(float, 0), default=0.2, help="0 is greedy decoding")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights and the cache (%(default)s)")
+    parser.add_argument("--dtype", help="of the weights and the cache; default: bfloat16 on a GPU, on a CPU float32")
     args = parser.parse_args(argv)
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
@@ -47,10 +47,12 @@ class Chat:
     def __init__(self, args: argparse.Namespace):
         self.args, self.messages = args, []
         device = find_device(args.device)
+        # In float32, a CPU without instructions for bfloat16 is the faster one, and one with them not slow.
+        dtype = args.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
         # The code of the tokenizer is Transformers' own, but Transformers learns the model's type from the model's code.
         with loading("model", args.model):
             self.tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
-            self.model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
+            self.model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=dtype)
         self.model = self.model.to(device).eval()
         if not self.tokenizer.chat_template:
             raise InputError(f"{args.model} has no chat template: examples/generate.py goes on from any text")

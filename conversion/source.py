@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from .files.companions import COMPANIONS
 from .files.errors import ConversionError, reason
 from .files.folders import read_json
+from .sources.gguf import is_gguf
 
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -20,14 +21,14 @@ HF, OFFICIAL = "python -m conversion hf", "python -m conversion official"
 
 def local_folder(source: str, revision: str | None) -> Path:
     """
-    The folder `source`, or one with the repository of that name on the Hub, as yet without weights.
+    The folder or GGUF file `source`, or a folder with the repository of that name on the Hub, as yet without weights.
 
     Raises:
         ConversionError: if it is neither, with what it is instead.
     """
-    if os.path.isdir(source):
+    if os.path.isdir(source) or is_gguf(Path(source)):
         if revision is not None:
-            raise ConversionError(f"--revision {revision} is of a source on the Hub, and {source} is a folder here")
+            raise ConversionError(f"--revision {revision} is of a source on the Hub, and {source} is here")
         return Path(source)
     if os.path.lexists(source):
         raise ConversionError(of_file(Path(source)))
@@ -61,19 +62,9 @@ def of_file(path: Path) -> str:
     """What to do with a file that was given for a folder."""
     if not path.exists():
         return f"{path} is a link to {path.resolve()}, which is not there"
-    if path.suffix.lower() == ".gguf":
-        return with_gguf(path)
     if path.suffix in (".pt", ".pth", ".ckpt"):
         return f"{path} is a file: expected a folder; `{OFFICIAL}` reads a ckpt.pt of the research code"
     return f"{path} is a file: expected the folder that it is in, with config.json, or a name on the Hub"
-
-
-def with_gguf(path: Path) -> str:
-    load = f"from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}).save_pretrained(DIR)"
-    return (
-        f"{path} is GGUF, which is not read: AutoModelForCausalLM.{load} and AutoTokenizer.{load} make a folder DIR of it "
-        "that can be converted"
-    )
 
 
 def read_config(source: Path) -> dict:
@@ -88,7 +79,7 @@ def read_config(source: Path) -> dict:
         if (source / "ckpt.pt").exists():
             raise ConversionError(f"{source} has no config.json but a ckpt.pt: `{OFFICIAL}` reads those")
         if ggufs := sorted(source.glob("*.gguf")):
-            raise ConversionError(with_gguf(ggufs[0]))
+            raise ConversionError(f"{source} has no config.json but GGUF: `{HF} {ggufs[0]}` reads one such file")
         if (source / "adapter_config.json").exists():
             raise ConversionError(f"{source} is an adapter alone: merge it into its model, and convert that")
         raise ConversionError(f"{source} has no config.json: expected a folder as `save_pretrained` writes it")

@@ -107,20 +107,25 @@ def write_tokenizer(source: Path, folder: Path) -> bool:
         return False
     tokenizer = load_tokenizer(source)
     if tokenizer.is_fast:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         copy_files(source, folder, ("chat_template.json",))  # a processor's, which no tokenizer writes
-        path = folder / "tokenizer_config.json"
-        content = read_json(path)
-        for field in ("auto_map", "backend", "is_local", "local_files_only"):
-            content.pop(field, None)
-        content["tokenizer_class"] = "PreTrainedTokenizerFast"
-        for field in ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces"):
-            content[field] = getattr(tokenizer, field)  # what the class of the source has by default
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     else:
         copy_files(source, folder, (*TOKENIZER_FILES, *TEMPLATE_FILES))
     compare_tokenizers(tokenizer, load_tokenizer(folder))
     return True
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the pipeline of a fast tokenizer, for the class that takes it as it is, with what its own class adds."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    content = read_json(path)
+    for field in ("auto_map", "backend", "is_local", "local_files_only"):
+        content.pop(field, None)
+    content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for field in ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces"):
+        content[field] = getattr(tokenizer, field)  # what the class of the source has by default
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def outcome(function: Callable, *args, **kwargs) -> object:

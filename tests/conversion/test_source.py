@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
     }.items():  # fmt: skip
         (folder / name).mkdir()
         for file in files:
-            (folder / name / file).write_bytes(b"GGUF")
+            (folder / name / file).write_bytes(b"GGUF" if name == "gguf" else b"other")
     arguments, _ = research.random_checkpoint(heads=5, head_dim=16, q_rank=6, rank=2)
     (folder / "research" / "config.json").write_text(json.dumps({"model_type": "gpt2"} | arguments))
     return folder
@@ -36,8 +36,8 @@ SOURCES = {
     "research checkpoint": ("hf", "ckpt", "`python -m conversion official` reads those"),
     "research folder": ("hf", "research", "is a model of the research code: `python -m conversion official`"),
     "research file": ("hf", "ckpt/ckpt.pt", "`python -m conversion official` reads a ckpt.pt"),
-    "gguf file": ("hf", "gguf/llama.Q4.gguf", "gguf_file='llama.Q4.gguf').save_pretrained(DIR)"),
-    "gguf folder": ("hf", "gguf", "llama.Q4.gguf is GGUF, which is not read: AutoModelForCausalLM.from_pretrained("),
+    "gguf file": ("hf", "gguf/llama.Q4.gguf", "llama.Q4.gguf is damaged, or not whole: "),
+    "gguf folder": ("hf", "gguf", "has no config.json but GGUF: `python -m conversion hf "),
     "adapter": ("hf", "adapter", "is an adapter alone: merge it into its model"),
     "weights file": ("hf", "llama/model.safetensors", "is a file: expected the folder that it is in"),
     "nowhere": ("hf", "nowhere", "nowhere: there is no such folder"),
@@ -45,7 +45,7 @@ SOURCES = {
     "official, Transformers' folder": ("official", "llama", "of type 'llama': `python -m conversion hf` reads those"),
     "official, empty": ("official", "empty", "has neither config.json nor ckpt.pt"),
     "official, nowhere": ("official", "nowhere", "nowhere: there is no such file or folder"),
-    "official, gguf": ("official", "gguf/llama.Q4.gguf", "is GGUF, which is not read"),
+    "official, gguf": ("official", "gguf/llama.Q4.gguf", "is GGUF: `python -m conversion hf "),
 }
 
 

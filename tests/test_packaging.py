@@ -34,13 +34,13 @@ def site_packages(tmp_path_factory) -> Path:
 def test_no_module_is_forgotten(site_packages):
     """The listed packages are those of the tree; beside them go the published configurations and the card's template."""
     expected = set()
-    for folder, package in {"modeling_t6": "modeling_t6", **MAPPED}.items():
+    for folder, package in {"modeling_t6": "modeling_t6", "vllm_t6": "vllm_t6", **MAPPED}.items():
         files = [*ROOT.glob(f"{folder}/**/*.py"), *ROOT.glob(f"{folder}/*/config.json"), *ROOT.glob(f"{folder}/*.md")]
         target = package.replace(".", "/")
         expected |= {f"{target}/{path.relative_to(ROOT / folder)}" for path in files}
     assert len(expected) > 60
     assert {str(path.relative_to(site_packages)) for path in site_packages.rglob("*") if path.is_file()} == expected
-    assert {path.name for path in site_packages.iterdir()} == {"modeling_t6", "t6_transformers"}
+    assert {path.name for path in site_packages.iterdir()} == {"modeling_t6", "t6_transformers", "vllm_t6"}
 
 
 def test_commands_run_without_the_checkout(site_packages, monkeypatch):

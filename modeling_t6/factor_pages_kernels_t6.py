@@ -33,10 +33,6 @@ class PagedRows(NamedTuple):
     rotates: bool  # whether every other row of A begins with its last 8 numbers
     kind: str  # "cached": A is in the row; "constant": a tensor [R, h]; "selected": one rank, and its weight, for each head
 
-    @property
-    def a_start(self) -> int:
-        return self.rank * self.head_dim
-
 
 class Rotation(NamedTuple):
     """What becomes of B factors before they are stored, and of queries."""
@@ -189,7 +185,7 @@ def _store_a(
         is_head = is_row & (heads < ROWS.num_heads) & (ROWS.kind == "cached")
         a = tl.load(a_ptr + heads * RANK + ranks, mask=is_head, other=0.0).to(tl.float32)
         a = tl.where(is_head, _activate(a, is_head, ACTIVATION), 0.0)
-        offsets = ROWS.a_start + ranks * A_HEADS + columns
+        offsets = ROWS.rank * ROWS.head_dim + ranks * A_HEADS + columns
         tl.store(row_ptr + offsets, _as_stored(a, row_ptr.dtype.element_ty), mask=is_row)
 
 
@@ -317,7 +313,7 @@ def _form_heads(
                 columns = heads
                 if ROWS.rotates and r % 2 == 1:
                     columns = (heads + 8) % A_HEADS
-                a = tl.load(rows + (ROWS.a_start + r * A_HEADS + columns), mask=is_pair, other=0.0)
+                a = tl.load(rows + (ROWS.rank * ROWS.head_dim + r * A_HEADS + columns), mask=is_pair, other=0.0)
             b = tl.load(b_rows + r * HEAD_DIM, mask=is_number, other=0.0)
             states += a.to(tl.float32)[:, None] * b.to(tl.float32)
     offsets = (out_rows * out_stride + heads * HEAD_DIM)[:, None] + features[None, :]

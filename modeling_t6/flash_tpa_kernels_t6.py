@@ -50,10 +50,6 @@ class Rows(NamedTuple):
     gathered: bool = False  # whether each row of a tile has a pointer of its own
     start_8: bool = False  # whether rows start on 8 bytes, which their pointer, in the middle of 16, does not tell
 
-    @property
-    def a_start(self) -> int:
-        return self.rank * self.head_dim
-
 
 class Mask(NamedTuple):
     """What a query must not look at."""
@@ -166,7 +162,7 @@ def _load_a(
         else:
             offsets = (tokens * ROWS.width + _rank_of(rows, STEP) * A_HEADS)[:, None] + columns
         is_a = (tokens < num_rows)[:, None] & (heads < A_HEADS)[None, :]
-        a = tl.load(rows_ptr + (offsets + ROWS.a_start + rank * A_HEADS), mask=is_a, other=0.0)
+        a = tl.load(rows_ptr + (offsets + ROWS.rank * ROWS.head_dim + rank * A_HEADS), mask=is_a, other=0.0)
     return a
 
 

@@ -56,6 +56,7 @@ def test_help_and_mistakes_are_answered_at_once():
         "serve",
         "shapes",
         "throughput",
+        "vllm_server",
     }
     assert {path.stem for path in files if str(path) not in commands} == others | {"training"}
     result = subprocess.run([sys.executable, "-c", HELP, *commands], capture_output=True, text=True)

@@ -77,16 +77,6 @@ def test_one_group_for_layers_of_both_kinds(tmp_path):
         assert_same(ask(llm, prompts), generate(model, prompts))
 
 
-def test_new_weights_in_parts(tmp_path):
-    """What trains a model hands its weights to a running engine piece by piece."""
-    make_model("plain", tmp_path)
-    other, prompts = random_model(tiny_config(), seed=7), random_prompts((1, 40), each=16)
-    with engine(tmp_path, enable_prefix_caching=False) as llm:
-        for part in other.state_dict().items():
-            llm.apply_model(lambda served, part=part: served.load_weights([part]))
-        assert_same(ask(llm, prompts), generate(other, prompts))
-
-
 @pytest.mark.parametrize(("name", "num_blocks"), [("plain", 20), ("mixed_layers", 60)], ids=["plain", "mixed_layers"])
 def test_preemption(name, num_blocks, tmp_path):
     """Requests lose their pages to others, and begin anew."""

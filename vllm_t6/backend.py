@@ -116,7 +116,9 @@ class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
-        if not has_kernels(torch.device(current_platform.device_type), kv_cache_spec.dtype):
+        # Layers whose rows differ in width come as one collection of specs, of one dtype.
+        spec = next(iter(getattr(kv_cache_spec, "kv_cache_specs", {"": kv_cache_spec}).values()))
+        if not has_kernels(torch.device(current_platform.device_type), spec.dtype):
             return AttentionCGSupport.NEVER
         if _most_queries(vllm_config) > MAX_QUERIES:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE

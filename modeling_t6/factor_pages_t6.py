@@ -28,7 +28,7 @@ import torch
 
 from .cache_t6 import FactorLayout
 from .factors_t6 import activate_head_factors, apply_rotary_pos_emb, form_heads
-from .flash_tpa_t6 import IS_INTERPRETED
+from .flash_tpa_t6 import IS_INTERPRETED, capability, power_of_2
 
 
 try:
@@ -75,6 +75,13 @@ def select_ranks(a: torch.Tensor) -> SelectedRanks | None:
         return None
     ranks = (a[:, ::size] != 0).int().argmax(0)
     return SelectedRanks(ranks.to(torch.int32), a[ranks, torch.arange(0, num_heads, size, device=a.device)])
+
+
+def rows_at(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The rows [slots, width] of pages [blocks, page_size, width] in some slots, none negative, in PyTorch."""
+    # As bytes: not every PyTorch indexes float8 itself.
+    numbers = pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
+    return numbers[slots // pages.shape[1], slots % pages.shape[1]].view(pages.dtype)
 
 
 def view_factors(part: torch.Tensor, n: int) -> torch.Tensor:
@@ -221,7 +228,7 @@ def has_kernels(device: torch.device, pages_dtype: torch.dtype) -> bool:
     """Whether kernels on pages run: NVIDIA GPUs from Ampere on, for float8 from Ada on, and Triton's interpreter."""
     if triton is None or device.type != "cuda" or torch.version.cuda is None:
         return triton is not None and IS_INTERPRETED
-    return torch.cuda.get_device_capability(device) >= ((8, 9) if pages_dtype.itemsize == 1 else (8, 0))
+    return capability(device) >= ((8, 9) if pages_dtype.itemsize == 1 else (8, 0))
 
 
 # In PyTorch.
@@ -265,9 +272,7 @@ def _form_in_torch(key_pages, value_pages, slots, key, value, key_a, value_a, ke
     for pages, layout, constant_a, states in (
         (key_pages, key_layout, key_a, key), (value_pages, value_layout, value_a, value)
     ):  # fmt: skip
-        is_float8 = pages.dtype == torch.float8_e4m3fn
-        factors = (pages.view(torch.uint8) if is_float8 else pages)[slots // pages.shape[1], slots % pages.shape[1]]
-        a, b = layout.unpack(factors.view(pages.dtype)[None, None].float())
+        a, b = layout.unpack(rows_at(pages, slots)[None, None].float())
         if isinstance(constant_a, SelectedRanks):
             heads = constant_a.weights.float()[:, None] * b[:, :, constant_a.ranks] / layout.rank
         else:
@@ -276,10 +281,6 @@ def _form_in_torch(key_pages, value_pages, slots, key, value, key_a, value_a, ke
 
 
 # In Triton.
-
-
-def _power_of_2(n: int, least: int = 1) -> int:
-    return max(least, 1 << (n - 1).bit_length())
 
 
 def _unit(itemsize: int, *strides: int) -> int:
@@ -307,8 +308,8 @@ def _paged_rows(layout: FactorLayout, num_heads: int, kind: str) -> "PagedRows":
 
 @functools.cache
 def _store_sizes(num_heads: int, key_layout: FactorLayout, value_layout: FactorLayout) -> dict:
-    block_d = _power_of_2(key_layout.head_dim, 16)
-    all_heads = _power_of_2(max(num_heads, key_layout.padded_heads, value_layout.padded_heads))
+    block_d = power_of_2(key_layout.head_dim, 16)
+    all_heads = power_of_2(max(num_heads, key_layout.padded_heads, value_layout.padded_heads))
     # Few blocks of heads, few of whose heads are none.
     widths = [n for n in (1, 2, 4, 8, 16, 32, 64) if n * block_d <= QUERY_TILE]
     block_h = min(reversed(widths), key=lambda n: -(-num_heads // n) * (n + 8))
@@ -316,7 +317,7 @@ def _store_sizes(num_heads: int, key_layout: FactorLayout, value_layout: FactorL
         "BLOCK_H": block_h,
         "BLOCK_D": block_d,
         "BLOCK_R": max(
-            1, min(_power_of_2(max(key_layout.rank, value_layout.rank)), QUERY_TILE // max(block_d, all_heads))
+            1, min(power_of_2(max(key_layout.rank, value_layout.rank)), QUERY_TILE // max(block_d, all_heads))
         ),
         "ALL_HEADS": all_heads,
         "num_warps": max(1, min(8, block_h * block_d // (32 * QUERY_NUMBERS))),
@@ -397,7 +398,7 @@ def _form_in_triton(key_pages, value_pages, slots, key, value, key_a, value_a, k
     if num_rows == 0:
         return
     page_strides, page_constants = _page_constants(key_pages, value_pages)
-    block_d = _power_of_2(head_dim, 16)
+    block_d = power_of_2(head_dim, 16)
     block_m = max(1, PAIRS_TILE // block_d)
     weights, ranks, rows = [], [], []
     for pages, layout, a in ((key_pages, key_layout, key_a), (value_pages, value_layout, value_a)):

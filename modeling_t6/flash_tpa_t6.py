@@ -74,7 +74,7 @@ class Launch(NamedTuple):
         return -(-num_queries // self.block_t) * -(-num_heads // (self.block_h + self.rest_h))
 
 
-def _power_of_2(n: int, least: int) -> int:
+def power_of_2(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
@@ -100,12 +100,12 @@ def choose_launch(
         shared_memory: bytes that a program may have.
         is_aligned: whether rows start on 16 bytes (on pages, which tell the compiler, on 8).
     """
-    block_d = _power_of_2(head_dim, least=16)
+    block_d = power_of_2(head_dim, least=16)
     # Heads that fit the registers. Never 8 columns for a group of 4 warps: Triton 3.6 miscompiles products that narrow (its
     # issue 7830). So 8 warps run only where they share out features, and 16 columns are the fewest.
     narrowest = 16 if block_d <= 64 and itemsize <= 2 else 32
     widest = 64 if block_d == 64 and itemsize <= 2 else 32
-    block_h, rest_h = min(_power_of_2(num_heads, narrowest), widest), 0
+    block_h, rest_h = min(power_of_2(num_heads, narrowest), widest), 0
     if num_queries == 1:
         widths = [(width, 0) for width in (16, 32, 64) if narrowest <= width <= widest]
         if widest == 64 and itemsize == 2:
@@ -189,7 +189,7 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 
 def can_overlap(device: torch.device) -> bool:
     """Whether the chip has programmatic dependent launch, by which a kernel starts before the last one ends."""
-    return OVERLAP and device.type == "cuda" and _capability(device) >= (9, 0)
+    return OVERLAP and device.type == "cuda" and capability(device) >= (9, 0)
 
 
 def _rows_as_read(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -416,11 +416,11 @@ def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor,
 
 @torch.compiler.assume_constant_result
 def _is_supported(device: torch.device, is_float8: bool) -> bool:
-    return _capability(device) >= ((8, 9) if is_float8 else (8, 0))
+    return capability(device) >= ((8, 9) if is_float8 else (8, 0))
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
     return (0, 0) if torch.version.cuda is None else torch.cuda.get_device_capability(device)
 
 

@@ -18,6 +18,7 @@ import itertools
 import torch
 
 from modeling_t6.cache_t6 import FactorLayout
+from modeling_t6.factor_pages_t6 import rows_at
 from modeling_t6.factor_space_t6 import factor_space_attention
 
 
@@ -45,18 +46,12 @@ def paged_factor_space_attention(
             continue
         first = 0 if sliding_window is None else max(0, length - (end - start) + 1 - sliding_window)
         positions = torch.arange(first, length, device=query.device)
-        slots = block_table[request, positions // block_size], positions % block_size
+        slots = block_table[request, positions // block_size].long() * block_size + positions % block_size
         factors = []
         for pages, layout, a in zip((key_pages, value_pages), layouts, constant_a):
-            cached_a, b = layout.unpack(_rows(pages, slots).to(query.dtype)[None, None])
+            cached_a, b = layout.unpack(rows_at(pages, slots).to(query.dtype)[None, None])
             factors.append((cached_a if a is None else a, b))
         own_positions = positions[len(positions) - (end - start) :, None]
         visible = (positions <= own_positions) & (positions > own_positions - (sliding_window or length))
         attended, _ = factor_space_attention(query[None, start:end], *factors, visible[None, None], scaling)
         output[start:end] = attended[0]
-
-
-def _rows(pages: torch.Tensor, slots: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    if pages.dtype == torch.float8_e4m3fn:  # as bytes: not every PyTorch indexes float8 itself
-        return pages.view(torch.uint8)[slots].view(pages.dtype)
-    return pages[slots]

@@ -18,6 +18,7 @@ import math
 
 import torch
 
+from modeling_t6.factor_pages_t6 import rows_at
 from modeling_t6.factors_t6 import form_heads
 from modeling_t6.flash_tpa_pages_t6 import schedule_pieces
 
@@ -71,10 +72,10 @@ def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
     held = kv_cache[used]
     pages = impl.pages(kv_cache)
     expected_query = impl.store(*tokens, *pages, kernels=False)
-    expected_rows = [_rows(part, slots) for part in pages]
+    expected_rows = [rows_at(part, slots).float() for part in pages]
     kv_cache[used] = held  # rows that are not written are to be missed
     query = impl.store(*tokens, *pages)
-    rows = [_rows(part, slots) for part in pages]
+    rows = [rows_at(part, slots).float() for part in pages]
     prompts, decoded = torch.empty_like(query), torch.empty_like(query[: len(lengths)])
     impl.attend_to_prompts(query, *pages, metadata, prompts)
     impl.decode(query[starts[1:].long() - 1], *pages, metadata, decoded)
@@ -88,11 +89,6 @@ def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
     expected, tolerance = torch.cat(outputs), tolerance * max(1, *spreads)
     _compare("attention of prompts", prompts, expected, tolerance)
     _compare("attention of decoded tokens", decoded, expected[starts[1:].long() - 1], tolerance)
-
-
-def _rows(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    numbers = pages.view(torch.uint8) if pages.itemsize == 1 else pages  # not every PyTorch indexes float8 itself
-    return numbers[slots // pages.shape[1], slots % pages.shape[1]].view(pages.dtype).float()
 
 
 def _attention(

@@ -395,7 +395,7 @@ def test_float8_needs_ada(monkeypatch):
     config = tiny_config(attn_implementation="flash_tpa")
     plain, float8 = T6Cache(config=config), T6Cache(config=config, dtype=torch.float8_e4m3fn)
     for capability, expected in (((7, 5), (False, False)), ((8, 0), (True, False)), ((8, 9), (True, True))):
-        monkeypatch.setattr(flash_tpa_t6, "_capability", lambda device, c=capability: c)
+        monkeypatch.setattr(flash_tpa_t6, "capability", lambda device, c=capability: c)
         assert tuple(decode_with_flash_tpa(config, hidden, cache) for cache in (plain, float8)) == expected
 
 

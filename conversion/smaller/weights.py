@@ -122,4 +122,5 @@ def compressed_model(model: T6ForCausalLM, layers: list[tuple[KeyFit | None, Val
         attention.config = result.config
     result.config.k_rank = rank_field([attention.k_rank for attention in attentions])
     result.config.v_rank = rank_field([attention.v_rank for attention in attentions])
+    result.model.row_layouts = [(attention.key_layout, attention.value_layout) for attention in attentions]
     return result.requires_grad_(True)

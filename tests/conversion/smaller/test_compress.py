@@ -329,4 +329,7 @@ def test_every_family_is_compressed():
         ids = random_ids(2, 30)
         small = compress(model, ids, None if model.config.qk_norm else [1], [1], quiet=True)
         assert small(ids).logits.isfinite().all(), family
+        # And it generates before it is saved and loaded.
+        answer = small.generate(ids, max_new_tokens=3, do_sample=False)
+        assert small(answer[:, :-1], use_cache=False).logits[:, -2:].argmax(-1).equal(answer[:, -2:]), family
     assert unchanged(ids) is ids

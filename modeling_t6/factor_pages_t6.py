@@ -28,7 +28,7 @@ import torch
 
 from .cache_t6 import FactorLayout
 from .factors_t6 import activate_head_factors, apply_rotary_pos_emb, form_heads
-from .flash_tpa_t6 import IS_INTERPRETED, capability, power_of_2
+from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, is_supported, power_of_2
 
 
 try:
@@ -218,17 +218,15 @@ def _check_widths(
 
 
 def _in_triton(states: torch.Tensor, pages: torch.Tensor) -> bool:
-    if triton is None or states.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return False
-    return has_kernels(states.device, pages.dtype)
+    return triton is not None and states.dtype in DTYPES and has_kernels(states.device, pages.dtype)
 
 
 @functools.cache
 def has_kernels(device: torch.device, pages_dtype: torch.dtype) -> bool:
-    """Whether kernels on pages run: NVIDIA GPUs from Ampere on, for float8 from Ada on, and Triton's interpreter."""
-    if triton is None or device.type != "cuda" or torch.version.cuda is None:
+    """Whether kernels on pages run: on GPUs that `is_supported` says, and in Triton's interpreter."""
+    if device.type != "cuda" or torch.version.cuda is None:
         return triton is not None and IS_INTERPRETED
-    return capability(device) >= ((8, 9) if pages_dtype.itemsize == 1 else (8, 0))
+    return triton is not None and is_supported(device, pages_dtype.itemsize == 1)
 
 
 # In PyTorch.

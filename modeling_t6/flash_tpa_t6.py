@@ -402,7 +402,7 @@ def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor,
         return False
     if hidden_states.is_cuda:
         is_float8 = any(getattr(layer, "stored_dtype", None) is not None for layer in getattr(cache, "layers", ()))
-        runs = _is_supported(hidden_states.device, is_float8)
+        runs = is_supported(hidden_states.device, is_float8)
     else:
         runs = IS_INTERPRETED
     return (
@@ -415,7 +415,8 @@ def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor,
 
 
 @torch.compiler.assume_constant_result
-def _is_supported(device: torch.device, is_float8: bool) -> bool:
+def is_supported(device: torch.device, is_float8: bool) -> bool:
+    """Whether a GPU runs the kernels: NVIDIA's from Ampere on, for rows of float8 from Ada on."""
     return capability(device) >= ((8, 9) if is_float8 else (8, 0))
 
 

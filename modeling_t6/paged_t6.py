@@ -35,7 +35,7 @@ from .factor_pages_t6 import store_factors
 from .factor_space_t6 import factor_space_attention
 from .factors_t6 import Factors, form_heads, without_autocast
 from .flash_tpa_pages_t6 import Pieces, paged_flash_tpa, schedule_pieces
-from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, MAX_HEAD_DIM, _is_supported, triton
+from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, MAX_HEAD_DIM, is_supported, triton
 
 
 logger = logging.get_logger(__name__)
@@ -144,7 +144,7 @@ def attends_on_pages(config: PreTrainedConfig, device: torch.device, dtype: torc
     if config.head_factor_act == "softmax" and config.num_local_heads < config.num_attention_heads:
         return False  # the kernel that writes rows does not ask the processes that have the other heads
     if device.type == "cuda":
-        runs = implementation != "eager" and _is_supported(device, False)
+        runs = implementation != "eager" and is_supported(device, False)
     else:
         runs = implementation == "flash_tpa" and IS_INTERPRETED
     return runs and config.head_dim <= MAX_HEAD_DIM and dtype in DTYPES

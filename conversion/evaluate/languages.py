@@ -117,7 +117,8 @@ class Tokens:
         return [(token,) for token in generator.sample(self.kinds[0], count)]
 
     def values(self, generator: random.Random, count: int) -> list[tuple[int, ...]]:
-        return [tuple(generator.sample(self.kinds[1], 3)) for _ in range(count)]
+        tokens = generator.sample(self.kinds[1], 3 * count)
+        return [tuple(tokens[start : start + 3]) for start in range(0, 3 * count, 3)]
 
     def words(self, generator: random.Random, count: int) -> list[tuple[int, ...]]:
         return [(token,) for token in generator.sample(self.kinds[1], count)]

@@ -53,6 +53,20 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def retrieval_table(rows: list[dict]) -> str:
+    """What is found of each task's answers, as text."""
+    heads = ["found", "log-prob.", *by_task(rows[0])]
+    lines = [" ".join([f"{'':<12}", *(f"{head:>11}" for head in heads)])]
+    for row in rows:
+        cells = [
+            f"{row['exact']:.1%}",
+            f"{row['log_probability']:.3f}",
+            *(f"{part:.1%}" for part in by_task(row).values()),
+        ]
+        lines.append(" ".join([f"{row['model']:<12}", *(f"{cell:>11}" for cell in cells)]))
+    return "\n".join(lines)
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """A picture: what is found, and its log-probability, against the cache's bytes."""
     from matplotlib.figure import Figure

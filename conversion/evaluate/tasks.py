@@ -18,6 +18,10 @@ COPIED = (4, 8)  # words of a passage that the question repeats, and that are as
 INTRODUCTION = " Remember what this text says, for you will be asked for a part of it.\n\n"
 
 
+class TooShort(ConversionError):
+    """A length does not hold a task."""
+
+
 @dataclass
 class Sample:
     """
@@ -131,7 +135,7 @@ def make_samples(language: Language, task: str, length: int, count: int, seed: i
     `count` samples of one task; each prompt, with the longest of their answers, takes `length` tokens.
 
     Raises:
-        ConversionError: if so few tokens do not hold it.
+        TooShort: if so few tokens do not hold it.
     """
     generator = random.Random(f"{seed} {task} {length}")
     all_parts = [TASKS[task](language, generator, (index + 0.5) / count) for index in range(count)]
@@ -142,7 +146,7 @@ def make_samples(language: Language, task: str, length: int, count: int, seed: i
         after = parts.question + language.tail + parts.beginning
         fixed = len(before) + sum(len(ids) for _, ids, _ in parts.facts) + len(after)
         if fixed > room:
-            raise ConversionError(f"--lengths {length}: task {task} needs at least {length - room + fixed} tokens")
+            raise TooShort(f"--lengths {length}: task {task} needs at least {length - room + fixed} tokens")
         prompt, places = list(before), []
         facts = sorted(parts.facts, key=lambda fact: fact[0])
         filler, done = room - fixed, 0

@@ -26,9 +26,7 @@ def cache_bytes_per_token(model: PreTrainedModel, cache: Cache, itemsize: int) -
 LOGITS = 2**26  # at once: 256 MiB of float32
 
 
-def logits_in_pieces(
-    model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None = None
-) -> Iterator[torch.Tensor]:
+def logits_in_pieces(model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None = None) -> Iterator[torch.Tensor]:
     """
     Logits [batch, piece, vocab] of `ids` [batch, seq], piece by piece, so that those of a long window are never in memory
     together. The layers run once, through an empty `cache` if there is one; what stands behind them (the head, a scale, a

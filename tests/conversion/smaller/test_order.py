@@ -72,7 +72,8 @@ def test_compresses_and_heals(folder, tmp_path, capsys):
         assert word in output
     shown = {line.partition(":")[0] for line in bars.replace("\r", "\n").splitlines() if "%|" in line}
     perplexities = {f"perplexity, {name}" for name in ("source", "exact", "compressed", "healed")}
-    assert shown == {"converting", "calibrating", "trying ranks", "fitting", "reconstructing", *perplexities}
+    retrieval = {"retrieval, source", "retrieval, result"}
+    assert shown == {"converting", "calibrating", "trying ranks", "fitting", "reconstructing", *perplexities, *retrieval}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t6"]
 
     report = json.loads((target / "conversion.json").read_text())

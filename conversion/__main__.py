@@ -7,12 +7,18 @@ Turns checkpoints into T6 folders that `from_pretrained` loads.
 With ranks below the source's number of key/value heads, `hf` makes the cache smaller, and can heal what that costs:
 
     python -m conversion hf SRC DST --cache-ratio 4 --calibration TEXT --heal TEXT --heal-steps 500
+
+What a model finds in long contexts, and what it loses against the one that it was made from:
+
+    python -m conversion evaluate FOLDER --beside SOURCE
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from .evaluate.options import add_arguments as add_evaluation_arguments
+from .evaluate.options import check_output
 from .files.bars import hide_bars_of_transformers
 from .files.errors import ConversionError
 from .files.signals import Stopped, stoppable
@@ -47,6 +53,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name == "hf":
             command.add_argument("--revision", help="of a source on the Hub")
             add_arguments(command)
+    text = "what a model finds in long contexts, and what a token gains from those far before it"
+    add_evaluation_arguments(commands.add_parser("evaluate", help=text, description=text))
     args = parser.parse_args(argv)
     if args.command == "hf":
         set_defaults(args)
@@ -71,24 +79,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     smaller = args.command == "hf" and wanted(args)
+    if args.command == "evaluate":
+        check_output(args.output)
     # Here, since torch and transformers take long to import: `--help` and wrong options are answered without them.
     import torch
     from transformers.utils import logging
 
-    from .convert import convert
-
     logging.set_verbosity_error()
     hide_bars_of_transformers()
     try:
-        convert(args, smaller)
+        if args.command == "evaluate":
+            from .evaluate.order import evaluate
+
+            evaluate(args)
+        else:
+            from .convert import convert
+
+            convert(args, smaller)
     except torch.OutOfMemoryError as error:
-        raise ConversionError(
-            "the device has too little memory: a smaller --batch-size or --window may fit"
-        ) from error
+        size = "--lengths" if args.command == "evaluate" else "--window"
+        raise ConversionError(f"the device has too little memory: a smaller --batch-size or {size} may fit") from error
 
 
 def what_is_left(args: argparse.Namespace) -> str:
     """What a run that was stopped has left, and how it goes on."""
+    if args.command == "evaluate":
+        return "nothing of this run is left"
     folder = unfinished_folder(args.target)
     if not folder.exists():
         return "nothing of this run is left"

@@ -8,6 +8,8 @@ import torch
 from transformers import AutoConfig
 
 from . import verify
+from .evaluate.compressed import compare_retrieval, retrieval_samples
+from .evaluate.report import retrieval_table
 from .files.checkpoints import Checkpoint
 from .files.companions import check_json, generation_config, without_marks, write_companions, write_generation_config
 from .files.errors import ConversionError, reason
@@ -113,6 +115,7 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         if smaller:
             with stage("reading texts"):
                 texts = order.Texts(args, companions, plan.config)
+                samples = retrieval_samples(args, companions, plan.config)
         if not Path(args.source).exists():
             from_hub(args.source, inputs["SRC"].name, READ)  # the same commit, now with its weights
             check_files(inputs["SRC"], READ)
@@ -190,9 +193,15 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
                 write_exact(new)
         common = loaded_dtype(plan, checkpoint, dtype)
         rows = order.make_smaller(args, source, exact_folder, working, texts, folder, common, device, rounded)
+        found = compare_retrieval(args, source, folder, samples, device)
         write_companions(companions, folder)
-        write_report(folder, report, rows)
-    return f"{table(rows)}\n{args.target}: the table is in {REPORT} and {PLOT}, too"
+        write_report(folder, report | found, rows)
+    text = table(rows)
+    if found:
+        text += f"\n\nanswers found in long texts\n{retrieval_table(found['retrieval'])}"
+    if "retrieval_warning" in found:
+        text += f"\nwarning: {found['retrieval_warning']}"
+    return f"{text}\n{args.target}: the table is in {REPORT} and {PLOT}, too"
 
 
 def read_files(source: Path, checkpoint: Checkpoint) -> list[Path]:

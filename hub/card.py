@@ -142,12 +142,19 @@ def read_conversion(path: Path) -> dict:
     """The report of a conversion, or an empty one; raises an `UploadError` if it is none."""
     report = read_json(path) if path.is_file() else {}
     rows, numbers = report.get("perplexity") or [], ("cache_bytes_per_token", "perplexity")
+    found, parts = report.get("retrieval") or [], ("exact", "log_probability")
     if not (
-        all(isinstance(report.get(name) or "", str) for name in ("command", "source", "base_model"))
+        all(
+            isinstance(report.get(name) or "", str)
+            for name in ("command", "source", "base_model", "retrieval_warning")
+        )
         and isinstance(report.get("versions") or {}, dict)
         and isinstance(rows, list)
         and all(isinstance(row, dict) and "model" in row for row in rows)
         and all(isinstance(row.get(name), (int, float)) for row in rows for name in numbers)
+        and isinstance(found, list)
+        and all(isinstance(row, dict) and isinstance(row.get("model"), str) for row in found)
+        and all(isinstance(row.get(name), (int, float)) for row in found for name in parts)
     ):
         raise UploadError(f"{path} is not what `python -m conversion` writes")
     return report
@@ -270,13 +277,19 @@ def cache_of(checked: CheckedFolder, conversion: dict) -> str:
 
 
 def conversion_results(conversion: dict) -> str:
-    """What the conversion cost, as it measured it on held-out text."""
+    """What the conversion cost, as it measured it on held-out text and by questions about long texts."""
     rows = conversion.get("perplexity") or []
     if not rows:
         return ""
     cells = [(row["model"], f"{row['cache_bytes_per_token']:,.0f}", f"{row['perplexity']:.4f}") for row in rows]
     text = table(("held-out text", "cache, bytes per token", "perplexity"), cells)
-    return f"\n{text}\n\n![Perplexity against cache size](conversion.png)\n"
+    text = f"\n{text}\n\n![Perplexity against cache size](conversion.png)\n"
+    if found := conversion.get("retrieval"):
+        cells = [(row["model"], f"{row['exact']:.1%}", f"{row['log_probability']:.3f}") for row in found]
+        text += f"\n{table(('facts in long texts', 'answers found', 'log-probability of a token, nats'), cells)}\n"
+    if warning := conversion.get("retrieval_warning"):
+        text += f"\n**Warning:** {warning}.\n"
+    return text
 
 
 def license_of(args: argparse.Namespace, data: dict, base_model: str | None, converted: bool) -> dict[str, str]:

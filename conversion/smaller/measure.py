@@ -26,12 +26,14 @@ def cache_bytes_per_token(model: PreTrainedModel, cache: Cache, itemsize: int) -
 LOGITS = 2**26  # at once: 256 MiB of float32
 
 
-def logits_in_pieces(model: PreTrainedModel, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+def logits_in_pieces(model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None = None) -> Iterator[torch.Tensor]:
     """
     Logits [batch, piece, vocab] of `ids` [batch, seq], piece by piece, so that those of a long window are never in memory
-    together. The layers run once; what stands behind them (the head, a scale, a cap) is the model's own.
+    together. The layers run once, through an empty `cache` if there is one; what stands behind them (the head, a scale, a
+    cap) is the model's own.
     """
-    outputs = model.base_model(ids, use_cache=False)
+    cached = {"use_cache": False} if cache is None else {"use_cache": True, CACHE_NAME: cache}
+    outputs = model.base_model(ids, **cached)
     size = max(1, LOGITS // (len(ids) * model.config.get_text_config().vocab_size))
     for states, piece in zip(outputs.last_hidden_state.split(size, dim=1), ids.split(size, dim=1)):
         known = type(outputs)(**{**outputs, "last_hidden_state": states})

@@ -56,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for perplexity (the last tenth of the calibration text; a tenth of the healing text is left out, too)",
     )  # fmt: skip
     group.add_argument(
+        "--retrieval-samples", type=not_negative(int), default=4, metavar="N",
+        help="of each task, in which source and result look for facts in texts as long as a window and as the context, "
+        "at most 8192 tokens (%(default)s; 0: none)",
+    )  # fmt: skip
+    group.add_argument(
         "--window", type=positive(int), metavar="N", help="tokens of a window of text (1024, or the context)"
     )
     group.add_argument("--device", help="(cuda if there is one, else cpu)")

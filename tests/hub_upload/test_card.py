@@ -112,7 +112,12 @@ def test_card_of_a_converted_model(folder, make_card):
         {"model": "source", "cache_bytes_per_token": 4096.0, "perplexity": 12.34567},
         {"model": "T6", "cache_bytes_per_token": 512.0, "perplexity": 13.5},
     ]
-    write_report(folder, "meta-llama/Llama-3.2-1B", perplexity=rows)
+    found = [
+        {"model": "source", "exact": 0.75, "log_probability": -0.25},
+        {"model": "result", "exact": 0.5, "log_probability": -1.0},
+    ]
+    warning = {"retrieval_warning": "this model finds less"}
+    write_report(folder, "meta-llama/Llama-3.2-1B", perplexity=rows, retrieval=found, **warning)
     card = make_card(folder)
     data = card.data.to_dict()
     assert data["base_model"] == "meta-llama/Llama-3.2-1B"
@@ -120,7 +125,8 @@ def test_card_of_a_converted_model(folder, make_card):
     assert (data["license"], data["license_name"]) == ("other", "that-of-the-base-model")
     assert data["license_link"].endswith("/meta-llama/Llama-3.2-1B")
     for text in ("| made from | meta-llama/Llama-3.2-1B |", "`python -m conversion hf llama t6`", "torch 1.2.3, transformers 4.5.6",
-                 "| source | 4,096 | 12.3457 |", "| T6 | 512 | 13.5000 |"):  # fmt: skip
+                 "| source | 4,096 | 12.3457 |", "| T6 | 512 | 13.5000 |", "| result | 50.0% | -1.000 |",
+                 "**Warning:** this model finds less."):  # fmt: skip
         assert text in card.text
 
 

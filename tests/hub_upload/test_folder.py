@@ -142,6 +142,10 @@ BROKEN = {
         lambda f: (f / "conversion.json").write_text('{"perplexity": [{"model": "x"}]}'),
         "conversion.json is not what `python -m conversion` writes",
     ),
+    "report of retrieval": (
+        lambda f: (f / "conversion.json").write_text('{"retrieval": [{"model": "x", "exact": "much"}]}'),
+        "conversion.json is not what `python -m conversion` writes",
+    ),
     "byte order mark": (
         lambda f: (f / "config.json").write_bytes(b"\xef\xbb\xbf" + (f / "config.json").read_bytes()),
         "config.json begins with a byte order mark",

@@ -72,7 +72,16 @@ def test_compresses_and_heals(folder, tmp_path, capsys):
         assert word in output
     shown = {line.partition(":")[0] for line in bars.replace("\r", "\n").splitlines() if "%|" in line}
     perplexities = {f"perplexity, {name}" for name in ("source", "exact", "compressed", "healed")}
-    assert shown == {"converting", "calibrating", "trying ranks", "fitting", "reconstructing", *perplexities}
+    retrieval = {"retrieval, source", "retrieval, result"}
+    assert shown == {
+        "converting",
+        "calibrating",
+        "trying ranks",
+        "fitting",
+        "reconstructing",
+        *perplexities,
+        *retrieval,
+    }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t6"]
 
     report = json.loads((target / "conversion.json").read_text())
@@ -80,6 +89,14 @@ def test_compresses_and_heals(folder, tmp_path, capsys):
     assert list(rows) == ["source", "exact", "compressed", "healed"]
     assert rows["exact"]["perplexity"] == pytest.approx(rows["source"]["perplexity"], rel=1e-5)
     assert rows["source"]["cache_bytes_per_token"] == 2 * 2 * 64 * 4 == 2 * rows["healed"]["cache_bytes_per_token"]
+    assert [row["model"] for row in report["retrieval"]] == ["source", "result"]
+    for row in report[
+        "retrieval"
+    ]:  # words alone are no sentences: the tasks are told in ids, those that 32 tokens hold
+        assert [(s["task"], s["length"], s["count"]) for s in row["scores"]] == [
+            (task, 32, 4) for task in ("needle", "keys", "values", "variables", "copying")
+        ]
+        assert row["log_probability"] < 0 and f"{row['log_probability']:.3f}" in output
     assert str(tmp_path) not in json.dumps(report) and report["source_model_type"] == "llama"
     picture = (target / "conversion.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000

@@ -1,0 +1,60 @@
+"""The retrieval of a source and of what was made of it, for the report of a compression."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from modeling_t6 import T6Config
+
+from ..files.tokenizer import load_tokenizer
+from ..smaller import text as texts
+from ..smaller.stages import stage
+from .languages import find_language
+from .order import load_model, score_all
+from .report import warning
+from .tasks import TASKS, Sample, TooShort, make_samples
+
+
+LONGEST = 8192  # by default: a pass over a context of 128k takes as long as the compression
+
+
+def retrieval_samples(
+    args: argparse.Namespace, tokenizer: Path, config: T6Config
+) -> dict[tuple[str, int], list[Sample]]:
+    """
+    Samples by task and length, those that fit: as long as the windows, and as the context but at most `LONGEST` tokens. Their
+    filler is the text on which perplexity is measured.
+    """
+    if args.retrieval_samples == 0:
+        return {}
+    if args.held_out is not None:
+        text = texts.read_text(args.held_out)
+    else:
+        text = texts.split_held_out(texts.read_text(args.calibration))[1]
+    language = find_language(load_tokenizer(tokenizer), config.vocab_size, text)
+    context = config.max_position_embeddings
+    samples = {}
+    for length in sorted({args.window or min(1024, context), min(context, LONGEST)}):
+        for task in TASKS:
+            try:
+                samples[task, length] = make_samples(language, task, length, args.retrieval_samples, args.seed)
+            except TooShort as error:
+                print(f"retrieval is measured without a task: {str(error).removeprefix('--lengths ')}", flush=True)
+    return samples
+
+
+def compare_retrieval(
+    args: argparse.Namespace, source: Path, result: Path, samples: dict[tuple[str, int], list[Sample]], device: str
+) -> dict:
+    """What source and result find, each through its own cache, as fields of the report."""
+    if not samples:
+        return {}
+    rows = []
+    with stage("retrieval"):
+        for name, folder in (("source", source), ("result", result)):
+            model, _ = load_model(folder, getattr(torch, args.compute_dtype), device)
+            rows.append(score_all(model, "model", name, samples, args.batch_size))
+            del model
+    message = warning(*rows)
+    return {"retrieval": rows} | ({} if message is None else {"retrieval_warning": message})

@@ -1,0 +1,202 @@
+"""The order of an evaluation: models and caches one after the other, on the same samples and windows."""
+
+import argparse
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_t6 import T6ForCausalLM
+
+from ..files.devices import find_device
+from ..files.errors import ConversionError, reason
+from ..files.folders import read_json
+from ..files.tokenizer import TOKENIZER_FILES, files_like, load_tokenizer
+from ..smaller import text as texts
+from ..smaller.measure import cache_bytes_per_token, logits_in_pieces
+from . import report
+from .agreement import Agreement
+from .caches import RoundedCache, can_be_rounded, make_cache
+from .languages import Language, Sentences, find_language
+from .options import SHORTEST
+from .positions import LossByPosition
+from .score import score_samples
+from .tasks import Sample, make_samples
+
+
+NAMES = {"8": " in 8 bits", "4": " in 4 bits", "float8_e4m3fn": " in float8", "model": ""}
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, torch.dtype]:
+    """
+    A model, to be measured in `dtype`, and the dtype that its folder says.
+
+    Raises:
+        ConversionError: if it is no folder of a causal language model.
+    """
+    if not folder.is_dir():
+        raise ConversionError(f"{folder} is no folder: expected one with a model")
+    content = read_json(folder / "config.json")
+    cls = T6ForCausalLM if content.get("model_type") == "t6" else AutoModelForCausalLM
+    more = {} if cls is T6ForCausalLM else {"trust_remote_code": False}
+    try:
+        model = cls.from_pretrained(folder, dtype=dtype, **more).eval().to(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a configuration's or a file's reading raises
+        raise ConversionError(f"{folder} cannot be loaded: {reason(error)}") from error
+    stored = content.get("dtype") or content.get("torch_dtype") or "float32"
+    return model, getattr(torch, str(stored).removeprefix("torch."))
+
+
+def context_of(model: PreTrainedModel) -> int:
+    return model.config.get_text_config(decoder=True).max_position_embeddings
+
+
+def find_lengths(asked: list[int] | None, context: int) -> list[int]:
+    if asked is None:
+        found = []
+        while SHORTEST << len(found) < context:
+            found.append(SHORTEST << len(found))
+        return [*found, context]
+    for length in asked:
+        if length > context:
+            raise ConversionError(f"--lengths {length}: the model's context is {context}")
+    return asked
+
+
+def all_samples(
+    language: Language, tasks: list[str], lengths: list[int], count: int, seed: int = 0
+) -> dict[tuple[str, int], list[Sample]]:
+    """Samples by task and length."""
+    return {(task, length): make_samples(language, task, length, count, seed) for length in lengths for task in tasks}
+
+
+def score_all(
+    model: PreTrainedModel, kind: str, name: str, samples: dict[tuple[str, int], list[Sample]], batch_size: int
+) -> dict:
+    """What a model finds with a `kind` of cache (see `make_cache`): by task and length, and in all."""
+    scores = []
+    with tqdm(total=sum(map(len, samples.values())), desc=f"retrieval, {name}", unit="sample") as bar:
+        for (task, length), some in samples.items():
+            score = score_samples(model, lambda: make_cache(model, kind), some, batch_size, bar)
+            scores.append({"task": task, "length": length} | vars(score))
+    means = {key: report.mean(scores, key) for key in ("exact", "log_probability")}
+    return {"model": name, **means, "scores": scores}
+
+
+@torch.no_grad()
+def measure_windows(
+    model: PreTrainedModel,
+    kind: str,
+    name: str,
+    windows: torch.Tensor,
+    batch_size: int,
+    source: PreTrainedModel | None,
+) -> dict:
+    """Loss by position in the windows [n, length], all read through the cache, and the agreement with a source's own."""
+    losses, agreement = LossByPosition(windows.shape[1]), Agreement()
+    for batch in tqdm(windows.split(batch_size), desc=f"windows, {name}", unit="batch"):
+        batch = batch.to(model.device)
+        ids, targets, start = batch[:, :-1], batch[:, 1:], 0
+        expected = logits_in_pieces(source, ids) if source is not None else None
+        for logits in logits_in_pieces(model, ids, make_cache(model, kind)):
+            losses.add(logits, targets[:, start : start + logits.shape[1]], start)
+            start += logits.shape[1]
+            if expected is not None:
+                agreement.add(logits, next(expected))
+    result = {"perplexity": torch.tensor(losses.loss).exp().item(), "loss_by_position": losses.by_position()}
+    return result | ({} if source is None else {"kl": agreement.kl, "first_choice": agreement.first_choice})
+
+
+def bytes_per_token(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> float:
+    """Bytes of a `kind` of cache for each token, of a model whose numbers are `dtype` when it is used."""
+    cache = make_cache(model, kind)
+    itemsize = model.dtype.itemsize if kind == "float8_e4m3fn" else dtype.itemsize
+    size = cache_bytes_per_token(model, cache, itemsize)
+    if isinstance(cache, RoundedCache):
+        batch, length = cache.layers[0].keys.shape[0], cache.layers[0].keys.shape[2]
+        return sum(layer.packed_nbytes for layer in cache.layers) / (batch * length)
+    return size
+
+
+def window_ids(
+    language: Language, tokenizer: PreTrainedTokenizerBase | None, text: str | None, length: int, args
+) -> torch.Tensor:
+    """Windows [n, length] of the text, spread over it, or of what fills the room between facts."""
+    if text is not None and isinstance(language, Sentences):
+        whole = texts.windows(tokenizer, text, length, str(args.text))
+        return whole[torch.linspace(0, len(whole) - 1, min(len(whole), args.windows)).long()]
+    import random
+
+    generator = random.Random(args.seed)
+    return torch.tensor([sum(language.fill(generator, length), []) for _ in range(args.windows)])
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """
+    Measures FOLDER, beside a source if one is named, prints the table, and writes the report that is asked for.
+
+    Raises:
+        ConversionError: naming the option, folder or field that is not as it must be.
+    """
+    text = None if args.text is None else texts.read_text(args.text)
+    device, dtype = find_device(args.device), getattr(torch, args.compute_dtype)
+    folders = [args.folder] if args.beside is None else [args.beside, args.folder]
+    models = [load_model(folder, dtype, device) for folder in folders]
+    source = models[0][0] if args.beside is not None else None
+    sizes = [model.config.get_text_config().vocab_size for model, _ in models]
+    if len(set(sizes)) > 1:
+        raise ConversionError(
+            f"{args.folder} has vocab_size={sizes[1]}, and {args.beside} {sizes[0]}: expected the same"
+        )
+    tokenizer = load_tokenizer(args.folder) if files_like(args.folder, TOKENIZER_FILES) else None
+    language = find_language(tokenizer, sizes[0], text)
+    if not isinstance(language, Sentences):
+        print("no tokenizer that writes sentences: the tasks are told in bare token ids", flush=True)
+        if text is not None:
+            raise ConversionError(f"--text {args.text}: {args.folder} has no tokenizer that writes sentences")
+    lengths = find_lengths(args.lengths, min(context_of(model) for model, _ in models))
+    samples = all_samples(language, args.tasks, lengths, args.samples, args.seed)
+    windows = window_ids(language, tokenizer, text, lengths[-1], args)
+
+    rows = []
+    for folder, (model, stored) in zip(folders, models):
+        name = folder.resolve().name
+        kinds = args.cache_dtypes if isinstance(model, T6ForCausalLM) else ["model"]
+        if model is source and can_be_rounded(model):
+            kinds = ["model", "8", "4"]
+        elif model is source and not isinstance(model, T6ForCausalLM):
+            print(
+                f"{name} is not measured in 8 and 4 bits: not all of its layers keep all keys and values", flush=True
+            )
+        for kind in kinds:
+            shown = name + NAMES[kind]
+            row = score_all(model, kind, shown, samples, args.batch_size)
+            row["cache_bytes_per_token"] = bytes_per_token(model, kind, stored)
+            rows.append(row | measure_windows(model, kind, shown, windows, args.batch_size, source))
+    print(report.table(rows), flush=True)
+    content = {
+        "command": " ".join(["python -m conversion", *shown_words(args.words)]),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+        "lengths": lengths,
+        "samples": args.samples,
+        "windows": len(windows),
+        "models": rows,
+    }  # fmt: skip
+    if source is not None and (message := report.warning(rows[0], rows[-1])):
+        content["warning"] = message
+        print(f"warning: {message}", flush=True)
+    if args.output is not None:
+        report.write(args.output, content)
+        print(f"{args.output} and {args.output.with_suffix('.png').name} hold the figures and a picture")
+
+
+def shown_words(words: list[str]) -> list[str]:
+    """Without the folders in which files lie: a report is made to be published."""
+    return [Path(word).name if "/" in word else word for word in words]

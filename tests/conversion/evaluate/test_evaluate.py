@@ -1,0 +1,92 @@
+"""Evaluations from the command line."""
+
+import json
+
+import pytest
+
+from conversion.__main__ import main
+from conversion.evaluate import report
+from conversion.evaluate.options import CACHE_DTYPES, TASK_NAMES
+from conversion.evaluate.tasks import TASKS
+
+from ..common import as_t6, last_error, source_model
+
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    source = source_model("llama", "mha", num_hidden_layers=1)
+    source.save_pretrained(folder / "source")
+    as_t6(source).save_pretrained(folder / "t6")
+    (folder / "text.txt").write_text("A text. Another.")
+    return folder
+
+
+def test_report(folders, tmp_path, capsys, monkeypatch):
+    assert tuple(TASKS) == TASK_NAMES
+    output = tmp_path / "report.json"
+    words = [
+        "evaluate",
+        str(folders / "t6"),
+        "--beside",
+        str(folders / "source"),
+        "--samples",
+        "2",
+        "--lengths",
+        "64,97",
+    ]
+    words += ["--device", "cpu", "--windows", "2", "--cache-dtypes", ",".join(CACHE_DTYPES), "--output", str(output)]
+    assert main(words) == 0
+    printed, bars = capsys.readouterr()
+    assert "retrieval, source in 8 bits" in bars
+    content = json.loads(output.read_text())
+    rows = {row["model"]: row for row in content["models"]}
+    assert list(rows) == ["source", "source in 8 bits", "source in 4 bits", "t6", "t6 in float8"]
+    assert all(name in printed for name in rows) and str(tmp_path) not in output.read_text()
+    assert rows["t6"]["kl"] < 1e-5 < rows["source in 4 bits"]["kl"]
+    assert rows["t6"]["scores"] == [
+        score | {"log_probability": pytest.approx(score["log_probability"], rel=1e-4)}
+        for score in rows["source"]["scores"]
+    ]
+    assert [(s["task"], s["length"]) for s in rows["t6"]["scores"]] == [(t, n) for n in (64, 97) for t in TASKS]
+    assert [bucket["last"] for bucket in rows["t6"]["loss_by_position"]] == [1, 3, 7, 15, 31, 63, 96]
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+    # A run that is stopped while it writes leaves what was there.
+    old = output.read_text()
+
+    def stopped(rows, path):
+        path.write_bytes(b"a part")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "plot", stopped)
+    assert main([*words, "--tasks", "needle"]) == 130
+    assert output.read_text() == old and sorted(p.name for p in tmp_path.iterdir()) == ["report.json", "report.png"]
+
+
+MISTAKES = {
+    "too long": (["--lengths", "64,257"], "--lengths 257: the model's context is 256"),
+    "too short": (["--lengths", "5"], "--lengths 5: task needle needs at least 9 tokens"),
+    "no folder": (["--beside", "nowhere"], "nowhere is no folder"),
+    "no model": (["--beside", "{0}"], "{0}/config.json is missing"),
+    "a text for ids": (["--text", "{0}/text.txt"], "--text {0}/text.txt: {0}/t6 has no tokenizer that writes sentences"),
+    "no text": (["--text", "{0}/none.txt"], "cannot read {0}/none.txt"),
+    "no JSON": (["--output", "{0}/report.txt"], "expected a name that ends in .json"),
+    "no place": (["--output", "{0}/none/report.json"], "expected a file in a folder that is there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more, message", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(more, message, folders, capsys):
+    words = ["evaluate", str(folders / "t6"), "--device", "cpu", *(word.format(folders) for word in more)]
+    assert main(words) == 1
+    assert message.format(folders) in last_error(capsys)
+
+
+def test_warning():
+    source = {"exact": 0.5}
+    assert report.warning(source, {"exact": 0.45}) is None
+    assert "the source finds 50% and this model 44%" in report.warning(source, {"exact": 0.44})

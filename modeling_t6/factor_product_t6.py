@@ -13,6 +13,7 @@
 # limitations under the License.
 """The factor projections of a layer as one product: their weights one below the other, filled up to whole tiles"""
 
+import contextlib
 from collections.abc import Collection
 
 import torch
@@ -24,6 +25,15 @@ from torch import nn
 ROW_MULTIPLE = 8
 # Of so few tokens (a decoded one, or some that are verified) products take no longer than putting their weights together.
 MAX_TOKENS_ONE_BY_ONE = 8
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """
+    A context in which `device` computes in the dtypes of the tensors that it is given. Autocast puts tensors of its own
+    dtype and of float32 together, and fails on others: float8, or another half precision of the model.
+    """
+    enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)  # "meta" has none
+    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
 
 
 def _are_plain(projections: Collection[nn.Module]) -> bool:
@@ -57,7 +67,8 @@ def _concatenate(parameters: list[torch.Tensor], padding: int) -> torch.Tensor:
     """The rows of all, then `padding` rows of zeros."""
     if padding:
         parameters = [*parameters, parameters[0].new_zeros(padding, *parameters[0].shape[1:])]
-    return torch.cat(parameters)
+    with without_autocast(parameters[0].device):
+        return torch.cat(parameters)
 
 
 class FactorProjections(nn.Module):

@@ -13,7 +13,6 @@
 # limitations under the License.
 """Factors of queries, keys and values: made of hidden states, and read from the rows of a cache (paper, section 3.1)"""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from .cache_t6 import cached_lengths, factor_layouts
 from .configuration_t6 import T6Config
-from .factor_product_t6 import FactorProjections
+from .factor_product_t6 import FactorProjections, without_autocast
 from .tensor_parallel_t6 import softmax_over_heads
 
 
@@ -43,15 +42,6 @@ class T6RMSNorm(nn.Module):
 
     def extra_repr(self):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """
-    A context in which `device` computes in the dtypes of the tensors that it is given. Autocast puts tensors of its own
-    dtype and of float32 together, and fails on others: float8, or another half precision of the model.
-    """
-    enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)  # "meta" has none
-    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from modeling_t6 import T6ForCausalLM, factor_product_t6
 
-from .common import random_ids, random_model
+from .common import projected_one_by_one, random_ids, random_model
 from .test_variants import VARIANTS, config_of
 
 
@@ -32,18 +32,6 @@ def products(monkeypatch) -> list[int]:
     return rows
 
 
-@pytest.fixture
-def one_by_one(monkeypatch):
-    """A function that calls another with every projection computed by itself."""
-
-    def call(function):
-        with monkeypatch.context() as patch:
-            patch.setattr(factor_product_t6, "_are_plain", lambda projections: False)
-            return function()
-
-    return call
-
-
 def projections_of(model):
     """Every factor projection, `q_proj` not among them, by its name."""
     return {
@@ -63,11 +51,12 @@ def logits_and_gradients(model, ids):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["weights", "biases"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_same_as_one_by_one(variant, bias, dtype, products, one_by_one):
+def test_same_as_one_by_one(variant, bias, dtype, products):
     """Heads are 5, so that no projection to A has a multiple of 8 outputs."""
     model = random_model(config_of(variant, attention_bias=bias), dtype=dtype)
     ids = random_ids(model.config, 2, 11)
-    expected, expected_gradients = one_by_one(lambda: logits_and_gradients(model, ids))
+    with projected_one_by_one():
+        expected, expected_gradients = logits_and_gradients(model, ids)
     assert not products
     logits, gradients = logits_and_gradients(model, ids)
     assert len(products) == 2 and all(rows % 8 == 0 for rows in products)  # one a layer
@@ -135,11 +124,12 @@ def test_dtypes_that_differ_are_computed_alone(products):
     assert logits.isfinite().all() and len(products) == 1
 
 
-def test_autocast(products, one_by_one):
+def test_autocast(products):
     model = random_model(config_of("TPA", attention_bias=True))
     ids = random_ids(model.config, 2, 11)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = one_by_one(lambda: model(ids, use_cache=False).logits)
+        with projected_one_by_one():
+            expected = model(ids, use_cache=False).logits
         logits = model(ids, use_cache=False).logits
     assert len(products) == 2 and logits.dtype == expected.dtype
     # Products are of the same bfloat16 numbers, rounded from sums in another order: 1 in 2^8 of a few factors.
@@ -147,14 +137,15 @@ def test_autocast(products, one_by_one):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs PEFT")
-def test_lora(products, one_by_one):
+def test_lora(products):
     from peft import LoraConfig, get_peft_model
 
     model = random_model(config_of("TPA"))
     lora = LoraConfig(target_modules=["q_a_proj", "v_b_proj"], r=2, init_lora_weights=False, layers_to_transform=[0])
     model = get_peft_model(model, lora).train()
     ids = random_ids(model.config, 2, 11)
-    expected = one_by_one(lambda: model(ids, use_cache=False).logits)
+    with projected_one_by_one():
+        expected = model(ids, use_cache=False).logits
     logits = model(ids, use_cache=False).logits
     assert len(products) == 1
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
@@ -183,7 +174,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_weights_are_never_stale(change, compiled, one_by_one):
+def test_weights_are_never_stale(change, compiled):
     """Whatever replaces the weights, the next product is of the new ones; so is that of a copy, and after a step of SGD."""
     config = config_of("TPA", num_hidden_layers=1)
     model, other = random_model(config), random_model(config)
@@ -196,7 +187,8 @@ def test_weights_are_never_stale(change, compiled, one_by_one):
         before = forward(ids, use_cache=False).logits
         change(model, other)
         after = forward(ids, use_cache=False).logits
-        expected = one_by_one(lambda: model(ids, use_cache=False).logits)
+        with projected_one_by_one():
+            expected = model(ids, use_cache=False).logits
     assert (before - after).abs().max() > 0.01
     torch.testing.assert_close(after, expected, atol=2e-5, rtol=2e-5)
     clone = copy.deepcopy(model)
@@ -205,7 +197,8 @@ def test_weights_are_never_stale(change, compiled, one_by_one):
     with torch.no_grad():
         stepped = forward(ids, use_cache=False).logits
         torch.testing.assert_close(clone(ids, use_cache=False).logits, after, atol=2e-5, rtol=2e-5)
-        expected = one_by_one(lambda: model(ids, use_cache=False).logits)
+        with projected_one_by_one():
+            expected = model(ids, use_cache=False).logits
     assert (stepped - after).abs().max() > 0.01
     torch.testing.assert_close(stepped, expected, atol=1e-4, rtol=1e-4)
 

@@ -7,7 +7,8 @@ A training step and a prefill of t6-medium on a GPU: heads kept for the backward
 Forward and backward of the whole model, 8 sequences of 2048 tokens in bfloat16, eager and with each layer compiled; the
 same of one attention layer, from hidden states to its output, and what it keeps from its forward to its backward pass;
 and its forward alone. `materialised` keeps Q, K and V, `rebuilt` their factors. Heads are matrix products of factors, or
-sums of outer products, which torch.compile fuses. `materialised, compiled` is the way of the research code: ratios are
+sums of outer products, which torch.compile fuses. The factors of a layer come from one product, or from projections `one by
+one`. `materialised, compiled` is the way of the research code: ratios are
 to it. The last line says whether the default way under torch.compile, `rebuilt, compiled, outer products`, is no slower
 and keeps at least 20% less. What fails prints its error; the exit status is 1 if anything failed. `--profile` lists the
 kernels that one attention layer spends its time in.
@@ -34,7 +35,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--prefill", type=batch_and_length, nargs="*", default=[(1, 32768), (8, 2048)], metavar="BxN")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--profile", action="store_true", help="list kernels of the baseline and of the default way")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="list kernels of the baseline, and of the default way with one product and one by one",
+    )
     add_output(parser)
     return parser.parse_args()
 
@@ -51,10 +56,11 @@ import torch
 from gpu import machine, release_memory
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_t6 import attention_t6
+from modeling_t6 import attention_t6, factor_product_t6
 
 
 BASELINE = "materialised, compiled"
+ONE_BY_ONE = "one by one: "
 WAYS = {  # heads are rebuilt, they are sums of outer products, compiled
     BASELINE: (False, False, True),
     "materialised, eager": (False, False, False),
@@ -62,6 +68,9 @@ WAYS = {  # heads are rebuilt, they are sums of outer products, compiled
     "materialised, compiled, outer products": (False, True, True),
     "rebuilt, compiled": (True, False, True),
     "rebuilt, compiled, outer products": (True, True, True),
+    ONE_BY_ONE + "rebuilt, eager": (True, False, False),
+    ONE_BY_ONE + "materialised, compiled, outer products": (False, True, True),
+    ONE_BY_ONE + "rebuilt, compiled, outer products": (True, True, True),
 }
 DEFAULT = "rebuilt, compiled, outer products"
 # Of the default to the baseline: no slower, to the half percent by which medians of one way differ; 20% less kept.
@@ -71,7 +80,13 @@ MAX_OUTER_PRODUCTS = attention_t6.MAX_OUTER_PRODUCTS or 8
 MAX_DIFFERENCE = 3e-2
 
 
-def choose(rebuilt: bool, outer_products: bool) -> None:
+ARE_PLAIN = factor_product_t6._are_plain
+
+
+def choose(name: str) -> None:
+    rebuilt, outer_products, _ = WAYS[name]
+    one_by_one = name.startswith(ONE_BY_ONE)
+    factor_product_t6._are_plain = (lambda projections: False) if one_by_one else ARE_PLAIN
     attention_t6.REBUILD_HEADS_COMPILED = attention_t6.REBUILD_HEADS_EAGER = rebuilt
     attention_t6.MAX_OUTER_PRODUCTS = MAX_OUTER_PRODUCTS if outer_products else 0
     torch._dynamo.reset()
@@ -240,8 +255,8 @@ def measure(args) -> tuple[dict, bool]:
     print(f"Training, {args.batch} x {args.length} tokens: a step of the model, and one attention layer")
     training, prefill, failures = {}, {}, []
     shape, expected = (args.device, args.batch, args.length), None
-    for name, (rebuilt, outer_products, compiled) in WAYS.items():
-        choose(rebuilt, outer_products)
+    for name, (*_, compiled) in WAYS.items():
+        choose(name)
         with reported(name, failures):
             row = measure_step(config, *shape, compiled)
             attention, gradient = measure_attention(config, *shape, compiled)
@@ -254,17 +269,17 @@ def measure(args) -> tuple[dict, bool]:
     for batch, length in args.prefill:
         print(f"Prefill, {batch} x {length} tokens: one attention layer")
         rows = prefill[f"{batch}x{length}"] = {}
-        for name, (rebuilt, outer_products, compiled) in WAYS.items():
+        for name, (rebuilt, _, compiled) in WAYS.items():
             if rebuilt:
                 continue
-            choose(rebuilt, outer_products)
+            choose(name)
             with reported(name, failures):
                 seconds = measure_prefill(config, args.device, batch, length, compiled)
                 rows[name] = {"prefill_seconds": seconds}
                 print(line(name.removeprefix("materialised, "), rows[name], rows.get(BASELINE, {})), flush=True)
-    for name in (BASELINE, DEFAULT) if args.profile else ():
-        rebuilt, outer_products, compiled = WAYS[name]
-        choose(rebuilt, outer_products)
+    for name in (BASELINE, DEFAULT, ONE_BY_ONE + DEFAULT) if args.profile else ():
+        compiled = WAYS[name][-1]
+        choose(name)
         print(f"Kernels of one attention layer, forward and backward: {name}")
         with reported(name, failures):
             profile_attention(config, *shape, compiled)

@@ -13,7 +13,6 @@
 # limitations under the License.
 """Factors of queries, keys and values: made of hidden states, and read from the rows of a cache (paper, section 3.1)"""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from .cache_t6 import cached_lengths, factor_layouts
 from .configuration_t6 import T6Config
+from .factor_product_t6 import FactorProjections, without_autocast
 from .tensor_parallel_t6 import softmax_over_heads
 
 
@@ -42,15 +42,6 @@ class T6RMSNorm(nn.Module):
 
     def extra_repr(self):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """
-    A context in which `device` computes in the dtypes of the tensors that it is given. Autocast puts tensors of its own
-    dtype and of float32 together, and fails on others: float8, or another half precision of the model.
-    """
-    enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)  # "meta" has none
-    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
@@ -138,7 +129,7 @@ class Factors:
     is_query: bool = False
 
 
-class TensorProductFactors(nn.Module):
+class TensorProductFactors(FactorProjections):
     """The factors of an attention layer: its projections, what becomes of their outputs, and how a cache holds them."""
 
     def __init__(self, config: T6Config, layer_idx: int):
@@ -182,22 +173,22 @@ class TensorProductFactors(nn.Module):
         proj.initializer_bound = (6 / ((hidden_size + n1) * n2)) ** 0.5  # fans: hidden * n2 and n1 * n2
         return proj
 
-    def _head_factors(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _head_factors(self, name: str, projected: dict[str, torch.Tensor]) -> torch.Tensor:
         """A_Q, A_K or A_V of the tokens [batch, seq, R, h], or constant [R, h]."""
         if self.config.noncontextual_a:
             return getattr(self, f"{name}_a")
-        a = getattr(self, f"{name}_a_proj")(hidden_states)
+        a = projected[f"{name}_a_proj"]
         a = a.unflatten(-1, (-1, getattr(self, f"{name}_rank"))).transpose(-1, -2)
         return activate_head_factors(a, self.config.head_factor_act, self.head_mesh)
 
-    def _feature_factors(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _feature_factors(self, name: str, projected: dict[str, torch.Tensor]) -> torch.Tensor:
         """B_Q, B_K or B_V before RoPE, [batch, seq, R, d] or constant [R, d]; with a third factor, b and c side by side."""
         if self.config.noncontextual_b:
             return getattr(self, f"{name}_b")
-        b = getattr(self, f"{name}_b_proj")(hidden_states).unflatten(-1, (-1, self.config.b_dim))
+        b = projected[f"{name}_b_proj"].unflatten(-1, (-1, self.config.b_dim))
         if self.config.c_factor_dim is None:
             return b
-        c = getattr(self, f"{name}_c_proj")(hidden_states).unflatten(-1, (-1, self.config.c_factor_dim))
+        c = projected[f"{name}_c_proj"].unflatten(-1, (-1, self.config.c_factor_dim))
         return torch.cat([b, c], dim=-1)
 
     def project(
@@ -210,15 +201,16 @@ class TensorProductFactors(nn.Module):
         The factors of the tokens `hidden_states` [batch, seq, hidden_size]. `position_embeddings` are cos and sin for
         them, `key_position_embeddings` those for all rows of a cache that holds B_K before RoPE.
         """
+        projected = self.project_factors(hidden_states)
         if self.q_rank is None:
             a_q, b_q = None, self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         else:
-            a_q, b_q = self._head_factors("q", hidden_states), self._feature_factors("q", hidden_states)
-        a_k, a_v = self._head_factors("k", hidden_states), self._head_factors("v", hidden_states)
-        b_k = self._feature_factors("k", hidden_states)
+            a_q, b_q = self._head_factors("q", projected), self._feature_factors("q", projected)
+        a_k, a_v = self._head_factors("k", projected), self._head_factors("v", projected)
+        b_k = self._feature_factors("k", projected)
         if self.config.qk_norm:
             b_k = self.k_norm(b_k)
-        b_v = b_k if self.config.shared_b else self._feature_factors("v", hidden_states)
+        b_v = b_k if self.config.shared_b else self._feature_factors("v", projected)
         key_rotation = None
         if self.config.rotates_on_read:
             key_rotation = position_embeddings if key_position_embeddings is None else key_position_embeddings
@@ -233,17 +225,17 @@ class TensorProductFactors(nn.Module):
         [tokens, R, d], of models that cache B_K and B_V as K and V are made of them. A constant A_Q is [R_Q, h], and constant A_K
         and A_V are `None`, as are those of queries without factors, whose B_Q are [tokens, h, d].
         """
-        projected = []
+        projected, factors = self.project_factors(hidden_states), []
         for name, rank in (("q", self.q_rank), ("k", self.k_rank), ("v", self.v_rank)):
             if rank is None:
-                projected += [None, self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))]
+                factors += [None, self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))]
                 continue
             if self.config.noncontextual_a:
-                projected.append(self.q_a if name == "q" else None)
+                factors.append(self.q_a if name == "q" else None)
             else:
-                projected.append(getattr(self, f"{name}_a_proj")(hidden_states).unflatten(-1, (-1, rank)))
-            projected.append(getattr(self, f"{name}_b_proj")(hidden_states).unflatten(-1, (rank, -1)))
-        return tuple(projected)
+                factors.append(projected[f"{name}_a_proj"].unflatten(-1, (-1, rank)))
+            factors.append(projected[f"{name}_b_proj"].unflatten(-1, (rank, -1)))
+        return tuple(factors)
 
     def update_cache(self, factors: Factors, cache: Cache) -> None:
         """Stores the keys' and values' factors of the new tokens, and gives `factors` the rows of all the tokens."""

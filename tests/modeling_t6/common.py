@@ -1,10 +1,13 @@
 """A small T6 whose every part matters: odd sizes, ranks that differ, and no weight at zero."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
 
-from modeling_t6 import T6Config, T6ForCausalLM
+from modeling_t6 import T6Config, T6ForCausalLM, factor_product_t6
 from modeling_t6.cache_t6 import CACHE_NAME
 
 
@@ -28,6 +31,13 @@ def tiny_config(**overrides) -> T6Config:
         "bos_token_id": 1,
     }
     return T6Config(**fields | overrides)
+
+
+@contextlib.contextmanager
+def projected_one_by_one() -> Iterator[None]:
+    """A context in which each factor projection is a product of its own, as where adapters or hooks are added to it."""
+    with mock.patch.object(factor_product_t6, "_are_plain", lambda projections: False):
+        yield
 
 
 def random_model(config: T6Config, cls=T6ForCausalLM, dtype: torch.dtype = torch.float32, seed: int = 0):

@@ -12,7 +12,7 @@ from torch import nn
 from modeling_t6 import T6ForCausalLM
 
 from ..versions import once_but
-from .common import DEVICE, random_ids, random_model, tiny_config, train_step
+from .common import DEVICE, projected_one_by_one, random_ids, random_model, tiny_config, train_step
 from .test_generation import generate, greedy
 
 
@@ -115,7 +115,7 @@ def test_transformers_adapter_methods(tmp_path, monkeypatch):
     random_model(tiny_config()).save_pretrained(tmp_path / "base")
     model = T6ForCausalLM.from_pretrained(tmp_path / "base").to(DEVICE)
     ids = random_ids(model.config, 2, 9)
-    with torch.no_grad():
+    with torch.no_grad(), projected_one_by_one():  # the operations of the wrapped layers
         base = model(ids).logits
     torch.manual_seed(0)
     model.add_adapter(lora({"target_modules": FACTORS, "init_lora_weights": False}))

@@ -1,0 +1,217 @@
+"""The factor projections of a layer as one product: the same outputs and gradients as one by one"""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from modeling_t6 import T6ForCausalLM, factor_product_t6
+
+from .common import projected_one_by_one, random_ids, random_model
+from .test_variants import VARIANTS, config_of
+
+
+# Sums of at most some hundred products, in another order: what rounding leaves of 16 and of 7 digits.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5}
+
+
+@pytest.fixture
+def products(monkeypatch) -> list[int]:
+    """The rows of each product of several projections, as they are computed."""
+    rows, concatenate = [], factor_product_t6._concatenate
+
+    def record(parameters, padding):
+        joined = concatenate(parameters, padding)
+        if joined.dim() == 2:
+            rows.append(len(joined))
+        return joined
+
+    monkeypatch.setattr(factor_product_t6, "_concatenate", record)
+    return rows
+
+
+def projections_of(model):
+    """Every factor projection, `q_proj` not among them, by its name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.endswith(("_a_proj", "_b_proj", "_c_proj")) and isinstance(module, nn.Linear)
+    }
+
+
+def logits_and_gradients(model, ids):
+    weights = dict(model.named_parameters())
+    logits = model(ids, use_cache=False).logits
+    probe = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    return logits, dict(zip(weights, torch.autograd.grad((logits * probe).sum(), list(weights.values()))))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["weights", "biases"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_as_one_by_one(variant, bias, dtype, products):
+    """Heads are 5, so that no projection to A has a multiple of 8 outputs."""
+    model = random_model(config_of(variant, attention_bias=bias), dtype=dtype)
+    ids = random_ids(model.config, 2, 11)
+    with projected_one_by_one():
+        expected, expected_gradients = logits_and_gradients(model, ids)
+    assert not products
+    logits, gradients = logits_and_gradients(model, ids)
+    assert len(products) == 2 and all(rows % 8 == 0 for rows in products)  # one a layer
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0, name
+        scale = expected_gradients[name].abs().max().item()
+        torch.testing.assert_close(gradient, expected_gradients[name], atol=tolerance * scale, rtol=0, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=tolerance, rtol=tolerance)
+    assert len(products) == 4
+
+
+def test_few_tokens_without_gradients(products):
+    model = random_model(config_of("TPA"))
+    with torch.no_grad():
+        model(random_ids(model.config, 3, factor_product_t6.MAX_TOKENS_ONE_BY_ONE), use_cache=False)
+    assert not products
+
+
+def hooked(model, projection):
+    seen = []
+    projection.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    return seen
+
+
+def offloaded(model, projection):
+    seen, forward = [], projection.forward
+    projection.forward = lambda x: seen.append(x) or forward(x)
+    return seen
+
+
+def with_gradient_hook(model, projection):
+    seen = []
+    projection.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs))
+    return seen
+
+
+def parametrized(model, projection):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            seen.append(weight)
+            return 2 * weight
+
+    seen = []
+    nn.utils.parametrize.register_parametrization(projection, "weight", Doubled())
+    return seen
+
+
+@pytest.mark.parametrize("extend", [hooked, offloaded, with_gradient_hook, parametrized], ids=lambda f: f.__name__)
+def test_extended_projections_are_called(extend, products):
+    """What others have added to one projection is run; the other layer stays one product."""
+    model = random_model(config_of("TPA"))
+    seen = extend(model, model.model.layers[1].self_attn.k_a_proj)
+    model(random_ids(model.config, 2, 11), use_cache=False).logits.sum().backward()
+    assert seen and len(products) == 1
+
+
+def test_dtypes_that_differ_are_computed_alone(products):
+    model = random_model(config_of("TPA"))
+    model.model.layers[0].self_attn.v_b_proj.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(random_ids(model.config, 2, 11), use_cache=False).logits
+    assert logits.isfinite().all() and len(products) == 1
+
+
+def test_autocast(products):
+    model = random_model(config_of("TPA", attention_bias=True))
+    ids = random_ids(model.config, 2, 11)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with projected_one_by_one():
+            expected = model(ids, use_cache=False).logits
+        logits = model(ids, use_cache=False).logits
+    assert len(products) == 2 and logits.dtype == expected.dtype
+    # Products are of the same bfloat16 numbers, rounded from sums in another order: 1 in 2^8 of a few factors.
+    torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs PEFT")
+def test_lora(products):
+    from peft import LoraConfig, get_peft_model
+
+    model = random_model(config_of("TPA"))
+    lora = LoraConfig(target_modules=["q_a_proj", "v_b_proj"], r=2, init_lora_weights=False, layers_to_transform=[0])
+    model = get_peft_model(model, lora).train()
+    ids = random_ids(model.config, 2, 11)
+    with projected_one_by_one():
+        expected = model(ids, use_cache=False).logits
+    logits = model(ids, use_cache=False).logits
+    assert len(products) == 1
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+    logits.sum().backward()
+    adapters = [(name, p) for name, p in model.named_parameters() if "lora_" in name]
+    assert adapters and all(p.grad is not None and p.grad.abs().max() > 0 for _, p in adapters)
+
+
+def replace_data(model, other):
+    for name, projection in projections_of(model).items():
+        projection.weight.data = other.get_submodule(name).weight.data.clone()
+
+
+def replace_modules(model, other):
+    for name in projections_of(model):
+        model.set_submodule(name, other.get_submodule(name))
+
+
+CHANGES = {
+    "load_state_dict": lambda model, other: model.load_state_dict(other.state_dict()),
+    "load_state_dict(assign=True)": lambda model, other: model.load_state_dict(other.state_dict(), assign=True),
+    ".data =": replace_data,
+    "other modules": replace_modules,
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_weights_are_never_stale(change, compiled):
+    """Whatever replaces the weights, the next product is of the new ones; so is that of a copy, and after a step of SGD."""
+    config = config_of("TPA", num_hidden_layers=1)
+    model, other = random_model(config), random_model(config)
+    with torch.no_grad():
+        for projection in projections_of(other).values():
+            projection.weight.mul_(-1.5)
+    ids = random_ids(config, 2, 11)
+    forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    with torch.no_grad():
+        before = forward(ids, use_cache=False).logits
+        change(model, other)
+        after = forward(ids, use_cache=False).logits
+        with projected_one_by_one():
+            expected = model(ids, use_cache=False).logits
+    assert (before - after).abs().max() > 0.01
+    torch.testing.assert_close(after, expected, atol=2e-5, rtol=2e-5)
+    clone = copy.deepcopy(model)
+    forward(ids, use_cache=False).logits.square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with torch.no_grad():
+        stepped = forward(ids, use_cache=False).logits
+        torch.testing.assert_close(clone(ids, use_cache=False).logits, after, atol=2e-5, rtol=2e-5)
+        with projected_one_by_one():
+            expected = model(ids, use_cache=False).logits
+    assert (stepped - after).abs().max() > 0.01
+    torch.testing.assert_close(stepped, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_checkpoints_are_as_before(tmp_path):
+    """Names, order and bytes of the parameters after forward and backward passes, and of what is saved."""
+    model = random_model(config_of("TPA"))
+    names, footprint = list(model.state_dict()), model.get_memory_footprint()
+    ids = random_ids(model.config, 2, 11)
+    model(ids, use_cache=False).logits.sum().backward()
+    assert list(model.state_dict()) == names and model.get_memory_footprint() == footprint
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    saved = T6ForCausalLM.from_pretrained(tmp_path)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, saved.state_dict()[name]), name

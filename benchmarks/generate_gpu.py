@@ -10,6 +10,11 @@ than it holds for T6, and over one of exactly that length for Llama, whose SDPA 
 of torch's back ends counts. The largest context is that of one sequence with which such a step, without a graph,
 still finds memory, to 1%. `generate()` is timed after all else: with its default cache, and at 128k with a static one,
 for which Transformers compiles the model.
+
+    python benchmarks/generate_gpu.py --short
+
+times steps over short contexts instead, as a graph and by `generate()` with a static cache: T6 with its factors stored by one
+kernel and by PyTorch's operators, and what each takes of the time of what it is held against.
 """
 
 import argparse
@@ -34,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--skip-generate", action="store_true", help="leave out the times of generate()")
+    parser.add_argument("--short", action="store_true", help="short contexts alone, with and without one kernel")
     add_output(parser)
     return parser.parse_args()
 
@@ -53,7 +59,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 from transformers.cache_utils import DynamicLayer
 
 from configuration.make_configs import DIRECTORY
-from modeling_t6 import T6Cache, T6Config
+from modeling_t6 import T6Cache, T6Config, stored_factors_t6
 from modeling_t6.cache_t6 import CACHE_NAME, factor_layouts
 
 
@@ -72,6 +78,7 @@ RUNS = {
     "T6 8B (8, 1, 1)": ((8, 32768), (4, 131072), (8, 131072)),
     "Llama 8B, GQA-8": ((8, 32768), (4, 131072)),
 }
+SHORT_RUNS = ((1, 1024), (32, 1024), (1, 8192))
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
@@ -387,8 +394,40 @@ def measure(names: list[str], skip_generate: bool, output: Path | None) -> None:
         release_memory()
 
 
+def measure_short(names: list[str], output: Path | None) -> None:
+    """References first, whatever the order of `names`, so that each line shows its ratios."""
+    data, seconds = {"machine": machine(), "short": []}, {}
+    print(f"{machine()}; bfloat16; ratios are of times")
+    print(f"{'model':20}{'one kernel':>11}{'batch x context':>16}{'graph':>11}{'ratio':>7}{'static':>12}{'ratio':>7}")
+    for name in sorted(names, key=lambda name: REFERENCES[name] != name):
+        for fused in (True, False) if isinstance(MODELS[name](), T6Config) else (None,):
+            stored_factors_t6.FUSED = fused is not False
+            for batch, tokens in SHORT_RUNS:
+                # Each run with a compilation of its own, of the path that it is to time.
+                torch._dynamo.reset()
+                model = build(name)
+                release_memory()
+                times = (
+                    graph_step(model, batch, tokens)["seconds"],
+                    generate_step(model, batch, tokens, static=True, new=120),
+                )
+                seconds[name, batch, tokens] = times
+                row = {"model": name, "fused": fused, "batch": batch, "context": tokens}
+                data["short"].append(row | dict(zip(("seconds", "generate_static_seconds"), times)))
+                save(data, output)
+                reference = seconds.get((REFERENCES[name], batch, tokens))
+                line = f"{name:20}{'' if fused is None else 'yes' if fused else 'no':>11}{f'{batch} x {tokens:,}':>16}"
+                for own, other in zip(times, reference or (None, None)):
+                    line += f"{own * 1e3:8.3f} ms" + (f"{own / other:7.3f}" if other else f"{'':7}")
+                print(line, flush=True)
+                del model
+                release_memory()
+
+
 def main() -> None:
     args = parse_args()
+    if args.short:
+        return measure_short(args.models, args.output)
     if args.plot:
         draw(plot, args.plot, (10, 2.9))
     else:

@@ -16,6 +16,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import (
@@ -235,6 +236,25 @@ class FactorViewsMixin:
         return self._feature_factors(0 if is_shared else 1)
 
 
+class NewRoom(NamedTuple):
+    """
+    Rows that a cache layer has appended, to be written.
+
+    Attributes:
+        key_storage, value_storage: [batch, 1, room, R_K (h + d)] and [batch, 1, room, R_V (h + d)], where they are.
+        keys, values: what `update` returns.
+        first: the place of the first of them in each sequence, after `length` if there is one.
+        length: int64 [1], a number of rows on the device, or `None`.
+    """
+
+    key_storage: torch.Tensor
+    value_storage: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    first: int
+    length: torch.Tensor | None = None
+
+
 class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
     """
     Factors of one layer: `keys` [batch, 1, seq, R_K (h + d)] and `values` [batch, 1, seq, R_V (h + d)] are views of
@@ -299,26 +319,53 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
             self._storage = self._views = None
             return self.keys, self.values
 
-        lengths = self.keys.shape[-2] + new[0].shape[-2], self.values.shape[-2] + new[1].shape[-2]
-        rows = zip(self._storage_of_rows(), (self.keys, self.values), new)
-        self._set_storage(tuple(self._append(*tensors) for tensors in rows), lengths)
+        starts = self.keys.shape[-2], self.values.shape[-2]
+        self._make_room([(rows.shape[0], rows.shape[-2], rows.dtype, rows.device) for rows in new])
+        for storage, start, rows in zip(self._storage, starts, new):
+            storage[:, :, start : start + rows.shape[-2]] = rows
         return self.keys, self.values
 
-    def _append(self, storage: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Writes `new` behind `rows`, the first in `storage`: in place, or in storage that has room for them."""
-        if new.shape[0] != rows.shape[0]:  # one sequence would be written to all
-            raise RuntimeError(
-                f"The cache holds a batch of {rows.shape[0]} sequences, got rows of size {new.shape[0]}."
-            )
-        start, end = rows.shape[-2], rows.shape[-2] + new.shape[-2]
-        is_alike = self.stored_dtype is not None or rows.dtype == new.dtype
-        dtype = new.dtype if is_alike else torch.promote_types(rows.dtype, new.dtype)
+    def reserve(self, batch_size: int, count: int, dtype: torch.dtype) -> NewRoom | None:
+        """
+        Appends `count` rows of each sequence whose numbers the caller then writes: `update` of rows of `dtype`, but for
+        the rows. `None`, with all as it was, where rows cannot be written in place.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        first = self.keys.shape[-2]
+        if self.values.shape[-2] != first:
+            return None
+        dtype = dtype if self.stored_dtype is None else self.stored_dtype
+        self._make_room([(batch_size, count, dtype, self.keys.device)] * 2)
+        return NewRoom(*self._storage, self.keys, self.values, first)
+
+    def _make_room(self, sizes: Sequence[tuple[int, int, torch.dtype, torch.device]]) -> None:
+        """Lengthens `keys` and `values` by rows that are not yet written: in place, or in storage that has room for them."""
+        rows = self.keys, self.values
+        lengths = tuple(tensor.shape[-2] + count for tensor, (_, count, *_) in zip(rows, sizes))
+        tensors = zip(self._storage_of_rows(), rows, sizes)
+        self._set_storage(tuple(self._with_room(storage, held, *size) for storage, held, size in tensors), lengths)
+
+    def _with_room(
+        self,
+        storage: torch.Tensor,
+        rows: torch.Tensor,
+        batch_size: int,
+        count: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """`storage`, the first in which are `rows`, or another that holds them, with room for `count` more."""
+        if batch_size != rows.shape[0]:  # one sequence would be written to all
+            raise RuntimeError(f"The cache holds a batch of {rows.shape[0]} sequences, got rows of size {batch_size}.")
+        start, end = rows.shape[-2], rows.shape[-2] + count
+        is_alike = self.stored_dtype is not None or rows.dtype == dtype
+        dtype = dtype if is_alike else torch.promote_types(rows.dtype, dtype)
         if end > storage.shape[-2] or storage.dtype != dtype:
             # A prompt gets just the room it needs; from then on the storage doubles.
             capacity = end if start == 0 else max(end, 2 * start)
-            storage = new.new_empty((*new.shape[:2], capacity, new.shape[-1]), dtype=dtype)
+            storage = rows.new_empty((*rows.shape[:2], capacity, rows.shape[-1]), dtype=dtype, device=device)
             storage[:, :, :start] = self.as_stored(rows)
-        storage[:, :, start:end] = new
         return storage
 
     def reset(self) -> None:
@@ -469,6 +516,28 @@ def allocate_static_cache(
                 layer.cumulative_length = layer.cumulative_length.clone()
                 shapes = [(batch_size, 1, 0, layout.width) for layout in factor_layouts(config, layer_idx)]
                 layer.lazy_initialization(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
+
+
+def reserve_rows(
+    cache: Cache, layer_idx: int, batch_size: int, count: int, dtype: torch.dtype, device: torch.device
+) -> NewRoom | None:
+    """
+    Appends `count` rows of each sequence to a layer, which the caller then writes where they are: what `cache.update` does
+    with rows of `dtype` on `device`, but for the rows. `None`, with all as it was, for caches and layers that have a way of
+    their own to store them, which includes all that are sliding, quantised or offloaded.
+    """
+    if type(cache).update is not Cache.update or cache.offloading or layer_idx >= len(cache.layers):
+        return None
+    layer = cache.layers[layer_idx]
+    if not layer.is_initialized or layer.keys.device != device:
+        return None
+    if type(layer).update is T6DynamicLayer.update:
+        return layer.reserve(batch_size, count, dtype)
+    if type(layer).update is StaticLayer.update and (len(layer.keys), layer.keys.dtype) == (batch_size, dtype):
+        rows = layer.keys, layer.values
+        layer.cumulative_length.add_(count)
+        return NewRoom(*rows, *rows, -count, layer.cumulative_length.view(1))
+    return None
 
 
 def cached_lengths(cache: Cache, layer_idx: int) -> torch.Tensor | None:

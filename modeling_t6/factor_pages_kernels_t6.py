@@ -104,12 +104,15 @@ def _load_query_a(
 
 @triton.jit
 def _form_query(
-    a_ptr, b_ptr, cos_ptr, sin_ptr, norm_ptr, query_ptr, first_head, eps,
+    a_ptr, b_ptr, cos_ptr, sin_ptr, norm_ptr, query_ptr, first_head, has_row, eps,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, RANK: tl.constexpr, CONSTANT_A: tl.constexpr,
     ACTIVATION: tl.constexpr, ROTATION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, ALL_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The query of one token for some heads. Without factors (`RANK` 0), B is the query itself."""
+    """
+    The query of one token for some heads; NaN where the token has no row. Without factors (`RANK` 0), B is the query
+    itself.
+    """
     heads = first_head + tl.arange(0, BLOCK_H)
     features = tl.arange(0, BLOCK_D)
     is_query = (heads < NUM_HEADS)[:, None] & (features < HEAD_DIM)[None, :]
@@ -139,6 +142,7 @@ def _form_query(
         query, paired = _normalize(query, paired, norm_ptr, features, pairs, is_rotated, eps, HEAD_DIM)
     if ROTATES_HEADS:
         query = query * cos[None, :] + paired * sin[None, :]
+    query = tl.where(has_row, query, float("nan"))
     offsets = (heads * HEAD_DIM)[:, None] + features[None, :]
     tl.store(query_ptr + offsets, query.to(query_ptr.dtype.element_ty), mask=is_query)
 
@@ -189,6 +193,29 @@ def _store_a(
         tl.store(row_ptr + offsets, _as_stored(a, row_ptr.dtype.element_ty), mask=is_row)
 
 
+@triton.jit
+def _find_row(
+    slots_ptr, token, num_slots, first_row, new_rows, room, PAGE_SIZE: tl.constexpr, HAS_LENGTH: tl.constexpr
+):
+    """
+    The block that a token's row is in, its place there, and whether it has one: by its slot; without pages (`PAGE_SIZE`
+    0), where a block is a sequence that gets `new_rows` rows, from `first_row` on, which counts from a length on the device
+    if there is one.
+    """
+    if PAGE_SIZE == 0:
+        block = token // new_rows
+        offset = token % new_rows + first_row
+        if HAS_LENGTH:
+            offset += tl.load(slots_ptr).to(tl.int64)
+        has_row = offset < room
+    else:
+        slot = tl.load(slots_ptr + token, mask=token < num_slots, other=-1).to(tl.int64)
+        block = slot // PAGE_SIZE
+        offset = slot % PAGE_SIZE
+        has_row = slot >= 0
+    return block, offset, has_row
+
+
 @triton.jit(
     do_not_specialize=[
         "a_q_stride",
@@ -204,6 +231,9 @@ def _store_a(
         "value_block_stride",
         "value_row_stride",
         "num_slots",
+        "first_row",
+        "new_rows",
+        "room",
     ]
 )
 def store_factors_kernel(
@@ -234,6 +264,9 @@ def store_factors_kernel(
     value_block_stride,
     value_row_stride,
     num_slots,
+    first_row,
+    new_rows,
+    room,
     eps,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
@@ -244,6 +277,7 @@ def store_factors_kernel(
     B_UNIT: tl.constexpr,
     PAGE_UNIT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    HAS_LENGTH: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -262,16 +296,19 @@ def store_factors_kernel(
     cos_ptr += token * cos_stride
     sin_ptr += token * sin_stride
     if part < HEAD_BLOCKS:
+        has_row = True
+        if HAS_LENGTH:
+            _, _, has_row = _find_row(slots_ptr, token, num_slots, first_row, new_rows, room, PAGE_SIZE, HAS_LENGTH)
         _form_query(
             a_q_ptr + token * a_q_stride, b_q_ptr + token * b_q_stride * B_UNIT, cos_ptr, sin_ptr, q_norm_ptr,
-            query_ptr + token * (NUM_HEADS * HEAD_DIM), part * BLOCK_H, eps,
+            query_ptr + token * (NUM_HEADS * HEAD_DIM), part * BLOCK_H, has_row, eps,
             NUM_HEADS, HEAD_DIM, Q_RANK, CONSTANT_A, ACTIVATION, ROTATION, BLOCK_H, BLOCK_D, ALL_HEADS,
         )  # fmt: skip
     else:
-        slot = tl.load(slots_ptr + token, mask=token < num_slots, other=-1).to(tl.int64)
-        if slot >= 0:
-            block = slot // PAGE_SIZE
-            offset = slot % PAGE_SIZE
+        block, offset, has_row = _find_row(
+            slots_ptr, token, num_slots, first_row, new_rows, room, PAGE_SIZE, HAS_LENGTH
+        )
+        if has_row:
             if part == HEAD_BLOCKS:
                 row_ptr = key_pages_ptr + (block * key_block_stride + offset * key_row_stride) * PAGE_UNIT
                 b_ptr = b_k_ptr + token * b_k_stride * B_UNIT

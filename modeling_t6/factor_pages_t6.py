@@ -18,10 +18,11 @@ In Triton on a GPU, elsewhere in PyTorch.
 Pages are two tensors, of key rows [blocks, page_size, key width] and of value rows [blocks, page_size, value width], as
 `FactorLayout` packs them: of the model's dtype or another one, float8_e4m3fn also as uint8. They may have any strides but
 of numbers in a row; one tensor that holds both is given as two views of it. A slot is `block * page_size + offset`. A cache
-that is not paged, [batch, room, width], has pages of `room` tokens.
+that is not paged, [batch, room, width], has a page for each sequence, and [`NewRows`] for slots.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,23 @@ class SelectedRanks(NamedTuple):
 
     ranks: torch.Tensor
     weights: torch.Tensor
+
+
+class NewRows(NamedTuple):
+    """
+    Where the rows of new tokens go in a cache that is not paged: the same rows of each sequence, one after the other. Tokens
+    are those of the first sequence, then those of the second, and so on.
+
+    Attributes:
+        first: the first of them, after `length` if there is one.
+        count: tokens of each sequence.
+        length: int64 [1], a number of rows on the device. A token whose row would then be beyond the room of the cache is
+            not written, and its query is NaN: the host cannot raise an error.
+    """
+
+    first: int
+    count: int
+    length: torch.Tensor | None = None
 
 
 def select_ranks(a: torch.Tensor) -> SelectedRanks | None:
@@ -102,7 +120,7 @@ def store_factors(
     b_v: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    slots: torch.Tensor,
+    slots: torch.Tensor | NewRows,
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
     q_norm: torch.Tensor | None = None,
@@ -123,7 +141,7 @@ def store_factors(
         b_k, b_v: [tokens, R_K, d] and [tokens, R_V, d]. All six may be views of one product, with any stride between
             tokens; numbers of one token are contiguous.
         cos, sin: [tokens, rotary_dim / 2], of the first features of each token's rotation (the second are the same).
-        slots: int64 [tokens] or fewer. A token with a negative slot, or without one, is not written.
+        slots: int64 [tokens] or fewer. A token with a negative slot, or without one, is not written. Or [`NewRows`].
         key_pages, value_pages: see above. What is beyond the range of float8 is written as its largest number.
         q_norm, k_norm: weights [d] of the RMS norm of query heads and of rows of B_K before RoPE, both or none.
         activation: of A that is projected: "sigmoid", "softmax" over these heads, or `None`.
@@ -251,8 +269,15 @@ def _store_in_torch(
     query = apply_rotary_pos_emb(normalize(query, q_norm), cos, sin)[0].to(dtype)
 
     b_k = apply_rotary_pos_emb(normalize(b_k[None].float(), k_norm), cos, sin)
-    is_stored = slots >= 0
-    slots = slots[is_stored]
+    if isinstance(slots, NewRows):
+        tokens = torch.arange(len(query), device=query.device)
+        offsets = tokens % slots.count + slots.first + (0 if slots.length is None else slots.length)
+        is_stored = offsets < min(key_pages.shape[1], value_pages.shape[1])
+        query[~is_stored] = math.nan
+        places = (tokens // slots.count)[is_stored], offsets[is_stored]
+    else:
+        is_stored = slots >= 0
+        places = slots[is_stored] // key_pages.shape[1], slots[is_stored] % key_pages.shape[1]
     for pages, layout, a, b in (
         (key_pages, key_layout, a_k, b_k), (value_pages, value_layout, a_v, b_v[None].float())
     ):  # fmt: skip
@@ -260,7 +285,7 @@ def _store_in_torch(
         if pages.dtype == torch.float8_e4m3fn:  # as bytes: not every PyTorch indexes float8 itself
             limits = torch.finfo(pages.dtype)
             rows, pages = rows.clamp(limits.min, limits.max).to(pages.dtype).view(torch.uint8), pages.view(torch.uint8)
-        pages[slots // pages.shape[1], slots % pages.shape[1]] = rows.to(pages.dtype)
+        pages[places] = rows.to(pages.dtype)
     return query
 
 
@@ -289,11 +314,13 @@ def _unit(itemsize: int, *strides: int) -> int:
     return unit
 
 
-def _page_constants(key_pages: torch.Tensor, value_pages: torch.Tensor) -> tuple[tuple[int, ...], dict]:
+def _page_constants(
+    key_pages: torch.Tensor, value_pages: torch.Tensor, has_slots: bool = True
+) -> tuple[tuple[int, ...], dict]:
     """Strides of blocks and rows, of keys and of values, and in which unit; pages without gaps are as those of one row."""
-    page_size = key_pages.shape[1]
+    page_size = key_pages.shape[1] if has_slots else 0
     strides = key_pages.stride(0), key_pages.stride(1), value_pages.stride(0), value_pages.stride(1)
-    if strides[0] == page_size * strides[1] and strides[2] == page_size * strides[3]:
+    if has_slots and strides[0] == page_size * strides[1] and strides[2] == page_size * strides[3]:
         page_size, strides = 1, (strides[1], 0, strides[3], 0)
     unit = _unit(key_pages.element_size(), *strides)
     return tuple(stride // unit for stride in strides), {"PAGE_UNIT": unit, "PAGE_SIZE": page_size}
@@ -347,7 +374,10 @@ def _store_in_triton(
     a_strides = _token_stride("a_q", a_q, constant_a), _token_stride("a_k", a_k), _token_stride("a_v", a_v)
     b_strides = _token_stride("b_q", b_q), _token_stride("b_k", b_k), _token_stride("b_v", b_v)
     b_unit = _unit(b_q.element_size(), *b_strides)
-    page_strides, page_constants = _page_constants(key_pages, value_pages)
+    new_rows = slots if isinstance(slots, NewRows) else None
+    page_strides, page_constants = _page_constants(key_pages, value_pages, new_rows is None)
+    if new_rows is not None:
+        slots = b_q if new_rows.length is None else new_rows.length
     sizes = _store_sizes(num_heads, key_layout, value_layout)
     kind = "constant" if a_k is None else "cached"
     programs = num_tokens * (-(-num_heads // sizes["BLOCK_H"]) + 2)
@@ -377,6 +407,7 @@ def _store_in_triton(
             sin.stride(0),
             *page_strides,
             slots.shape[0],
+            *((0, 1, 0) if new_rows is None else (new_rows.first, new_rows.count, key_pages.shape[1])),
             eps,
             KEYS=_paged_rows(key_layout, num_heads, kind),
             VALUES=_paged_rows(value_layout, num_heads, kind),
@@ -385,6 +416,7 @@ def _store_in_triton(
             ACTIVATION=activation,
             ROTATION=Rotation(2 * cos.shape[1], q_norm is not None),
             B_UNIT=b_unit,
+            HAS_LENGTH=new_rows is not None and new_rows.length is not None,
             **page_constants,
             **sizes,
         )

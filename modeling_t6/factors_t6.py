@@ -111,7 +111,7 @@ class Factors:
         key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them, if there is a cache. The keys'
             and values' factors above are then still those of the new tokens: `TensorProductFactors.unpack` reads rows.
         lengths: int [1] on the device, how many of the rows count, of a cache with room for more; else `None`.
-        is_query: whether `b_q` are queries as `TensorProductFactors.queries` returns them, normalised and rotated.
+        is_query: whether `b_q` are what `TensorProductFactors.queries` returns; of keys and values there are only rows then.
     """
 
     a_q: torch.Tensor | None
@@ -280,6 +280,8 @@ class TensorProductFactors(FactorProjections):
 
     def queries(self, factors: Factors, form: Callable = form_heads) -> torch.Tensor:
         """Q [batch, seq, h, d], normalised and rotated."""
+        if factors.is_query:
+            return factors.b_q
         a_q, b_q = factors.a_q, factors.b_q
         query_states = b_q
         if a_q is not None:

@@ -305,20 +305,20 @@ def _flash_tpa(
     return output
 
 
-def _operator_name() -> str:
+def operator_name(function: str) -> str:
     """
     Free in this process, where the code of a model on the Hub may be beside the package: to define an operator anew frees
     the old one, which the other copy still calls.
     """
-    name, copies = "flash_tpa", 1
+    name, copies = function, 1
     while hasattr(torch.ops.t6, name):
         copies += 1
-        name = f"flash_tpa_{copies}"
-    return name
+        name = f"{function}_{copies}"
+    return f"t6::{name}"
 
 
 # torch.compile takes the operator whole; without it the function is called as it is, which costs the host less.
-_flash_tpa_op = torch.library.custom_op(f"t6::{_operator_name()}", _flash_tpa, mutates_args=())
+_flash_tpa_op = torch.library.custom_op(operator_name("flash_tpa"), _flash_tpa, mutates_args=())
 
 
 @_flash_tpa_op.register_fake
@@ -370,7 +370,7 @@ def flash_tpa_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
     """[`flash_tpa`] over the rows as the cache stores them."""
-    constant_a = factors.a_k.dim() == 2
+    constant_a = module.config.noncontextual_a
     output = flash_tpa(
         module.queries(factors).to(factors.dtype),
         factors.key_rows,

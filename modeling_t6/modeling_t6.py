@@ -41,9 +41,11 @@ from .attention_t6 import choose_attention, heads_attention_forward
 from .cache_t6 import CACHE_NAME, T6Cache, factor_layouts, rename_past_key_values
 from .configuration_t6 import T6Config
 from .factors_t6 import T6RMSNorm, TensorProductFactors
+from .flash_tpa_t6 import flash_tpa_attention_forward
 from .generation_t6 import T6GenerationMixin
 from .masks_t6 import create_attention_masks, key_positions, validate_cache, validate_inputs
 from .paged_t6 import PagedFactors
+from .stored_factors_t6 import store_decoded
 from .tensor_parallel_t6 import shared_factors_plan
 
 
@@ -156,6 +158,8 @@ class T6Attention(TensorProductFactors):
 
         if isinstance(cache, PagedFactors):
             factors = cache.store(self, hidden_states, position_embeddings, key_position_embeddings)
+        elif attend is flash_tpa_attention_forward:
+            factors = store_decoded(self, hidden_states, position_embeddings, cache)
         else:
             factors = self.project(hidden_states, position_embeddings, key_position_embeddings)
             if cache is not None:

@@ -31,11 +31,11 @@ from transformers.utils import TransformersKwargs, logging
 from .cache_t6 import factor_layouts
 from .configuration_t6 import ConfigView
 from .engine_pages_t6 import EnginePages, PageGroup, join_halves
-from .factor_pages_t6 import store_factors
 from .factor_space_t6 import factor_space_attention
 from .factors_t6 import Factors, form_heads, without_autocast
 from .flash_tpa_pages_t6 import Pieces, paged_flash_tpa, schedule_pieces
 from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, MAX_HEAD_DIM, is_supported, triton
+from .stored_factors_t6 import activates_heads, store_projected
 
 
 logger = logging.get_logger(__name__)
@@ -141,8 +141,8 @@ def attends_on_pages(config: PreTrainedConfig, device: torch.device, dtype: torc
     implementation = config._attn_implementation.removeprefix("paged|")
     if triton is None or config.rotates_on_read or config.c_factor_dim is not None:
         return False
-    if config.head_factor_act == "softmax" and config.num_local_heads < config.num_attention_heads:
-        return False  # the kernel that writes rows does not ask the processes that have the other heads
+    if not activates_heads(config):
+        return False
     if device.type == "cuda":
         runs = implementation != "eager" and is_supported(device, False)
     else:
@@ -333,20 +333,7 @@ class PagedFactors:
         if step.others:  # which may attend to rows that have no place in pages: those that a window has passed
             rows = self.pages.rows[module.layer_idx].new_empty((1, hidden_states.shape[1], sum(widths)))
             pages, slots = rows.split(widths, dim=-1), torch.arange(rows.shape[1], device=rows.device)
-        projected = module.project_tokens(hidden_states[0])
-        config = module.config
-        query = store_factors(
-            *projected,
-            *(x[0, :, : x.shape[-1] // 2] for x in angles),
-            slots,
-            *pages,
-            q_norm=module.q_norm.weight if config.qk_norm else None,
-            k_norm=module.k_norm.weight if config.qk_norm else None,
-            eps=config.rms_norm_eps,
-            activation=config.head_factor_act,
-        )
-        a_k, a_v = (module.k_a, module.v_a) if config.noncontextual_a else (None, None)
-        factors = Factors(None, query[None], a_k, None, a_v, None, angles[0].dtype, angles, is_query=True)
+        factors = store_projected(module, hidden_states, angles, slots, *pages)
         if step.others:
             key_rows, value_rows = (part[:, None] for part in pages)
             factors.key_rows, factors.value_rows = self.update(key_rows, value_rows, module.layer_idx)
@@ -467,7 +454,7 @@ def paged_attention_forward(
     the step.
     """
     step = attention_mask.of_layer(module.layer_idx)
-    query = (factors.b_q if factors.is_query else module.queries(factors)).to(factors.dtype)
+    query = module.queries(factors).to(factors.dtype)
     output = torch.empty_like(query)
     if step.decoding is not None:
         key_a, value_a = (a if a is not None and a.dim() == 2 else None for a in (factors.a_k, factors.a_v))

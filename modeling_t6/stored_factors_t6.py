@@ -1,0 +1,152 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Factors of new tokens that go into rows of a cache, and into queries, by one kernel behind the projections"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+
+from .cache_t6 import cached_lengths, refuse_other_rows, reserve_rows
+from .factor_pages_t6 import NewRows, store_factors
+from .factors_t6 import Factors
+from .flash_tpa_t6 import operator_name
+
+
+# Whether decoded tokens go this way; a benchmark may switch it off.
+FUSED = True
+
+
+def activates_heads(config: PreTrainedConfig) -> bool:
+    """Whether the kernel can activate A: it does not ask the processes that have other heads, as a softmax over all does."""
+    return config.head_factor_act != "softmax" or config.num_local_heads == config.num_attention_heads
+
+
+def store_projected(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    slots: torch.Tensor | NewRows,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+) -> Factors:
+    """
+    Projects tokens, and writes their rows into pages.
+
+    Args:
+        module: a [`TensorProductFactors`] of a model that caches B_K and B_V as K and V are made of them.
+        hidden_states: [batch, seq, hidden_size].
+        angles: cos and sin [batch or 1, seq, rotary_dim].
+        slots, key_pages, value_pages: as [`store_factors`] takes them.
+
+    Returns:
+        Factors with queries in place of A_Q and B_Q; of keys and values there are constants alone.
+    """
+    config, shape = module.config, hidden_states.shape[:2]
+    store = _store_in_graph if torch.compiler.is_compiling() else store_factors
+    query = store(
+        *module.project_tokens(hidden_states.flatten(0, 1)),
+        *(x[..., : x.shape[-1] // 2].expand(*shape, -1).flatten(0, 1) for x in angles),
+        slots,
+        key_pages,
+        value_pages,
+        q_norm=module.q_norm.weight if config.qk_norm else None,
+        k_norm=module.k_norm.weight if config.qk_norm else None,
+        eps=config.rms_norm_eps,
+        activation=config.head_factor_act,
+    )
+    a_k, a_v = (module.k_a, module.v_a) if config.noncontextual_a else (None, None)
+    query = query.unflatten(0, shape)
+    return Factors(None, query, a_k, None, a_v, None, angles[0].dtype, angles, is_query=True)
+
+
+def store_decoded(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    cache: Cache,
+) -> Factors:
+    """
+    The factors of tokens that FlashTPA attends for, and the rows of all tokens in `cache`, theirs included: as
+    `TensorProductFactors.project` and `update_cache` make them, where the cache keeps rows that a kernel may write, in float32
+    and rounded once. Depends on nothing that changes from one decoded token to the next.
+    """
+    (batch_size, count), dtype = hidden_states.shape[:2], position_embeddings[0].dtype
+    room = None
+    if _is_fusible(module, hidden_states):
+        room = reserve_rows(cache, module.layer_idx, batch_size, count, dtype, hidden_states.device)
+    if room is None:
+        factors = module.project(hidden_states, position_embeddings)
+        module.update_cache(factors, cache)
+        return factors
+    refuse_other_rows((room.keys, room.values), (module.key_layout, module.value_layout), module.layer_idx)
+    pages = room.key_storage[:, 0], room.value_storage[:, 0]
+    places = NewRows(room.first, count, room.length)
+    factors = store_projected(module, hidden_states, position_embeddings, places, *pages)
+    factors.key_rows, factors.value_rows = room.keys, room.values
+    factors.lengths = cached_lengths(cache, module.layer_idx)
+    return factors
+
+
+def _is_fusible(module: nn.Module, hidden_states: torch.Tensor) -> bool:
+    device, norms = hidden_states.device, [module.q_norm, module.k_norm] if module.config.qk_norm else []
+    return (
+        FUSED
+        and activates_heads(module.config)
+        and not torch.is_autocast_enabled(device.type)
+        and all(norm.weight.device == device for norm in norms)  # else its weights come when it is called
+    )
+
+
+def _append_factors(
+    a_q: torch.Tensor | None,
+    b_q: torch.Tensor,
+    a_k: torch.Tensor | None,
+    b_k: torch.Tensor,
+    a_v: torch.Tensor | None,
+    b_v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    length: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    first: int,
+    count: int,
+    eps: float,
+    activation: str | None,
+) -> torch.Tensor:
+    return store_factors(
+        a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, NewRows(first, count, length), key_pages, value_pages,
+        q_norm, k_norm, eps, activation,
+    )  # fmt: skip
+
+
+# torch.compile takes the operator whole; without it the function is called as it is, which costs the host less.
+_append_factors_op = torch.library.custom_op(
+    operator_name("append_factors"), _append_factors, mutates_args=("key_pages", "value_pages")
+)
+
+
+@_append_factors_op.register_fake
+def _(a_q, b_q, *args):
+    return b_q.new_empty((b_q.shape[0], b_q.shape[1] if a_q is None else a_q.shape[1], b_q.shape[2]))
+
+
+def _store_in_graph(*args, q_norm, k_norm, eps, activation) -> torch.Tensor:
+    *factors, places, key_pages, value_pages = args
+    return _append_factors_op(
+        *factors, places.length, key_pages, value_pages, q_norm, k_norm, places.first, places.count, eps, activation
+    )

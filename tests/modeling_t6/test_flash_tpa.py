@@ -529,11 +529,11 @@ def test_decoding_step_in_a_cuda_graph():
 
 @pytest.mark.once
 @needs_triton
-@pytest.mark.parametrize("heads", [5, 32, 34])
-def test_fp8_rows_are_read_as_they_are(heads):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [5, 32, 78])
+def test_fp8_rows_are_read_as_they_are(heads, dtype):
     """The kernel on float8 rows gives what it gives on those rows widened: nothing but storage is lost."""
     torch.manual_seed(heads)
-    dtype = torch.float16 if DEVICE == "cpu" else torch.bfloat16
     layout = FactorLayout(2, heads, 64)
     query = torch.randn(2, 1, heads, 64, device=DEVICE, dtype=dtype)
     exact = [torch.randn(2, 1, 100, layout.width, device=DEVICE) for _ in range(2)]
@@ -541,11 +541,37 @@ def test_fp8_rows_are_read_as_they_are(heads):
     output = flash_tpa(query, *rows, 2, 2, 0.125).double()
     factors = [layout.unpack(x.double()) for x in rows]
     expected, _ = factor_space_attention(query.double(), *factors, None, 0.125)
-    assert (output - expected).norm() / expected.norm() < TOLERANCES[torch.bfloat16]
+    assert (output - expected).norm() / expected.norm() < TOLERANCES[dtype]
     # What storage loses: steps of 1/16 to 1/8 of a factor, 2.6% of it at random, in two factors of K and two of V.
     factors = [layout.unpack(x.double()) for x in exact]
     expected, _ = factor_space_attention(query.double(), *factors, None, 0.125)
     assert 0.01 < (output - expected).norm() / expected.norm() < 0.12
+
+
+@pytest.mark.once
+@needs_triton
+@pytest.mark.parametrize("rank,heads", [(1, 5), (2, 32), (2, 78), (3, 5)])
+def test_fp8_rows_of_the_largest_numbers(rank, heads):
+    """
+    Products are of float16 numbers, which queries of bfloat16 need not be: heads of all sizes, A and B of values at the
+    largest and the smallest numbers of float8, and scores that rise by little after the first block of tokens.
+    """
+    torch.manual_seed(rank)
+    layout, tokens = FactorLayout(rank, heads, 64), 300
+    sizes = torch.tensor([1e28, 1e5, 1.0, 1e-30, 0.0], device=DEVICE)[torch.arange(heads, device=DEVICE) % 5]
+    query = (torch.randn(2, 1, heads, 64, device=DEVICE) * sizes[:, None]).bfloat16()
+    numbers = torch.tensor([448.0, -448.0, 2.0**-9, 1.0, 416.0], device=DEVICE)
+    a, b = (numbers[torch.randint(5, (2, tokens, rank, n), device=DEVICE)] for n in (heads, 64))
+    value_rows = layout.pack(a, b).to(torch.float8_e4m3fn)
+    # Keys whose scores are the query's size times numbers from 0 to 7.5 / log2(e), the largest in the last block.
+    a = torch.linspace(0.5, 5, tokens, device=DEVICE)[None, :, None, None].expand(2, tokens, rank, heads)
+    b = torch.randn(2, 1, rank, 64, device=DEVICE).expand(2, tokens, rank, 64)
+    key_rows = layout.pack(a, b).to(torch.float8_e4m3fn)
+    output = flash_tpa(query, key_rows, value_rows, rank, rank, 0.125).double()
+    factors = [layout.unpack(x.double()) for x in (key_rows, value_rows)]
+    expected, _ = factor_space_attention(query.double(), *factors, None, 0.125)
+    error = (output - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max() < TOLERANCES[torch.bfloat16]
 
 
 @torch.no_grad()

@@ -554,7 +554,7 @@ def test_fp8_rows_are_read_as_they_are(heads, dtype):
 def test_fp8_rows_of_the_largest_numbers(rank, heads):
     """
     Products are of float16 numbers, which queries of bfloat16 need not be: heads of all sizes, A and B of values at the
-    largest and the smallest numbers of float8, and scores that rise by little after the first block of tokens.
+    largest and the smallest numbers of float8.
     """
     torch.manual_seed(rank)
     layout, tokens = FactorLayout(rank, heads, 64), 300
@@ -563,7 +563,6 @@ def test_fp8_rows_of_the_largest_numbers(rank, heads):
     numbers = torch.tensor([448.0, -448.0, 2.0**-9, 1.0, 416.0], device=DEVICE)
     a, b = (numbers[torch.randint(5, (2, tokens, rank, n), device=DEVICE)] for n in (heads, 64))
     value_rows = layout.pack(a, b).to(torch.float8_e4m3fn)
-    # Keys whose scores are the query's size times numbers from 0 to 7.5 / log2(e), the largest in the last block.
     a = torch.linspace(0.5, 5, tokens, device=DEVICE)[None, :, None, None].expand(2, tokens, rank, heads)
     b = torch.randn(2, 1, rank, 64, device=DEVICE).expand(2, tokens, rank, 64)
     key_rows = layout.pack(a, b).to(torch.float8_e4m3fn)
@@ -572,6 +571,22 @@ def test_fp8_rows_of_the_largest_numbers(rank, heads):
     expected, _ = factor_space_attention(query.double(), *factors, None, 0.125)
     error = (output - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.max() < TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.once
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_above_the_running_maximum_times_the_largest_number_of_fp8(dtype, monkeypatch):
+    """After a block of tokens, exponentials of scores are 2^7.8 times as large, which times 448 is no float16."""
+    monkeypatch.setattr(flash_tpa_t6, "choose_splits", lambda *args: 1)
+    key_rows, value_rows = torch.zeros(1, 1, 300, 80, device=DEVICE), torch.ones(1, 1, 300, 80, device=DEVICE)
+    key_rows[..., 0], key_rows[:, :, 200:, 64:], value_rows[..., 64:] = 1, 1, 448  # B, A, A
+    query = torch.zeros(1, 1, 16, 64, device=DEVICE, dtype=dtype)
+    query[..., 0] = 43.25  # 7.8 / (0.125 * log2(e))
+    rows = [x.to(torch.float8_e4m3fn) for x in (key_rows, value_rows)]
+    output = flash_tpa(query, *rows, 1, 1, 0.125)
+    expected = torch.full_like(output, 448.0)
+    torch.testing.assert_close(output, expected, rtol=5e-3, atol=0)
 
 
 @torch.no_grad()

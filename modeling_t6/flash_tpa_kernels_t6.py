@@ -134,6 +134,18 @@ def _load_query(
 
 
 @triton.jit
+def _fit_float16(query, scale):
+    """
+    The query [d, columns] in float16, each column divided by a power of 2 that leaves its largest number below 2^15, and
+    the scale [columns] that scores then have.
+    """
+    query = query.to(tl.float32)
+    exponents = tl.max(tl.abs(query), 0).to(tl.int32, bitcast=True) & 0x7F800000
+    unit = tl.maximum(exponents.to(tl.float32, bitcast=True), 2.0**-60) * 2.0**-14
+    return (query * (1.0 / unit)[None, :]).to(tl.float16), unit * scale
+
+
+@triton.jit
 def _load_a(
     rows_ptr,
     constant_ptr,
@@ -494,13 +506,20 @@ def decode_kernel(
     query = _load_query(
         query_ptr, queries, heads, query_stride_t, query_stride_h, num_queries, NUM_HEADS, HEAD_DIM, BLOCK_D
     )  # fmt: skip
+    # An instruction makes two float16 numbers of two in float8, and several one in bfloat16.
+    FITS_FLOAT16: tl.constexpr = key_ptr.dtype.element_ty == tl.float8e4nv and query.dtype == tl.bfloat16
+    query_scale = scale
+    if FITS_FLOAT16:
+        query, scale = _fit_float16(query, query_scale)
     maximum, normalizer, output = _no_tokens(BLOCK_N, BLOCK_C, BLOCK_D)
-    rest_query, rest_output = query, output  # stand for a second tile where there is none
+    rest_query, rest_output, rest_scale = query, output, scale  # stand for a second tile where there is none
     if REST_H:
         rest_heads, rest_queries = _columns(first_head + BLOCK_H, first_query, BLOCK_T, REST_H)
         rest_query = _load_query(
             query_ptr, rest_queries, rest_heads, query_stride_t, query_stride_h, num_queries, NUM_HEADS, HEAD_DIM, BLOCK_D
         )  # fmt: skip
+        if FITS_FLOAT16:
+            rest_query, rest_scale = _fit_float16(rest_query, query_scale)
         rest_maximum, rest_normalizer, rest_output = _no_tokens(BLOCK_N, BLOCK_T * REST_H, BLOCK_D)
 
     if not PAGE_SIZE:
@@ -526,6 +545,7 @@ def decode_kernel(
     K_RANK: tl.constexpr = KEYS.rank
     V_RANK: tl.constexpr = VALUES.rank
     K_STEP: tl.constexpr = KEYS.step
+    LAG: tl.constexpr = 7.0 if key_ptr.dtype.element_ty == tl.float8e4nv else 8.0
     V_STEP: tl.constexpr = VALUES.step
     for first in tl.range(first_tile, end, BLOCK_N, num_stages=STAGES if LAUNCH.unroll else 1):
         if PAGE_SIZE:
@@ -596,17 +616,17 @@ def decode_kernel(
         above = _above(scores, scale, maximum)
         if REST_H:
             rest_scores = _hide(
-                rest_scores, mask_ptr, rest_queries, rest_heads, tokens, is_row, last_token, window, log2_e / scale,
+                rest_scores, mask_ptr, rest_queries, rest_heads, tokens, is_row, last_token, window, log2_e / rest_scale,
                 mask_stride_h, mask_stride_t, mask_stride_n, MASK,
             )  # fmt: skip
-            above = tl.maximum(above, _above(rest_scores, scale, rest_maximum))
+            above = tl.maximum(above, _above(rest_scores, rest_scale, rest_maximum))
         # The maximum may lag by 2^8 before it is worth a reduction over tokens for each column: a power of 2 changes
-        # no digit, and is undone at the end.
-        if tl.max(above) > 8.0:
+        # no digit, and is undone at the end. By 2^7 for float8: times its largest number, 448, that is still a float16.
+        if tl.max(above) > LAG:
             maximum, normalizer, output = _raise(scores, scale, maximum, normalizer, output)
             if REST_H:
                 rest_maximum, rest_normalizer, rest_output = _raise(
-                    rest_scores, scale, rest_maximum, rest_normalizer, rest_output
+                    rest_scores, rest_scale, rest_maximum, rest_normalizer, rest_output
                 )
         weights = tl.exp2(scores * scale - maximum[None, :])
         # Summed over rows at the end: for a sum here, in a layout of its own, Triton 3.6 computes the exponentials again.
@@ -614,7 +634,7 @@ def decode_kernel(
         weights = weights.to(query.dtype)
         rest_weights = weights
         if REST_H:
-            rest_weights = tl.exp2(rest_scores * scale - rest_maximum[None, :])
+            rest_weights = tl.exp2(rest_scores * rest_scale - rest_maximum[None, :])
             rest_normalizer += rest_weights
             rest_weights = rest_weights.to(query.dtype)
 

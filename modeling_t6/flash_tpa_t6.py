@@ -131,7 +131,8 @@ def choose_launch(
     elif step == 2:  # products of 64 rows or more
         block_n = 64 if itemsize == 2 and bytes_used(64, stages=3) <= 150_000 else 32
     else:
-        block_n = 128 if k_rank + v_rank == 2 and bytes_used(128, stages=3) <= 150_000 else 64
+        is_small = itemsize == 2 or columns <= 32 and block_d <= 64  # 8-bit numbers are converted in registers
+        block_n = 128 if k_rank + v_rank == 2 and is_small and bytes_used(128, stages=3) <= 150_000 else 64
     unroll = unroll and bytes_used(block_n, stages=2) <= shared_memory
     ranks = k_rank + v_rank if unroll else 1
     # A third block in flight, or rather another program: of a wide tile, which few heads may fill, and of 8-bit numbers.

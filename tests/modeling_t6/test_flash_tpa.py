@@ -529,11 +529,11 @@ def test_decoding_step_in_a_cuda_graph():
 
 @pytest.mark.once
 @needs_triton
-@pytest.mark.parametrize("heads", [5, 32, 34])
-def test_fp8_rows_are_read_as_they_are(heads):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [5, 32, 78])
+def test_fp8_rows_are_read_as_they_are(heads, dtype):
     """The kernel on float8 rows gives what it gives on those rows widened: nothing but storage is lost."""
     torch.manual_seed(heads)
-    dtype = torch.float16 if DEVICE == "cpu" else torch.bfloat16
     layout = FactorLayout(2, heads, 64)
     query = torch.randn(2, 1, heads, 64, device=DEVICE, dtype=dtype)
     exact = [torch.randn(2, 1, 100, layout.width, device=DEVICE) for _ in range(2)]
@@ -541,11 +541,52 @@ def test_fp8_rows_are_read_as_they_are(heads):
     output = flash_tpa(query, *rows, 2, 2, 0.125).double()
     factors = [layout.unpack(x.double()) for x in rows]
     expected, _ = factor_space_attention(query.double(), *factors, None, 0.125)
-    assert (output - expected).norm() / expected.norm() < TOLERANCES[torch.bfloat16]
+    assert (output - expected).norm() / expected.norm() < TOLERANCES[dtype]
     # What storage loses: steps of 1/16 to 1/8 of a factor, 2.6% of it at random, in two factors of K and two of V.
     factors = [layout.unpack(x.double()) for x in exact]
     expected, _ = factor_space_attention(query.double(), *factors, None, 0.125)
     assert 0.01 < (output - expected).norm() / expected.norm() < 0.12
+
+
+@pytest.mark.once
+@needs_triton
+@pytest.mark.parametrize("rank,heads", [(1, 5), (2, 32), (2, 78), (3, 5)])
+def test_fp8_rows_of_the_largest_numbers(rank, heads):
+    """
+    Products are of float16 numbers, which queries of bfloat16 need not be: heads of all sizes, A and B of values at the
+    largest and the smallest numbers of float8.
+    """
+    torch.manual_seed(rank)
+    layout, tokens = FactorLayout(rank, heads, 64), 300
+    sizes = torch.tensor([1e28, 1e5, 1.0, 1e-30, 0.0], device=DEVICE)[torch.arange(heads, device=DEVICE) % 5]
+    query = (torch.randn(2, 1, heads, 64, device=DEVICE) * sizes[:, None]).bfloat16()
+    numbers = torch.tensor([448.0, -448.0, 2.0**-9, 1.0, 416.0], device=DEVICE)
+    a, b = (numbers[torch.randint(5, (2, tokens, rank, n), device=DEVICE)] for n in (heads, 64))
+    value_rows = layout.pack(a, b).to(torch.float8_e4m3fn)
+    a = torch.linspace(0.5, 5, tokens, device=DEVICE)[None, :, None, None].expand(2, tokens, rank, heads)
+    b = torch.randn(2, 1, rank, 64, device=DEVICE).expand(2, tokens, rank, 64)
+    key_rows = layout.pack(a, b).to(torch.float8_e4m3fn)
+    output = flash_tpa(query, key_rows, value_rows, rank, rank, 0.125).double()
+    factors = [layout.unpack(x.double()) for x in (key_rows, value_rows)]
+    expected, _ = factor_space_attention(query.double(), *factors, None, 0.125)
+    error = (output - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max() < TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.once
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_above_the_running_maximum_times_the_largest_number_of_fp8(dtype, monkeypatch):
+    """After a block of tokens, exponentials of scores are 2^7.8 times as large, which times 448 is no float16."""
+    monkeypatch.setattr(flash_tpa_t6, "choose_splits", lambda *args: 1)
+    key_rows, value_rows = torch.zeros(1, 1, 300, 80, device=DEVICE), torch.ones(1, 1, 300, 80, device=DEVICE)
+    key_rows[..., 0], key_rows[:, :, 200:, 64:], value_rows[..., 64:] = 1, 1, 448  # B, A, A
+    query = torch.zeros(1, 1, 16, 64, device=DEVICE, dtype=dtype)
+    query[..., 0] = 43.25  # 7.8 / (0.125 * log2(e))
+    rows = [x.to(torch.float8_e4m3fn) for x in (key_rows, value_rows)]
+    output = flash_tpa(query, *rows, 1, 1, 0.125)
+    expected = torch.full_like(output, 448.0)
+    torch.testing.assert_close(output, expected, rtol=5e-3, atol=0)
 
 
 @torch.no_grad()

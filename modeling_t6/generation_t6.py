@@ -147,9 +147,8 @@ class T6GenerationMixin(GenerationMixin):
             )
         if generation_config.use_cache is False:
             raise ValueError(f"`cache_dtype`={dtype} needs a cache, and `use_cache` is False.")
-        if generation_config.cache_implementation in ("quantized", "paged"):
+        if generation_config.cache_implementation == "quantized":
             raise ValueError(
-                f"`cache_dtype`={dtype} is for dynamic and static caches, offloaded or not, got `cache_implementation`="
-                f"{generation_config.cache_implementation!r}."
+                f"`cache_dtype`={dtype} is for dynamic and static caches, got `cache_implementation`='quantized'."
             )
         return stored_dtype

@@ -27,7 +27,7 @@ from .score import score_samples
 from .tasks import Sample, make_samples
 
 
-NAMES = {"8": " in 8 bits", "4": " in 4 bits", "float8_e4m3fn": " in float8", "model": ""}
+NAMES = {"8": " in 8 bits", "4": " in 4 bits", "float8_e4m3fn": " in float8", "int4": " in int4", "model": ""}
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, torch.dtype]:
@@ -115,12 +115,21 @@ def measure_windows(
 def bytes_per_token(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> float:
     """Bytes of a `kind` of cache for each token, of a model whose numbers are `dtype` when it is used."""
     cache = make_cache(model, kind)
-    itemsize = model.dtype.itemsize if kind == "float8_e4m3fn" else dtype.itemsize
+    itemsize = dtype.itemsize if kind == "model" else model.dtype.itemsize
     size = cache_bytes_per_token(model, cache, itemsize)
     if isinstance(cache, RoundedCache):
         batch, length = cache.layers[0].keys.shape[0], cache.layers[0].keys.shape[2]
         return sum(layer.packed_nbytes for layer in cache.layers) / (batch * length)
     return size
+
+
+def refuse_caches(folder: Path, model: PreTrainedModel, kinds: list[str]) -> None:
+    """Raises a `ConversionError` if a T6 has no such cache."""
+    for kind in kinds if isinstance(model, T6ForCausalLM) else ():
+        try:
+            make_cache(model, kind)
+        except ValueError as error:
+            raise ConversionError(f"--cache-dtypes {kind}: {folder}: {error}") from error
 
 
 def window_ids(
@@ -163,6 +172,8 @@ def evaluate(args: argparse.Namespace) -> None:
     samples = all_samples(language, args.tasks, lengths, args.samples, args.seed)
     windows = window_ids(language, tokenizer, text, lengths[-1], args)
 
+    for folder, (model, _) in zip(folders, models):
+        refuse_caches(folder, model, args.cache_dtypes)
     rows = []
     for folder, (model, stored) in zip(folders, models):
         name = folder.resolve().name

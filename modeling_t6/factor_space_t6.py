@@ -24,6 +24,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .factors_t6 import Factors, without_autocast
+from .quantized_rows_t6 import QuantizedFactors, rotate_features
 
 
 # With this many query tokens or fewer, attention over the cache costs less in factor space than forming K and V.
@@ -51,6 +52,10 @@ def factor_space_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[`factor_space_attention`] over the factors of a cache; probabilities where the eager implementation is asked for."""
     query = module.queries(factors).to(factors.dtype)
+    output_attentions = implementation == "eager"
+    if factors.key_rows.dtype == torch.uint8:
+        with without_autocast(query.device):
+            return _attend_to_quantized_rows(module, factors, query, attention_mask, scaling, output_attentions)
     a_k, b_k, a_v, b_v = module.unpack(factors, factors.key_rows, factors.value_rows)
     with without_autocast(query.device):
         return factor_space_attention(
@@ -59,10 +64,37 @@ def factor_space_attention_forward(
             (a_v, b_v),
             attention_mask,
             scaling=scaling,
-            output_attentions=implementation == "eager",
+            output_attentions=output_attentions,
             key_features=functools.partial(module.features, rotation=factors.key_rotation),
             value_features=module.features,
         )
+
+
+def _attend_to_quantized_rows(
+    module: nn.Module,
+    factors: Factors,
+    query: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    output_attentions: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """B stays rotated: the query is rotated before, the output after, and a chunk of rows at a time becomes numbers."""
+    keys = QuantizedFactors(module.key_layout.quantized, factors.key_rows, factors.dtype)
+    values = QuantizedFactors(module.value_layout.quantized, factors.value_rows, factors.dtype)
+    constant_a = module.config.noncontextual_a
+    output, probabilities = factor_space_attention(
+        rotate_features(query),
+        (factors.a_k if constant_a else keys.a, keys.b),
+        (factors.a_v if constant_a else values.a, values.b),
+        attention_mask,
+        scaling,
+        output_attentions,
+        keys.features,
+        values.features,
+        keys.heads,
+        values.heads,
+    )
+    return rotate_features(output), probabilities
 
 
 def factor_space_attention(
@@ -74,6 +106,8 @@ def factor_space_attention(
     output_attentions: bool = False,
     key_features: Callable[[torch.Tensor, slice], torch.Tensor] = lambda b, rows: b,
     value_features: Callable[[torch.Tensor, slice], torch.Tensor] = lambda b, rows: b,
+    key_heads: Callable[[torch.Tensor, slice], torch.Tensor] = lambda a, rows: a,
+    value_heads: Callable[[torch.Tensor, slice], torch.Tensor] = lambda a, rows: a,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     softmax(Q K^T * scaling) V without K and V: a head's score with a token is Q_i . B_K[s] weighted by A_K[s, i],
@@ -96,6 +130,7 @@ def factor_space_attention(
         key_features, value_features: what makes B_K and B_V [batch or 1, rows, R, d] of the given B factors of these
             rows, where they are not yet those (constants get all of themselves). By default nothing. Called for one
             chunk at a time, so that no B is formed for the whole cache.
+        key_heads, value_heads: likewise what makes A_K and A_V of the given A factors of these rows; not called for constants.
 
     Returns:
         Output [batch, query_length, h, d], and probabilities [batch, h, query_length, key_length] or `None`.
@@ -133,7 +168,7 @@ def factor_space_attention(
         if constant_a:
             torch.bmm(b_k.flatten(2), flat_query, out=scores.flatten(2))
         else:
-            a_k, a_v = all_a_k[:, chunk], all_a_v[:, chunk]
+            a_k, a_v = key_heads(all_a_k[:, chunk], chunk), value_heads(all_a_v[:, chunk], chunk)
             torch.bmm(b_k[:, :, 0], flat_query, out=scores.flatten(2))
             scores.mul_(a_k[:, :, 0, None])
             for rank in range(1, k_rank):

@@ -255,8 +255,8 @@ class TensorProductFactors(FactorProjections):
         a_k, b_k, a_v, b_v = factors.a_k, factors.b_k, factors.a_v, factors.b_v
         if key_rows is None:
             return a_k, b_k, a_v, b_v
-        cached_a_k, cached_b_k = self.key_layout.unpack(key_rows.to(factors.dtype))
-        cached_a_v, cached_b_v = self.value_layout.unpack(value_rows.to(factors.dtype))
+        cached_a_k, cached_b_k = self.key_layout.read(key_rows, factors.dtype)
+        cached_a_v, cached_b_v = self.value_layout.read(value_rows, factors.dtype)
         if not self.config.noncontextual_a:
             a_k, a_v = cached_a_k, cached_a_v
         if not self.config.noncontextual_b:

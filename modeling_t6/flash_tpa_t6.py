@@ -391,19 +391,21 @@ def flash_tpa_attention_forward(
 
 def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor, cache: Cache | None) -> bool:
     """
-    Whether the kernels run: few query tokens over a cache, no gradient, Triton and an NVIDIA GPU from Ampere on (for a
-    cache of float8 from Ada on), and no variant whose cached B factors are not yet those that K and V are made of. There
-    they are what `attn_implementation="sdpa"`, Transformers' default, decodes with; `"flash_tpa"` asks for them by name.
-    Depends on nothing that changes from one decoded token to the next.
+    Whether the kernels run: few query tokens over a cache that is not one of 4 bits, no gradient, Triton and an NVIDIA GPU
+    from Ampere on (for a cache of float8 from Ada on), and no variant whose cached B factors are not yet those that K and V
+    are made of. There they are what `attn_implementation="sdpa"`, Transformers' default, decodes with; `"flash_tpa"` asks for
+    them by name. Depends on nothing that changes from one decoded token to the next.
     """
     implementations = ("flash_tpa", "sdpa") if hidden_states.is_cuda else ("flash_tpa",)
     if triton is None or cache is None or config._attn_implementation not in implementations:
         return False
     if config.rotates_on_read or config.c_factor_dim is not None:
         return False
+    stored_dtypes = [getattr(layer, "stored_dtype", None) for layer in getattr(cache, "layers", ())]
+    if torch.uint8 in stored_dtypes:
+        return False
     if hidden_states.is_cuda:
-        is_float8 = any(getattr(layer, "stored_dtype", None) is not None for layer in getattr(cache, "layers", ()))
-        runs = is_supported(hidden_states.device, is_float8)
+        runs = is_supported(hidden_states.device, torch.float8_e4m3fn in stored_dtypes)
     else:
         runs = IS_INTERPRETED
     return (

@@ -78,8 +78,10 @@ class T6Config(PreTrainedConfig):
         attention_bias (`bool`, defaults to `False`): Whether the attention projections have biases.
         attention_out_bias (`bool`, *optional*): Whether `o_proj` has one; `attention_bias` if `None`.
         mlp_bias (`bool`, defaults to `False`): Whether the projections of the MLP have biases.
-        qk_norm (`bool`, defaults to `False`):
-            Whether RMS norms of size d act on every head of the queries and on every row of B_K before RoPE, as in Qwen3.
+        qk_norm (`bool` or `str`, defaults to `False`):
+            Whether RMS norms of size d act on every head of the queries before RoPE, and on which part of the keys: with
+            `True` on every row of B_K, as in a Qwen3 that is converted; with `"heads"` on every head that A_K and B_K form,
+            as in a Qwen3 that is trained as T6 (see `T6KeyHeadRMSNorm`).
         head_norm (`bool`, defaults to `False`):
             Whether an RMS norm (epsilon 1e-5) of size d acts on every head's output before `o_proj` ("groupnorm" in the
             research code).
@@ -137,7 +139,7 @@ class T6Config(PreTrainedConfig):
     attention_out_bias: bool | None = None
     attention_dropout: int | float = 0.0
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     head_norm: bool = False
     output_gate: bool = False
     sliding_window: int | None = None
@@ -339,6 +341,15 @@ class T6Config(PreTrainedConfig):
         if self.c_factor_dim is not None and (self.c_factor_dim < 1 or self.head_dim % self.c_factor_dim):
             raise ValueError(
                 f"`c_factor_dim` must be a divisor of `head_dim`={self.head_dim}, or None, got {self.c_factor_dim}."
+            )
+        if self.qk_norm not in (False, True, "heads"):
+            raise ValueError(
+                f"`qk_norm` must be False, True (of rows of B_K) or 'heads' (of formed keys), got {self.qk_norm!r}."
+            )
+        if self.qk_norm == "heads" and self.noncontextual_a:
+            raise ValueError(
+                "`qk_norm`='heads' and `noncontextual_a` exclude each other: it would make a constant A_K one of the token. "
+                "With `qk_norm`=True, rows of B_K are normalised, which is the same where each head has one of them."
             )
         if self.shared_b and any(len(set(self.ranks(i))) > 1 for i in range(self.num_hidden_layers)):
             raise ValueError(

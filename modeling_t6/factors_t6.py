@@ -44,6 +44,28 @@ class T6RMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+class T6KeyHeadRMSNorm(T6RMSNorm):
+    """
+    The RMS norm of the keys' heads K = (1 / R) A^T B before RoPE, in their factors: that the heads are of size
+    sqrt(mean_d K^2 + eps) is one number a token and head, which divides A, and the weight [d] multiplies B. RoPE may then
+    rotate B, and what A and B form is the normed key, exactly.
+    """
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        A [batch, seq, R, h] and B [batch, seq, R, d], or constant [R, d], before RoPE, to those of the normed heads. The
+        heads are not formed: the mean of their squares is A^T (B B^T) A, of R x R products of rows of B.
+        """
+        rank, head_dim = b.shape[-2:]
+        with without_autocast(a.device):
+            wide_a, wide_b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+            products = torch.matmul(wide_b, wide_b.transpose(-1, -2))
+            variance = (wide_a * torch.matmul(products, wide_a)).sum(-2, keepdim=True) / (rank**2 * head_dim)
+            # What is left of a head whose terms cancel may be below zero.
+            wide_a = wide_a * torch.rsqrt(variance.clamp(min=0) + self.variance_epsilon)
+        return wide_a.to(a.dtype), self.weight * b
+
+
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
     """Rotates half the hidden dims of the input."""
     x1 = x[..., : x.shape[-1] // 2]
@@ -164,7 +186,8 @@ class TensorProductFactors(FactorProjections):
         """Called when the other layers are made: the order of parameters is that of optimizers' saved states."""
         if self.config.qk_norm:
             self.q_norm = T6RMSNorm(self.head_dim, eps=self.config.rms_norm_eps)
-            self.k_norm = T6RMSNorm(self.head_dim, eps=self.config.rms_norm_eps)
+            key_norm = T6KeyHeadRMSNorm if self.config.qk_norm == "heads" else T6RMSNorm
+            self.k_norm = key_norm(self.head_dim, eps=self.config.rms_norm_eps)
 
     def _factor_proj(self, n1: int, n2: int) -> nn.Linear:
         """The projection to a factor [n1, n2], initialised as Xavier's of the weight viewed as [hidden, n1, n2]."""
@@ -208,7 +231,9 @@ class TensorProductFactors(FactorProjections):
             a_q, b_q = self._head_factors("q", projected), self._feature_factors("q", projected)
         a_k, a_v = self._head_factors("k", projected), self._head_factors("v", projected)
         b_k = self._feature_factors("k", projected)
-        if self.config.qk_norm:
+        if self.config.qk_norm == "heads":
+            a_k, b_k = self.k_norm(a_k, b_k)
+        elif self.config.qk_norm:
             b_k = self.k_norm(b_k)
         b_v = b_k if self.config.shared_b else self._feature_factors("v", projected)
         key_rotation = None

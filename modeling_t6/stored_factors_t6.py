@@ -103,6 +103,7 @@ def _is_fusible(module: nn.Module, hidden_states: torch.Tensor) -> bool:
     device, norms = hidden_states.device, [module.q_norm, module.k_norm] if module.config.qk_norm else []
     return (
         FUSED
+        and module.config.qk_norm != "heads"
         and activates_heads(module.config)
         and not torch.is_autocast_enabled(device.type)
         and all(norm.weight.device == device for norm in norms)  # else its weights come when it is called

@@ -27,6 +27,15 @@ VARIANTS = {
     "noncontextual-a-kvonly": {"noncontextual_a": True, "q_rank": None, "k_rank": 3, "v_rank": [1, 5]},
     "qk-norm": {"qk_norm": True},
     "qk-norm-noncontextual-a": {"qk_norm": True, "noncontextual_a": True, "q_rank": None},
+    "qk-norm-heads": {"qk_norm": "heads"},
+    "qk-norm-heads-rank1-kvonly": {"qk_norm": "heads", "k_rank": 1, "q_rank": None},
+    "qk-norm-heads-softmax-partial": {
+        "qk_norm": "heads",
+        "head_factor_act": "softmax",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    },
+    "qk-norm-heads-noncontextual-b": {"qk_norm": "heads", "noncontextual_b": True, "k_rank": [3, 1]},
+    "qk-norm-heads-shared-b": {"qk_norm": "heads", "shared_b": True, "v_rank": 2},
     "head-norm": {"head_norm": True},
     "sliding": {"sliding_window": 3},
     "sliding-and-full": {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
@@ -87,6 +96,7 @@ def reference(model: T6ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
         theta=config.rope_parameters["rope_theta"],
         eps=config.rms_norm_eps,
         head_factor_act=config.head_factor_act,
+        norms_key_heads=config.qk_norm == "heads",
         windows=[config.sliding_window if t == "sliding_attention" else None for t in config.layer_types or []]
         or None,
     )

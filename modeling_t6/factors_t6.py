@@ -44,26 +44,32 @@ class T6RMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+def norm_key_heads(
+    a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The RMS norm of the keys' heads K = (1 / R) A^T B before RoPE, in their factors. The size of a head,
+    sqrt(mean_d K^2 + eps), is one number a token and head, which divides A, and the weight [d] multiplies B. RoPE may then
+    rotate B: what both form is the normed key, exactly.
+
+    A is [batch, seq, R, h], B [batch, seq, R, d], or constant [R, d]. The heads are not formed: the mean of their squares is
+    A^T (B B^T) A, of R x R products of rows of B.
+    """
+    rank, head_dim = b.shape[-2:]
+    with without_autocast(a.device):
+        wide_a, wide_b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+        products = torch.matmul(wide_b, wide_b.transpose(-1, -2))
+        variance = (wide_a * torch.matmul(products, wide_a)).sum(-2, keepdim=True) / (rank**2 * head_dim)
+        # What is left of a head whose terms cancel may be below zero.
+        wide_a = wide_a * torch.rsqrt(variance.clamp(min=0) + eps)
+    return wide_a.to(a.dtype), weight * b
+
+
 class T6KeyHeadRMSNorm(T6RMSNorm):
-    """
-    The RMS norm of the keys' heads K = (1 / R) A^T B before RoPE, in their factors: that the heads are of size
-    sqrt(mean_d K^2 + eps) is one number a token and head, which divides A, and the weight [d] multiplies B. RoPE may then
-    rotate B, and what A and B form is the normed key, exactly.
-    """
+    """[`norm_key_heads`] as a layer, of A and B before RoPE."""
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        A [batch, seq, R, h] and B [batch, seq, R, d], or constant [R, d], before RoPE, to those of the normed heads. The
-        heads are not formed: the mean of their squares is A^T (B B^T) A, of R x R products of rows of B.
-        """
-        rank, head_dim = b.shape[-2:]
-        with without_autocast(a.device):
-            wide_a, wide_b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-            products = torch.matmul(wide_b, wide_b.transpose(-1, -2))
-            variance = (wide_a * torch.matmul(products, wide_a)).sum(-2, keepdim=True) / (rank**2 * head_dim)
-            # What is left of a head whose terms cancel may be below zero.
-            wide_a = wide_a * torch.rsqrt(variance.clamp(min=0) + self.variance_epsilon)
-        return wide_a.to(a.dtype), self.weight * b
+        return norm_key_heads(a, b, self.weight, self.variance_epsilon)
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:

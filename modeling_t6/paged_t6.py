@@ -141,7 +141,7 @@ def attends_on_pages(config: PreTrainedConfig, device: torch.device, dtype: torc
     implementation = config._attn_implementation.removeprefix("paged|")
     if triton is None or config.rotates_on_read or config.c_factor_dim is not None:
         return False
-    if config.qk_norm == "heads" or not activates_heads(config):
+    if not activates_heads(config):
         return False
     if device.type == "cuda":
         runs = implementation != "eager" and is_supported(device, False)

@@ -32,8 +32,6 @@ def refuse_unserved_variants(config: T6Config, vllm_config: VllmConfig) -> None:
                 f"vLLM cannot serve a T6 model with `{field}`={getattr(config, field)!r}: there is no kernel on pages for "
                 "it. Transformers' engine serves it (`t6-serve`)."
             )
-    if config.qk_norm == "heads":
-        raise ValueError("vLLM cannot serve a T6 model with `qk_norm`='heads': there is no kernel on pages for it.")
     try:
         get_act_and_mul_fn(config.hidden_act)
     except ValueError as error:

@@ -33,6 +33,7 @@ VARIANTS = {
     "head norm": {"head_norm": True},
     "output gate": {"output_gate": True},
     "partial RoPE": {"rope_parameters": HALF_ROPE},
+    "QK norm of heads": {"qk_norm": "heads"},
 }
 # Numbers per token and layer, from the paper: h heads of size d, ranks k and v, third factors of size c.
 CACHED = {
@@ -78,6 +79,7 @@ def test_float64_reference(variant):
     expected = t6_logits(
         weights, ids.tolist(), num_layers=2, h=5, d=16, rotary_dim=config.rotary_dim,
         theta=config.rope_parameters["rope_theta"], head_factor_act=config.head_factor_act,
+        norms_key_heads=config.qk_norm == "heads",
     )  # fmt: skip
     assert expected.std() > 0.1
     logits = model(ids[None], use_cache=False).logits[0]
@@ -389,7 +391,7 @@ def random_fields(seed: int) -> dict:
         "shared_b": shared_b,
         "c_factor_dim": rng.choice([1, 2, 4]) if has_c else None,
         "head_factor_act": None if a == "constant" else rng.choice([None, "sigmoid", "softmax"]),
-        "qk_norm": not has_c and rng.random() < 0.3,
+        "qk_norm": not has_c and rng.random() < 0.3 and (True if a == "constant" else rng.choice([True, "heads"])),
         "head_norm": rng.random() < 0.3,
         "output_gate": rng.random() < 0.3,
         "attention_bias": rng.random() < 0.3,
@@ -476,6 +478,8 @@ EXCLUDED = {
     "`head_dim` / `c_factor_dim`": {"c_factor_dim": 16},
     "c_factor_dim` and `noncontextual_b": {"c_factor_dim": 4, "noncontextual_b": True},
     "c_factor_dim` and `qk_norm": {"c_factor_dim": 4, "qk_norm": True},
+    "qk_norm` must be False, True": {"qk_norm": "rows"},
+    "qk_norm`='heads' and `noncontextual_a": {"qk_norm": "heads", "noncontextual_a": True},
 }
 
 

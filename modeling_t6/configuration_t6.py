@@ -59,6 +59,9 @@ class T6Config(PreTrainedConfig):
         intermediate_size (`int`, *optional*): Inner size of the SwiGLU; `floor(8 / 3 * hidden_size)` if `None`.
         num_hidden_layers (`int`, defaults to 12): Number of blocks.
         num_attention_heads (`int`, defaults to 34): Number of attention heads (h).
+        num_key_value_heads (`int`, *optional*):
+            Number of heads of keys and values (h_kv), `num_attention_heads` if `None`. With fewer, A_K and A_V are
+            [R, h_kv], and the query heads of a group share a key and a value head, as in GQA.
         head_dim (`int`, defaults to 64): Size of a head (d), independent of `hidden_size`.
         q_rank (`int`, *optional*, defaults to 6):
             Rank of the queries (R_Q). `None` is TPA-KVonly: the queries come from one ordinary projection.
@@ -116,6 +119,7 @@ class T6Config(PreTrainedConfig):
     intermediate_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 34
+    num_key_value_heads: int | None = None
     head_dim: int = 64
     q_rank: int | None = 6
     k_rank: int | list[int] = 2
@@ -148,6 +152,8 @@ class T6Config(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None and isinstance(self.hidden_size, int):
             self.intermediate_size = 8 * self.hidden_size // 3
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
         if self.layer_types is None and isinstance(self.num_hidden_layers, int):
@@ -171,11 +177,21 @@ class T6Config(PreTrainedConfig):
         is_change = "layer_types" in self.__dict__  # the last field, and all have been set before
         if is_change and name == "sliding_window":
             self._validate_window(value)
+        has_groups = is_change and self.num_key_value_heads != self.num_attention_heads
         super().__setattr__(name, value)
-        if is_change and name == "sliding_window":
+        if is_change and name == "num_attention_heads" and not has_groups:
+            self.num_key_value_heads = value
+        elif is_change and name == "sliding_window":
             self._layers_follow_window()
         elif is_change and name == "layer_types" and value is None and self.sliding_window is not None:
             self._layers_follow_window()  # as if there had never been any
+
+    def to_dict(self) -> dict:
+        """Without groups, `num_attention_heads` alone says how many heads there are: it may be given anew at load."""
+        output = super().to_dict()
+        if output["num_key_value_heads"] == output["num_attention_heads"]:
+            del output["num_key_value_heads"]
+        return output
 
     def _layers_follow_window(self):
         """Layers that are not of types of their own slide if there is a window."""
@@ -205,20 +221,34 @@ class T6Config(PreTrainedConfig):
         return plan if self.noncontextual_a or self.head_factor_act == "softmax" else self.heads_tp_plan | plan
 
     @property
-    def num_key_value_heads(self) -> int:
-        """Number of heads of the keys and values that the factors form: all of them."""
-        return self.num_attention_heads
+    def num_key_value_groups(self) -> int:
+        """Number of heads of queries that share a head of keys and one of values."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide `num_attention_heads`={self.num_attention_heads}, got "
+                f"{self.num_key_value_heads}."
+            )
+        return self.num_attention_heads // self.num_key_value_heads
 
     @property
     def num_local_heads(self) -> int:
         """Number of heads in this process: with tensor parallelism its share, else all."""
+        return self._local_share("num_attention_heads")
+
+    @property
+    def num_local_key_value_heads(self) -> int:
+        """Number of heads of keys and values in this process."""
+        return self._local_share("num_key_value_heads")
+
+    def _local_share(self, field: str) -> int:
+        number = getattr(self, field)
         num_processes = getattr(getattr(self, "distributed_config", None), "tp_size", None) or 1
-        if self.num_attention_heads % num_processes:
+        if number % num_processes:
             raise ValueError(
-                f"Tensor parallelism shares out whole heads: `num_attention_heads`={self.num_attention_heads} must be a "
-                f"multiple of the number of processes, got {num_processes}."
+                f"Tensor parallelism shares out whole heads: `{field}`={number} must be a multiple of the number of "
+                f"processes, got {num_processes}."
             )
-        return self.num_attention_heads // num_processes
+        return number // num_processes
 
     def ranks(self, layer_idx: int) -> tuple[int, int]:
         """R_K and R_V of a layer."""
@@ -251,11 +281,13 @@ class T6Config(PreTrainedConfig):
             "intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
+            "num_key_value_heads",
             "head_dim",
             "max_position_embeddings",
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be a positive integer, got {getattr(self, field)}.")
+        _ = self.num_key_value_groups  # which are whole
         if self.num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:

@@ -129,7 +129,7 @@ class Factors:
     Attributes:
         a_q, b_q: A_Q [batch, seq, R_Q, h] and B_Q [batch, seq, R_Q, d] before RoPE. Queries that have no factors
             (TPA-KVonly) are `b_q` themselves [batch, seq, h, d], and `a_q` is `None`.
-        a_k, a_v: A_K and A_V [batch, key_length, R, h]; constants are [R, h].
+        a_k, a_v: A_K and A_V [batch, key_length, R, h_kv]; constants are [R, h_kv].
         b_k, b_v: B_K and B_V [batch, key_length, R, d] as they are cached; constants are [R, d], third-order factors
             have b and c side by side [..., d_b + d_c]. `TensorProductFactors.features` makes them what heads are made of.
         dtype: of the embeddings, as `query_rotation` has it. Under autocast factors, and the hidden states of later layers,
@@ -170,15 +170,17 @@ class TensorProductFactors(FactorProjections):
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
         self.head_mesh = None  # with tensor parallelism, the processes that share the heads
 
-        num_heads = config.num_attention_heads
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         # The outputs of an A projection are head-major, [h, R]; those of a B projection rank-major, [R, d].
         if self.q_rank is None:
             self.q_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=config.attention_bias)
-        for name, rank in (("q", self.q_rank), ("k", self.k_rank), ("v", self.v_rank)):
+        for name, rank, heads in (
+            ("q", self.q_rank, num_heads), ("k", self.k_rank, num_kv_heads), ("v", self.v_rank, num_kv_heads)
+        ):  # fmt: skip
             if rank is not None and config.noncontextual_a:
-                setattr(self, f"{name}_a", nn.Parameter(torch.empty(rank, num_heads)))
+                setattr(self, f"{name}_a", nn.Parameter(torch.empty(rank, heads)))
             elif rank is not None:
-                setattr(self, f"{name}_a_proj", self._factor_proj(num_heads, rank))
+                setattr(self, f"{name}_a_proj", self._factor_proj(heads, rank))
             if rank is None or (name == "v" and config.shared_b):
                 continue
             if config.noncontextual_b:
@@ -203,7 +205,7 @@ class TensorProductFactors(FactorProjections):
         return proj
 
     def _head_factors(self, name: str, projected: dict[str, torch.Tensor]) -> torch.Tensor:
-        """A_Q, A_K or A_V of the tokens [batch, seq, R, h], or constant [R, h]."""
+        """A_Q [batch, seq, R, h], A_K or A_V [batch, seq, R, h_kv] of the tokens, or constant [R, h or h_kv]."""
         if self.config.noncontextual_a:
             return getattr(self, f"{name}_a")
         a = projected[f"{name}_a_proj"]

@@ -401,6 +401,8 @@ def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor,
         return False
     if config.rotates_on_read or config.c_factor_dim is not None:
         return False
+    if config.num_key_value_groups > 1:
+        return False
     if hidden_states.is_cuda:
         is_float8 = any(getattr(layer, "stored_dtype", None) is not None for layer in getattr(cache, "layers", ()))
         runs = is_supported(hidden_states.device, is_float8)

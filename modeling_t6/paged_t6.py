@@ -139,6 +139,8 @@ def attends_on_pages(config: PreTrainedConfig, device: torch.device, dtype: torc
     caches. On a GPU not where the implementation is `"eager"`, elsewhere where `"flash_tpa"` is asked for by name.
     """
     implementation = config._attn_implementation.removeprefix("paged|")
+    if config.num_key_value_groups > 1:
+        return False
     if triton is None or config.rotates_on_read or config.c_factor_dim is not None:
         return False
     if not activates_heads(config):
@@ -493,7 +495,8 @@ def paged_attention_forward(
         key = form_heads(a_k, key_features(b_k)).transpose(1, 2)
         value = form_heads(a_v, module.features(b_v)).transpose(1, 2)
         attended = nn.functional.scaled_dot_product_attention(
-            group.transpose(1, 2), key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )
+            group.transpose(1, 2), key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
+            enable_gqa=module.num_key_value_groups > 1,
+        )  # fmt: skip
         output[queries] = attended.transpose(1, 2)
     return output, None

@@ -34,6 +34,7 @@ VARIANTS = {
     "output gate": {"output_gate": True},
     "partial RoPE": {"rope_parameters": HALF_ROPE},
     "QK norm of heads": {"qk_norm": "heads"},
+    "grouped heads": {"num_attention_heads": 6, "num_key_value_heads": 2},
 }
 # Numbers per token and layer, from the paper: h heads of size d, ranks k and v, third factors of size c.
 CACHED = {
@@ -42,7 +43,7 @@ CACHED = {
     "shared B": lambda h, d, k, v: 2 * k * h + k * d,
     "third order": lambda h, d, k, v: (k + v) * (h + d // 4 + 4),
 }
-KERNEL = set(VARIANTS) - {"non-contextual B", "shared B", "third order"}
+KERNEL = set(VARIANTS) - {"non-contextual B", "shared B", "third order", "grouped heads"}
 DOCS = Path(__file__).parents[2] / "docs" / "variants.md"
 
 # With the oldest Transformers, one for each kind of row that its caches hold: A and B, B alone, and B that is rotated on
@@ -52,7 +53,12 @@ rotated_on_read = pytest.mark.parametrize("variant", ["non-contextual B", "share
 
 
 def config_of(variant: str, **overrides):
-    return tiny_config(**VARIANTS[variant] | overrides)
+    """With another number of heads, grouped heads have as many of keys and values, for twice as many of queries."""
+    fields = VARIANTS[variant] | overrides
+    if "num_key_value_heads" in fields and "num_attention_heads" in overrides:
+        heads = overrides["num_attention_heads"]
+        fields |= {"num_attention_heads": 2 * heads, "num_key_value_heads": heads}
+    return tiny_config(**fields)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +83,8 @@ def test_float64_reference(variant):
     weights = dict(model.named_parameters())
     config = model.config
     expected = t6_logits(
-        weights, ids.tolist(), num_layers=2, h=5, d=16, rotary_dim=config.rotary_dim,
+        weights, ids.tolist(), num_layers=2, h=config.num_attention_heads, d=16,
+        h_kv=config.num_key_value_heads, rotary_dim=config.rotary_dim,
         theta=config.rope_parameters["rope_theta"], head_factor_act=config.head_factor_act,
         norms_key_heads=config.qk_norm == "heads",
     )  # fmt: skip
@@ -307,7 +314,7 @@ def test_decoding_forms_no_keys_or_values(variant, query_length):
         cache.crop(-1)  # the storage has grown: what follows is not the growth
         with LargestResult() as largest:
             model(ids[:, :query_length], cache=cache)
-    heads = 2 * 300 * 24 * 16
+    heads = 2 * 300 * config.num_attention_heads * 16  # of grouped heads, twice as many as K has
     assert largest.numel < heads / 2
 
 
@@ -401,6 +408,8 @@ def random_fields(seed: int) -> dict:
         fields["rope_parameters"] = HALF_ROPE
     if rng.random() < 0.5:
         fields |= {"sliding_window": 3, "layer_types": rng.sample(["full_attention", "sliding_attention"], 2)}
+    heads = fields["num_attention_heads"]
+    fields["num_key_value_heads"] = rng.choice([None, *(n for n in range(1, heads) if heads % n == 0)])
     return fields
 
 

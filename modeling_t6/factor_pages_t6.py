@@ -137,7 +137,7 @@ def store_factors(
     Args:
         a_q: [tokens, h, R_Q] as it is projected, a constant [R_Q, h], or `None` for queries without factors.
         b_q: [tokens, R_Q, d] before RoPE, or the queries [tokens, h, d].
-        a_k, a_v: [tokens, h, R_K] and [tokens, h, R_V] as they are projected; `None` where they are constants, and rows
+        a_k, a_v: [tokens, h_kv, R_K] and [tokens, h_kv, R_V] as they are projected; `None` where they are constants, and rows
             hold B alone.
         b_k, b_v: [tokens, R_K, d] and [tokens, R_V, d]. All six may be views of one product, with any stride between
             tokens; numbers of one token are contiguous.
@@ -205,8 +205,8 @@ def form_heads_from_pages(
 
     Args:
         slots: int64 [rows], as of [`slots_of_rows`]. Where one is negative, a row is left as it is.
-        key, value: workspace [rows or more, h, d], where a token's numbers are contiguous.
-        key_a, value_a: constant factors [R_K, h] and [R_V, h]; of both as `select_ranks` has them, the workspace has the
+        key, value: workspace [rows or more, h_kv, d], where a token's numbers are contiguous.
+        key_a, value_a: constant factors [R_K, h_kv] and [R_V, h_kv]; of both as `select_ranks` has them, the workspace has the
             G key/value heads [room, G, d].
     """
     key_pages, value_pages = _as_numbers(key_pages), _as_numbers(value_pages)

@@ -139,8 +139,6 @@ def attends_on_pages(config: PreTrainedConfig, device: torch.device, dtype: torc
     caches. On a GPU not where the implementation is `"eager"`, elsewhere where `"flash_tpa"` is asked for by name.
     """
     implementation = config._attn_implementation.removeprefix("paged|")
-    if config.num_key_value_groups > 1:
-        return False
     if triton is None or config.rotates_on_read or config.c_factor_dim is not None:
         return False
     if not activates_heads(config):
@@ -304,6 +302,7 @@ class PagedFactors:
             self.pages.rows[0].dtype,
             device,
             config.noncontextual_a,
+            groups=config.num_key_value_groups,
         )
         pieces = schedule_pieces(lengths, query_starts, pieces)
         return DecodingRequests(queries, block_table, lengths, query_starts, pieces)
@@ -476,6 +475,7 @@ def paged_attention_forward(
             key_a=key_a,
             value_a=value_a,
             output=output[0, at] if isinstance(at, slice) else None,
+            groups=module.num_key_value_groups,
         )
         if not isinstance(at, slice):
             output[0, at] = attended

@@ -71,6 +71,16 @@ VARIANTS = {
     "constant-a, kvonly": {"constant_a": True, "q_rank": None, "k_rank": 4, "v_rank": 4, "heads": 8},
     "partial, float8": {"partial": 0.25, "float8": True, "head_dim": 80},
     "many ranks": {"q_rank": 16, "k_rank": 16, "v_rank": 13, "head_dim": 24},
+    "grouped": {"heads": 12, "groups": 3, "activation": "softmax"},
+    "grouped, rotated rows, qk-norm of heads": {"heads": 34, "groups": 2, "qk_norm": "heads", "dtype": torch.bfloat16},
+    "grouped, constant-a, kvonly": {
+        "constant_a": True,
+        "q_rank": None,
+        "k_rank": 4,
+        "v_rank": 4,
+        "heads": 16,
+        "groups": 2,
+    },
     "odd head_dim": {"head_dim": 18, "heads": 3},
     "many requests": {"requests": 130, "tokens": 2},
 }

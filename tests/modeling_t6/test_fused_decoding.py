@@ -76,6 +76,8 @@ VARIANTS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
     "qk-norm of heads": {"qk_norm": "heads", "head_factor_act": "sigmoid", "k_rank": 3, "num_attention_heads": 17},
+    "grouped heads": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_factor_act": "softmax"},
+    "grouped constant A": {"num_attention_heads": 6, "num_key_value_heads": 2, "noncontextual_a": True},
     "rotated rows of A": {"num_attention_heads": 17, "q_rank": 1, "k_rank": 4, "v_rank": 3},
 }
 

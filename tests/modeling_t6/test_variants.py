@@ -43,7 +43,7 @@ CACHED = {
     "shared B": lambda h, d, k, v: 2 * k * h + k * d,
     "third order": lambda h, d, k, v: (k + v) * (h + d // 4 + 4),
 }
-KERNEL = set(VARIANTS) - {"non-contextual B", "shared B", "third order", "grouped heads"}
+KERNEL = set(VARIANTS) - {"non-contextual B", "shared B", "third order"}
 DOCS = Path(__file__).parents[2] / "docs" / "variants.md"
 
 # With the oldest Transformers, one for each kind of row that its caches hold: A and B, B alone, and B that is rotated on

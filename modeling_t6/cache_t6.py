@@ -157,7 +157,7 @@ class FactorLayout:
 def factor_layouts(config: PreTrainedConfig, layer_idx: int) -> tuple[FactorLayout, FactorLayout]:
     """The layouts of the key rows and of the value rows of one layer: with tensor parallelism, of this process's heads."""
     k_rank, v_rank = config.ranks(layer_idx)
-    num_heads = config.num_local_heads
+    num_heads = config.num_local_key_value_heads
     if config.noncontextual_a:
         num_heads = 0
     k_dim = 0 if config.noncontextual_b else config.b_dim + (config.c_factor_dim or 0)
@@ -257,7 +257,7 @@ class FactorViewsMixin:
     @property
     def nbytes(self) -> int:
         """
-        Bytes of the factors held: (R_K + R_V)(h + d) numbers per token, less what a variant need not cache, plus the
+        Bytes of the factors held: (R_K + R_V)(h_kv + d) numbers per token, less what a variant need not cache, plus the
         alignment of a row.
         """
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0

@@ -119,9 +119,10 @@ def factor_space_attention(
 
     Args:
         query: [batch, query_length, h, d], rotated.
-        key_factors: A_K [batch, key_length, R_K, h] and B_K [batch, key_length, R_K, d], rotated.
-        value_factors: A_V [batch, key_length, R_V, h] and B_V [batch, key_length, R_V, d]. Constant A factors are
-            [R, h]: those of the keys then act on the query, those of the values on the output, once for all tokens.
+        key_factors: A_K [batch, key_length, R_K, h_kv] and B_K [batch, key_length, R_K, d], rotated. h_kv divides h: the
+            heads of a group have one A.
+        value_factors: A_V [batch, key_length, R_V, h_kv] and B_V [batch, key_length, R_V, d]. Constant A factors are
+            [R, h_kv]: those of the keys then act on the query, those of the values on the output, once for all tokens.
             Constant B factors are [R, d]: those of the values then act on the output, too.
         attention_mask: boolean (True: attend) or additive, broadcastable to [batch, h, query_length, key_length].
             `None` is causal, the last query being aligned with the last key.
@@ -140,6 +141,9 @@ def factor_space_attention(
     constant_a, constant_b = all_a_k.dim() == 2, all_b_k.dim() == 2
     key_length = (all_b_k if constant_a else all_a_k).shape[1]
     k_rank, v_rank = all_a_k.shape[-2], all_a_v.shape[-2]
+    groups = num_heads // all_a_k.shape[-1]
+    if constant_a and groups > 1:
+        all_a_k, all_a_v = (a.repeat_interleave(groups, dim=-1) for a in (all_a_k, all_a_v))
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
 
     if attention_mask is None and query_length > 1:
@@ -164,16 +168,19 @@ def factor_space_attention(
             b_v = value_features(all_b_v[:, chunk], chunk)
         shape = (batch_size, b_k.shape[1], query_length, num_heads)
         scores, products = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+        # [batch, rows, query_length, h_kv, heads of a group], of which a cached A [batch, rows, 1, h_kv, 1] weighs each.
+        by_group, products_by_group = (x.unflatten(-1, (-1, groups)) for x in (scores, products))
 
         if constant_a:
             torch.bmm(b_k.flatten(2), flat_query, out=scores.flatten(2))
         else:
             a_k, a_v = key_heads(all_a_k[:, chunk], chunk), value_heads(all_a_v[:, chunk], chunk)
+            a_k, a_v = a_k[:, :, :, None, :, None], a_v[:, :, :, None, :, None]
             torch.bmm(b_k[:, :, 0], flat_query, out=scores.flatten(2))
-            scores.mul_(a_k[:, :, 0, None])
+            by_group.mul_(a_k[:, :, 0])
             for rank in range(1, k_rank):
                 torch.bmm(b_k[:, :, rank], flat_query, out=products.flatten(2))
-                scores.addcmul_(products, a_k[:, :, rank, None])
+                by_group.addcmul_(products_by_group, a_k[:, :, rank])
         if attention_mask is not None:
             mask = attention_mask[..., start : start + chunk_length].permute(0, 3, 2, 1)
             if mask.dtype == torch.bool:
@@ -191,11 +198,14 @@ def factor_space_attention(
         if constant_a:
             chunk_output = _sum_over_tokens(weights.flatten(2).to(b_v.dtype), b_v.flatten(2))
         elif constant_b:
-            sums = [weights.mul(a_v[:, :, rank, None]).sum(dim=1).flatten(1) for rank in range(v_rank)]
+            sums = [
+                weights.unflatten(-1, (-1, groups)).mul(a_v[:, :, rank]).sum(dim=1).flatten(1)
+                for rank in range(v_rank)
+            ]
             chunk_output = torch.stack(sums, dim=-1)  # [batch, query_length * h, R_V]
         else:
             for rank in range(v_rank):
-                torch.mul(weights, a_v[:, :, rank, None], out=products)
+                torch.mul(weights.unflatten(-1, (-1, groups)), a_v[:, :, rank], out=products_by_group)
                 chunk_output = chunk_output + _sum_over_tokens(products.flatten(2), b_v[:, :, rank])
         if previous is None:
             normalizer, output = chunk_normalizer, chunk_output.to(softmax_dtype)

@@ -9,8 +9,9 @@ from modeling_t6 import T6ForCausalLM
 
 from .fits import HeadFits
 from .key_fits import KEY_ITERATIONS
-from .measure import divergence, log_probabilities
 from .moments import collect_moments
+from .probe import Probe
+from .questions import Questions
 from .ranks import Ranks, check_options, choose_ranks
 from .stages import stage
 from .value_fits import VALUE_ITERATIONS
@@ -19,7 +20,6 @@ from .weights import balance, compressed_attention, compressed_model
 
 TRIAL_ITERATIONS = 30  # enough to compare ranks
 CANDIDATE_RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
-SENSITIVITY_TOKENS = 4096
 
 
 @torch.no_grad()
@@ -32,6 +32,7 @@ def compress(
     method: str = "fit",
     batch_size: int = 8,
     quiet: bool = False,
+    questions: Questions | None = None,
 ) -> T6ForCausalLM:
     """
     A copy of a converted model whose cache is smaller.
@@ -43,6 +44,7 @@ def compress(
         cache_ratio: in place of ranks, how many times smaller the cache is to be; the ranks then differ from layer to
             layer, and between keys and values, where the predictions change less so than with equal ranks.
         batch_size: rows of `calibration` that go through the model at a time.
+        questions: text on which the ranks of a `cache_ratio` are to keep the answers.
         method: `"fit"`, or `"mean-pool"` for the GQA paper's recipe.
 
     Raises:
@@ -82,15 +84,14 @@ def compress(
         return build(chosen)
 
     budget = int(sum(full) / cache_ratio * (1 + 1e-12))  # of a ratio that is not a float, no rank is lost
-    ids = calibration[: max(1, SENSITIVITY_TOKENS // calibration.shape[1])]
-    expected = log_probabilities(model, ids)
+    probe = Probe(model, calibration, questions)
     candidates = [
         [whole]
         if side == "k" and model.config.qk_norm
         else [rank for rank in CANDIDATE_RANKS if rank < whole] + [whole]
         for (_, side), whole in zip(parts, full)
     ]
-    costs: list[dict[int, float]] = [{} for _ in parts]
+    costs: list[dict[int, torch.Tensor | float]] = [{} for _ in parts]
     count = sum(map(len, candidates))
     with (
         stage("trying ranks", quiet),
@@ -106,11 +107,12 @@ def compress(
                     pair = (fitted, None) if side == "k" else (None, fitted)
                     module = model.model.layers[layer]
                     module.self_attn = compressed_attention(attentions[layer], *pair)
-                    costs[place][rank] = divergence(model, ids, expected)
+                    costs[place][rank] = probe.divergence(model)
                     module.self_attn = attentions[layer]
                 progress.update()
+    costs = [{rank: float(cost) for rank, cost in part.items()} for part in costs]
     trials = [build(choose_ranks(costs, budget))]
     equal = [min(whole, int(budget / len(parts))) for whole in full]
     if all(rank in cost for rank, cost in zip(equal, costs)) and sum(equal) == budget:
         trials.append(build(equal))
-    return min(trials, key=lambda trial: divergence(trial, ids, expected))
+    return min(trials, key=lambda trial: probe.divergence(trial).item())

@@ -51,7 +51,7 @@ def cache_bytes(config: T6Config, dtype: torch.dtype) -> dict[str, int]:
     """
     layers = range(config.num_hidden_layers)
     numbers = sum(layout.width for layer in layers for layout in factor_layouts(config, layer))
-    rows = {"T6, this model": numbers * dtype.itemsize}
+    rows = {"T6, this model": numbers * (dtype.itemsize if config.cache_dtype is None else 1)}
     heads = config.num_attention_heads
     groups = [count for count in range(2, min(8, heads - 1) + 1) if heads % count == 0]
     counts = {f"MHA, {heads} heads": heads}

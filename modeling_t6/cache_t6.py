@@ -453,8 +453,8 @@ class T6Cache(DynamicCache):
     arguments; with `config` its layers show their factors as `cache.layers[i].a_k`, `.b_k`, `.a_v` and `.b_v`.
 
     `dtype=torch.float8_e4m3fn` halves it: factors are stored with 3 bits after the point, to at most 448. It needs
-    `config`, and changes attention's output by 6% to 8% of its norm on random factors; FlashTPA reads such rows as
-    they are.
+    `config`, whose `cache_dtype` is the default, and changes attention's output by 6% to 8% of its norm on random factors;
+    FlashTPA reads such rows as they are.
 
     Transformers' own `DynamicCache`, `StaticCache` and `QuantizedCache` hold the same rows for a T6 model.
     """
@@ -473,12 +473,15 @@ class T6Cache(DynamicCache):
             raise ValueError(f"`dtype` must be None, for that of the model, or torch.float8_e4m3fn, got {dtype}.")
         if dtype is not None and config is None:
             raise ValueError("`T6Cache(dtype=...)` needs `config`.")
+        text_config = None if config is None else config.get_text_config(decoder=True)
+        if dtype is None and (name := getattr(text_config, "cache_dtype", None)) is not None:
+            dtype = getattr(torch, name)
         self.layers = [
             T6DynamicSlidingWindowLayer(layer.sliding_window) if layer.is_sliding else T6DynamicLayer()
             for layer in self.layers
         ]
         for layer_idx, layer in enumerate(self.layers):
-            layer.layouts = factor_layouts(config.get_text_config(decoder=True), layer_idx)
+            layer.layouts = factor_layouts(text_config, layer_idx)
             layer.stored_dtype = dtype
         if self.layer_class_to_replicate is not None:
             self.layer_class_to_replicate = T6DynamicLayer

@@ -120,8 +120,7 @@ def measure_windows(
 def bytes_per_token(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> float:
     """Bytes of a `kind` of cache for each token, of a model whose numbers are `dtype` when it is used."""
     cache = make_cache(model, kind)
-    itemsize = model.dtype.itemsize if kind == "float8_e4m3fn" else dtype.itemsize
-    size = cache_bytes_per_token(model, cache, itemsize)
+    size = cache_bytes_per_token(model, cache, dtype.itemsize)
     if isinstance(cache, RoundedCache):
         batch, length = cache.layers[0].keys.shape[0], cache.layers[0].keys.shape[2]
         return sum(layer.packed_nbytes for layer in cache.layers) / (batch * length)

@@ -36,6 +36,9 @@ class Questions:
     ids: torch.Tensor
     asked: torch.Tensor
 
+    def to(self, device: str | torch.device) -> "Questions":
+        return Questions(self.ids.to(device), self.asked.to(device))
+
 
 def made_up_word(generator: random.Random) -> str:
     syllables = range(generator.randint(2, 3))
@@ -86,4 +89,4 @@ def make_questions(language: Language, length: int, count: int, seed: int = 0) -
         ids += end
         windows.append(ids[-length:])
         marks.append(mark[-length:])
-    return Questions(torch.tensor(windows), torch.tensor(marks))
+    return Questions(torch.tensor(windows).view(-1, length), torch.tensor(marks, dtype=torch.bool).view(-1, length))

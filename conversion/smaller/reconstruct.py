@@ -27,7 +27,7 @@ from .stages import stage
 STEP = 0.02  # the longest, as a part of the root mean square of the weights that it changes
 MOMENTUM = 0.95
 ORTHOGONAL = (3.4445, -4.7750, 2.0315), 5  # coefficients and iterations of Muon's polynomial
-WINDOWS = 2  # of each text in a step: many small steps are worth more than few large ones
+WINDOWS = 2  # of text in a step: many small steps are worth more than few large ones
 CHECKED = 10  # every tenth window is not learnt from, and says whether a layer is better than before
 TOGETHER = 2**29  # numbers in the states of the layers that learn side by side
 
@@ -180,16 +180,17 @@ def one_mask(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
 
 
 class Shuffled:
-    """Batches of some windows, again and again, in ever new orders."""
+    """Places of `batch` of `count` windows, again and again, in ever new orders."""
 
-    def __init__(self, count: int, generator: torch.Generator):
-        self.count, self.generator, self.order = count, generator, torch.empty(0, dtype=torch.long)
+    def __init__(self, count: int, batch: int, generator: torch.Generator):
+        self.count, self.batch, self.generator = count, min(batch, count), generator
+        self.order = torch.empty(0, dtype=torch.long)
 
     def next(self) -> torch.Tensor:
-        if len(self.order) < min(WINDOWS, self.count):
+        if len(self.order) < self.batch:
             self.order = torch.randperm(self.count, generator=self.generator)
-        batch, self.order = self.order[:WINDOWS], self.order[WINDOWS:]
-        return batch
+        some, self.order = self.order[: self.batch], self.order[self.batch :]
+        return some
 
 
 def reconstruct(
@@ -208,7 +209,7 @@ def reconstruct(
     Args:
         source: the model that was compressed, with as many layers.
         ids: token ids [n, seq].
-        steps: of two windows each, and two of `questions`.
+        steps: of two windows each, and as many tokens of `questions`.
         questions: windows in which the tokens that are answered with weigh as much as all others.
 
     Returns:
@@ -222,8 +223,8 @@ def reconstruct(
         # An answer's token is predicted at the one before it.
         asked = questions.asked.roll(-1, 1).to(dtype)
         texts.append((questions.ids, 1 + asked * (asked.numel() / asked.sum().clamp(min=1))))
-    longest = max(text.shape[1] for text, _ in texts)
-    count = max(1, TOGETHER // (WINDOWS * longest * 6 * model.config.hidden_size))
+    tokens = WINDOWS * ids.shape[1]
+    count = max(1, TOGETHER // (tokens * 6 * model.config.hidden_size))
     groups = [range(start, min(start + count, len(attentions))) for start in range(0, len(attentions), count)]
     students = [Attentions([attentions[layer] for layer in group], dtype) for group in groups]
 
@@ -257,17 +258,18 @@ def reconstruct(
     checked, learnt = [], []
     for text, weights in texts:
         kept = torch.arange(len(text)) % CHECKED == 0
-        checked += zip(text[kept].split(WINDOWS), weights[kept].split(WINDOWS))
+        batch = max(1, tokens // text.shape[1])
+        checked += zip(text[kept].split(batch), weights[kept].split(batch))
         learnt.append((text[~kept], weights[~kept]) if len(text) > 1 else (text, weights))
 
     def errors() -> list[float]:
-        total = sum(len(batch) for batch, _ in checked)
-        return (sum(len(batch) * visit(batch, weights, learn=False) for batch, weights in checked) / total).tolist()
+        total = sum(batch.numel() for batch, _ in checked)
+        return (sum(batch.numel() * visit(batch, weights, learn=False) for batch, weights in checked) / total).tolist()
 
     before = errors()
     optimizer = Steps(students, steps)
     generator = torch.Generator().manual_seed(seed)
-    orders = [Shuffled(len(text), generator) for text, _ in learnt]
+    orders = [Shuffled(len(text), max(1, tokens // text.shape[1]), generator) for text, _ in learnt]
     with stage("reconstructing", quiet):
         for _ in tqdm(range(steps), desc="reconstructing", unit="step", disable=quiet):
             for (text, weights), order in zip(learnt, orders):

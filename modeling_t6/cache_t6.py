@@ -552,8 +552,8 @@ class T6Cache(DynamicCache):
 
     `dtype="float8_e4m3fn"` (or torch's) halves it: factors are stored with 3 bits after the point, to at most 448.
     `dtype="int4"` takes a third or less: B in 4 bits and A in 8, with a scale for each rank of a token (`QuantizedLayout`).
-    Both need `config`. On random factors they change attention's output by 6% to 8% and by 10% to 12% of its norm.
-    FlashTPA reads rows of float8 as they are; rows of 4 bits are read by PyTorch, and have no gradient.
+    Both need `config`, whose `cache_dtype` is the default. On random factors they change attention's output by 6% to 8% and by
+    10% to 12% of its norm. FlashTPA reads rows of float8 as they are; rows of 4 bits are read by PyTorch, and have no gradient.
 
     Transformers' own `DynamicCache`, `StaticCache` and `QuantizedCache` hold the same rows for a T6 model.
     """
@@ -570,13 +570,16 @@ class T6Cache(DynamicCache):
         super().__init__(config=config, **kwargs)
         if dtype is not None and config is None:
             raise ValueError("`T6Cache(dtype=...)` needs `config`.")
-        stored_dtype = None if dtype is None else stored_dtype_of(dtype, config.get_text_config(decoder=True), "dtype")
+        text_config = None if config is None else config.get_text_config(decoder=True)
+        if dtype is None:
+            dtype = getattr(text_config, "cache_dtype", None)
+        stored_dtype = None if dtype is None else stored_dtype_of(dtype, text_config, "dtype")
         self.layers = [
             T6DynamicSlidingWindowLayer(layer.sliding_window) if layer.is_sliding else T6DynamicLayer()
             for layer in self.layers
         ]
         for layer_idx, layer in enumerate(self.layers):
-            layer.layouts = factor_layouts(config.get_text_config(decoder=True), layer_idx)
+            layer.layouts = factor_layouts(text_config, layer_idx)
             layer.stored_dtype = stored_dtype
         if self.layer_class_to_replicate is not None:
             self.layer_class_to_replicate = T6DynamicLayer

@@ -72,7 +72,8 @@ class T6Config(PreTrainedConfig):
             non-contextual A", section 4.1 of the paper). The cache then holds B alone. Llama's MHA, GQA and MQA are of
             this kind (section 4).
         cache_dtype (`str`, *optional*):
-            `"float8_e4m3fn"` for a model whose `T6Cache`s hold rows of 8 bits; those of the model's dtype if `None`.
+            What caches hold unless they or `generate()` are told otherwise: rows of 8 bits with `"float8_e4m3fn"`, of 4 with
+            `"int4"`, of the model's dtype if `None`.
         hidden_act (`str`, defaults to `"silu"`): Activation of the gated MLP.
         max_position_embeddings (`int`, defaults to 1024): Longest sequence the model was made for.
         initializer_range (`float`, defaults to 0.02):
@@ -325,8 +326,8 @@ class T6Config(PreTrainedConfig):
             )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"`attention_dropout` must be in [0, 1), got {self.attention_dropout}.")
-        if self.cache_dtype not in (None, "float8_e4m3fn"):
-            raise ValueError(f"`cache_dtype` must be 'float8_e4m3fn' or None, got {self.cache_dtype!r}.")
+        if self.cache_dtype not in (None, "float8_e4m3fn", "int4"):
+            raise ValueError(f"`cache_dtype` must be 'float8_e4m3fn', 'int4' or None, got {self.cache_dtype!r}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
         self._validate_rope_parameters()

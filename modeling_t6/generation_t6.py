@@ -42,7 +42,7 @@ class T6GenerationMixin(GenerationMixin):
     `GenerationMixin` for a model with a language modelling head whose base model is a [`T6Model`], `self.model`.
 
     `generate()` and `GenerationConfig` take `cache_dtype`, in which the rows of the cache are stored: `"float8_e4m3fn"`,
-    `"int4"`, or `None` for that of the model. See [`T6Cache`].
+    `"int4"`, or `None` for what the model's configuration says. See [`T6Cache`].
     """
 
     def init_continuous_batching(
@@ -125,6 +125,8 @@ class T6GenerationMixin(GenerationMixin):
             return
         if not isinstance(cache, StaticCache):
             return
+        if stored_dtype is None:
+            stored_dtype = stored_dtype_of(self.config.cache_dtype, self.config, "cache_dtype")
         if stored_dtype is not None:
             store_static_rows(cache, self.config, stored_dtype)
         if len(set(getattr(self, "hf_device_map", {}).values())) <= 1:

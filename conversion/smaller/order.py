@@ -151,7 +151,8 @@ def make_smaller(
         model = compress(
             exact_model, calibration, *ranks, args.method, args.batch_size, questions=questions, dtype=dtype
         )  # fmt: skip
-        if args.reconstruct_steps > 0:
+        config = exact_model.config
+        if args.reconstruct_steps > 0 and (model.config.k_rank, model.config.v_rank) != (config.k_rank, config.v_rank):
             found = reconstruct(
                 model, exact_model, calibration, args.reconstruct_steps, args.seed, questions=questions
             )

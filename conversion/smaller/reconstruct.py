@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from modeling_t6 import T6ForCausalLM
-from modeling_t6.factors_t6 import apply_rotary_pos_emb, form_heads
+from modeling_t6.factors_t6 import apply_rotary_pos_emb
 from modeling_t6.modeling_t6 import T6Attention
 
 from .moments import attention_hooks
@@ -72,7 +72,7 @@ class Attentions(nn.Module):
                                    for x in all_tensors])  # fmt: skip
             if name in ("k_a", "v_a"):  # whose smallest entries a fit multiplies by its largest B
                 ranks = torch.tensor([len(x) for x in all_tensors]).to(stacked)
-                self.register_buffer(name, stacked * rows / ranks[:, None, None])  # heads are divided by the rank
+                self.register_buffer(name, stacked / ranks[:, None, None])
             elif "norm" in name:
                 self.register_buffer(name.replace(".", "_"), stacked)
             else:
@@ -80,9 +80,10 @@ class Attentions(nn.Module):
                 self.weights[name.replace(".", "_")] = Weights(stacked, by_rows)
 
     def _project(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        result = states @ self.weights[f"{name}_weight"]().mT[:, None]
-        bias = f"{name}_bias"
-        return result + self.weights[bias]()[:, None, None] if bias in self.weights else result
+        result = states.flatten(1, 2) @ self.weights[f"{name}_weight"]().mT
+        if f"{name}_bias" in self.weights:
+            result = result + self.weights[f"{name}_bias"]()[:, None]
+        return result.unflatten(1, states.shape[1:3])
 
     def _heads(self, name: str, states: torch.Tensor) -> torch.Tensor:
         return self._project(name, states).unflatten(-1, (-1, self.head_dim))
@@ -101,8 +102,8 @@ class Attentions(nn.Module):
         if hasattr(self, "q_norm_weight"):
             query, key = self._norm("q_norm", query), self._norm("k_norm", key)
         query, key = (apply_rotary_pos_emb(x, *rotation) for x in (query, key))
-        key, value = (form_heads(a[:, None, None], b) for a, b in ((self.k_a, key), (self.v_a, value)))
-        query, key, value = (x.transpose(2, 3).flatten(0, 1) for x in (query, key, value))
+        key, value = (torch.einsum("lrh,lbsrd->lbhsd", a, b) for a, b in ((self.k_a, key), (self.v_a, value)))
+        query, key, value = (x.flatten(0, 1) for x in (query.transpose(2, 3), key, value))
         mask = None if mask is None else mask.expand(-1, states.shape[1], -1, -1, -1).flatten(0, 1)
         output = F.scaled_dot_product_attention(
             query,

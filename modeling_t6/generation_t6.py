@@ -24,12 +24,18 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from .attention_t6 import choose_attention
 from .cache_t6 import CACHE_NAME, T6Cache, allocate_static_cache, quantization_group_size
 from .configuration_t6 import T6Config
+from .factor_product_t6 import packed_factors
 from .masks_t6 import create_attention_masks
 from .paged_t6 import page_factors
 
 
 class T6GenerationMixin(GenerationMixin):
     """`GenerationMixin` for a model with a language modelling head whose base model is a [`T6Model`], `self.model`."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        with packed_factors(self):
+            return super().generate(*args, **kwargs)
 
     def init_continuous_batching(
         self,

@@ -33,6 +33,7 @@ from .cache_t6 import (
     stored_dtype_of,
 )
 from .configuration_t6 import T6Config
+from .factor_product_t6 import packed_factors
 from .masks_t6 import create_attention_masks
 from .paged_t6 import page_factors
 
@@ -44,6 +45,11 @@ class T6GenerationMixin(GenerationMixin):
     `generate()` and `GenerationConfig` take `cache_dtype`, in which the rows of the cache are stored: `"float8_e4m3fn"`,
     `"int4"`, or `None` for what the model's configuration says. See [`T6Cache`].
     """
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        with packed_factors(self):
+            return super().generate(*args, **kwargs)
 
     def init_continuous_batching(
         self,

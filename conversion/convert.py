@@ -115,7 +115,7 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         if smaller:
             with stage("reading texts"):
                 texts = order.Texts(args, companions, plan.config)
-                samples = retrieval_samples(args, companions, plan.config)
+                questions = retrieval_samples(args, companions, plan.config)
         if not Path(args.source).exists():
             from_hub(args.source, inputs["SRC"].name, READ)  # the same commit, now with its weights
             check_files(inputs["SRC"], READ)
@@ -193,12 +193,12 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
                 write_exact(new)
         common = loaded_dtype(plan, checkpoint, dtype)
         rows = order.make_smaller(args, source, exact_folder, working, texts, folder, common, device, rounded)
-        found = compare_retrieval(args, source, folder, samples, device)
+        found = compare_retrieval(args, source, folder, questions, device)
         write_companions(companions, folder)
         write_report(folder, report | found, rows)
     text = table(rows)
     if found:
-        text += f"\n\nanswers found in long texts\n{retrieval_table(found['retrieval'])}"
+        text += f"\n\nvalues found in long texts\n{retrieval_table(found['retrieval'])}"
     if "retrieval_warning" in found:
         text += f"\nwarning: {found['retrieval_warning']}"
     return f"{text}\n{args.target}: the table is in {REPORT} and {PLOT}, too"

@@ -51,7 +51,7 @@ def cache_bytes(config: T6Config, dtype: torch.dtype) -> dict[str, int]:
     """
     layers = range(config.num_hidden_layers)
     numbers = sum(layout.width for layer in layers for layout in factor_layouts(config, layer))
-    rows = {"T6, this model": numbers * dtype.itemsize}
+    rows = {"T6, this model": numbers * (dtype.itemsize if config.cache_dtype is None else 1)}
     heads = config.num_attention_heads
     groups = [count for count in range(2, min(8, heads - 1) + 1) if heads % count == 0]
     counts = {f"MHA, {heads} heads": heads}
@@ -142,7 +142,7 @@ def read_conversion(path: Path) -> dict:
     """The report of a conversion, or an empty one; raises an `UploadError` if it is none."""
     report = read_json(path) if path.is_file() else {}
     rows, numbers = report.get("perplexity") or [], ("cache_bytes_per_token", "perplexity")
-    found, parts = report.get("retrieval") or [], ("exact", "log_probability")
+    found, parts = report.get("retrieval") or [], ("found", "log_probability")
     if not (
         all(
             isinstance(report.get(name) or "", str)
@@ -285,8 +285,8 @@ def conversion_results(conversion: dict) -> str:
     text = table(("held-out text", "cache, bytes per token", "perplexity"), cells)
     text = f"\n{text}\n\n![Perplexity against cache size](conversion.png)\n"
     if found := conversion.get("retrieval"):
-        cells = [(row["model"], f"{row['exact']:.1%}", f"{row['log_probability']:.3f}") for row in found]
-        text += f"\n{table(('facts in long texts', 'answers found', 'log-probability of a token, nats'), cells)}\n"
+        cells = [(row["model"], f"{row['found']:.1%}", f"{row['log_probability']:.3f}") for row in found]
+        text += f"\n{table(('facts in long texts', 'values found', 'log-probability of a token, nats'), cells)}\n"
     if warning := conversion.get("retrieval_warning"):
         text += f"\n**Warning:** {warning}.\n"
     return text

@@ -157,7 +157,7 @@ class FactorLayout:
 def factor_layouts(config: PreTrainedConfig, layer_idx: int) -> tuple[FactorLayout, FactorLayout]:
     """The layouts of the key rows and of the value rows of one layer: with tensor parallelism, of this process's heads."""
     k_rank, v_rank = config.ranks(layer_idx)
-    num_heads = config.num_local_heads
+    num_heads = config.num_local_key_value_heads
     if config.noncontextual_a:
         num_heads = 0
     k_dim = 0 if config.noncontextual_b else config.b_dim + (config.c_factor_dim or 0)
@@ -257,7 +257,7 @@ class FactorViewsMixin:
     @property
     def nbytes(self) -> int:
         """
-        Bytes of the factors held: (R_K + R_V)(h + d) numbers per token, less what a variant need not cache, plus the
+        Bytes of the factors held: (R_K + R_V)(h_kv + d) numbers per token, less what a variant need not cache, plus the
         alignment of a row.
         """
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
@@ -552,8 +552,8 @@ class T6Cache(DynamicCache):
 
     `dtype="float8_e4m3fn"` (or torch's) halves it: factors are stored with 3 bits after the point, to at most 448.
     `dtype="int4"` takes 29% to 42%: B in 4 bits and A in 8, with a scale for each rank of a token (`QuantizedLayout`).
-    Both need `config`. On random factors they change attention's output by 6% to 8% and by 14% to 19% of its norm.
-    FlashTPA reads rows of float8 as they are; rows of 4 bits are read by PyTorch, and have no gradient.
+    Both need `config`, whose `cache_dtype` is the default. On random factors they change attention's output by 6% to 8% and by
+    14% to 19% of its norm. FlashTPA reads rows of float8 as they are; rows of 4 bits are read by PyTorch, and have no gradient.
 
     Transformers' own `DynamicCache`, `StaticCache` and `QuantizedCache` hold the same rows for a T6 model.
     """
@@ -570,13 +570,16 @@ class T6Cache(DynamicCache):
         super().__init__(config=config, **kwargs)
         if dtype is not None and config is None:
             raise ValueError("`T6Cache(dtype=...)` needs `config`.")
-        stored_dtype = None if dtype is None else stored_dtype_of(dtype, config.get_text_config(decoder=True), "dtype")
+        text_config = None if config is None else config.get_text_config(decoder=True)
+        if dtype is None:
+            dtype = getattr(text_config, "cache_dtype", None)
+        stored_dtype = None if dtype is None else stored_dtype_of(dtype, text_config, "dtype")
         self.layers = [
             T6DynamicSlidingWindowLayer(layer.sliding_window) if layer.is_sliding else T6DynamicLayer()
             for layer in self.layers
         ]
         for layer_idx, layer in enumerate(self.layers):
-            layer.layouts = factor_layouts(config.get_text_config(decoder=True), layer_idx)
+            layer.layouts = factor_layouts(text_config, layer_idx)
             layer.stored_dtype = stored_dtype
         if self.layer_class_to_replicate is not None:
             self.layer_class_to_replicate = T6DynamicLayer

@@ -33,6 +33,7 @@ from .cache_t6 import (
     stored_dtype_of,
 )
 from .configuration_t6 import T6Config
+from .factor_product_t6 import packed_factors
 from .masks_t6 import create_attention_masks
 from .paged_t6 import page_factors
 
@@ -42,8 +43,13 @@ class T6GenerationMixin(GenerationMixin):
     `GenerationMixin` for a model with a language modelling head whose base model is a [`T6Model`], `self.model`.
 
     `generate()` and `GenerationConfig` take `cache_dtype`, in which the rows of the cache are stored: `"float8_e4m3fn"`,
-    `"int4"`, or `None` for that of the model. See [`T6Cache`].
+    `"int4"`, or `None` for what the model's configuration says. See [`T6Cache`].
     """
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        with packed_factors(self):
+            return super().generate(*args, **kwargs)
 
     def init_continuous_batching(
         self,
@@ -125,6 +131,8 @@ class T6GenerationMixin(GenerationMixin):
             return
         if not isinstance(cache, StaticCache):
             return
+        if stored_dtype is None:
+            stored_dtype = stored_dtype_of(self.config.cache_dtype, self.config, "cache_dtype")
         if stored_dtype is not None:
             store_static_rows(cache, self.config, stored_dtype)
         if len(set(getattr(self, "hf_device_map", {}).values())) <= 1:

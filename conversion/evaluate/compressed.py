@@ -10,7 +10,7 @@ from modeling_t6 import T6Config
 from ..files.tokenizer import load_tokenizer
 from ..smaller import text as texts
 from ..smaller.stages import stage
-from .languages import find_language
+from .languages import Language, find_language
 from .order import load_model, score_all
 from .report import warning
 from .tasks import TASKS, Sample, TooShort, make_samples
@@ -21,13 +21,13 @@ LONGEST = 8192  # by default: a pass over a context of 128k takes as long as the
 
 def retrieval_samples(
     args: argparse.Namespace, tokenizer: Path, config: T6Config
-) -> dict[tuple[str, int], list[Sample]]:
+) -> tuple[Language, dict[tuple[str, int], list[Sample]]] | None:
     """
-    Samples by task and length, those that fit: as long as the windows, and as the context but at most `LONGEST` tokens. Their
+    A language, and samples in it by task and length, those that fit: as long as the windows, and as the context but at most `LONGEST` tokens. Their
     filler is the text on which perplexity is measured.
     """
     if args.retrieval_samples == 0:
-        return {}
+        return None
     if args.held_out is not None:
         text = texts.read_text(args.held_out)
     else:
@@ -41,20 +41,24 @@ def retrieval_samples(
                 samples[task, length] = make_samples(language, task, length, args.retrieval_samples, args.seed)
             except TooShort as error:
                 print(f"retrieval is measured without a task: {str(error).removeprefix('--lengths ')}", flush=True)
-    return samples
+    return language, samples
 
 
 def compare_retrieval(
-    args: argparse.Namespace, source: Path, result: Path, samples: dict[tuple[str, int], list[Sample]], device: str
+    args: argparse.Namespace,
+    source: Path,
+    result: Path,
+    questions: tuple[Language, dict[tuple[str, int], list[Sample]]] | None,
+    device: str,
 ) -> dict:
     """What source and result find, each through its own cache, as fields of the report."""
-    if not samples:
+    if questions is None or not questions[1]:
         return {}
     rows = []
     with stage("retrieval"):
         for name, folder in (("source", source), ("result", result)):
             model, _ = load_model(folder, getattr(torch, args.compute_dtype), device)
-            rows.append(score_all(model, "model", name, samples, args.batch_size))
+            rows.append(score_all(model, "model", name, *questions, args.batch_size))
             del model
     message = warning(*rows)
     return {"retrieval": rows} | ({} if message is None else {"retrieval_warning": message})

@@ -30,6 +30,8 @@ PLACES = "after lunch|at the station|before winter|behind the house|in the morni
 READ = 2**22  # characters of a text, from which filler is taken
 MARK = "\x02"
 
+Value = str | tuple[int, ...]  # of sentences, and of bare ids
+
 
 class Sentences:
     """English, in the ids of a tokenizer; a text, or else sentences by chance, fills the room."""
@@ -69,6 +71,11 @@ class Sentences:
     def say(self, template: str, **fields: str) -> list[int]:
         """The ids of a template."""
         return self.encode(template.format(**fields))
+
+    def part_found(self, values: list[str], ids: list[int]) -> float:
+        """The part of the values that the ids say, each standing by itself."""
+        text = self.tokenizer.decode(ids)
+        return sum(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None for value in values) / len(values)
 
     def names(self, generator: random.Random, count: int) -> list[str]:
         pairs = [f"{colour} {animal}" for colour in COLOURS.split() for animal in ANIMALS.split()]
@@ -112,6 +119,11 @@ class Tokens:
 
     def say(self, template: str, **fields: Sequence[int]) -> list[int]:
         return [token for _, name, _, _ in string.Formatter().parse(template) if name for token in fields[name]]
+
+    def part_found(self, values: list[tuple[int, ...]], ids: list[int]) -> float:
+        """The part of the values that the ids say."""
+        said = {tuple(ids[i : i + len(value)]) for value in values for i in range(len(ids))}
+        return sum(value in said for value in values) / len(values)
 
     def names(self, generator: random.Random, count: int) -> list[tuple[int, ...]]:
         return [(token,) for token in generator.sample(self.kinds[0], count)]

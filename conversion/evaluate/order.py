@@ -76,15 +76,20 @@ def all_samples(
 
 
 def score_all(
-    model: PreTrainedModel, kind: str, name: str, samples: dict[tuple[str, int], list[Sample]], batch_size: int
+    model: PreTrainedModel,
+    kind: str,
+    name: str,
+    language: Language,
+    samples: dict[tuple[str, int], list[Sample]],
+    batch_size: int,
 ) -> dict:
     """What a model finds with a `kind` of cache (see `make_cache`): by task and length, and in all."""
     scores = []
     with tqdm(total=sum(map(len, samples.values())), desc=f"retrieval, {name}", unit="sample") as bar:
         for (task, length), some in samples.items():
-            score = score_samples(model, lambda: make_cache(model, kind), some, batch_size, bar)
+            score = score_samples(model, lambda: make_cache(model, kind), language, some, batch_size, bar)
             scores.append({"task": task, "length": length} | vars(score))
-    means = {key: report.mean(scores, key) for key in ("exact", "log_probability")}
+    means = {key: report.mean(scores, key) for key in ("found", "exact", "log_probability")}
     return {"model": name, **means, "scores": scores}
 
 
@@ -115,8 +120,7 @@ def measure_windows(
 def bytes_per_token(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> float:
     """Bytes of a `kind` of cache for each token, of a model whose numbers are `dtype` when it is used."""
     cache = make_cache(model, kind)
-    itemsize = dtype.itemsize if kind == "model" else model.dtype.itemsize
-    size = cache_bytes_per_token(model, cache, itemsize)
+    size = cache_bytes_per_token(model, cache, dtype.itemsize)
     if isinstance(cache, RoundedCache):
         batch, length = cache.layers[0].keys.shape[0], cache.layers[0].keys.shape[2]
         return sum(layer.packed_nbytes for layer in cache.layers) / (batch * length)
@@ -186,7 +190,7 @@ def evaluate(args: argparse.Namespace) -> None:
             )
         for kind in kinds:
             shown = name + NAMES[kind]
-            row = score_all(model, kind, shown, samples, args.batch_size)
+            row = score_all(model, kind, shown, language, samples, args.batch_size)
             row["cache_bytes_per_token"] = bytes_per_token(model, kind, stored)
             rows.append(row | measure_windows(model, kind, shown, windows, args.batch_size, source))
     print(report.table(rows), flush=True)

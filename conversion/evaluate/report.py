@@ -18,13 +18,13 @@ def mean(scores: list[dict], name: str) -> float:
 
 
 def by_task(row: dict) -> dict[str, float]:
-    """The part of answers found of each task, over all lengths."""
+    """The part of each task's values that is found, over all lengths."""
     tasks = dict.fromkeys(score["task"] for score in row["scores"])
-    return {task: mean([score for score in row["scores"] if score["task"] == task], "exact") for task in tasks}
+    return {task: mean([score for score in row["scores"] if score["task"] == task], "found") for task in tasks}
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as text: what is found of each task's answers in percent, and what else was measured."""
+    """The rows as text: what is found of each task's values in percent, and what else was measured."""
     tasks = by_task(rows[0])
     width = max(len(row["model"]) for row in rows)
     columns = ["bytes/token", "found", "log-prob.", *tasks]
@@ -32,7 +32,7 @@ def table(rows: list[dict]) -> str:
     heads = {"perplexity": "perplexity", "kl": "KL", "first_choice": "same choice"}
     lines = [" ".join([f"{'':<{width}}", *(f"{column:>11}" for column in [*columns, *(heads[n] for n in others)])])]
     for row in rows:
-        cells = [f"{row['cache_bytes_per_token']:,.0f}", f"{row['exact']:.1%}", f"{row['log_probability']:.3f}"]
+        cells = [f"{row['cache_bytes_per_token']:,.0f}", f"{row['found']:.1%}", f"{row['log_probability']:.3f}"]
         cells += [f"{value:.1%}" for value in by_task(row).values()]
         for name in others:
             cells.append(
@@ -43,7 +43,7 @@ def table(rows: list[dict]) -> str:
     if len(lengths) > 1:
         lines.append("\nfound, by tokens" + "".join(f"{length:>11,}" for length in lengths))
         for row in rows:
-            parts = [mean([s for s in row["scores"] if s["length"] == length], "exact") for length in lengths]
+            parts = [mean([s for s in row["scores"] if s["length"] == length], "found") for length in lengths]
             lines.append(f"{row['model']:<16}" + "".join(f"{part:>11.1%}" for part in parts))
     if "loss_by_position" in rows[0]:
         buckets = rows[0]["loss_by_position"]
@@ -54,12 +54,12 @@ def table(rows: list[dict]) -> str:
 
 
 def retrieval_table(rows: list[dict]) -> str:
-    """What is found of each task's answers, as text."""
+    """What is found of each task's values, as text."""
     heads = ["found", "log-prob.", *by_task(rows[0])]
     lines = [" ".join([f"{'':<12}", *(f"{head:>11}" for head in heads)])]
     for row in rows:
         cells = [
-            f"{row['exact']:.1%}",
+            f"{row['found']:.1%}",
             f"{row['log_probability']:.3f}",
             *(f"{part:.1%}" for part in by_task(row).values()),
         ]
@@ -72,7 +72,7 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
-    panels = (("exact", "answers found"), ("log_probability", "log-probability of an answer's token, nats"))
+    panels = (("found", "values found"), ("log_probability", "log-probability of an answer's token, nats"))
     for axes, (name, label) in zip(figure.subplots(1, 2), panels):
         for row, marker in zip(rows, "osv^Dpx+" * len(rows)):
             axes.plot(
@@ -91,7 +91,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.set_xlabel("cache, bytes per token")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        if name == "exact":
+        if name == "found":
             axes.set_ylim(-0.05, 1.05)
     figure.axes[0].legend()
     figure.savefig(path, dpi=150, format="png")
@@ -134,9 +134,9 @@ def make_beside(path: Path, make: Callable[[Path], None], stack: contextlib.Exit
 
 def warning(source: dict, result: dict) -> str | None:
     """In plain words, that the result finds less than the source by more than a tenth of it."""
-    if result["exact"] >= (1 - FALLS) * source["exact"]:
+    if result["found"] >= (1 - FALLS) * source["found"]:
         return None
     return (
-        f"of the answers hidden in long texts, the source finds {source['exact']:.0%} and this model {result['exact']:.0%}: "
+        f"of the values hidden in long texts, the source finds {source['found']:.0%} and this model {result['found']:.0%}: "
         "with this cache it no longer uses what it has read as the source does, whatever its perplexity says"
     )

@@ -1,5 +1,6 @@
 """How much of an answer a model finds, with all that it knows of the text in its cache."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,18 +10,24 @@ from transformers import Cache, PreTrainedModel
 
 from modeling_t6.cache_t6 import CACHE_NAME
 
+from .languages import Language
 from .tasks import Sample
+
+
+SLACK = 16  # tokens that a model may say beside the answer, in a format of its own
 
 
 @dataclass
 class Score:
     """
     Attributes:
+        found: mean part of an answer's values that greedy decoding says, whatever it says between them.
         exact: part of the answers that greedy decoding gives exactly.
         log_probability: mean over answers of that of their tokens, each after those before it, in nats.
         count: of samples.
     """
 
+    found: float
     exact: float
     log_probability: float
     count: int
@@ -30,6 +37,7 @@ class Score:
 def score_samples(
     model: PreTrainedModel,
     make_cache: Callable[[], Cache],
+    language: Language,
     samples: list[Sample],
     batch_size: int,
     bar: tqdm | None = None,
@@ -37,12 +45,13 @@ def score_samples(
     """
     Scores samples with prompts of one length. The prompt goes into an empty cache, its last token and the answer are read
     after it: a token of the answer is greedy decoding's where it is the most probable after those before it, so that one pass
-    tells whether all of them are.
+    tells whether all of them are. Where one is not, a copy of the cache goes on with what the model itself says.
 
     Args:
         make_cache: makes an empty cache for the model.
+        language: in which the samples are told.
     """
-    exact, log_probability = [], []
+    found, exact, log_probability = [], [], []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         prompts = torch.tensor([sample.prompt for sample in batch], device=model.device)
@@ -51,13 +60,31 @@ def score_samples(
         answers = torch.tensor([sample.answer + [0] * (longest - len(sample.answer)) for sample in batch])
         counted = torch.tensor([[place < len(sample.answer) for place in range(longest)] for sample in batch])
         answers, counted = answers.to(model.device), counted.to(model.device)
-        cache = {CACHE_NAME: make_cache(), "use_cache": True}
-        model.base_model(prompts[:, :-1], **cache)
-        logits = model(torch.cat([prompts[:, -1:], answers[:, :-1]], dim=1), **cache).logits.float()
-        found = (logits.argmax(-1) == answers) | ~counted
+        cache = make_cache()
+        model.base_model(prompts[:, :-1], **cached(cache))
+        before = copy.deepcopy(cache)
+        logits = model(torch.cat([prompts[:, -1:], answers[:, :-1]], dim=1), **cached(cache)).logits.float()
+        del cache
+        all_best = ((logits.argmax(-1) == answers) | ~counted).all(-1).tolist()
         scores = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0].masked_fill(~counted, 0)
-        exact += found.all(-1).tolist()
+        exact += all_best
         log_probability += (scores.sum(-1) / counted.sum(-1)).tolist()
+        said = answers if all(all_best) else decode_greedily(model, before, prompts[:, -1:], longest + SLACK)
+        for sample, ids, is_best in zip(batch, said.tolist(), all_best):
+            found.append(1.0 if is_best else language.part_found(sample.values, ids))
         if bar is not None:
             bar.update(len(batch))
-    return Score(sum(exact) / len(samples), sum(log_probability) / len(samples), len(samples))
+    return Score(*(sum(parts) / len(samples) for parts in (found, exact, log_probability)), len(samples))
+
+
+def cached(cache: Cache) -> dict:
+    return {CACHE_NAME: cache, "use_cache": True}
+
+
+def decode_greedily(model: PreTrainedModel, cache: Cache, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` tokens [batch, count] after those in the cache and `ids` [batch, 1]."""
+    said = []
+    for _ in range(count):
+        ids = model(ids, **cached(cache)).logits[:, -1:].argmax(-1)
+        said.append(ids)
+    return torch.cat(said, dim=1)

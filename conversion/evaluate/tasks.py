@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..files.errors import ConversionError
-from .languages import Language
+from .languages import Language, Value
 
 
 FACTS = 4  # of tasks with several
@@ -28,12 +28,14 @@ class Sample:
     Attributes:
         prompt: ids, all of the same number for samples of one task and length.
         answer: the ids that are to follow.
+        values: what is looked for in what a model says: each number or word of the answer.
         depth: where the first fact that the answer needs stands, as a part of the text.
         places: where in the prompt the facts begin that the answer is read from.
     """
 
     prompt: list[int]
     answer: list[int]
+    values: list[Value]
     depth: float
     places: list[int]
 
@@ -42,13 +44,14 @@ class Sample:
 class Parts:
     """
     What a sample is made of: facts in the order of the text, each with whether the answer is read from it; then the
-    question, the beginning of an answer, and the rest of it.
+    question, the beginning of an answer, the rest of it, and the values that the rest tells.
     """
 
     facts: list[tuple[float, list[int], bool]]
     question: list[int]
     beginning: list[int]
     answer: list[int]
+    values: list[Value]
 
 
 def depths(depth: float, count: int) -> list[float]:
@@ -69,7 +72,7 @@ def make_needle(language: Language, generator: random.Random, depth: float, othe
     ]
     return Parts(
         facts, language.say(QUESTION, name=names[0]), language.say(BEGINNING, name=names[0]),
-        language.say(" {value}", value=values[0]),
+        language.say(" {value}", value=values[0]), values[:1],
     )  # fmt: skip
 
 
@@ -89,7 +92,7 @@ def make_values(language: Language, generator: random.Random, depth: float) -> P
     return Parts(
         facts, language.say(question, name=name),
         language.say("The secret codes of the {name}, in the order of the text, are", name=name),
-        language.say(",".join(f" {{{field}}}" for field in fields), **fields),
+        language.say(",".join(f" {{{field}}}" for field in fields), **fields), values,
     )  # fmt: skip
 
 
@@ -104,20 +107,22 @@ def make_variables(language: Language, generator: random.Random, depth: float) -
     facts = [(place, ids, True) for place, ids in zip(sorted(depths(depth, FACTS)), told)]
     return Parts(
         facts, language.say("\n\nWhat number does the box of the {name} hold?", name=names[-1]),
-        language.say("The box of the {name} holds", name=names[-1]), language.say(" {value}", value=values[0]),
+        language.say("The box of the {name} holds", name=names[-1]), language.say(" {value}", value=values[0]), values,
     )  # fmt: skip
 
 
 def make_copying(language: Language, generator: random.Random, depth: float) -> Parts:
     """A passage of random words goes on as it did before."""
     given, asked = COPIED
-    fields = {f"w{index}": word for index, word in enumerate(language.words(generator, given + asked))}
+    listed = language.words(generator, given + asked)
+    fields = {f"w{index}": word for index, word in enumerate(listed)}
     words = [f" {{{field}}}" for field in fields]
     return Parts(
         [(depth, language.say(f" List:{''.join(words)}.", **fields), True)],
         language.say("\n\nRepeat the list of the text."),
         language.say(f"List:{''.join(words[:given])}", **fields),
         language.say("".join(words[given:]), **fields),
+        listed[given:],
     )
 
 
@@ -159,5 +164,5 @@ def make_samples(language: Language, task: str, length: int, count: int, seed: i
                 prompt += ids
             prompt += piece
             done += len(piece)
-        samples.append(Sample(prompt + after, parts.answer, (index + 0.5) / count, places))
+        samples.append(Sample(prompt + after, parts.answer, parts.values, (index + 0.5) / count, places))
     return samples

@@ -1,5 +1,6 @@
 """A model with a smaller cache: its moments, the ranks, the fits, and the weights that come of them."""
 
+import math
 from collections import defaultdict
 
 import torch
@@ -7,10 +8,12 @@ from tqdm import tqdm
 
 from modeling_t6 import T6ForCausalLM
 
+from ..files.errors import ConversionError
 from .fits import HeadFits
 from .key_fits import KEY_ITERATIONS
-from .measure import divergence, log_probabilities
 from .moments import collect_moments
+from .probe import Probe
+from .questions import Questions
 from .ranks import Ranks, check_options, choose_ranks
 from .stages import stage
 from .value_fits import VALUE_ITERATIONS
@@ -19,7 +22,6 @@ from .weights import balance, compressed_attention, compressed_model
 
 TRIAL_ITERATIONS = 30  # enough to compare ranks
 CANDIDATE_RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
-SENSITIVITY_TOKENS = 4096
 
 
 @torch.no_grad()
@@ -32,6 +34,8 @@ def compress(
     method: str = "fit",
     batch_size: int = 8,
     quiet: bool = False,
+    questions: Questions | None = None,
+    dtype: torch.dtype | None = None,
 ) -> T6ForCausalLM:
     """
     A copy of a converted model whose cache is smaller.
@@ -43,6 +47,9 @@ def compress(
         cache_ratio: in place of ranks, how many times smaller the cache is to be; the ranks then differ from layer to
             layer, and between keys and values, where the predictions change less so than with equal ranks.
         batch_size: rows of `calibration` that go through the model at a time.
+        questions: text that is part of the calibration, and whose answers the ranks of a `cache_ratio` are to keep.
+        dtype: of the rows of the cache in which the model will be used. For a `cache_ratio`, rows in 8 bits of more ranks may then
+            take their place, which the result's `cache_dtype` says.
         method: `"fit"`, or `"mean-pool"` for the GQA paper's recipe.
 
     Raises:
@@ -53,6 +60,8 @@ def compress(
     fits = HeadFits(attentions, method)
     if method == "fit":
         batches = calibration.split(batch_size)
+        if questions is not None:
+            batches += questions.ids.split(max(1, batch_size * calibration.shape[1] // questions.ids.shape[1]))
         with stage("calibrating", quiet):
             fits.use(collect_moments(model, tqdm(batches, desc="calibrating", unit="batch", disable=quiet)))
 
@@ -81,16 +90,14 @@ def compress(
             chosen.append(ranks[layer] if len(ranks) > 1 else ranks[0])
         return build(chosen)
 
-    budget = int(sum(full) / cache_ratio * (1 + 1e-12))  # of a ratio that is not a float, no rank is lost
-    ids = calibration[: max(1, SENSITIVITY_TOKENS // calibration.shape[1])]
-    expected = log_probabilities(model, ids)
+    probe = Probe(model, calibration, questions)
     candidates = [
         [whole]
         if side == "k" and model.config.qk_norm
         else [rank for rank in CANDIDATE_RANKS if rank < whole] + [whole]
         for (_, side), whole in zip(parts, full)
     ]
-    costs: list[dict[int, float]] = [{} for _ in parts]
+    costs: list[dict[int, torch.Tensor | float]] = [{} for _ in parts]
     count = sum(map(len, candidates))
     with (
         stage("trying ranks", quiet),
@@ -106,11 +113,34 @@ def compress(
                     pair = (fitted, None) if side == "k" else (None, fitted)
                     module = model.model.layers[layer]
                     module.self_attn = compressed_attention(attentions[layer], *pair)
-                    costs[place][rank] = divergence(model, ids, expected)
+                    costs[place][rank] = probe.divergence(model)
                     module.self_attn = attentions[layer]
                 progress.update()
-    trials = [build(choose_ranks(costs, budget))]
-    equal = [min(whole, int(budget / len(parts))) for whole in full]
-    if all(rank in cost for rank, cost in zip(equal, costs)) and sum(equal) == budget:
-        trials.append(build(equal))
-    return min(trials, key=lambda trial: divergence(trial, ids, expected))
+    costs = [{rank: float(cost) for rank, cost in part.items()} for part in costs]
+
+    def choose(cache_dtype: str | None) -> tuple[float, list[int], str | None]:
+        """What the best ranks of rows of a dtype cost, if costs add up, and these."""
+        smaller, rounding = 1, 0.0
+        if cache_dtype is not None:
+            stored = getattr(torch, cache_dtype)
+            smaller, rounding = dtype.itemsize / stored.itemsize, probe.divergence(model, stored).item()
+        budget = int(
+            sum(full) * smaller / cache_ratio * (1 + 1e-12)
+        )  # of a ratio that is not a float, no rank is lost
+        if budget < sum(map(min, costs)):
+            return math.inf, [], cache_dtype
+        ranks = choose_ranks(costs, budget)
+        return rounding + sum(cost[rank] for cost, rank in zip(costs, ranks)), ranks, cache_dtype
+
+    found = [choose(name) for name in ([None] if dtype is None else [None, "float8_e4m3fn"])]
+    cost, ranks, cache_dtype = min(found, key=lambda one: one[0])
+    if cost == math.inf:
+        raise ConversionError(f"--cache-ratio {cache_ratio:g}: no ranks are small enough for this model")
+    trials, each = [ranks], sum(ranks) // len(parts)
+    equal = [min(whole, each) for whole in full]
+    if equal != ranks and all(rank in cost for rank, cost in zip(equal, costs)) and sum(equal) == sum(ranks):
+        trials.append(equal)
+    models = [build(ranks) for ranks in trials]
+    for trial in models:
+        trial.config.cache_dtype = cache_dtype
+    return min(models, key=lambda trial: probe.divergence(trial).item())

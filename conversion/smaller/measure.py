@@ -14,13 +14,17 @@ from modeling_t6.cache_t6 import CACHE_NAME, cache_nbytes
 
 @torch.no_grad()
 def cache_bytes_per_token(model: PreTrainedModel, cache: Cache, itemsize: int) -> float:
-    """Bytes that an empty `cache` takes for each of some tokens, with numbers of `itemsize` bytes."""
+    """
+    Bytes that an empty `cache` takes for each of some tokens, with numbers of `itemsize` bytes in place of the model's; what is
+    held in another dtype stays as it is.
+    """
     length = min(48, model.config.max_position_embeddings)
     ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0)).to(
         model.device
     )
     model(ids, use_cache=True, **{CACHE_NAME: cache})
-    return cache_nbytes(cache) / ids.numel() * itemsize / model.dtype.itemsize
+    of_model = cache.layers[0].keys.dtype == model.dtype
+    return cache_nbytes(cache) / ids.numel() * (itemsize / model.dtype.itemsize if of_model else 1)
 
 
 LOGITS = 2**26  # at once: 256 MiB of float32

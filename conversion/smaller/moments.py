@@ -27,13 +27,19 @@ def from_complex(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
     return torch.cat([torch.cat([part.real, part.imag], dim=-1) for part in parts], dim=-1)
 
 
+# Most of the power of keys is often that of a mean which all tokens share. In the feature pairs that RoPE hardly turns it adds
+# the same to all scores of a query, of which a softmax sees nothing, and in a fit by power it hides what tells tokens apart.
+WHOLE_KEYS = 0.01  # part at which keys count with their mean: nothing of it is to become large
+
+
 @dataclass
 class Moments:
     """
     Sums over the tokens of a text, of one layer with G keys and values for h heads of size d.
 
     Attributes:
-        keys: sum of K[f] K[f]^H before RoPE, [d / 2, G, G], complex.
+        keys: sum of K[f] K[f]^H, [d / 2, G, G], complex, of keys after RoPE less their mean over the window, to which a part of
+            the same sum of whole keys is added.
         queries: sum of |Q_i[f]|^2, [h, d / 2].
         values: sum over heads and tokens of (p V)(p V)^T, V the values of all groups side by side, [G d, G d].
     """
@@ -51,10 +57,12 @@ def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_
     value = attention.v_b_proj(hidden_states)
     if attention.config.qk_norm:
         query, key = attention.q_norm(query), attention.k_norm(key)
-    complex_key = to_complex(key.double(), rotary_dim).flatten(0, 1)
     powers = to_complex(query.double(), rotary_dim).flatten(0, 1).abs().square().sum(0)
 
     query, key = (apply_rotary_pos_emb(x, *position_embeddings) for x in (query, key))
+    complex_key = to_complex(key.double(), rotary_dim).permute(0, 3, 2, 1)  # [batch, F, G, seq]
+    centred = complex_key - complex_key.mean(-1, keepdim=True)
+    keys = (centred @ centred.mH + WHOLE_KEYS * complex_key @ complex_key.mH).sum(0)
     key = form_heads(attention.k_a, key).transpose(1, 2)
     # Every head reads the values of all groups, to see what the others' values would be to it.
     averages = F.scaled_dot_product_attention(
@@ -63,8 +71,7 @@ def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_
     )  # fmt: skip
     # Sums of products in float32 are positive definite to its rounding only.
     values = sum(row.mT @ row for row in (row.flatten(0, 1).double() for row in averages))
-    complex_key = complex_key.permute(2, 1, 0)  # [F, G, tokens]
-    return Moments(complex_key @ complex_key.mH, powers, values)
+    return Moments(keys, powers, values)
 
 
 @contextlib.contextmanager

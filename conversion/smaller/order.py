@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 
+from ..evaluate.languages import find_language
 from ..files.devices import find_device
 from ..files.errors import ConversionError
 from ..files.folders import new_folder
@@ -16,11 +17,14 @@ from . import text
 from .compress import compress
 from .heal import heal
 from .measure import cache_bytes_per_token, perplexity
+from .questions import make_questions
 from .reconstruct import reconstruct
 from .report import Row
 from .stages import stage
 
 
+QUESTIONS, QUESTIONS_LENGTH = 1 / 4, 2048  # beside the calibration's tokens, and in a window at most
+HEALED_QUESTIONS = 1 / 8  # of the windows of healing
 # Parts of a perplexity: sums in another order, and weights or activations in half precision.
 EXACT, ROUNDED = 2e-4, 1e-2
 
@@ -42,6 +46,10 @@ class Texts:
         whole = text.windows(tokenizer, calibration, length, str(args.calibration))
         count = min(len(whole), max(1, args.calibration_tokens // length))
         self.calibration = whole[torch.linspace(0, len(whole) - 1, count).long()]
+        language = find_language(tokenizer, config.vocab_size, calibration)
+        long = min(config.max_position_embeddings, QUESTIONS_LENGTH)
+        count = max(2, int(QUESTIONS * self.calibration.numel() / long))
+        self.questions = make_questions(language, long, count, args.seed) if args.method == "fit" else None
         self.healing = None
         most = None if args.heal_tokens is None else max(1, args.heal_tokens // length)
         if args.heal is not None and args.heal.resolve() == args.calibration.resolve():
@@ -51,6 +59,10 @@ class Texts:
             if args.held_out is None:
                 healing = text.split_held_out(healing)[0]
             self.healing = text.windows(tokenizer, healing, length, str(args.heal), most)
+        if self.healing is not None and args.method == "fit":
+            kept = len(self.healing) - int(HEALED_QUESTIONS * len(self.healing))
+            asked = make_questions(language, length, len(self.healing) - kept, args.seed + 1)
+            self.healing = torch.cat([self.healing[:kept], asked.ids])
         for ids in (self.held_out, self.calibration, self.healing):
             if ids is not None and ids.max() >= config.vocab_size:
                 raise ConversionError(
@@ -135,9 +147,15 @@ def make_smaller(
     if not compressed_folder.exists():
         calibration = texts.calibration.to(device)
         ranks = args.k_rank, args.v_rank, args.cache_ratio
-        model = compress(exact_model, calibration, *ranks, args.method, args.batch_size)
-        if args.reconstruct_steps > 0:
-            found = reconstruct(model, exact_model, calibration, args.reconstruct_steps, args.seed)
+        questions = None if texts.questions is None else texts.questions.to(device)
+        model = compress(
+            exact_model, calibration, *ranks, args.method, args.batch_size, questions=questions, dtype=dtype
+        )  # fmt: skip
+        config = exact_model.config
+        if args.reconstruct_steps > 0 and (model.config.k_rank, model.config.v_rank) != (config.k_rank, config.v_rank):
+            found = reconstruct(
+                model, exact_model, calibration, args.reconstruct_steps, args.seed, questions=questions
+            )
             print(
                 "error of each attention's output, of its power: "
                 + ", ".join(f"{old:.2%} to {new:.2%}" for old, new in found)
@@ -146,7 +164,8 @@ def make_smaller(
             save(model, new)
     del exact_model
     model = measure("compressed", load(T6ForCausalLM, compressed_folder))
-    print(f"ranks of the keys {model.config.k_rank}, of the values {model.config.v_rank}")
+    rows_in = "" if model.config.cache_dtype is None else f", rows of the cache in {model.config.cache_dtype}"
+    print(f"ranks of the keys {model.config.k_rank}, of the values {model.config.v_rank}{rows_in}")
     if texts.healing is None:
         save(model, folder)
         return rows

@@ -57,5 +57,6 @@ def check_options(config: T6Config, k_ranks: Ranks, v_ranks: Ranks, cache_ratio:
         )
     if cache_ratio is not None:
         full, least = config.k_rank + config.v_rank, (config.k_rank if config.qk_norm else 1) + 1
-        if not 1 <= cache_ratio <= full / least:
-            raise ConversionError(f"--cache-ratio {cache_ratio:g}: expected 1 to {full / least:g} for this model")
+        most = 2 * full / least  # with rows of 8 bits in place of 16
+        if not 1 <= cache_ratio <= most:
+            raise ConversionError(f"--cache-ratio {cache_ratio:g}: expected 1 to {most:g} for this model")

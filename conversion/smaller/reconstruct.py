@@ -3,47 +3,195 @@ Reconstruction: each compressed attention learns, by itself, the output of the o
 
 A fit mixes the heads of the source. This goes on from there: on the calibration text, the projections of a layer's attention
 are trained for the output that the source's attention has for the same input (block reconstruction, as BRECQ, arXiv
-2102.05426, does it for quantised blocks). No layer waits for another, no logits are needed, and the same few windows of
-text serve many times. Muon takes steps as large for a wide layer as for a narrow one, in parts of its weights.
+2102.05426, does it for quantised blocks). No layer waits for another, so that all of them learn side by side; no logits are
+needed, and the same few windows of text serve many times. Muon takes steps as large for a wide layer as for a narrow one, in
+parts of its weights.
 """
 
-import copy
+import math
 
 import torch
+from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from modeling_t6 import T6ForCausalLM
+from modeling_t6.factors_t6 import apply_rotary_pos_emb
+from modeling_t6.modeling_t6 import T6Attention
 
-from .heal import join_optimizers
 from .moments import attention_hooks
+from .questions import Questions
 from .stages import stage
 
 
 STEP = 0.02  # the longest, as a part of the root mean square of the weights that it changes
-MUON_SIZE = 0.2  # root mean square of the steps of `torch.optim.Muon`, as a part of its rate
-WINDOWS = 2  # in a step: many small steps are worth more than few large ones
+MOMENTUM = 0.95
+ORTHOGONAL = (3.4445, -4.7750, 2.0315), 5  # coefficients and iterations of Muon's polynomial
+WINDOWS = 2  # of text in a step: many small steps are worth more than few large ones
 CHECKED = 10  # every tenth window is not learnt from, and says whether a layer is better than before
+TOGETHER = 2**29  # numbers in the states of the layers that learn side by side
 
 
-class RowSizes(torch.nn.Module):
+class Weights(nn.Module):
     """
-    A weight as the sizes of its rows, which stay, times rows of one size, which learn. In queries and keys of a fit, some
-    features are a thousand times as large as others, and a step that is small beside those would be the end of these.
+    A weight of each of some layers, [layers, out, in], as sizes, which stay, times numbers of about one, which learn.
+
+    Args:
+        by_rows: the sizes are of rows, not of whole weights. In queries and keys of a fit, some features are a thousand times as
+            large as others, and a step that is small beside those would be the end of these.
     """
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weights: torch.Tensor, by_rows: bool = False):
         super().__init__()
-        size = weight.detach().norm(dim=1, keepdim=True)
-        self.register_buffer("size", size.clamp(min=1e-6 * size.amax().item() + torch.finfo(size.dtype).tiny))
+        kept = -1 if by_rows else tuple(range(1, weights.dim()))
+        size = weights.square().mean(kept, keepdim=True).sqrt()
+        least = 1e-6 * size.amax(tuple(range(1, size.dim())), keepdim=True)
+        self.register_buffer("size", size.maximum(least).clamp(min=torch.finfo(size.dtype).tiny))
+        self.numbers = nn.Parameter(weights / self.size)
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.size * rows
+    def forward(self) -> torch.Tensor:
+        return self.size * self.numbers
 
-    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight / self.size
+
+class Attentions(nn.Module):
+    """
+    The attentions of some layers, with constant A, as one: of states [layers, batch, seq, hidden] it makes outputs of that
+    shape. Layers of a lower rank than others are filled up with zeros, which stay.
+    """
+
+    def __init__(self, attentions: list[T6Attention], dtype: torch.dtype):
+        super().__init__()
+        first = self.first = attentions[0]
+        self.ranks = [(attention.k_rank, attention.v_rank) for attention in attentions]
+        self.head_dim, self.scaling = first.head_dim, first.scaling
+        self.weights = nn.ModuleDict()
+        for name, tensor in first.state_dict().items():
+            all_tensors = [attention.state_dict()[name].to(dtype) for attention in attentions]
+            rows = max(len(tensor) for tensor in all_tensors)
+            stacked = torch.stack([F.pad(x.T, (0, rows - len(x))).T if x.dim() > 1 else F.pad(x, (0, rows - len(x)))
+                                   for x in all_tensors])  # fmt: skip
+            if name in ("k_a", "v_a"):  # whose smallest entries a fit multiplies by its largest B
+                ranks = torch.tensor([len(x) for x in all_tensors]).to(stacked)
+                self.register_buffer(name, stacked / ranks[:, None, None])
+            elif "norm" in name:
+                self.register_buffer(name.replace(".", "_"), stacked)
+            else:
+                by_rows = name in ("q_proj.weight", "k_b_proj.weight")
+                self.weights[name.replace(".", "_")] = Weights(stacked, by_rows)
+
+    def _project(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        result = states.flatten(1, 2) @ self.weights[f"{name}_weight"]().mT
+        if f"{name}_bias" in self.weights:
+            result = result + self.weights[f"{name}_bias"]()[:, None]
+        return result.unflatten(1, states.shape[1:3])
+
+    def _heads(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        return self._project(name, states).unflatten(-1, (-1, self.head_dim))
+
+    def _norm(self, name: str, heads: torch.Tensor) -> torch.Tensor:
+        weight = getattr(self, f"{name}_weight")[:, None, None, None]
+        return F.rms_norm(heads, (self.head_dim,), eps=getattr(self.first, name).variance_epsilon) * weight
+
+    def forward(self, states: torch.Tensor, rotation, mask: torch.Tensor | None) -> torch.Tensor:
+        """
+        Args:
+            rotation: cos and sin [batch or 1, seq, rotary_dim].
+            mask: [layers, batch or 1, 1, seq, seq], or `None` for that of a text.
+        """
+        query, key, value = (self._heads(name, states) for name in ("q_proj", "k_b_proj", "v_b_proj"))
+        if hasattr(self, "q_norm_weight"):
+            query, key = self._norm("q_norm", query), self._norm("k_norm", key)
+        query, key = (apply_rotary_pos_emb(x, *rotation) for x in (query, key))
+        key, value = (torch.einsum("lrh,lbsrd->lbhsd", a, b) for a, b in ((self.k_a, key), (self.v_a, value)))
+        query, key, value = (x.flatten(0, 1) for x in (query.transpose(2, 3), key, value))
+        mask = None if mask is None else mask.expand(-1, states.shape[1], -1, -1, -1).flatten(0, 1)
+        output = F.scaled_dot_product_attention(
+            query,
+            key.to(query.dtype),
+            value.to(query.dtype),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scaling,
+        )
+        return self._project("o_proj", output.transpose(1, 2).flatten(2).unflatten(0, states.shape[:2]))
+
+    def copy_to(self, attention: T6Attention, index: int) -> None:
+        """Puts the weights of layer `index` into `attention`."""
+        for name, parameter in attention.named_parameters():
+            if (key := name.replace(".", "_")) in self.weights:
+                parameter.data.copy_(self.weights[key]()[index][: len(parameter)])
+
+
+@torch.no_grad()
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """About U V^T of matrices U S V^T [..., m, n], all at once (arXiv 2502.16982)."""
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT
+    x = x.bfloat16() if x.is_cuda else x
+    x = x / x.float().norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30).to(x.dtype)
+    (a, b, c), iterations = ORTHOGONAL
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
+class Steps:
+    """Muon for matrices, AdamW for biases, in steps that are the same part of all weights."""
+
+    def __init__(self, students: list[Attentions], count: int):
+        parameters = [parameter for student in students for parameter in student.parameters()]
+        self.matrices = [parameter for parameter in parameters if parameter.dim() == 3]
+        self.momenta = [torch.zeros_like(parameter) for parameter in self.matrices]
+        biases = [parameter for parameter in parameters if parameter.dim() == 2]
+        self.adam = torch.optim.AdamW(biases, betas=(0.9, 0.95), weight_decay=0.0) if biases else None
+        self.done, self.count = 0, count
+
+    @property
+    def size(self) -> float:
+        """Of the next step: a warm-up, then half a cosine."""
+        warmup = max(1, self.count // 20)
+        if self.done < warmup:
+            return STEP * self.done / warmup
+        return STEP * 0.5 * (1 + math.cos(math.pi * (self.done - warmup) / max(1, self.count - warmup)))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter, momentum in zip(self.matrices, self.momenta):
+            momentum.lerp_(parameter.grad, 1 - MOMENTUM)
+            update = orthogonal(parameter.grad.lerp(momentum, MOMENTUM))
+            parameter.sub_(update, alpha=self.size * max(parameter.shape[1:]) ** 0.5)
+            parameter.grad = None
+        if self.adam is not None:
+            self.adam.param_groups[0]["lr"] = self.size
+            self.adam.step()
+            self.adam.zero_grad()
+        self.done += 1
+
+
+def one_mask(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Masks of some layers, [layers, batch or 1, 1, seq, seq], or `None` if none has one; bool, or to be added to scores."""
+    others = [mask for mask in masks if mask is not None]
+    if not others:
+        return None
+    seen = torch.ones_like(others[0], dtype=torch.bool).tril()
+    if others[0].dtype != torch.bool:
+        seen = torch.zeros_like(others[0]).masked_fill(~seen, torch.finfo(others[0].dtype).min)
+    return torch.stack([seen if mask is None else mask for mask in masks])
+
+
+class Shuffled:
+    """Places of `batch` of `count` windows, again and again, in ever new orders."""
+
+    def __init__(self, count: int, batch: int, generator: torch.Generator):
+        self.count, self.batch, self.generator = count, min(batch, count), generator
+        self.order = torch.empty(0, dtype=torch.long)
+
+    def next(self) -> torch.Tensor:
+        if len(self.order) < self.batch:
+            self.order = torch.randperm(self.count, generator=self.generator)
+        some, self.order = self.order[: self.batch], self.order[self.batch :]
+        return some
 
 
 def reconstruct(
@@ -53,16 +201,17 @@ def reconstruct(
     steps: int,
     seed: int = 0,
     quiet: bool = False,
+    questions: Questions | None = None,
 ) -> list[tuple[float, float]]:
     """
-    Trains the projections of the attention of each layer of `model`, in place; the constant A stay, whose smallest entries a
-    fit multiplies by its largest B. A layer that did not come closer to its source on windows that it did not learn from, a
-    tenth of `ids`, stays as it was.
+    Trains the projections of the attention of each layer of `model`, in place; the constant A stay. A layer that did not come
+    closer to its source on windows that it did not learn from, a tenth of them, stays as it was.
 
     Args:
         source: the model that was compressed, with as many layers.
         ids: token ids [n, seq].
-        steps: of two windows each.
+        steps: of two windows each, and as many tokens of `questions`.
+        questions: windows in which the tokens that are answered with weigh as much as all others.
 
     Returns:
         Of each layer, the mean squared error of its output as a part of the output's power, before and after.
@@ -70,61 +219,68 @@ def reconstruct(
     attentions = [layer.self_attn for layer in model.model.layers]
     half = source.dtype.itemsize == 2
     dtype = torch.float32 if half else source.dtype
-    students = [copy.deepcopy(attention).to(dtype).requires_grad_(True) for attention in attentions]
-    kept = torch.arange(len(ids)) % CHECKED == 0
-    checked, learnt = ids[kept], ids[~kept] if len(ids) > 1 else ids
+    texts = [(ids, torch.ones_like(ids, dtype=dtype))]
+    if questions is not None:
+        # An answer's token is predicted at the one before it.
+        asked = questions.asked.roll(-1, 1).to(dtype)
+        texts.append((questions.ids, 1 + asked * (asked.numel() / asked.sum().clamp(min=1))))
+    tokens = WINDOWS * ids.shape[1]
+    count = max(1, TOGETHER // (tokens * 6 * model.config.hidden_size))
+    groups = [range(start, min(start + count, len(attentions))) for start in range(0, len(attentions), count)]
+    students = [Attentions([attentions[layer] for layer in group], dtype) for group in groups]
 
-    def visit(batch: torch.Tensor, learn: bool) -> torch.Tensor:
+    def visit(batch: torch.Tensor, weights: torch.Tensor, learn: bool) -> torch.Tensor:
         """The error of each layer; with `learn`, its gradients are in the weights afterwards."""
-        found = torch.zeros(len(students), dtype=dtype, device=source.device)
+        states, outputs, masks, rotations = [], [], [], []
 
         def hook(attention, args, kwargs, output) -> None:
-            with torch.set_grad_enabled(learn), torch.autocast(source.device.type, source.dtype, enabled=half):
-                new, expected = students[attention.layer_idx](*args, **kwargs)[0].to(dtype), output[0].to(dtype)
-                error = F.mse_loss(new, expected) / expected.square().mean().clamp(min=torch.finfo(dtype).tiny)
-            if learn:
-                error.backward()
-            found[attention.layer_idx] = error.detach()
+            states.append(args[0])
+            outputs.append(output[0])
+            masks.append(kwargs["attention_mask"])
+            rotations.append(kwargs["position_embeddings"])
 
         with torch.no_grad(), attention_hooks(source, hook):
             source.model(batch, use_cache=False)
-        return found
+        found = []
+        for group, student in zip(groups, students):
+            part = slice(group.start, group.stop)
+            mask = one_mask(masks[part])
+            with torch.set_grad_enabled(learn), torch.autocast(source.device.type, source.dtype, enabled=half):
+                new = student(torch.stack(states[part]), rotations[group.start], mask)
+            with torch.set_grad_enabled(learn):
+                expected = torch.stack(outputs[part]).to(dtype)
+                power = (weights * expected.square().mean(-1)).sum((1, 2)).clamp(min=torch.finfo(dtype).tiny)
+                error = (weights * (new.to(dtype) - expected).square().mean(-1)).sum((1, 2)) / power
+                if learn:
+                    error.sum().backward()
+            found.append(error.detach())
+        return torch.cat(found)
+
+    checked, learnt = [], []
+    for text, weights in texts:
+        kept = torch.arange(len(text)) % CHECKED == 0
+        batch = max(1, tokens // text.shape[1])
+        checked += zip(text[kept].split(batch), weights[kept].split(batch))
+        learnt.append((text[~kept], weights[~kept]) if len(text) > 1 else (text, weights))
 
     def errors() -> list[float]:
-        return (
-            sum(len(batch) * visit(batch, learn=False) for batch in checked.split(WINDOWS)) / len(checked)
-        ).tolist()
+        total = sum(batch.numel() for batch, _ in checked)
+        return (sum(batch.numel() * visit(batch, weights, learn=False) for batch, weights in checked) / total).tolist()
 
-    by_rows = [projection for student in students for projection in (student.q_proj, student.k_b_proj)]
-    for projection in by_rows:
-        parametrize.register_parametrization(projection, "weight", RowSizes(projection.weight))
-    matrices, others = [], []
-    for student in students:
-        for name, parameter in student.named_parameters():
-            size = parameter.detach().square().mean().sqrt().item()
-            if name in ("k_a", "v_a"):
-                parameter.requires_grad_(False)
-            elif parameter.dim() == 2:
-                matrices.append({"params": [parameter], "lr": STEP * size / MUON_SIZE})
-            else:
-                others.append({"params": [parameter], "lr": STEP * size})
-    optimizer = join_optimizers(others, matrices)
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
+    before = errors()
+    optimizer = Steps(students, steps)
     generator = torch.Generator().manual_seed(seed)
-    before, order = errors(), torch.empty(0, dtype=torch.long)
+    orders = [Shuffled(len(text), max(1, tokens // text.shape[1]), generator) for text, _ in learnt]
     with stage("reconstructing", quiet):
         for _ in tqdm(range(steps), desc="reconstructing", unit="step", disable=quiet):
-            if len(order) < min(WINDOWS, len(learnt)):
-                order = torch.randperm(len(learnt), generator=generator)
-            visit(learnt[order[:WINDOWS]], learn=True)
-            order = order[WINDOWS:]
+            for (text, weights), order in zip(learnt, orders):
+                some = order.next()
+                visit(text[some], weights[some], learn=True)
             optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
     after = errors()
-    for projection in by_rows:
-        parametrize.remove_parametrizations(projection, "weight")
-    for attention, student, old, new in zip(attentions, students, before, after):
-        if new < old:
-            attention.load_state_dict(student.state_dict())  # in the dtype of the model
+    with torch.no_grad():
+        for group, student in zip(groups, students):
+            for layer in group:
+                if after[layer] < before[layer]:
+                    student.copy_to(attentions[layer], layer - group.start)
     return [(old, min(old, new)) for old, new in zip(before, after)]

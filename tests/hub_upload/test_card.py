@@ -113,8 +113,8 @@ def test_card_of_a_converted_model(folder, make_card):
         {"model": "T6", "cache_bytes_per_token": 512.0, "perplexity": 13.5},
     ]
     found = [
-        {"model": "source", "exact": 0.75, "log_probability": -0.25},
-        {"model": "result", "exact": 0.5, "log_probability": -1.0},
+        {"model": "source", "found": 0.75, "log_probability": -0.25},
+        {"model": "result", "found": 0.5, "log_probability": -1.0},
     ]
     warning = {"retrieval_warning": "this model finds less"}
     write_report(folder, "meta-llama/Llama-3.2-1B", perplexity=rows, retrieval=found, **warning)

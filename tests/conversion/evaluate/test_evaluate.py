@@ -88,6 +88,6 @@ def test_mistakes(more, message, folders, capsys):
 
 
 def test_warning():
-    source = {"exact": 0.5}
-    assert report.warning(source, {"exact": 0.45}) is None
-    assert "the source finds 50% and this model 44%" in report.warning(source, {"exact": 0.44})
+    source = {"found": 0.5}
+    assert report.warning(source, {"found": 0.45}) is None
+    assert "the source finds 50% and this model 44%" in report.warning(source, {"found": 0.44})

@@ -9,16 +9,17 @@ from transformers import DynamicCache, LlamaConfig
 
 from conversion.evaluate.agreement import Agreement
 from conversion.evaluate.caches import RoundedCache, make_cache, rounded
-from conversion.evaluate.languages import Tokens
+from conversion.evaluate.languages import Sentences, Tokens
 from conversion.evaluate.order import bytes_per_token, measure_windows, refuse_caches
 from conversion.evaluate.positions import LossByPosition
 from conversion.evaluate.score import score_samples
-from conversion.evaluate.tasks import make_samples
+from conversion.evaluate.tasks import Sample, make_samples
 from conversion.files.errors import ConversionError
 from modeling_t6 import T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
 
 from ..common import as_t6, exact_model, random_ids, source_model
+from .test_tasks import characters
 
 
 pytestmark = pytest.mark.once
@@ -51,10 +52,10 @@ class Induction(nn.Module):
 @pytest.mark.parametrize("task", ["needle", "keys", "copying"])
 def test_who_sees_the_fact_finds_it(task):
     samples = make_samples(Tokens(99), task, 100, 6)
-    found = score_samples(Induction(1000), list, samples, 4)
-    assert found.exact == 1 and found.log_probability > -1e-3 and found.count == 6
-    blind = score_samples(Induction(5), list, samples, 4)
-    assert blind.exact == 0 and blind.log_probability < -1
+    found = score_samples(Induction(1000), list, Tokens(99), samples, 4)
+    assert found.found == found.exact == 1 and found.log_probability > -1e-3 and found.count == 6
+    blind = score_samples(Induction(5), list, Tokens(99), samples, 4)
+    assert blind.found < 0.2 and blind.exact == 0 and blind.log_probability < -1
 
 
 @pytest.mark.parametrize("model", [exact_model(), source_model("llama", "gqa", torch.float64)], ids=["t6", "llama"])
@@ -65,7 +66,7 @@ def test_score_is_that_of_the_whole_pass_and_of_greedy_decoding(model):
         more = 4 + len(sample.prompt) % 2
         sample.answer = model.generate(prompt, max_new_tokens=more, do_sample=False)[0, -more:].tolist()
     samples[1].answer = samples[1].answer[:3]
-    score = score_samples(model, lambda: make_cache(model), samples, 2)
+    score = score_samples(model, lambda: make_cache(model), Tokens(99), samples, 2)
     assert score.exact == 3 / 5
     expected = 0.0
     for sample in samples:
@@ -74,6 +75,40 @@ def test_score_is_that_of_the_whole_pass_and_of_greedy_decoding(model):
             log_probs = model(ids, use_cache=False).logits.log_softmax(-1)[0, len(sample.prompt) - 1 : -1]
         expected += log_probs.gather(-1, torch.tensor(sample.answer)[:, None]).mean().item() / 5
     assert score.log_probability == pytest.approx(expected, rel=1e-5)
+
+
+class Scripted(nn.Module):
+    """Says the same ids behind every prompt, whatever it reads: its cache counts the tokens since the prompt."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, said: list[int]):
+        super().__init__()
+        self.said, self.base_model = said, lambda ids, **kwargs: None
+
+    def forward(self, ids, **kwargs):
+        logits, cache = torch.zeros(*ids.shape, 256), kwargs[CACHE_NAME]
+        for place in range(ids.shape[1]):
+            logits[:, place, (self.said + [0] * 99)[len(cache)]] = 9.0
+            cache.append(None)
+        return type("Output", (), {"logits": logits})
+
+
+SAID = {
+    ", in this order: 12345 and 67890.": (1 / 2, 0),
+    " 12345, 24680": (1, 1),
+    ":\n1. 24680\n2. 12345": (1, 0),
+    " 123456, 2468": (0, 0),
+    " 12345,                              24680": (1 / 2, 0),  # too late
+}
+
+
+@pytest.mark.parametrize("said, expected", SAID.items(), ids=lambda value: None if isinstance(value, tuple) else value)
+def test_values_are_found_in_any_format(said, expected):
+    language = Sentences(characters())
+    sample = Sample([1, 2, 3], language.encode(" 12345, 24680"), ["12345", "24680"], 0.5, [0])
+    score = score_samples(Scripted(language.encode(said)), list, language, [sample], 1)
+    assert (score.found, score.exact) == expected
 
 
 def test_loss_by_position():

@@ -36,6 +36,12 @@ def test_facts_stand_where_they_should(task, template):
         assert (text[0] == "<") == (template is not None)
         question = text.index("\n\n", text.index("\n\n") + 1)
         parts = re.findall(r"\d+", answer) or [answer.strip()]
+        assert sample.values == (answer.split() if task == "copying" else parts)
+        assert (
+            language.part_found(sample.values, sample.answer)
+            == 1
+            > language.part_found(sample.values, sample.answer[:-1])
+        )
         assert all(text.count(part) == 1 and text.index(part) < question for part in parts), "guessable, or not there"
         facts = [text[place : text.index(".", place)] for place in sample.places]
         if task == "variables":
@@ -63,6 +69,8 @@ def test_bare_ids(task):
     for sample in make_samples(Tokens(99), task, 64, 3):
         assert len(sample.prompt) + len(sample.answer) == 64
         assert all(0 < token < 99 for token in sample.prompt + sample.answer)
+        assert sum(sample.values, ()) == tuple(sample.answer)
+        assert Tokens(99).part_found(sample.values, sample.answer[:-1]) == 1 - 1 / len(sample.values)
         if task == "copying":
             start = sample.places[0]
             assert sample.prompt[start : start + 12] == sample.prompt[-4:] + sample.answer

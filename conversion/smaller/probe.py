@@ -1,0 +1,58 @@
+"""How far a change of a model moves its predictions: of a text, and where it is asked for what it has read."""
+
+import torch
+from torch.nn import functional as F
+
+from modeling_t6 import T6Cache, T6ForCausalLM
+from modeling_t6.cache_t6 import CACHE_NAME
+
+from .questions import Questions
+
+
+TEXT_TOKENS, TEXT_POSITIONS = 4096, 1024  # read, and looked at
+ANSWER_TOKENS = 8192  # read to be asked
+
+
+class Probe:
+    """
+    Compares models with `model`, as it is now.
+
+    Args:
+        text: token ids [n, seq], of which the first are read.
+        questions: windows that end in answers, of which the first are read; `None` compares on the text alone.
+    """
+
+    def __init__(self, model: T6ForCausalLM, text: torch.Tensor, questions: Questions | None = None):
+        ids = text[: max(1, TEXT_TOKENS // text.shape[1])]
+        looked_at = torch.zeros_like(ids, dtype=torch.bool)
+        looked_at.view(-1)[:: max(1, ids.numel() // TEXT_POSITIONS)] = True
+        self.parts = [(ids, looked_at)]
+        if questions is not None:
+            some = slice(max(1, ANSWER_TOKENS // questions.ids.shape[1]))
+            # The prediction of a token is made at the one before it.
+            self.parts.append((questions.ids[some], questions.asked[some].roll(-1, 1)))
+        self.expected = [self._log_probabilities(model, *part) for part in self.parts]
+
+    @staticmethod
+    def _log_probabilities(
+        model: T6ForCausalLM, ids: torch.Tensor, looked_at: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        cached = {"use_cache": False}
+        if dtype is not None:
+            cached = {"use_cache": True, CACHE_NAME: T6Cache(config=model.config, dtype=dtype)}
+        states = model.model(ids, **cached).last_hidden_state
+        return model.lm_head(states[looked_at]).float().log_softmax(-1)
+
+    @torch.no_grad()
+    def divergence(self, model: T6ForCausalLM, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """
+        KL(model before || now) in nats, the mean over tokens of the text plus the mean over tokens of answers: a number on the
+        model's device.
+
+        Args:
+            dtype: of the rows of a cache through which the model reads; `None` for none.
+        """
+        found = (self._log_probabilities(model, *part, dtype) for part in self.parts)
+        return sum(
+            F.kl_div(new, old, log_target=True, reduction="sum") / len(old) for new, old in zip(found, self.expected)
+        )

@@ -99,7 +99,11 @@ MODES = {
 
 
 @every_dtype
-@pytest.mark.parametrize("fields", [{}, {"noncontextual_a": True}, SLIDING], ids=["tpa", "constant A", "sliding"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"num_attention_heads": 6, "num_key_value_heads": 3}, {"noncontextual_a": True}, SLIDING],
+    ids=["tpa", "grouped heads", "constant A", "sliding"],
+)
 def test_greedy(dtype, fields):
     model, outputs = model_of(**fields), {"return_dict_in_generate": True, "output_logits": True}
     ids = random_ids(model.config, 2, 13)
@@ -319,6 +323,18 @@ def test_configurations(tmp_path):
     assert dtype_of(max_new_tokens=4, cache_dtype=None) == torch.float64
     cache = T6Cache(config=model.config, dtype="int4")
     assert dtype_of(max_new_tokens=4, **{CACHE_NAME: cache}) == torch.uint8
+
+
+def test_the_configuration_of_the_model():
+    """Its `cache_dtype` is that of caches for which nothing else is said."""
+    model = model_of(cache_dtype="int4")
+    ids = random_ids(model.config, 1, 13)
+    for kwargs in ({}, {"cache_implementation": "static"}, {"cache_dtype": None}):
+        output = generate(model, ids, return_dict_in_generate=True, **kwargs)
+        assert cached(output).layers[0].stored_dtype == torch.uint8
+        assert torch.equal(output.sequences, expected_tokens(model, ids, "int4"))
+    output = generate(model, ids, cache_dtype="float8_e4m3fn", return_dict_in_generate=True)
+    assert cached(output).layers[0].keys.dtype == torch.float8_e4m3fn
 
 
 def test_names_that_are_no_dtype_of_a_cache():

@@ -11,8 +11,9 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_t6 import T6Cache, attention_t6
-from modeling_t6.attention_t6 import form_all_heads, rebuild_heads
+from modeling_t6 import T6Cache, attention_t6, heads_t6
+from modeling_t6.attention_t6 import rebuild_heads
+from modeling_t6.heads_t6 import form_all_heads
 
 from ..versions import once_but
 from .common import random_ids, random_model, tiny_config
@@ -213,7 +214,7 @@ def test_sums_of_outer_products(shapes, monkeypatch):
     expected = [expected, *torch.autograd.grad(expected, factors, probe)]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for most in (0, 8):
-        monkeypatch.setattr(attention_t6, "MAX_OUTER_PRODUCTS", most)
+        monkeypatch.setattr(heads_t6, "MAX_OUTER_PRODUCTS", most)
         heads = form_all_heads(*factors)
         ours = [heads, *torch.autograd.grad(heads, factors, probe)]
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)

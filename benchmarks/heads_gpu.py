@@ -8,6 +8,7 @@ once: factors and heads, and for gradients both of the factors'. `--sweep` tries
 """
 
 import argparse
+import functools
 import itertools
 
 from options import add_output, describe, save
@@ -71,7 +72,7 @@ def measure_shape(shape: tuple[int, ...], bandwidth: float, with_products: bool)
         }
     result = {}
     for name, way in ways.items():
-        seconds = graph_seconds([lambda x=x: way(*x) for x in inputs])
+        seconds = graph_seconds([functools.partial(way, *x) for x in inputs])
         num_bytes = formed + factors * (1 if name.startswith("heads") else 2)
         result[name] = {"seconds": seconds, "share": num_bytes / seconds / bandwidth}
     return result

@@ -108,7 +108,12 @@ class QuantizedFactors:
     def heads(self, a: torch.Tensor, tokens: slice = slice(None)) -> torch.Tensor:
         """A times the scale of those `tokens` whose `a` it is, [batch, tokens, rank, num_heads]."""
         # In float32, where no product of the two is too small.
-        return (a.to(torch.float32) * self.scale[:, tokens].to(torch.float32)).to(self.dtype)
+        scale = self.scale[:, tokens].to(torch.float32)
+        if a.is_cpu:
+            # PyTorch converts float8 one number after another there. As float16, which has a bit of exponent more and another
+            # bias, the same bits are A / 2^8; NaN, which they would not stay, is in the scale as well.
+            a, scale = ((a.view(torch.int8).to(torch.int16) << 7) & ~0x4000).view(torch.float16), scale * 2**8
+        return (a.to(torch.float32) * scale).to(self.dtype)
 
     def features(self, b: torch.Tensor, tokens: slice = slice(None)) -> torch.Tensor:
         """n - 7.5 of those `tokens` whose `b` it is, [batch, tokens, rank, head_dim]; times the scale if A is constant."""

@@ -297,8 +297,8 @@ def test_kernels(implementation, monkeypatch):
     for dtype, expected in (("float8_e4m3fn", ["store", "attend"] * 2), ("int4", [])):
         launches.clear()
         output = generate(model, ids, cache_dtype=dtype, **kwargs)
-        assert torch.equal(output, generate(other, ids, cache_dtype=dtype, **kwargs))
         assert launches == expected
+        assert torch.equal(output, generate(other, ids, cache_dtype=dtype, **kwargs))
 
 
 def test_configurations(tmp_path):

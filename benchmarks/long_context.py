@@ -146,7 +146,7 @@ class Study:
         """A smaller cache by the method as it is, or without questions, rows of 8 bits and keys less their mean."""
         start, model = time.time(), self.t6()
         old, moments.WHOLE_KEYS = moments.WHOLE_KEYS, moments.WHOLE_KEYS if new else POWER
-        more = {"questions": self.questions, "dtype": torch.bfloat16} if new else {}
+        more = {"questions": self.questions, "cache_dtypes": [None, "float8_e4m3fn"]} if new else {}
         result = compress(model, self.calibration, cache_ratio=ratio, **more)
         moments.WHOLE_KEYS = old
         if steps and (result.config.k_rank, result.config.v_rank) != (model.config.k_rank, model.config.v_rank):

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
@@ -35,7 +36,8 @@ def compress(
     batch_size: int = 8,
     quiet: bool = False,
     questions: Questions | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    cache_dtypes: Sequence[str | None] = (None,),
 ) -> T6ForCausalLM:
     """
     A copy of a converted model whose cache is smaller.
@@ -48,8 +50,9 @@ def compress(
             layer, and between keys and values, where the predictions change less so than with equal ranks.
         batch_size: rows of `calibration` that go through the model at a time.
         questions: text that is part of the calibration, and whose answers the ranks of a `cache_ratio` are to keep.
-        dtype: of the rows of the cache in which the model will be used. For a `cache_ratio`, rows in 8 bits of more ranks may then
-            take their place, which the result's `cache_dtype` says.
+        dtype: in which the model will be used, as the rows of its cache are if their dtype is `None`.
+        cache_dtypes: what the `cache_dtype` of the result may be, the first if ranks are given. Of several, that is taken with which
+            a `cache_ratio` costs least: rows of 8 bits may have twice the ranks of rows of 16.
         method: `"fit"`, or `"mean-pool"` for the GQA paper's recipe.
 
     Raises:
@@ -68,7 +71,7 @@ def compress(
     parts = [(layer, side) for layer in range(len(attentions)) for side in "kv"]
     full = [getattr(model.config, f"{side}_rank") for _, side in parts]
 
-    def build(ranks: list[int]) -> T6ForCausalLM:
+    def build(ranks: list[int], cache_dtype: str | None) -> T6ForCausalLM:
         layers = defaultdict(list)  # of each side and rank
         for (layer, side), rank in zip(parts, ranks):
             layers[side, rank].append(layer)
@@ -81,6 +84,7 @@ def compress(
         if method == "fit":
             for layer in result.model.layers:
                 balance(layer.self_attn)
+        result.config.cache_dtype = cache_dtype
         return result
 
     if cache_ratio is None:
@@ -88,7 +92,7 @@ def compress(
         for layer, side in parts:
             ranks = (k_ranks if side == "k" else v_ranks) or [getattr(model.config, f"{side}_rank")]
             chosen.append(ranks[layer] if len(ranks) > 1 else ranks[0])
-        return build(chosen)
+        return build(chosen, cache_dtypes[0])
 
     probe = Probe(model, calibration, questions)
     candidates = [
@@ -132,15 +136,11 @@ def compress(
         ranks = choose_ranks(costs, budget)
         return rounding + sum(cost[rank] for cost, rank in zip(costs, ranks)), ranks, cache_dtype
 
-    found = [choose(name) for name in ([None] if dtype is None else [None, "float8_e4m3fn"])]
-    cost, ranks, cache_dtype = min(found, key=lambda one: one[0])
+    cost, ranks, cache_dtype = min((choose(name) for name in cache_dtypes), key=lambda found: found[0])
     if cost == math.inf:
         raise ConversionError(f"--cache-ratio {cache_ratio:g}: no ranks are small enough for this model")
     trials, each = [ranks], sum(ranks) // len(parts)
     equal = [min(whole, each) for whole in full]
     if equal != ranks and all(rank in cost for rank, cost in zip(equal, costs)) and sum(equal) == sum(ranks):
         trials.append(equal)
-    models = [build(ranks) for ranks in trials]
-    for trial in models:
-        trial.config.cache_dtype = cache_dtype
-    return min(models, key=lambda trial: probe.divergence(trial).item())
+    return min((build(ranks, cache_dtype) for ranks in trials), key=lambda trial: probe.divergence(trial).item())

@@ -14,7 +14,6 @@ other settings of the launch.
 import argparse
 import concurrent.futures
 import contextlib
-from dataclasses import replace
 
 from options import add_output, describe, save
 from shapes import CacheShape
@@ -132,7 +131,7 @@ class Requests:
 def variant(names: dict, fields: dict):
     """The kernels on pages with other settings."""
     choose = flash_tpa_pages_t6.choose_launch
-    names = names | {"choose_launch": lambda *args: replace(choose(*args), **fields)}
+    names = names | {"choose_launch": lambda *args: choose(*args)._replace(**fields)}
     plain = {name: getattr(flash_tpa_pages_t6, name) for name in names}
     for name, value in names.items():
         setattr(flash_tpa_pages_t6, name, value)

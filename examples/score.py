@@ -82,7 +82,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     perplexity.add_argument("text", nargs="+", type=Path, metavar="FILE")
     perplexity.add_argument("--window", type=number(int, 2), metavar="N", help="tokens (max_position_embeddings)")
     perplexity.add_argument(
-        "--cache-dtype", choices=("model", "float8_e4m3fn"), help="token by token, through a T6Cache of this dtype"
+        "--cache-dtype",
+        choices=("model", "float8_e4m3fn", "int4"),
+        help="token by token, through a T6Cache of this dtype",
     )
     perplexity.add_argument("--output", type=Path, metavar="JSON", help="write the figures there too")
 
@@ -101,7 +103,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
-import torch
 from transformers import AutoModelForCausalLM
 
 from conversion.files.devices import find_device
@@ -323,8 +324,12 @@ def perplexity(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     if args.cache_dtype is not None:
         if model.config.model_type != "t6":
             raise InputError(f"--cache-dtype is for T6 models: {args.model} is {model.config.model_type}")
-        dtype = None if args.cache_dtype == "model" else getattr(torch, args.cache_dtype)
+        dtype = None if args.cache_dtype == "model" else args.cache_dtype
         new_cache = functools.partial(T6Cache, config=model.config, dtype=dtype)
+        try:
+            new_cache()
+        except ValueError as error:
+            raise InputError(f"--cache-dtype {args.cache_dtype}: {error}") from error
     reports = {}
     for path, text in texts.items():
         tokens = encode(tokenizer, [text])

@@ -26,10 +26,13 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     StaticCache,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
+
+from .quantized_rows_t6 import QuantizedLayout, rotate_features
 
 
 # Transformers 5.24 renamed `past_key_values` to `cache` everywhere. The code here says `cache`; this is what the
@@ -54,6 +57,42 @@ def rename_past_key_values(function: Callable) -> Callable:
     return renamed
 
 
+# What rows may be stored in beside the dtype of the model, and the dtype of the tensors that hold them: rows of 4 bits, which
+# `QuantizedLayout` packs, are bytes.
+CACHE_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "int4": torch.uint8}
+
+
+def stored_dtype_of(dtype: torch.dtype | str | None, config: PreTrainedConfig, argument: str) -> torch.dtype | None:
+    """
+    The dtype of the tensors that hold rows of `dtype`, one of `CACHE_DTYPES` or `None` for that of the model.
+
+    Raises:
+        ValueError: naming the `argument`, or the field of the configuration that rows of 4 bits do not go with.
+    """
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in CACHE_DTYPES:
+        raise ValueError(f"`{argument}` must be None, for that of the model, int4 or float8_e4m3fn, got {dtype}.")
+    if name == "int4":
+        fields = {field: getattr(config, field) for field in ("noncontextual_b", "shared_b", "c_factor_dim")}
+        for field, value in fields.items():
+            if value:
+                raise ValueError(
+                    f"`{argument}`='int4' is for models whose cached B factors are those that K and V are made of: not with "
+                    f"`{field}`={value}."
+                )
+        if config.head_dim % 2:
+            raise ValueError(f"`{argument}`='int4' needs an even `head_dim`, got {config.head_dim}.")
+    return CACHE_DTYPES[name]
+
+
+def dtype_name(cache: Cache) -> str | None:
+    """Which of `CACHE_DTYPES` the rows of a cache have, or `None` for that of the model."""
+    stored = [getattr(layer, "stored_dtype", None) for layer in getattr(cache, "layers", ())]
+    return next((name for name, dtype in CACHE_DTYPES.items() if dtype in stored), None)
+
+
 class FactorLayout:
     """
     How the factors of one token, A [rank, num_heads] and B [rank, head_dim], lie side by side in one row:
@@ -76,6 +115,9 @@ class FactorLayout:
         )
         self.width = rank * (self.padded_heads + head_dim)
         self.rotates = unit == 8 and rank > 1 and self.padded_heads % 16 == 8 and self.padded_heads > 8
+        self.quantized = None  # the layout of the same factors in 4 bits
+        if head_dim > 0 and head_dim % 2 == 0:
+            self.quantized = QuantizedLayout(rank, num_heads, self.padded_heads, head_dim)
 
     def pack(self, a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
         """
@@ -104,11 +146,18 @@ class FactorLayout:
             a = torch.stack([row.roll(-8, -1) if r % 2 else row for r, row in enumerate(a.unbind(-2))], dim=-2)
         return a[..., : self.num_heads], b.unflatten(-1, (self.rank, self.head_dim))
 
+    def read(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in `dtype` of rows as a cache stores them, in any dtype or 4 bits."""
+        if rows.dtype != torch.uint8:
+            return self.unpack(rows.to(dtype))
+        a, b = self.quantized.unpack(rows, dtype)
+        return a, rotate_features(b)
+
 
 def factor_layouts(config: PreTrainedConfig, layer_idx: int) -> tuple[FactorLayout, FactorLayout]:
     """The layouts of the key rows and of the value rows of one layer: with tensor parallelism, of this process's heads."""
     k_rank, v_rank = config.ranks(layer_idx)
-    num_heads = config.num_local_heads
+    num_heads = config.num_local_key_value_heads
     if config.noncontextual_a:
         num_heads = 0
     k_dim = 0 if config.noncontextual_b else config.b_dim + (config.c_factor_dim or 0)
@@ -135,6 +184,8 @@ def refuse_other_rows(
     of heads, [batch, num_heads, seq, head_dim], that tools for other models make.
     """
     (keys, values), (key_layout, value_layout) = rows, layouts  # each step comes by here for each layer: no loop
+    if keys.dtype == torch.uint8:
+        layouts = key_layout, value_layout = key_layout.quantized or key_layout, value_layout.quantized or value_layout
     if keys.shape[1] == values.shape[1] == 1:
         if keys.shape[-1] == key_layout.width and values.shape[-1] == value_layout.width:
             return
@@ -148,15 +199,28 @@ def refuse_other_rows(
 
 
 class FactorViewsMixin:
-    """What a cache layer shows of the factors that it holds. `layouts` are those of its rows."""
+    """
+    What a cache layer shows of the factors that it holds: views, or of rows of 4 bits copies in float32. `layouts` are those of
+    the rows that it is given, `stored_dtype` is the dtype of those that it holds, if it is not the same.
+    """
 
     layouts: tuple[FactorLayout, FactorLayout] | None = None
     stored_dtype: torch.dtype | None = None
 
-    def as_stored(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows in the dtype of the cache; what is beyond the range of float8 becomes its largest number, not NaN."""
+    def as_stored(self, rows: torch.Tensor, index: int) -> torch.Tensor:
+        """
+        Rows of keys (`index` 0) or of values (1) as the cache stores them; what is beyond the range of float8 becomes its
+        largest number, not NaN.
+        """
         if self.stored_dtype is None or rows.dtype == self.stored_dtype:
             return rows
+        if self.stored_dtype == torch.uint8:
+            if torch.is_grad_enabled() and rows.requires_grad:
+                raise RuntimeError(
+                    "Rows of 4 bits have no gradient: call the model under `torch.no_grad()`, or with a cache of another dtype."
+                )
+            layout = self.layouts[index]
+            return layout.quantized.pack(*layout.unpack(rows))
         limits = torch.finfo(self.stored_dtype)
         return rows.clamp(limits.min, limits.max).to(self.stored_dtype)
 
@@ -165,7 +229,11 @@ class FactorViewsMixin:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.layouts is not None:
             refuse_other_rows((key_states, value_states), self.layouts)
-        return self.as_stored(key_states), self.as_stored(value_states)
+        return self.as_stored(key_states, 0), self.as_stored(value_states, 1)
+
+    def stored_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`keys` and `values` as the cache stores them: others may have assigned rows of another dtype."""
+        return self.as_stored(self.keys, 0), self.as_stored(self.values, 1)
 
     def _map_storage(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Puts what `function` makes of them in the place of the tensors that hold the rows."""
@@ -189,7 +257,7 @@ class FactorViewsMixin:
     @property
     def nbytes(self) -> int:
         """
-        Bytes of the factors held: (R_K + R_V)(h + d) numbers per token, less what a variant need not cache, plus the
+        Bytes of the factors held: (R_K + R_V)(h_kv + d) numbers per token, less what a variant need not cache, plus the
         alignment of a row.
         """
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
@@ -197,7 +265,8 @@ class FactorViewsMixin:
     def _factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.layouts is None or not self.is_initialized:
             raise ValueError("Factor views need a cache built as `T6Cache(config=...)` that holds at least one token.")
-        return self.layouts[index].unpack((self.keys, self.values)[index])
+        layout, rows = self.layouts[index], self.stored_rows()[index]
+        return layout.read(rows, torch.float32) if rows.dtype == torch.uint8 else layout.unpack(rows)
 
     def _head_factors(self, index: int) -> torch.Tensor:
         a = self._factors(index)[0]
@@ -314,8 +383,7 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
         if needs_grad or torch.compiler.is_compiling():
             # Autograd needs the rows that earlier steps used as they were: no writing in place. Nor in torch.compile,
             # where each time that the storage grows would take a graph of its own.
-            rows = self.as_stored(self.keys), self.as_stored(self.values)
-            self.keys, self.values = (torch.cat(both, dim=-2) for both in zip(rows, new))
+            self.keys, self.values = (torch.cat(both, dim=-2) for both in zip(self.stored_rows(), new))
             self._storage = self._views = None
             return self.keys, self.values
 
@@ -341,7 +409,7 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
 
     def _make_room(self, sizes: Sequence[tuple[int, int, torch.dtype, torch.device]]) -> None:
         """Lengthens `keys` and `values` by rows that are not yet written: in place, or in storage that has room for them."""
-        rows = self.keys, self.values
+        rows = self.stored_rows()
         lengths = tuple(tensor.shape[-2] + count for tensor, (_, count, *_) in zip(rows, sizes))
         tensors = zip(self._storage_of_rows(), rows, sizes)
         self._set_storage(tuple(self._with_room(storage, held, *size) for storage, held, size in tensors), lengths)
@@ -365,7 +433,7 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
             # A prompt gets just the room it needs; from then on the storage doubles.
             capacity = end if start == 0 else max(end, 2 * start)
             storage = rows.new_empty((*rows.shape[:2], capacity, rows.shape[-1]), dtype=dtype, device=device)
-            storage[:, :, :start] = self.as_stored(rows)
+            storage[:, :, :start] = rows
         return storage
 
     def reset(self) -> None:
@@ -419,8 +487,7 @@ class T6DynamicSlidingWindowLayer(FactorViewsMixin, DynamicSlidingWindowLayer):
         if not self.is_initialized:
             self.lazy_initialization(*new)
         self.cumulative_length += new[0].shape[-2]
-        held = self.as_stored(self.keys), self.as_stored(self.values)
-        rows = [torch.cat(both, dim=-2) for both in zip(held, new)]
+        rows = [torch.cat(both, dim=-2) for both in zip(self.stored_rows(), new)]
         past = self.sliding_window - 1
         self.keys, self.values = rows if self.record_past else (_last_rows(tensor, past) for tensor in rows)
         return tuple(_last_rows(tensor, past + new[0].shape[-2]) for tensor in rows)
@@ -442,6 +509,37 @@ class T6DynamicSlidingWindowLayer(FactorViewsMixin, DynamicSlidingWindowLayer):
         self.is_initialized, self.cumulative_length = False, 0
 
 
+class StaticRowsMixin(FactorViewsMixin):
+    """What static layers do with rows that are not stored in the model's dtype: `keys` and `values` hold their bytes."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(*self._bytes(key_states, value_states))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in Transformers' layers: writes rows in place, and returns all that there is room for, in `stored_dtype`."""
+        rows = super().update(*self._bytes(key_states, value_states), *args, **kwargs)
+        return tuple(tensor.view(self.stored_dtype) for tensor in rows)
+
+    def _bytes(self, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # Not every PyTorch copies float8 by index.
+        is_stored = rows[0].dtype == torch.uint8
+        return rows if is_stored else tuple(tensor.view(torch.uint8) for tensor in self._rows_to_store(*rows))
+
+    def stored_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All rows that there is room for, in `stored_dtype`."""
+        return self.keys.view(self.stored_dtype), self.values.view(self.stored_dtype)
+
+
+class T6StaticLayer(StaticRowsMixin, StaticLayer):
+    """A `StaticLayer` of rows in `stored_dtype`."""
+
+
+class T6StaticSlidingWindowLayer(StaticRowsMixin, StaticSlidingWindowLayer):
+    """A `StaticSlidingWindowLayer` of rows in `stored_dtype`."""
+
+
 def _last_rows(rows: torch.Tensor, number: int) -> torch.Tensor:
     return rows[:, :, max(rows.shape[-2] - number, 0) :]
 
@@ -452,9 +550,10 @@ class T6Cache(DynamicCache):
     [`T6DynamicSlidingWindowLayer`]s where the model has a window. It takes `DynamicCache`'s
     arguments; with `config` its layers show their factors as `cache.layers[i].a_k`, `.b_k`, `.a_v` and `.b_v`.
 
-    `dtype=torch.float8_e4m3fn` halves it: factors are stored with 3 bits after the point, to at most 448. It needs
-    `config`, whose `cache_dtype` is the default, and changes attention's output by 6% to 8% of its norm on random factors;
-    FlashTPA reads such rows as they are.
+    `dtype="float8_e4m3fn"` (or torch's) halves it: factors are stored with 3 bits after the point, to at most 448.
+    `dtype="int4"` takes 30% to 42%: B in 4 bits and A in 8, with a scale for each rank of a token (`QuantizedLayout`).
+    Both need `config`, whose `cache_dtype` is the default. On random factors they change attention's output by 6% to 8% and by
+    10% to 12% of its norm. FlashTPA reads rows of float8 as they are; rows of 4 bits are read by PyTorch, and have no gradient.
 
     Transformers' own `DynamicCache`, `StaticCache` and `QuantizedCache` hold the same rows for a T6 model.
     """
@@ -463,26 +562,25 @@ class T6Cache(DynamicCache):
         self,
         ddp_cache_data=None,
         config: PreTrainedConfig | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         **kwargs,
     ):
         if config is not None and "sliding_attention" in (config.layer_types or ()) and config.sliding_window is None:
             raise ValueError("`layer_types` has 'sliding_attention', which needs a `sliding_window`, got None.")
         super().__init__(config=config, **kwargs)
-        if dtype not in (None, torch.float8_e4m3fn):
-            raise ValueError(f"`dtype` must be None, for that of the model, or torch.float8_e4m3fn, got {dtype}.")
         if dtype is not None and config is None:
             raise ValueError("`T6Cache(dtype=...)` needs `config`.")
         text_config = None if config is None else config.get_text_config(decoder=True)
-        if dtype is None and (name := getattr(text_config, "cache_dtype", None)) is not None:
-            dtype = getattr(torch, name)
+        if dtype is None:
+            dtype = getattr(text_config, "cache_dtype", None)
+        stored_dtype = None if dtype is None else stored_dtype_of(dtype, text_config, "dtype")
         self.layers = [
             T6DynamicSlidingWindowLayer(layer.sliding_window) if layer.is_sliding else T6DynamicLayer()
             for layer in self.layers
         ]
         for layer_idx, layer in enumerate(self.layers):
             layer.layouts = factor_layouts(text_config, layer_idx)
-            layer.stored_dtype = dtype
+            layer.stored_dtype = stored_dtype
         if self.layer_class_to_replicate is not None:
             self.layer_class_to_replicate = T6DynamicLayer
         for layer_idx, rows in enumerate(ddp_cache_data or ()):
@@ -497,6 +595,15 @@ class T6Cache(DynamicCache):
     def nbytes(self) -> int:
         """Bytes of the factors held by all layers."""
         return cache_nbytes(self)
+
+
+def store_static_rows(cache: StaticCache, config: PreTrainedConfig, stored_dtype: torch.dtype) -> None:
+    """Makes the layers of a `StaticCache` that holds nothing yet such as store rows in another dtype than the model's."""
+    for layer_idx, layer in enumerate(cache.layers):
+        cls = T6StaticSlidingWindowLayer if layer.is_sliding else T6StaticLayer
+        cache.layers[layer_idx] = stored = cls.__new__(cls)
+        stored.__dict__ |= vars(layer)
+        stored.layouts, stored.stored_dtype = factor_layouts(config, layer_idx), stored_dtype
 
 
 def allocate_static_cache(
@@ -534,13 +641,21 @@ def reserve_rows(
     layer = cache.layers[layer_idx]
     if not layer.is_initialized or layer.keys.device != device:
         return None
+    stored_dtype = getattr(layer, "stored_dtype", None)
+    if stored_dtype == torch.uint8:  # the kernel writes no rows of 4 bits
+        return None
     if type(layer).update is T6DynamicLayer.update:
         return layer.reserve(batch_size, count, dtype)
-    if type(layer).update is StaticLayer.update and (len(layer.keys), layer.keys.dtype) == (batch_size, dtype):
+    if type(layer) is T6StaticLayer:
+        rows, dtype = layer.stored_rows(), stored_dtype
+    elif type(layer).update is StaticLayer.update:
         rows = layer.keys, layer.values
-        layer.cumulative_length.add_(count)
-        return NewRoom(*rows, *rows, -count, layer.cumulative_length.view(1))
-    return None
+    else:
+        return None
+    if (len(rows[0]), rows[0].dtype) != (batch_size, dtype):
+        return None
+    layer.cumulative_length.add_(count)
+    return NewRoom(layer.keys, layer.values, *rows, -count, layer.cumulative_length.view(1))
 
 
 def cached_lengths(cache: Cache, layer_idx: int) -> torch.Tensor | None:

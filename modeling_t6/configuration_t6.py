@@ -59,6 +59,9 @@ class T6Config(PreTrainedConfig):
         intermediate_size (`int`, *optional*): Inner size of the SwiGLU; `floor(8 / 3 * hidden_size)` if `None`.
         num_hidden_layers (`int`, defaults to 12): Number of blocks.
         num_attention_heads (`int`, defaults to 34): Number of attention heads (h).
+        num_key_value_heads (`int`, *optional*):
+            Number of heads of keys and values (h_kv), `num_attention_heads` if `None`. With fewer, A_K and A_V are
+            [R, h_kv], and the query heads of a group share a key and a value head, as in GQA.
         head_dim (`int`, defaults to 64): Size of a head (d), independent of `hidden_size`.
         q_rank (`int`, *optional*, defaults to 6):
             Rank of the queries (R_Q). `None` is TPA-KVonly: the queries come from one ordinary projection.
@@ -69,7 +72,8 @@ class T6Config(PreTrainedConfig):
             non-contextual A", section 4.1 of the paper). The cache then holds B alone. Llama's MHA, GQA and MQA are of
             this kind (section 4).
         cache_dtype (`str`, *optional*):
-            `"float8_e4m3fn"` for a model whose `T6Cache`s hold rows of 8 bits; those of the model's dtype if `None`.
+            What caches hold unless they or `generate()` are told otherwise: rows of 8 bits with `"float8_e4m3fn"`, of 4 with
+            `"int4"`, of the model's dtype if `None`.
         hidden_act (`str`, defaults to `"silu"`): Activation of the gated MLP.
         max_position_embeddings (`int`, defaults to 1024): Longest sequence the model was made for.
         initializer_range (`float`, defaults to 0.02):
@@ -80,8 +84,10 @@ class T6Config(PreTrainedConfig):
         attention_bias (`bool`, defaults to `False`): Whether the attention projections have biases.
         attention_out_bias (`bool`, *optional*): Whether `o_proj` has one; `attention_bias` if `None`.
         mlp_bias (`bool`, defaults to `False`): Whether the projections of the MLP have biases.
-        qk_norm (`bool`, defaults to `False`):
-            Whether RMS norms of size d act on every head of the queries and on every row of B_K before RoPE, as in Qwen3.
+        qk_norm (`bool` or `str`, defaults to `False`):
+            Whether RMS norms of size d act on every head of the queries before RoPE, and on which part of the keys: with
+            `True` on every row of B_K, as in a Qwen3 that is converted; with `"heads"` on every head that A_K and B_K form,
+            as in a Qwen3 that is trained as T6 (see `T6KeyHeadRMSNorm`).
         head_norm (`bool`, defaults to `False`):
             Whether an RMS norm (epsilon 1e-5) of size d acts on every head's output before `o_proj` ("groupnorm" in the
             research code).
@@ -116,6 +122,7 @@ class T6Config(PreTrainedConfig):
     intermediate_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 34
+    num_key_value_heads: int | None = None
     head_dim: int = 64
     q_rank: int | None = 6
     k_rank: int | list[int] = 2
@@ -140,7 +147,7 @@ class T6Config(PreTrainedConfig):
     attention_out_bias: bool | None = None
     attention_dropout: int | float = 0.0
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     head_norm: bool = False
     output_gate: bool = False
     sliding_window: int | None = None
@@ -149,6 +156,8 @@ class T6Config(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None and isinstance(self.hidden_size, int):
             self.intermediate_size = 8 * self.hidden_size // 3
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
         if self.layer_types is None and isinstance(self.num_hidden_layers, int):
@@ -172,11 +181,21 @@ class T6Config(PreTrainedConfig):
         is_change = "layer_types" in self.__dict__  # the last field, and all have been set before
         if is_change and name == "sliding_window":
             self._validate_window(value)
+        has_groups = is_change and self.num_key_value_heads != self.num_attention_heads
         super().__setattr__(name, value)
-        if is_change and name == "sliding_window":
+        if is_change and name == "num_attention_heads" and not has_groups:
+            self.num_key_value_heads = value
+        elif is_change and name == "sliding_window":
             self._layers_follow_window()
         elif is_change and name == "layer_types" and value is None and self.sliding_window is not None:
             self._layers_follow_window()  # as if there had never been any
+
+    def to_dict(self) -> dict:
+        """Without groups, `num_attention_heads` alone says how many heads there are: it may be given anew at load."""
+        output = super().to_dict()
+        if output["num_key_value_heads"] == output["num_attention_heads"]:
+            del output["num_key_value_heads"]
+        return output
 
     def _layers_follow_window(self):
         """Layers that are not of types of their own slide if there is a window."""
@@ -206,20 +225,34 @@ class T6Config(PreTrainedConfig):
         return plan if self.noncontextual_a or self.head_factor_act == "softmax" else self.heads_tp_plan | plan
 
     @property
-    def num_key_value_heads(self) -> int:
-        """Number of heads of the keys and values that the factors form: all of them."""
-        return self.num_attention_heads
+    def num_key_value_groups(self) -> int:
+        """Number of heads of queries that share a head of keys and one of values."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide `num_attention_heads`={self.num_attention_heads}, got "
+                f"{self.num_key_value_heads}."
+            )
+        return self.num_attention_heads // self.num_key_value_heads
 
     @property
     def num_local_heads(self) -> int:
         """Number of heads in this process: with tensor parallelism its share, else all."""
+        return self._local_share("num_attention_heads")
+
+    @property
+    def num_local_key_value_heads(self) -> int:
+        """Number of heads of keys and values in this process."""
+        return self._local_share("num_key_value_heads")
+
+    def _local_share(self, field: str) -> int:
+        number = getattr(self, field)
         num_processes = getattr(getattr(self, "distributed_config", None), "tp_size", None) or 1
-        if self.num_attention_heads % num_processes:
+        if number % num_processes:
             raise ValueError(
-                f"Tensor parallelism shares out whole heads: `num_attention_heads`={self.num_attention_heads} must be a "
-                f"multiple of the number of processes, got {num_processes}."
+                f"Tensor parallelism shares out whole heads: `{field}`={number} must be a multiple of the number of "
+                f"processes, got {num_processes}."
             )
-        return self.num_attention_heads // num_processes
+        return number // num_processes
 
     def ranks(self, layer_idx: int) -> tuple[int, int]:
         """R_K and R_V of a layer."""
@@ -252,11 +285,13 @@ class T6Config(PreTrainedConfig):
             "intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
+            "num_key_value_heads",
             "head_dim",
             "max_position_embeddings",
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be a positive integer, got {getattr(self, field)}.")
+        _ = self.num_key_value_groups  # which are whole
         if self.num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
@@ -291,8 +326,8 @@ class T6Config(PreTrainedConfig):
             )
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"`attention_dropout` must be in [0, 1), got {self.attention_dropout}.")
-        if self.cache_dtype not in (None, "float8_e4m3fn"):
-            raise ValueError(f"`cache_dtype` must be 'float8_e4m3fn' or None, got {self.cache_dtype!r}.")
+        if self.cache_dtype not in (None, "float8_e4m3fn", "int4"):
+            raise ValueError(f"`cache_dtype` must be 'float8_e4m3fn', 'int4' or None, got {self.cache_dtype!r}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}.")
         self._validate_rope_parameters()
@@ -344,6 +379,15 @@ class T6Config(PreTrainedConfig):
         if self.c_factor_dim is not None and (self.c_factor_dim < 1 or self.head_dim % self.c_factor_dim):
             raise ValueError(
                 f"`c_factor_dim` must be a divisor of `head_dim`={self.head_dim}, or None, got {self.c_factor_dim}."
+            )
+        if self.qk_norm not in (False, True, "heads"):
+            raise ValueError(
+                f"`qk_norm` must be False, True (of rows of B_K) or 'heads' (of formed keys), got {self.qk_norm!r}."
+            )
+        if self.qk_norm == "heads" and self.noncontextual_a:
+            raise ValueError(
+                "`qk_norm`='heads' and `noncontextual_a` exclude each other: it would make a constant A_K one of the token. "
+                "With `qk_norm`=True, rows of B_K are normalised, which is the same where each head has one of them."
             )
         if self.shared_b and any(len(set(self.ranks(i))) > 1 for i in range(self.num_hidden_layers)):
             raise ValueError(

@@ -39,6 +39,7 @@ class Rotation(NamedTuple):
 
     rotary_dim: int
     has_norm: bool
+    norms_key_heads: bool = False  # whether that of keys is of the heads that A and B form, not of rows of B
 
 
 @triton.jit
@@ -83,12 +84,12 @@ def _as_stored(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _load_query_a(
+def _load_projected_a(
     a_ptr, heads, rank,
     NUM_HEADS: tl.constexpr, RANK: tl.constexpr, CONSTANT_A: tl.constexpr, ACTIVATION: tl.constexpr,
     ALL_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """A_Q of some heads and one rank, activated."""
+    """A of some heads and one rank, activated."""
     if CONSTANT_A:
         return tl.load(a_ptr + rank * NUM_HEADS + heads, mask=heads < NUM_HEADS, other=0.0).to(tl.float32)
     a = tl.load(a_ptr + heads * RANK + rank, mask=heads < NUM_HEADS, other=0.0).to(tl.float32)
@@ -128,7 +129,7 @@ def _form_query(
         query = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
         paired = query
         for r in tl.static_range(RANK):
-            a = _load_query_a(a_ptr, heads, r, NUM_HEADS, RANK, CONSTANT_A, ACTIVATION, ALL_HEADS)[:, None]
+            a = _load_projected_a(a_ptr, heads, r, NUM_HEADS, RANK, CONSTANT_A, ACTIVATION, ALL_HEADS)[:, None]
             b = tl.load(b_ptr + (r * HEAD_DIM + features), mask=features < HEAD_DIM, other=0.0).to(tl.float32)
             paired_b = tl.load(b_ptr + (r * HEAD_DIM + pairs), mask=is_rotated, other=0.0).to(tl.float32)
             if ROTATES_HEADS:
@@ -148,11 +149,42 @@ def _form_query(
 
 
 @triton.jit
+def _store_normed_a(
+    a_ptr, b_ptr, row_ptr, first_head, eps,
+    ROWS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, ALL_HEADS: tl.constexpr,
+):  # fmt: skip
+    """A of one token for some heads, divided by the size of the heads that it forms: see `T6KeyHeadRMSNorm`."""
+    A_HEADS: tl.constexpr = ROWS.padded_heads
+    HEAD_DIM: tl.constexpr = ROWS.head_dim
+    RANK: tl.constexpr = ROWS.rank
+    heads = first_head + tl.arange(0, BLOCK_H)
+    features = tl.arange(0, BLOCK_D)
+    key = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for r in tl.static_range(RANK):
+        a = _load_projected_a(a_ptr, heads, r, ROWS.num_heads, RANK, False, ACTIVATION, ALL_HEADS)
+        b = tl.load(b_ptr + (r * HEAD_DIM + features), mask=features < HEAD_DIM, other=0.0).to(tl.float32)
+        key += a[:, None] * b[None, :]
+    key = key / RANK
+    scale = tl.rsqrt(tl.sum(key * key, 1) / HEAD_DIM + eps)
+    for r in tl.static_range(RANK):
+        a = _load_projected_a(a_ptr, heads, r, ROWS.num_heads, RANK, False, ACTIVATION, ALL_HEADS)
+        a = tl.where(heads < ROWS.num_heads, a * scale, 0.0)
+        columns = heads
+        if ROWS.rotates and r % 2 == 1:
+            columns = (heads + 8) % A_HEADS
+        offsets = ROWS.rank * ROWS.head_dim + r * A_HEADS + columns
+        tl.store(row_ptr + offsets, _as_stored(a, row_ptr.dtype.element_ty), mask=heads < A_HEADS)
+
+
+@triton.jit
 def _store_b(
     b_ptr, cos_ptr, sin_ptr, norm_ptr, row_ptr, eps,
     ROWS: tl.constexpr, ROTATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """B of one token, `BLOCK_R` ranks at a time: of keys normalised and rotated, of values (no `ROTATION`) as it is."""
+    """
+    B of one token, `BLOCK_R` ranks at a time: of keys normalised (or, where their heads are, times the weight of the norm)
+    and rotated, of values (no `ROTATION`) as it is.
+    """
     HEAD_DIM: tl.constexpr = ROWS.head_dim
     RANK: tl.constexpr = ROWS.rank
     features = tl.arange(0, BLOCK_D)
@@ -166,7 +198,11 @@ def _store_b(
             is_pair = (ranks < RANK)[:, None] & is_rotated[None, :]
             paired = tl.load(b_ptr + ((ranks * HEAD_DIM)[:, None] + pairs[None, :]), mask=is_pair, other=0.0)
             paired = paired.to(tl.float32)
-            if ROTATION.has_norm:
+            if ROTATION.norms_key_heads:
+                weight = tl.load(norm_ptr + features, mask=features < HEAD_DIM, other=0.0).to(tl.float32)
+                paired_weight = tl.load(norm_ptr + pairs, mask=is_rotated, other=0.0).to(tl.float32)
+                b, paired = b * weight[None, :], paired * paired_weight[None, :]
+            elif ROTATION.has_norm:
                 b, paired = _normalize(b, paired, norm_ptr, features, pairs, is_rotated, eps, HEAD_DIM)
             b = b * cos[None, :] + paired * sin[None, :]
         tl.store(row_ptr + offsets, _as_stored(b, row_ptr.dtype.element_ty), mask=is_b)
@@ -278,6 +314,7 @@ def store_factors_kernel(
     PAGE_UNIT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -285,14 +322,15 @@ def store_factors_kernel(
 ):
     """
     For each token: a program for each block of heads, which forms their query, one for the key row, one for the value row.
+    Where heads of keys are normalised, also one for each block of the A of these.
 
     Strides of B and of pages count `B_UNIT` and `PAGE_UNIT` numbers, which tells the compiler how rows are aligned.
     """
-    NUM_HEADS: tl.constexpr = KEYS.num_heads
     HEAD_DIM: tl.constexpr = KEYS.head_dim
     HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
-    part = tl.program_id(0) % (HEAD_BLOCKS + 2)
-    token = (tl.program_id(0) // (HEAD_BLOCKS + 2)).to(tl.int64)
+    KEY_BLOCKS: tl.constexpr = (KEYS.padded_heads + BLOCK_H - 1) // BLOCK_H if ROTATION.norms_key_heads else 0
+    part = tl.program_id(0) % (HEAD_BLOCKS + 2 + KEY_BLOCKS)
+    token = (tl.program_id(0) // (HEAD_BLOCKS + 2 + KEY_BLOCKS)).to(tl.int64)
     cos_ptr += token * cos_stride
     sin_ptr += token * sin_stride
     if part < HEAD_BLOCKS:
@@ -309,12 +347,19 @@ def store_factors_kernel(
             slots_ptr, token, num_slots, first_row, new_rows, room, PAGE_SIZE, HAS_LENGTH
         )
         if has_row:
-            if part == HEAD_BLOCKS:
+            if part != HEAD_BLOCKS + 1:
                 row_ptr = key_pages_ptr + (block * key_block_stride + offset * key_row_stride) * PAGE_UNIT
                 b_ptr = b_k_ptr + token * b_k_stride * B_UNIT
-                _store_b(b_ptr, cos_ptr, sin_ptr, k_norm_ptr, row_ptr, eps, KEYS, ROTATION, BLOCK_R, BLOCK_D)
-                if KEYS.padded_heads:
-                    _store_a(a_k_ptr + token * a_k_stride, row_ptr, KEYS, ACTIVATION, BLOCK_R, ALL_HEADS)
+                a_ptr = a_k_ptr + token * a_k_stride
+                if part == HEAD_BLOCKS:
+                    _store_b(b_ptr, cos_ptr, sin_ptr, k_norm_ptr, row_ptr, eps, KEYS, ROTATION, BLOCK_R, BLOCK_D)
+                    if KEYS.padded_heads and KEY_BLOCKS == 0:
+                        _store_a(a_ptr, row_ptr, KEYS, ACTIVATION, BLOCK_R, ALL_HEADS)
+                elif KEY_BLOCKS:
+                    _store_normed_a(
+                        a_ptr, b_ptr, row_ptr, (part - HEAD_BLOCKS - 2) * BLOCK_H, eps,
+                        KEYS, ACTIVATION, BLOCK_H, BLOCK_D, ALL_HEADS,
+                    )  # fmt: skip
             else:
                 row_ptr = value_pages_ptr + (block * value_block_stride + offset * value_row_stride) * PAGE_UNIT
                 b_ptr = b_v_ptr + token * b_v_stride * B_UNIT

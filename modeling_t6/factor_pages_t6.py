@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 from .cache_t6 import FactorLayout
-from .factors_t6 import activate_head_factors, apply_rotary_pos_emb, form_heads
+from .factors_t6 import activate_head_factors, apply_rotary_pos_emb, form_heads, norm_key_heads
 from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, is_supported, power_of_2
 
 
@@ -127,6 +127,7 @@ def store_factors(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
     activation: str | None = None,
+    norms_key_heads: bool = False,
     kernels: bool | None = None,
 ) -> torch.Tensor:
     """
@@ -136,7 +137,7 @@ def store_factors(
     Args:
         a_q: [tokens, h, R_Q] as it is projected, a constant [R_Q, h], or `None` for queries without factors.
         b_q: [tokens, R_Q, d] before RoPE, or the queries [tokens, h, d].
-        a_k, a_v: [tokens, h, R_K] and [tokens, h, R_V] as they are projected; `None` where they are constants, and rows
+        a_k, a_v: [tokens, h_kv, R_K] and [tokens, h_kv, R_V] as they are projected; `None` where they are constants, and rows
             hold B alone.
         b_k, b_v: [tokens, R_K, d] and [tokens, R_V, d]. All six may be views of one product, with any stride between
             tokens; numbers of one token are contiguous.
@@ -144,6 +145,7 @@ def store_factors(
         slots: int64 [tokens] or fewer. A token with a negative slot, or without one, is not written. Or [`NewRows`].
         key_pages, value_pages: see above. What is beyond the range of float8 is written as its largest number.
         q_norm, k_norm: weights [d] of the RMS norm of query heads and of rows of B_K before RoPE, both or none.
+        norms_key_heads: whether the norm of keys is of the heads that A_K, which is no constant, and B_K form.
         activation: of A that is projected: "sigmoid", "softmax" over these heads, or `None`.
         kernels: whether Triton does it, or PyTorch. `None`: Triton where it can.
 
@@ -152,14 +154,13 @@ def store_factors(
     """
     key_pages, value_pages = _as_numbers(key_pages), _as_numbers(value_pages)
     k_rank, v_rank, head_dim = b_k.shape[1], b_v.shape[1], b_k.shape[2]
-    num_heads = b_q.shape[1] if a_q is None else a_q.shape[1]
-    key_layout, value_layout = _layouts(k_rank, v_rank, 0 if a_k is None else num_heads, head_dim)
+    key_layout, value_layout = _layouts(k_rank, v_rank, 0 if a_k is None else a_k.shape[1], head_dim)
     _check_widths(key_pages, value_pages, key_layout, value_layout)
     kernels = _in_triton(b_q, key_pages) if kernels is None else kernels
     store = _store_in_triton if kernels else _store_in_torch
     return store(
         a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
-        key_layout, value_layout,
+        norms_key_heads, key_layout, value_layout,
     )  # fmt: skip
 
 
@@ -204,8 +205,8 @@ def form_heads_from_pages(
 
     Args:
         slots: int64 [rows], as of [`slots_of_rows`]. Where one is negative, a row is left as it is.
-        key, value: workspace [rows or more, h, d], where a token's numbers are contiguous.
-        key_a, value_a: constant factors [R_K, h] and [R_V, h]; of both as `select_ranks` has them, the workspace has the
+        key, value: workspace [rows or more, h_kv, d], where a token's numbers are contiguous.
+        key_a, value_a: constant factors [R_K, h_kv] and [R_V, h_kv]; of both as `select_ranks` has them, the workspace has the
             G key/value heads [room, G, d].
     """
     key_pages, value_pages = _as_numbers(key_pages), _as_numbers(value_pages)
@@ -252,7 +253,7 @@ def has_kernels(device: torch.device, pages_dtype: torch.dtype) -> bool:
 
 def _store_in_torch(
     a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
-    key_layout, value_layout,
+    norms_key_heads, key_layout, value_layout,
 ) -> torch.Tensor:  # fmt: skip
     dtype = b_q.dtype
     cos, sin = (torch.cat([x, x], dim=-1)[None].float() for x in (cos, sin))
@@ -268,7 +269,12 @@ def _store_in_torch(
         query = form_heads(a_q.float() if a_q.dim() == 2 else head_factors(a_q), query)
     query = apply_rotary_pos_emb(normalize(query, q_norm), cos, sin)[0].to(dtype)
 
-    b_k = apply_rotary_pos_emb(normalize(b_k[None].float(), k_norm), cos, sin)
+    a_k, a_v, b_k = head_factors(a_k), head_factors(a_v), b_k[None].float()
+    if norms_key_heads:
+        a_k, b_k = norm_key_heads(a_k, b_k, k_norm.float(), eps)
+    else:
+        b_k = normalize(b_k, k_norm)
+    b_k = apply_rotary_pos_emb(b_k, cos, sin)
     if isinstance(slots, NewRows):
         tokens = torch.arange(len(query), device=query.device)
         offsets = tokens % slots.count + slots.first + (0 if slots.length is None else slots.length)
@@ -281,7 +287,7 @@ def _store_in_torch(
     for pages, layout, a, b in (
         (key_pages, key_layout, a_k, b_k), (value_pages, value_layout, a_v, b_v[None].float())
     ):  # fmt: skip
-        rows = layout.pack(head_factors(a), b)[0, 0, : len(is_stored)][is_stored]
+        rows = layout.pack(a, b)[0, 0, : len(is_stored)][is_stored]
         if pages.dtype == torch.float8_e4m3fn:  # as bytes: not every PyTorch indexes float8 itself
             limits = torch.finfo(pages.dtype)
             rows, pages = rows.clamp(limits.min, limits.max).to(pages.dtype).view(torch.uint8), pages.view(torch.uint8)
@@ -363,7 +369,7 @@ def _token_stride(name: str, x: torch.Tensor | None, is_constant: bool = False) 
 
 def _store_in_triton(
     a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
-    key_layout, value_layout,
+    norms_key_heads, key_layout, value_layout,
 ) -> torch.Tensor:  # fmt: skip
     num_tokens, head_dim = b_q.shape[0], b_q.shape[2]
     num_heads = b_q.shape[1] if a_q is None else a_q.shape[1]
@@ -380,7 +386,9 @@ def _store_in_triton(
         slots = b_q if new_rows.length is None else new_rows.length
     sizes = _store_sizes(num_heads, key_layout, value_layout)
     kind = "constant" if a_k is None else "cached"
-    programs = num_tokens * (-(-num_heads // sizes["BLOCK_H"]) + 2)
+    head_blocks = -(-num_heads // sizes["BLOCK_H"])
+    key_blocks = -(-key_layout.padded_heads // sizes["BLOCK_H"]) if norms_key_heads else 0
+    programs = num_tokens * (head_blocks + 2 + key_blocks)
     with torch.cuda.device_of(query):
         store_factors_kernel[(programs,)](
             b_q if a_q is None else a_q.contiguous() if constant_a else a_q,
@@ -409,12 +417,13 @@ def _store_in_triton(
             slots.shape[0],
             *((0, 1, 0) if new_rows is None else (new_rows.first, new_rows.count, key_pages.shape[1])),
             eps,
-            KEYS=_paged_rows(key_layout, num_heads, kind),
-            VALUES=_paged_rows(value_layout, num_heads, kind),
+            KEYS=_paged_rows(key_layout, key_layout.num_heads, kind),
+            VALUES=_paged_rows(value_layout, value_layout.num_heads, kind),
+            NUM_HEADS=num_heads,
             Q_RANK=0 if a_q is None else b_q.shape[1],
             CONSTANT_A=constant_a,
             ACTIVATION=activation,
-            ROTATION=Rotation(2 * cos.shape[1], q_norm is not None),
+            ROTATION=Rotation(2 * cos.shape[1], q_norm is not None, norms_key_heads),
             B_UNIT=b_unit,
             HAS_LENGTH=new_rows is not None and new_rows.length is not None,
             **page_constants,

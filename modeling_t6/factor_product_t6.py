@@ -14,7 +14,7 @@
 """The factor projections of a layer as one product: their weights one below the other, filled up to whole tiles"""
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from torch import nn
 ROW_MULTIPLE = 8
 # Of so few tokens (a decoded one, or some that are verified) products take no longer than putting their weights together.
 MAX_TOKENS_ONE_BY_ONE = 8
+# Whether `generate()` puts them together once for all its tokens; a benchmark may switch it off.
+PACK = True
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -52,6 +54,13 @@ def _are_plain(projections: Collection[nn.Module]) -> bool:
     )
 
 
+def _are_whole(projections: Collection[nn.Module]) -> bool:
+    """Whether weights are here outside of a forward pass, too: some ways to share them out leave flat pieces, or nothing."""
+    return all(
+        projection.weight.shape == (projection.out_features, projection.in_features) for projection in projections
+    )
+
+
 def _is_extended(module: nn.Module) -> bool:
     """Whether a call does more than the class's `forward`: hooks, or one of its own, as accelerate and sharding set it."""
     return bool(
@@ -63,12 +72,49 @@ def _is_extended(module: nn.Module) -> bool:
     )
 
 
-def _concatenate(parameters: list[torch.Tensor], padding: int) -> torch.Tensor:
-    """The rows of all, then `padding` rows of zeros."""
+def _concatenate(parameters: list[torch.Tensor], padding: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The rows of all, then `padding` rows of zeros; written to `out` if that is such a tensor."""
     if padding:
         parameters = [*parameters, parameters[0].new_zeros(padding, *parameters[0].shape[1:])]
-    with without_autocast(parameters[0].device):
-        return torch.cat(parameters)
+    first, rows = parameters[0], sum(len(parameter) for parameter in parameters)
+    if out is not None and (out.shape, out.dtype, out.device) != ((rows, *first.shape[1:]), first.dtype, first.device):
+        out = None
+    with without_autocast(first.device):
+        return torch.cat(parameters, out=out)
+
+
+class PackedWeights:
+    """
+    Copies of the weights of a layer's factor projections, one below the other.
+
+    Attributes:
+        weight, bias: [rows, hidden_size] and [rows] or `None`. They stay where they are when they are filled anew: compiled
+            steps that were captured as CUDA graphs read them there.
+        is_valid: whether they are equal to the projections' own, as they are inside of [`packed_factors`] alone.
+    """
+
+    def __init__(self):
+        self.weight, self.bias, self.is_valid = None, None, False
+
+    def __reduce__(self):  # copies of a model make their own
+        return PackedWeights, ()
+
+    @torch.inference_mode(False)  # what it makes could not be written to outside
+    @torch.no_grad()
+    def fill(self, projections: list[nn.Linear]) -> None:
+        self.weight, self.bias = _pack(projections, self.weight, self.bias)
+        self.is_valid = True
+
+
+def _pack(
+    projections: list[nn.Linear], weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight and bias of one product, written to those given where they fit."""
+    padding = -sum(projection.out_features for projection in projections) % ROW_MULTIPLE
+    weight = _concatenate([projection.weight for projection in projections], padding, weight)
+    if projections[0].bias is None:
+        return weight, None
+    return weight, _concatenate([projection.bias for projection in projections], padding, bias)
 
 
 class FactorProjections(nn.Module):
@@ -77,27 +123,55 @@ class FactorProjections(nn.Module):
     parameters that they are, and are computed together where that gives the same: see [`project_factors`].
     """
 
+    def __init__(self):
+        super().__init__()
+        self.packed = PackedWeights()
+
     def project_factors(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         The outputs [..., out_features] of all factor projections of `hidden_states` [..., hidden_size], by their names.
 
         They are slices of one product, B's first, so that these start on 16 bytes. Projections that are more than their
         weights (quantised, with adapters, sharded, offloaded, with hooks) are called one by one, and so are those of a few
-        tokens without gradients, where putting the weights together costs more than it saves.
+        tokens without gradients, where putting the weights together costs more than it saves, unless [`packed_factors`] has.
         """
-        projections = {name: getattr(self, name) for name in self._factor_projections()}
-        is_few = not torch.is_grad_enabled() and hidden_states.shape[-2] <= MAX_TOKENS_ONE_BY_ONE
-        if is_few or len(projections) < 2 or not _are_plain(projections.values()):
-            return {name: projection(hidden_states) for name, projection in projections.items()}
-        weights = [projection.weight for projection in projections.values()]
-        biases = [projection.bias for projection in projections.values()]
-        sizes = [weight.shape[0] for weight in weights]
-        padding = -sum(sizes) % ROW_MULTIPLE
-        weight = _concatenate(weights, padding)
-        bias = None if biases[0] is None else _concatenate(biases, padding)
-        outputs = nn.functional.linear(hidden_states, weight, bias).split([*sizes, padding], dim=-1)
+        projections = self._factor_projections()
+        if self.packed.is_valid and not torch.is_grad_enabled():
+            weight, bias = self.packed.weight, self.packed.bias
+        else:
+            is_few = not torch.is_grad_enabled() and hidden_states.shape[-2] <= MAX_TOKENS_ONE_BY_ONE
+            if is_few or len(projections) < 2 or not _are_plain(projections.values()):
+                return {name: projection(hidden_states) for name, projection in projections.items()}
+            weight, bias = _pack(list(projections.values()))
+        sizes = [projection.out_features for projection in projections.values()]
+        outputs = nn.functional.linear(hidden_states, weight, bias).split([*sizes, len(weight) - sum(sizes)], dim=-1)
         return dict(zip(projections, outputs))
 
-    def _factor_projections(self) -> list[str]:
+    def _factor_projections(self) -> dict[str, nn.Module]:
         names = (f"{name}_{factor}_proj" for factor in "bca" for name in "qkv")
-        return [name for name in names if name in self._modules]
+        return {name: self._modules[name] for name in names if name in self._modules}
+
+
+@contextlib.contextmanager
+def packed_factors(model: nn.Module) -> Iterator[None]:
+    """
+    A context in which tokens without gradients are projected to the factors of a layer of `model` by one product, as few as they
+    may be: of copies of the weights, made here once for all steps. Weights must not change inside, where nobody would
+    see it; what is done to them between two such contexts counts. `generate()` is one; a decoding loop of one's own, or the capture
+    and all replays of a CUDA graph, may be put in another.
+
+    Layers whose projections are more than their weights stay as they are: see `_are_plain`. The copies are kept with the model for
+    the next time: they take as much memory as the factor projections do.
+    """
+    packed = []
+    try:
+        for layer in model.modules() if PACK else ():
+            if isinstance(layer, FactorProjections) and not layer.packed.is_valid:  # else it is in one already
+                projections = list(layer._factor_projections().values())
+                if len(projections) > 1 and _are_plain(projections) and _are_whole(projections):
+                    packed.append(layer.packed)
+                    layer.packed.fill(projections)
+        yield
+    finally:
+        for weights in packed:
+            weights.is_valid = False

@@ -24,12 +24,15 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .factors_t6 import Factors, without_autocast
+from .quantized_rows_t6 import QuantizedFactors, rotate_features
 
 
 # With this many query tokens or fewer, attention over the cache costs less in factor space than forming K and V.
 MAX_FACTOR_SPACE_QUERIES = 8
 # Cached tokens in one step of the online softmax: enough to amortise a dozen operations, few enough to stay in cache.
-FACTOR_SPACE_CHUNK = 16384
+FACTOR_SPACE_CHUNK = 8192
+# Sums over fewer tokens are one product.
+MIN_TOKENS_IN_BLOCKS = 1024
 LOG2_E = 1 / math.log(2)
 
 
@@ -51,6 +54,10 @@ def factor_space_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[`factor_space_attention`] over the factors of a cache; probabilities where the eager implementation is asked for."""
     query = module.queries(factors).to(factors.dtype)
+    output_attentions = implementation == "eager"
+    if factors.key_rows.dtype == torch.uint8:
+        with without_autocast(query.device):
+            return _attend_to_quantized_rows(module, factors, query, attention_mask, scaling, output_attentions)
     a_k, b_k, a_v, b_v = module.unpack(factors, factors.key_rows, factors.value_rows)
     with without_autocast(query.device):
         return factor_space_attention(
@@ -59,10 +66,37 @@ def factor_space_attention_forward(
             (a_v, b_v),
             attention_mask,
             scaling=scaling,
-            output_attentions=implementation == "eager",
+            output_attentions=output_attentions,
             key_features=functools.partial(module.features, rotation=factors.key_rotation),
             value_features=module.features,
         )
+
+
+def _attend_to_quantized_rows(
+    module: nn.Module,
+    factors: Factors,
+    query: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    output_attentions: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """B stays rotated: the query is rotated before, the output after, and a chunk of rows at a time becomes numbers."""
+    keys = QuantizedFactors(module.key_layout.quantized, factors.key_rows, factors.dtype)
+    values = QuantizedFactors(module.value_layout.quantized, factors.value_rows, factors.dtype)
+    constant_a = module.config.noncontextual_a
+    output, probabilities = factor_space_attention(
+        rotate_features(query),
+        (factors.a_k if constant_a else keys.a, keys.b),
+        (factors.a_v if constant_a else values.a, values.b),
+        attention_mask,
+        scaling,
+        output_attentions,
+        keys.features,
+        values.features,
+        keys.heads,
+        values.heads,
+    )
+    return rotate_features(output), probabilities
 
 
 def factor_space_attention(
@@ -74,6 +108,8 @@ def factor_space_attention(
     output_attentions: bool = False,
     key_features: Callable[[torch.Tensor, slice], torch.Tensor] = lambda b, rows: b,
     value_features: Callable[[torch.Tensor, slice], torch.Tensor] = lambda b, rows: b,
+    key_heads: Callable[[torch.Tensor, slice], torch.Tensor] = lambda a, rows: a,
+    value_heads: Callable[[torch.Tensor, slice], torch.Tensor] = lambda a, rows: a,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     softmax(Q K^T * scaling) V without K and V: a head's score with a token is Q_i . B_K[s] weighted by A_K[s, i],
@@ -85,9 +121,10 @@ def factor_space_attention(
 
     Args:
         query: [batch, query_length, h, d], rotated.
-        key_factors: A_K [batch, key_length, R_K, h] and B_K [batch, key_length, R_K, d], rotated.
-        value_factors: A_V [batch, key_length, R_V, h] and B_V [batch, key_length, R_V, d]. Constant A factors are
-            [R, h]: those of the keys then act on the query, those of the values on the output, once for all tokens.
+        key_factors: A_K [batch, key_length, R_K, h_kv] and B_K [batch, key_length, R_K, d], rotated. h_kv divides h: the
+            heads of a group have one A.
+        value_factors: A_V [batch, key_length, R_V, h_kv] and B_V [batch, key_length, R_V, d]. Constant A factors are
+            [R, h_kv]: those of the keys then act on the query, those of the values on the output, once for all tokens.
             Constant B factors are [R, d]: those of the values then act on the output, too.
         attention_mask: boolean (True: attend) or additive, broadcastable to [batch, h, query_length, key_length].
             `None` is causal, the last query being aligned with the last key.
@@ -96,6 +133,7 @@ def factor_space_attention(
         key_features, value_features: what makes B_K and B_V [batch or 1, rows, R, d] of the given B factors of these
             rows, where they are not yet those (constants get all of themselves). By default nothing. Called for one
             chunk at a time, so that no B is formed for the whole cache.
+        key_heads, value_heads: likewise what makes A_K and A_V of the given A factors of these rows; not called for constants.
 
     Returns:
         Output [batch, query_length, h, d], and probabilities [batch, h, query_length, key_length] or `None`.
@@ -105,40 +143,50 @@ def factor_space_attention(
     constant_a, constant_b = all_a_k.dim() == 2, all_b_k.dim() == 2
     key_length = (all_b_k if constant_a else all_a_k).shape[1]
     k_rank, v_rank = all_a_k.shape[-2], all_a_v.shape[-2]
+    groups = num_heads // all_a_k.shape[-1]
+    if constant_a and groups > 1:
+        all_a_k, all_a_v = (a.repeat_interleave(groups, dim=-1) for a in (all_a_k, all_a_v))
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    # A CPU's products in half precision are slow where it has no instructions for them, and where it has, code is made for each
+    # length of a cache anew, which takes longer than the products.
+    dtype = softmax_dtype if query.device.type == "cpu" else query.dtype
 
     if attention_mask is None and query_length > 1:
         attention_mask = torch.ones(query_length, key_length, dtype=torch.bool, device=query.device)
         attention_mask = attention_mask.tril(key_length - query_length)[None, None]
 
     # Keys come first, heads last: the layout of A in the cache. The softmax is one of powers of 2, which are faster.
-    flat_query = query * (LOG2_E * scaling / k_rank)
+    flat_query = query.to(dtype) * (LOG2_E * scaling / k_rank)
     if constant_a:
-        flat_query = torch.einsum("bqhd,rh->bqhrd", flat_query, all_a_k).flatten(3)
+        flat_query = torch.einsum("bqhd,rh->bqhrd", flat_query, all_a_k.to(dtype)).flatten(3)
     flat_query = flat_query.flatten(1, 2).transpose(1, 2)  # [batch, d or R_K * d, query_length * h]
     chunk_length = key_length if output_attentions else min(FACTOR_SPACE_CHUNK, key_length)
     # Everything below writes into two buffers: on a CPU, fresh memory for each result costs as much as the arithmetic.
-    buffers = query.new_empty(2, batch_size * chunk_length * query_length * num_heads)
+    buffers = query.new_empty(2, batch_size * chunk_length * query_length * num_heads, dtype=dtype)
     maximum = output = normalizer = None
     start = 0
     while start < key_length:  # `range` would have torch.compile make a graph for each length
         chunk = slice(start, start + chunk_length)
-        b_k = key_features(all_b_k if constant_b else all_b_k[:, chunk], chunk)
+        b_k = key_features(all_b_k if constant_b else all_b_k[:, chunk], chunk).to(dtype)
         b_k = b_k.expand(batch_size, -1, -1, -1)
         if not constant_b:
-            b_v = value_features(all_b_v[:, chunk], chunk)
+            b_v = value_features(all_b_v[:, chunk], chunk).to(dtype)
         shape = (batch_size, b_k.shape[1], query_length, num_heads)
         scores, products = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+        # [batch, rows, query_length, h_kv, heads of a group], of which a cached A [batch, rows, 1, h_kv, 1] weighs each.
+        by_group, products_by_group = (x.unflatten(-1, (-1, groups)) for x in (scores, products))
 
         if constant_a:
             torch.bmm(b_k.flatten(2), flat_query, out=scores.flatten(2))
         else:
-            a_k, a_v = all_a_k[:, chunk], all_a_v[:, chunk]
+            a_k, a_v = key_heads(all_a_k[:, chunk], chunk).to(dtype), value_heads(all_a_v[:, chunk], chunk).to(dtype)
+            a_k, a_v = a_k[:, :, :, None, :, None], a_v[:, :, :, None, :, None]
             torch.bmm(b_k[:, :, 0], flat_query, out=scores.flatten(2))
-            scores.mul_(a_k[:, :, 0, None])
+            by_group.mul_(a_k[:, :, 0])
             for rank in range(1, k_rank):
                 torch.bmm(b_k[:, :, rank], flat_query, out=products.flatten(2))
-                scores.addcmul_(products, a_k[:, :, rank, None])
+                # `addcmul_` takes twice as long over strides.
+                by_group.add_(products_by_group.mul_(a_k[:, :, rank]))
         if attention_mask is not None:
             mask = attention_mask[..., start : start + chunk_length].permute(0, 3, 2, 1)
             if mask.dtype == torch.bool:
@@ -154,13 +202,16 @@ def factor_space_attention(
         chunk_normalizer = weights.sum(dim=1, keepdim=True)
         chunk_output = 0
         if constant_a:
-            chunk_output = _sum_over_tokens(weights.flatten(2).to(b_v.dtype), b_v.flatten(2))
+            chunk_output = _sum_over_tokens(weights.flatten(2).to(dtype), b_v.flatten(2))
         elif constant_b:
-            sums = [weights.mul(a_v[:, :, rank, None]).sum(dim=1).flatten(1) for rank in range(v_rank)]
+            sums = [
+                weights.unflatten(-1, (-1, groups)).mul(a_v[:, :, rank]).sum(dim=1).flatten(1)
+                for rank in range(v_rank)
+            ]
             chunk_output = torch.stack(sums, dim=-1)  # [batch, query_length * h, R_V]
         else:
             for rank in range(v_rank):
-                torch.mul(weights, a_v[:, :, rank, None], out=products)
+                torch.mul(weights.unflatten(-1, (-1, groups)), a_v[:, :, rank], out=products_by_group)
                 chunk_output = chunk_output + _sum_over_tokens(products.flatten(2), b_v[:, :, rank])
         if previous is None:
             normalizer, output = chunk_normalizer, chunk_output.to(softmax_dtype)
@@ -184,7 +235,7 @@ def factor_space_attention(
 
 def _sum_over_tokens(weights: torch.Tensor, features: torch.Tensor, blocks: int = 8) -> torch.Tensor:
     """weights^T features: [batch, seq, n] and [batch, seq, d] to [batch, n, d]."""
-    if features.shape[0] > 1 or torch.compiler.is_compiling():
+    if features.shape[0] > 1 or features.shape[1] < MIN_TOKENS_IN_BLOCKS or torch.compiler.is_compiling():
         return torch.bmm(weights.transpose(1, 2), features)
     # A long sum of a small matrix leaves cores idle: sum blocks of tokens side by side, then the blocks. Under
     # torch.compile lengths below 8, below 16 and above would each take a graph.

@@ -44,6 +44,34 @@ class T6RMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+def norm_key_heads(
+    a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The RMS norm of the keys' heads K = (1 / R) A^T B before RoPE, in their factors. The size of a head,
+    sqrt(mean_d K^2 + eps), is one number a token and head, which divides A, and the weight [d] multiplies B. RoPE may then
+    rotate B: what both form is the normed key, exactly.
+
+    A is [batch, seq, R, h], B [batch, seq, R, d], or constant [R, d]. The heads are not formed: the mean of their squares is
+    A^T (B B^T) A, of R x R products of rows of B.
+    """
+    rank, head_dim = b.shape[-2:]
+    with without_autocast(a.device):
+        wide_a, wide_b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+        products = torch.matmul(wide_b, wide_b.transpose(-1, -2))
+        variance = (wide_a * torch.matmul(products, wide_a)).sum(-2, keepdim=True) / (rank**2 * head_dim)
+        # What is left of a head whose terms cancel may be below zero.
+        wide_a = wide_a * torch.rsqrt(variance.clamp(min=0) + eps)
+    return wide_a.to(a.dtype), weight * b
+
+
+class T6KeyHeadRMSNorm(T6RMSNorm):
+    """[`norm_key_heads`] as a layer, of A and B before RoPE."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return norm_key_heads(a, b, self.weight, self.variance_epsilon)
+
+
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
     """Rotates half the hidden dims of the input."""
     x1 = x[..., : x.shape[-1] // 2]
@@ -101,7 +129,7 @@ class Factors:
     Attributes:
         a_q, b_q: A_Q [batch, seq, R_Q, h] and B_Q [batch, seq, R_Q, d] before RoPE. Queries that have no factors
             (TPA-KVonly) are `b_q` themselves [batch, seq, h, d], and `a_q` is `None`.
-        a_k, a_v: A_K and A_V [batch, key_length, R, h]; constants are [R, h].
+        a_k, a_v: A_K and A_V [batch, key_length, R, h_kv]; constants are [R, h_kv].
         b_k, b_v: B_K and B_V [batch, key_length, R, d] as they are cached; constants are [R, d], third-order factors
             have b and c side by side [..., d_b + d_c]. `TensorProductFactors.features` makes them what heads are made of.
         dtype: of the embeddings, as `query_rotation` has it. Under autocast factors, and the hidden states of later layers,
@@ -142,15 +170,17 @@ class TensorProductFactors(FactorProjections):
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
         self.head_mesh = None  # with tensor parallelism, the processes that share the heads
 
-        num_heads = config.num_attention_heads
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         # The outputs of an A projection are head-major, [h, R]; those of a B projection rank-major, [R, d].
         if self.q_rank is None:
             self.q_proj = nn.Linear(config.hidden_size, num_heads * self.head_dim, bias=config.attention_bias)
-        for name, rank in (("q", self.q_rank), ("k", self.k_rank), ("v", self.v_rank)):
+        for name, rank, heads in (
+            ("q", self.q_rank, num_heads), ("k", self.k_rank, num_kv_heads), ("v", self.v_rank, num_kv_heads)
+        ):  # fmt: skip
             if rank is not None and config.noncontextual_a:
-                setattr(self, f"{name}_a", nn.Parameter(torch.empty(rank, num_heads)))
+                setattr(self, f"{name}_a", nn.Parameter(torch.empty(rank, heads)))
             elif rank is not None:
-                setattr(self, f"{name}_a_proj", self._factor_proj(num_heads, rank))
+                setattr(self, f"{name}_a_proj", self._factor_proj(heads, rank))
             if rank is None or (name == "v" and config.shared_b):
                 continue
             if config.noncontextual_b:
@@ -164,7 +194,8 @@ class TensorProductFactors(FactorProjections):
         """Called when the other layers are made: the order of parameters is that of optimizers' saved states."""
         if self.config.qk_norm:
             self.q_norm = T6RMSNorm(self.head_dim, eps=self.config.rms_norm_eps)
-            self.k_norm = T6RMSNorm(self.head_dim, eps=self.config.rms_norm_eps)
+            key_norm = T6KeyHeadRMSNorm if self.config.qk_norm == "heads" else T6RMSNorm
+            self.k_norm = key_norm(self.head_dim, eps=self.config.rms_norm_eps)
 
     def _factor_proj(self, n1: int, n2: int) -> nn.Linear:
         """The projection to a factor [n1, n2], initialised as Xavier's of the weight viewed as [hidden, n1, n2]."""
@@ -174,7 +205,7 @@ class TensorProductFactors(FactorProjections):
         return proj
 
     def _head_factors(self, name: str, projected: dict[str, torch.Tensor]) -> torch.Tensor:
-        """A_Q, A_K or A_V of the tokens [batch, seq, R, h], or constant [R, h]."""
+        """A_Q [batch, seq, R, h], A_K or A_V [batch, seq, R, h_kv] of the tokens, or constant [R, h or h_kv]."""
         if self.config.noncontextual_a:
             return getattr(self, f"{name}_a")
         a = projected[f"{name}_a_proj"]
@@ -208,7 +239,9 @@ class TensorProductFactors(FactorProjections):
             a_q, b_q = self._head_factors("q", projected), self._feature_factors("q", projected)
         a_k, a_v = self._head_factors("k", projected), self._head_factors("v", projected)
         b_k = self._feature_factors("k", projected)
-        if self.config.qk_norm:
+        if self.config.qk_norm == "heads":
+            a_k, b_k = self.k_norm(a_k, b_k)
+        elif self.config.qk_norm:
             b_k = self.k_norm(b_k)
         b_v = b_k if self.config.shared_b else self._feature_factors("v", projected)
         key_rotation = None
@@ -255,8 +288,8 @@ class TensorProductFactors(FactorProjections):
         a_k, b_k, a_v, b_v = factors.a_k, factors.b_k, factors.a_v, factors.b_v
         if key_rows is None:
             return a_k, b_k, a_v, b_v
-        cached_a_k, cached_b_k = self.key_layout.unpack(key_rows.to(factors.dtype))
-        cached_a_v, cached_b_v = self.value_layout.unpack(value_rows.to(factors.dtype))
+        cached_a_k, cached_b_k = self.key_layout.read(key_rows, factors.dtype)
+        cached_a_v, cached_b_v = self.value_layout.read(value_rows, factors.dtype)
         if not self.config.noncontextual_a:
             a_k, a_v = cached_a_k, cached_a_v
         if not self.config.noncontextual_b:

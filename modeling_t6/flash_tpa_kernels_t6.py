@@ -28,6 +28,9 @@ except ImportError:
 # matrix products. A product may go through `STEP` = 2 ranks at once, since each has to be waited for. Heads that are no
 # power of 2 may take two tiles, of `BLOCK_H` and of `REST_H` heads, which share the loads of B.
 #
+# Grouped heads share A: a group takes `group_columns` columns, a power of 2, of which the last may be of no head, and A has
+# one column for it. Tiles hold whole groups, or are within one.
+#
 # What a kernel is compiled for comes in a few constants: `KEYS` and `VALUES` are [`Rows`], `MASK` is a [`Mask`], and `LAUNCH`
 # is the `Launch` of flash_tpa_t6. They are tuples since Triton writes constants as JSON for whoever watches compilations,
 # as vLLM does.
@@ -49,6 +52,8 @@ class Rows(NamedTuple):
     step: int  # ranks that one product goes through
     gathered: bool = False  # whether each row of a tile has a pointer of its own
     start_8: bool = False  # whether rows start on 8 bytes, which their pointer, in the middle of 16, does not tell
+    groups: int = 1  # heads of queries that share one of A
+    group_columns: int = 1  # columns that they take; 1 also where A is constant, and loaded for each of them
 
 
 class Mask(NamedTuple):
@@ -99,10 +104,14 @@ def _repeat_ranks(columns, STEP: tl.constexpr):
 
 
 @triton.jit
-def _columns(first_head, first_query, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The head and the query token of each of a tile's columns."""
+def _columns(first_column, first_query, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The head (one too many where there is none) and the query token of each of a tile's columns."""
     columns = tl.arange(0, BLOCK_T * BLOCK_H)
-    return first_head + columns % BLOCK_H, first_query + columns // BLOCK_H
+    heads = first_column + columns % BLOCK_H
+    if ROWS.group_columns > ROWS.groups:
+        member = heads % ROWS.group_columns
+        heads = tl.where(member < ROWS.groups, heads // ROWS.group_columns * ROWS.groups + member, ROWS.num_heads)
+    return heads, first_query + columns // BLOCK_H
 
 
 @triton.jit
@@ -156,13 +165,18 @@ def _load_a(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """A from `rank` on: [step * BLOCK_N, BLOCK_H] from the cache, or [1, BLOCK_H] of the constants."""
-    heads = first_head + tl.arange(0, BLOCK_H)
+    """
+    A from `rank` on: [step * BLOCK_N, BLOCK_H] from the cache, with a column for each group of heads, or [1, BLOCK_H] of the
+    constants.
+    """
+    NUM_COLUMNS: tl.constexpr = BLOCK_H // ROWS.group_columns if BLOCK_H > ROWS.group_columns else 1
+    heads = first_head + tl.arange(0, NUM_COLUMNS)
     A_HEADS: tl.constexpr = ROWS.padded_heads
     STEP: tl.constexpr = ROWS.step
     if ROWS.constant_a:
         is_head = heads < ROWS.num_heads
-        a = tl.load(constant_ptr + rank * ROWS.num_heads + heads, mask=is_head, other=0.0)[None, :]
+        constant_ptr += rank * (ROWS.num_heads // ROWS.groups)
+        a = tl.load(constant_ptr + heads // ROWS.groups, mask=is_head, other=0.0)[None, :]
     else:
         rows = tl.arange(0, STEP * BLOCK_N)
         tokens = _token_of(rows, STEP)
@@ -180,11 +194,15 @@ def _load_a(
 
 @triton.jit
 def _weigh(columns, a, BLOCK_T: tl.constexpr):
-    """Columns [BLOCK_N, BLOCK_T * BLOCK_H], for each of the BLOCK_T queries times A [BLOCK_N or 1, BLOCK_H]."""
-    if BLOCK_T == 1:
-        return columns * a
+    """Columns [BLOCK_N, BLOCK_T * BLOCK_H], for each of the BLOCK_T queries times A [BLOCK_N or 1, BLOCK_H or groups]."""
     N: tl.constexpr = columns.shape[0]
     C: tl.constexpr = columns.shape[1]
+    A: tl.constexpr = a.shape[1]
+    if (A == 1) or (BLOCK_T == 1 and A == C):
+        return columns * a
+    if A * BLOCK_T < C:
+        by_group = tl.reshape(columns, [N, BLOCK_T, A, C // (BLOCK_T * A)])
+        return tl.reshape(by_group * a[:, None, :, None], [N, C])
     return tl.reshape(tl.reshape(columns, [N, BLOCK_T, C // BLOCK_T]) * a[:, None, :], [N, C])
 
 
@@ -264,7 +282,7 @@ def _add_scores(
     )  # fmt: skip
     if LAUNCH.rest_h:
         rest_scores += _scores(
-            rest_query, b, rows_ptr, constant_ptr, first_head + LAUNCH.block_h, num_rows, rank,
+            rest_query, b, rows_ptr, constant_ptr, first_head + LAUNCH.block_h // ROWS.group_columns, num_rows, rank,
             ROWS, LAUNCH.block_n, LAUNCH.block_t, LAUNCH.rest_h,
         )  # fmt: skip
     return scores, rest_scores
@@ -297,8 +315,8 @@ def _add_output(
     # Before either product, and so in another place: where two take turns with one, ptxas 12.8 loses its address.
     if LAUNCH.rest_h:
         rest_weighted = _times_a(
-            rest_weights, rest_output, rows_ptr, constant_ptr, first_head + LAUNCH.block_h, num_rows, rank,
-            ROWS, LAUNCH.block_n, LAUNCH.block_t, LAUNCH.rest_h,
+            rest_weights, rest_output, rows_ptr, constant_ptr, first_head + LAUNCH.block_h // ROWS.group_columns,
+            num_rows, rank, ROWS, LAUNCH.block_n, LAUNCH.block_t, LAUNCH.rest_h,
         )  # fmt: skip
     output = tl.dot(tl.trans(b), weighted, output, input_precision="tf32x3")
     if LAUNCH.rest_h:
@@ -459,7 +477,9 @@ def decode_kernel(
     BLOCK_D: tl.constexpr = LAUNCH.block_d
     STAGES: tl.constexpr = LAUNCH.stages
     ALL_H: tl.constexpr = BLOCK_H + REST_H
-    HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + ALL_H - 1) // ALL_H
+    GROUP_COLUMNS: tl.constexpr = KEYS.group_columns
+    NUM_COLUMNS: tl.constexpr = NUM_HEADS // KEYS.groups * GROUP_COLUMNS if GROUP_COLUMNS > 1 else NUM_HEADS
+    HEAD_BLOCKS: tl.constexpr = (NUM_COLUMNS + ALL_H - 1) // ALL_H
     QUERY_BLOCKS: tl.constexpr = (NUM_QUERIES + BLOCK_T - 1) // BLOCK_T
     BLOCK_C: tl.constexpr = BLOCK_T * BLOCK_H
     # Blocks of columns read the same rows: side by side, they find them in the L2 cache.
@@ -498,11 +518,16 @@ def decode_kernel(
         num_queries = NUM_QUERIES
         first_tile = start
 
-    first_head = (column_block % HEAD_BLOCKS) * ALL_H
+    first_column = (column_block % HEAD_BLOCKS) * ALL_H
+    first_head = first_column  # of A
+    if ALL_H < GROUP_COLUMNS:
+        first_head = first_column // GROUP_COLUMNS
+    elif GROUP_COLUMNS > 1:
+        first_head = (column_block % HEAD_BLOCKS) * (ALL_H // GROUP_COLUMNS)
     first_query = (column_block // HEAD_BLOCKS) * BLOCK_T
     if not PAGE_SIZE:
         query_ptr += batch * query_stride_b
-    heads, queries = _columns(first_head, first_query, BLOCK_T, BLOCK_H)
+    heads, queries = _columns(first_column, first_query, KEYS, BLOCK_T, BLOCK_H)
     query = _load_query(
         query_ptr, queries, heads, query_stride_t, query_stride_h, num_queries, NUM_HEADS, HEAD_DIM, BLOCK_D
     )  # fmt: skip
@@ -514,7 +539,7 @@ def decode_kernel(
     maximum, normalizer, output = _no_tokens(BLOCK_N, BLOCK_C, BLOCK_D)
     rest_query, rest_output, rest_scale = query, output, scale  # stand for a second tile where there is none
     if REST_H:
-        rest_heads, rest_queries = _columns(first_head + BLOCK_H, first_query, BLOCK_T, REST_H)
+        rest_heads, rest_queries = _columns(first_column + BLOCK_H, first_query, KEYS, BLOCK_T, REST_H)
         rest_query = _load_query(
             query_ptr, rest_queries, rest_heads, query_stride_t, query_stride_h, num_queries, NUM_HEADS, HEAD_DIM, BLOCK_D
         )  # fmt: skip

@@ -26,6 +26,7 @@ from .flash_tpa_t6 import (
     MAX_SPLITS,
     can_overlap,
     choose_launch,
+    columns_of_heads,
     device_limits,
     rows_of,
 )
@@ -92,6 +93,7 @@ class Pieces:
         device: torch.device | str,
         constant_a: bool = False,
         sliding_window: int | None = None,
+        groups: int = 1,
     ) -> "Pieces":
         """
         Pieces for a batch of that many requests, those without tokens counted, over layers of this shape. Other layers
@@ -99,14 +101,15 @@ class Pieces:
 
         Args:
             dtype: of the cache.
+            groups: h / h_kv.
         """
         device = torch.device(device)
         num_queries = _bucket(max_query_length)
         num_sms, shared_memory = device_limits(device)
         launch = choose_launch(
-            num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, dtype.itemsize, shared_memory
+            num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, dtype.itemsize, shared_memory, groups=groups
         )
-        columns = launch.column_blocks(num_queries, num_heads)
+        columns = launch.column_blocks(num_queries, columns_of_heads(num_heads, groups, constant_a))
         places = num_sms * launch.programs_per_sm
         at_once = max(1, places // columns)
         # As `choose_splits` fills places, for requests of one length.
@@ -192,6 +195,7 @@ def paged_flash_tpa(
     value_a: torch.Tensor | None = None,
     sliding_window: int | None = None,
     output: torch.Tensor | None = None,
+    groups: int = 1,
 ) -> torch.Tensor:
     """
     Attention of a few query tokens of each request over its pages of factors, in one pass over the rows as they lie: what
@@ -210,9 +214,10 @@ def paged_flash_tpa(
         pieces: by [`schedule_pieces`] from the same lengths and query starts.
         scaling: of the scores, positive.
         max_query_length: 1 to 16, the most tokens of a request.
-        key_a, value_a: constant A factors [R_K, h] and [R_V, h]; rows then hold B alone.
+        key_a, value_a: constant A factors [R_K, h_kv] and [R_V, h_kv]; rows then hold B alone.
         sliding_window: how many tokens a query sees, its own included.
         output: to write into, [tokens, h, d].
+        groups: h / h_kv, how many heads that follow each other share one of A.
 
     Returns:
         Output [tokens, h, d]: `output`, if given. Tokens of no request are left as they are.
@@ -238,7 +243,7 @@ def paged_flash_tpa(
         start % 8 or rows.stride(1) * itemsize % 8 for start, rows in zip(starts, (key_pages, value_pages))
     )
     launch = choose_launch(
-        num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, itemsize, shared_memory, is_aligned
+        num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, itemsize, shared_memory, is_aligned, groups
     )
     gathered = page_size % launch.block_n != 0
     keys, values = (
@@ -252,6 +257,7 @@ def paged_flash_tpa(
             launch.step,
             gathered,
             start_8=is_aligned and start == 8,
+            groups=groups,
         )  # fmt: skip
         for rank, pages, start in ((k_rank, key_pages, starts[0]), (v_rank, value_pages, starts[1]))
     )
@@ -260,7 +266,7 @@ def paged_flash_tpa(
         sliding=sliding_window is not None and num_queries > 1,
     )  # fmt: skip
 
-    columns = launch.column_blocks(num_queries, num_heads)
+    columns = launch.column_blocks(num_queries, columns_of_heads(num_heads, groups, constant_a))
     partial = query.new_empty((pieces.num_partials, num_queries, num_heads, head_dim), dtype=torch.float32)
     lse = query.new_empty((pieces.num_partials, num_queries, num_heads), dtype=torch.float32)
     overlap = can_overlap(query.device)

@@ -78,6 +78,16 @@ def power_of_2(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def columns_of_group(groups: int, constant_a: bool) -> int:
+    """Columns of a tile for heads that share one of a cached A; a constant A is loaded for each head."""
+    return 1 if constant_a else power_of_2(groups)
+
+
+def columns_of_heads(num_heads: int, groups: int, constant_a: bool) -> int:
+    """Columns of all heads of one query token, those that fill up groups included."""
+    return num_heads if constant_a else num_heads // groups * power_of_2(groups)
+
+
 @functools.cache
 def choose_launch(
     num_queries: int,
@@ -89,6 +99,7 @@ def choose_launch(
     itemsize: int,
     shared_memory: int,
     is_aligned: bool = True,
+    groups: int = 1,
 ) -> Launch:
     """
     The sizes for one shape of model: those of the fastest settings of `benchmarks/flash_tpa_sweep.py` on an H200, by
@@ -99,7 +110,10 @@ def choose_launch(
         itemsize: bytes of a number of the cache.
         shared_memory: bytes that a program may have.
         is_aligned: whether rows start on 16 bytes (on pages, which tell the compiler, on 8).
+        groups: heads that share one of A.
     """
+    group_columns = columns_of_group(groups, constant_a)
+    num_heads = columns_of_heads(num_heads, groups, constant_a)
     block_d = power_of_2(head_dim, least=16)
     # Heads that fit the registers. Never 8 columns for a group of 4 warps: Triton 3.6 miscompiles products that narrow (its
     # issue 7830). So 8 warps run only where they share out features, and 16 columns are the fewest.
@@ -108,7 +122,7 @@ def choose_launch(
     block_h, rest_h = min(power_of_2(num_heads, narrowest), widest), 0
     if num_queries == 1:
         widths = [(width, 0) for width in (16, 32, 64) if narrowest <= width <= widest]
-        if widest == 64 and itemsize == 2:
+        if widest == 64 and itemsize == 2 and group_columns <= 16:  # else tiles would end within groups
             widths += [(32, 16), (64, 16)]
         # Few columns, in few blocks, since each reads B again.
         block_h, rest_h = min(reversed(widths), key=lambda width: -(-num_heads // sum(width)) * (sum(width) + 32))
@@ -117,7 +131,7 @@ def choose_launch(
 
     def bytes_used(block_n: int, stages: int, ranks: int = k_rank + v_rank) -> int:
         """Shared memory of a program: B, A with one buffer less, the query, and the weights of a block."""
-        a_columns = 0 if constant_a else block_h + rest_h
+        a_columns = 0 if constant_a else max(1, block_h // group_columns) + rest_h // group_columns
         buffers = block_n * ranks * (stages * block_d + (stages - 1) * a_columns)
         return (buffers + (max(64, block_n) + block_d) * columns) * itemsize
 
@@ -145,7 +159,8 @@ def choose_launch(
     warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
     # B that copies of 4 bytes do not reach goes through registers, and no load is in flight. Unrolled, Triton 3.6 miscompiles
     # some of that; and where the tensor cores read blocks of 64 tokens from the one place that remains, ptxas 12.8 loses it.
-    if not is_aligned or head_dim * itemsize % 4:
+    is_narrow = min(block_h, rest_h or block_h) < group_columns * 4 / itemsize and not constant_a
+    if not is_aligned or head_dim * itemsize % 4 or is_narrow:
         block_n, unroll, step = min(block_n, 32), False, 1
     return Launch(block_n, block_t, block_h, rest_h, block_d, unroll, stages, step, warps, programs_per_sm)
 
@@ -161,10 +176,14 @@ def rows_of(
     step: int,
     gathered: bool = False,
     start_8: bool = False,
+    groups: int = 1,
 ) -> "Rows":
     """`Rows` of `width` numbers that are `stride` numbers apart, read by `step` ranks where that divides the rank."""
     step = step if rank % step == 0 else 1
-    return Rows(rank, num_heads, head_dim, stride, width // rank - head_dim, constant_a, step, gathered, start_8)
+    padded_heads, group_columns = width // rank - head_dim, columns_of_group(groups, constant_a)
+    return Rows(
+        rank, num_heads, head_dim, stride, padded_heads, constant_a, step, gathered, start_8, groups, group_columns
+    )  # fmt: skip
 
 
 @functools.lru_cache  # one length after another: the layers of a model share it
@@ -215,6 +234,7 @@ def _flash_tpa(
     v_rank: int,
     scaling: float,
     causal: bool,
+    groups: int,
 ) -> torch.Tensor:
     batch_size, num_queries, num_heads, head_dim = query.shape
     key_length = key_rows.shape[2]
@@ -240,9 +260,14 @@ def _flash_tpa(
         key_rows.element_size(),
         shared_memory,
         is_aligned,
+        groups,
     )
-    keys = rows_of(k_rank, num_heads, head_dim, key_rows.stride(2), key_rows.shape[-1], constant_a, launch.step)
-    values = rows_of(v_rank, num_heads, head_dim, value_rows.stride(2), value_rows.shape[-1], constant_a, launch.step)
+    keys, values = (
+        rows_of(
+            rank, num_heads, head_dim, rows.stride(2), rows.shape[-1], constant_a, launch.step, groups=groups
+        )
+        for rank, rows in ((k_rank, key_rows), (v_rank, value_rows))
+    )  # fmt: skip
     mask_strides = (0, 0, 0, 0)
     if mask is not None:
         mask_strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
@@ -250,7 +275,7 @@ def _flash_tpa(
     visible = Mask(num_queries, num_heads, causal, kind, by_column=mask_strides[1:3] != (0, 0))
     length_stride = lengths.stride(0) if lengths is not None and lengths.shape[0] > 1 else 0
 
-    columns = launch.column_blocks(num_queries, num_heads)
+    columns = launch.column_blocks(num_queries, columns_of_heads(num_heads, groups, constant_a))
     num_splits = choose_splits(
         batch_size * columns, num_sms * launch.programs_per_sm, -(-key_length // launch.block_n)
     )
@@ -339,6 +364,7 @@ def flash_tpa(
     mask: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     causal: bool = True,
+    groups: int = 1,
 ) -> torch.Tensor:
     """
     Attention over a cache of factors without K and V (section 3.2 of the paper): what `factor_space_attention`
@@ -348,18 +374,19 @@ def flash_tpa(
         query: [batch, query_length, h, d], rotated; bfloat16, float16 or float32; at most 16 tokens, d at most 256.
         key_rows, value_rows: [batch, 1, key_length, width] as `FactorLayout` packs them, with any strides; the
             query's dtype, or float8_e4m3fn.
-        key_a, value_a: constant A factors [R_K, h] and [R_V, h]; rows then hold B alone.
+        key_a, value_a: constant A factors [R_K, h_kv] and [R_V, h_kv]; rows then hold B alone.
         mask: boolean (True: attend) or additive, [batch or 1, h or 1, query_length or 1, as many as the rows that count].
         scaling: of the scores, positive.
         lengths: int [batch] or [1], how many of the rows count. Read on the device. `None`: all.
         causal: whether the last query sees the last row that counts, the one before it one row less, and so on.
+        groups: h / h_kv, how many heads that follow each other share one of A.
 
     Returns:
         Output [batch, query_length, h, d]. Zero for a query that sees nothing.
     """
     function = _flash_tpa_op if torch.compiler.is_compiling() else _flash_tpa
     return function(
-        query, key_rows, value_rows, key_a, value_a, mask, lengths, k_rank, v_rank, float(scaling), causal
+        query, key_rows, value_rows, key_a, value_a, mask, lengths, k_rank, v_rank, float(scaling), causal, groups
     )  # fmt: skip
 
 
@@ -385,25 +412,28 @@ def flash_tpa_attention_forward(
         lengths=factors.lengths,
         # A mask with a row for each query says all that there is to say.
         causal=attention_mask is None or attention_mask.shape[2] == 1,
+        groups=module.num_key_value_groups,
     )
     return output, None
 
 
 def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor, cache: Cache | None) -> bool:
     """
-    Whether the kernels run: few query tokens over a cache, no gradient, Triton and an NVIDIA GPU from Ampere on (for a
-    cache of float8 from Ada on), and no variant whose cached B factors are not yet those that K and V are made of. There
-    they are what `attn_implementation="sdpa"`, Transformers' default, decodes with; `"flash_tpa"` asks for them by name.
-    Depends on nothing that changes from one decoded token to the next.
+    Whether the kernels run: few query tokens over a cache that is not one of 4 bits, no gradient, Triton and an NVIDIA GPU
+    from Ampere on (for a cache of float8 from Ada on), and no variant whose cached B factors are not yet those that K and V
+    are made of. There they are what `attn_implementation="sdpa"`, Transformers' default, decodes with; `"flash_tpa"` asks for
+    them by name. Depends on nothing that changes from one decoded token to the next.
     """
     implementations = ("flash_tpa", "sdpa") if hidden_states.is_cuda else ("flash_tpa",)
     if triton is None or cache is None or config._attn_implementation not in implementations:
         return False
     if config.rotates_on_read or config.c_factor_dim is not None:
         return False
+    stored_dtypes = [getattr(layer, "stored_dtype", None) for layer in getattr(cache, "layers", ())]
+    if torch.uint8 in stored_dtypes:
+        return False
     if hidden_states.is_cuda:
-        is_float8 = any(getattr(layer, "stored_dtype", None) is not None for layer in getattr(cache, "layers", ()))
-        runs = is_supported(hidden_states.device, is_float8)
+        runs = is_supported(hidden_states.device, torch.float8_e4m3fn in stored_dtypes)
     else:
         runs = IS_INTERPRETED
     return (

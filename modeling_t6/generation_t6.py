@@ -22,14 +22,34 @@ from transformers.generation import GenerationMixin
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from .attention_t6 import choose_attention
-from .cache_t6 import CACHE_NAME, T6Cache, allocate_static_cache, quantization_group_size
+from .cache_t6 import (
+    CACHE_DTYPES,
+    CACHE_NAME,
+    T6Cache,
+    allocate_static_cache,
+    dtype_name,
+    quantization_group_size,
+    store_static_rows,
+    stored_dtype_of,
+)
 from .configuration_t6 import T6Config
+from .factor_product_t6 import packed_factors
 from .masks_t6 import create_attention_masks
 from .paged_t6 import page_factors
 
 
 class T6GenerationMixin(GenerationMixin):
-    """`GenerationMixin` for a model with a language modelling head whose base model is a [`T6Model`], `self.model`."""
+    """
+    `GenerationMixin` for a model with a language modelling head whose base model is a [`T6Model`], `self.model`.
+
+    `generate()` and `GenerationConfig` take `cache_dtype`, in which the rows of the cache are stored: `"float8_e4m3fn"`,
+    `"int4"`, or `None` for what the model's configuration says. See [`T6Cache`].
+    """
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        with packed_factors(self):
+            return super().generate(*args, **kwargs)
 
     def init_continuous_batching(
         self,
@@ -42,6 +62,8 @@ class T6GenerationMixin(GenerationMixin):
         asked = continuous_batching_config
         if asked is None:  # where older code puts it
             asked = getattr(generation_config or self.generation_config, "continuous_batching_config", None)
+        if getattr(generation_config or self.generation_config, "cache_dtype", None) is not None:
+            raise ValueError("Continuous batching keeps rows of the model's dtype: leave `cache_dtype` out.")
         manager = super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
         return page_factors(manager, asked if asked is not None else ContinuousBatchingConfig())
 
@@ -65,8 +87,18 @@ class T6GenerationMixin(GenerationMixin):
         rope, cache = self.config.rope_parameters, kwargs.get(CACHE_NAME)
         if rope["rope_type"] == "longrope" and isinstance(cache, Cache):
             if 0 < cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]:
-                kwargs[CACHE_NAME] = kwargs["next_sequence_length"] = None
+                dtype = dtype_name(cache)
+                kwargs[CACHE_NAME] = None if dtype is None else T6Cache(config=self.config, dtype=dtype)
+                kwargs["next_sequence_length"] = None
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
+        """As in every model; `cache_dtype`, of which Transformers knows nothing, becomes a field of the configuration."""
+        given = {name: kwargs.pop(name) for name in ("cache_dtype",) if name in kwargs}
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name, value in given.items():
+            setattr(generation_config, name, value)
+        return generation_config, model_kwargs
 
     def _get_static_cache_init_shape(self) -> None:
         # Key and value rows may differ in width, which this hook cannot say: see `_prepare_cache_for_generation`.
@@ -79,6 +111,7 @@ class T6GenerationMixin(GenerationMixin):
         """
         if "cache" in model_kwargs:  # the user's, under the name of `forward`
             model_kwargs[CACHE_NAME] = model_kwargs.pop("cache")
+        stored_dtype = self._stored_dtype(generation_config, model_kwargs.get(CACHE_NAME))
         user_defined = model_kwargs.get(CACHE_NAME) is not None
         if generation_config.cache_implementation == "quantized":
             cache_config = generation_config.cache_config or {}
@@ -91,12 +124,39 @@ class T6GenerationMixin(GenerationMixin):
             # On the CPU there is nowhere to offload to. Weights on the disk, "meta", are computed with on an accelerator.
             has_accelerator = self.device.type != "cpu" and torch.accelerator.is_available()
             offloading = cache.offloading and has_accelerator
-            model_kwargs[CACHE_NAME] = T6Cache(config=self.config, offloading=offloading)
+            dtype = getattr(generation_config, "cache_dtype", None)
+            model_kwargs[CACHE_NAME] = T6Cache(config=self.config, dtype=dtype, offloading=offloading)
             if any(getattr(layer, "record_past", False) for layer in cache.layers):  # an assistant's, which is cropped
                 model_kwargs[CACHE_NAME].activate_past_recording()
-        elif isinstance(cache, StaticCache) and len(set(getattr(self, "hf_device_map", {}).values())) <= 1:
+            return
+        if not isinstance(cache, StaticCache):
+            return
+        if stored_dtype is None:
+            stored_dtype = stored_dtype_of(self.config.cache_dtype, self.config, "cache_dtype")
+        if stored_dtype is not None:
+            store_static_rows(cache, self.config, stored_dtype)
+        if len(set(getattr(self, "hf_device_map", {}).values())) <= 1:
             batch_size = args[1] if len(args) > 1 else kwargs["batch_size"]
             batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
             if self.device.type != "meta":  # else weights are on the disk, and the first rows tell the device
                 layers = self.model.layers_of_this_stage()
                 allocate_static_cache(cache, self.config, batch_size, self.dtype, self.device, layers)
+
+    def _stored_dtype(self, generation_config: GenerationConfig, cache: Cache | None) -> torch.dtype | None:
+        """The dtype of the tensors that hold the rows of `cache_dtype`; refuses what it cannot be combined with."""
+        dtype = getattr(generation_config, "cache_dtype", None)
+        stored_dtype = stored_dtype_of(dtype, self.config, "cache_dtype")
+        if dtype is None:
+            return None
+        if cache is not None and CACHE_DTYPES.get(dtype_name(cache)) != stored_dtype:
+            raise ValueError(
+                f"`cache_dtype`={dtype} and the `{CACHE_NAME}` that is given differ: it must be a "
+                f"`T6Cache(config=model.config, dtype={dtype!r})`, or `cache_dtype` left out."
+            )
+        if generation_config.use_cache is False:
+            raise ValueError(f"`cache_dtype`={dtype} needs a cache, and `use_cache` is False.")
+        if generation_config.cache_implementation == "quantized":
+            raise ValueError(
+                f"`cache_dtype`={dtype} is for dynamic and static caches, got `cache_implementation`='quantized'."
+            )
+        return stored_dtype

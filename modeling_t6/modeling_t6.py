@@ -127,7 +127,7 @@ class T6Attention(TensorProductFactors):
 
     def __init__(self, config: T6Config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.num_key_value_groups = 1
+        self.num_key_value_groups = config.num_key_value_groups
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True

@@ -302,6 +302,7 @@ class PagedFactors:
             self.pages.rows[0].dtype,
             device,
             config.noncontextual_a,
+            groups=config.num_key_value_groups,
         )
         pieces = schedule_pieces(lengths, query_starts, pieces)
         return DecodingRequests(queries, block_table, lengths, query_starts, pieces)
@@ -474,6 +475,7 @@ def paged_attention_forward(
             key_a=key_a,
             value_a=value_a,
             output=output[0, at] if isinstance(at, slice) else None,
+            groups=module.num_key_value_groups,
         )
         if not isinstance(at, slice):
             output[0, at] = attended
@@ -493,7 +495,8 @@ def paged_attention_forward(
         key = form_heads(a_k, key_features(b_k)).transpose(1, 2)
         value = form_heads(a_v, module.features(b_v)).transpose(1, 2)
         attended = nn.functional.scaled_dot_product_attention(
-            group.transpose(1, 2), key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )
+            group.transpose(1, 2), key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
+            enable_gqa=module.num_key_value_groups > 1,
+        )  # fmt: skip
         output[queries] = attended.transpose(1, 2)
     return output, None

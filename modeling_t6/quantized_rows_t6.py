@@ -83,15 +83,37 @@ class QuantizedLayout:
         n - 7.5 [batch, seq, rank, head_dim], which is B rotated, in units of its step. With constant A factors the scale
         is in B.
         """
-        b, a, scale, _ = rows.squeeze(1).split([*self.sizes, self.width - sum(self.sizes)], dim=-1)
-        b = b.unflatten(-1, (self.rank, self.head_dim // 2))
-        b = torch.cat([b & 15, b >> 4], dim=-1).to(dtype) - 7.5
-        # A copy, as float16 must start on even bytes. In float32, where no product of the two is too small.
-        scale = scale.clone(memory_format=torch.contiguous_format).view(torch.float16).to(torch.float32).unsqueeze(-1)
-        if self.num_heads == 0:
-            return a.unflatten(-1, (self.rank, self.padded_heads))[..., :0].to(dtype), (b * scale).to(dtype)
-        a = a.unflatten(-1, (self.rank, self.padded_heads))[..., : self.num_heads].view(torch.float8_e4m3fn)
-        return (a.to(torch.float32) * scale).to(dtype), b
+        parts = QuantizedFactors(self, rows, dtype)
+        return parts.heads(parts.a), parts.features(parts.b)
+
+
+class QuantizedFactors:
+    """
+    The factors of `rows`, uint8 [batch, 1, seq, width], as they lie, and what makes numbers of `dtype` of some of them.
+
+    Attributes:
+        a: float8_e4m3fn [batch, seq, rank, num_heads], a view.
+        b: uint8 [batch, seq, rank, head_dim / 2], a view.
+        scale: float16 [batch, seq, rank, 1], a copy, as they need not lie on even bytes.
+    """
+
+    def __init__(self, layout: QuantizedLayout, rows: torch.Tensor, dtype: torch.dtype):
+        self.layout, self.dtype = layout, dtype
+        b, a, scale, _ = rows.squeeze(1).split([*layout.sizes, layout.width - sum(layout.sizes)], dim=-1)
+        a = a.unflatten(-1, (layout.rank, layout.padded_heads))[..., : layout.num_heads]
+        self.a = a.view(torch.float8_e4m3fn)
+        self.b = b.unflatten(-1, (layout.rank, layout.head_dim // 2))
+        self.scale = scale.clone(memory_format=torch.contiguous_format).view(torch.float16).unsqueeze(-1)
+
+    def heads(self, a: torch.Tensor, tokens: slice = slice(None)) -> torch.Tensor:
+        """A times the scale of those `tokens` whose `a` it is, [batch, tokens, rank, num_heads]."""
+        # In float32, where no product of the two is too small.
+        return (a.to(torch.float32) * self.scale[:, tokens].to(torch.float32)).to(self.dtype)
+
+    def features(self, b: torch.Tensor, tokens: slice = slice(None)) -> torch.Tensor:
+        """n - 7.5 of those `tokens` whose `b` it is, [batch, tokens, rank, head_dim]; times the scale if A is constant."""
+        b = torch.cat([b & 15, b >> 4], dim=-1).to(self.dtype) - 7.5
+        return (b * self.scale[:, tokens].to(torch.float32)).to(self.dtype) if self.layout.num_heads == 0 else b
 
 
 def rotate_features(x: torch.Tensor) -> torch.Tensor:

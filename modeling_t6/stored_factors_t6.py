@@ -65,6 +65,7 @@ def store_projected(
         k_norm=module.k_norm.weight if config.qk_norm else None,
         eps=config.rms_norm_eps,
         activation=config.head_factor_act,
+        norms_key_heads=config.qk_norm == "heads",
     )
     a_k, a_v = (module.k_a, module.v_a) if config.noncontextual_a else (None, None)
     query = query.unflatten(0, shape)
@@ -127,10 +128,11 @@ def _append_factors(
     count: int,
     eps: float,
     activation: str | None,
+    norms_key_heads: bool,
 ) -> torch.Tensor:
     return store_factors(
         a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, NewRows(first, count, length), key_pages, value_pages,
-        q_norm, k_norm, eps, activation,
+        q_norm, k_norm, eps, activation, norms_key_heads,
     )  # fmt: skip
 
 
@@ -145,8 +147,9 @@ def _(a_q, b_q, *args):
     return b_q.new_empty((b_q.shape[0], b_q.shape[1] if a_q is None else a_q.shape[1], b_q.shape[2]))
 
 
-def _store_in_graph(*args, q_norm, k_norm, eps, activation) -> torch.Tensor:
+def _store_in_graph(*args, q_norm, k_norm, eps, activation, norms_key_heads) -> torch.Tensor:
     *factors, places, key_pages, value_pages = args
     return _append_factors_op(
-        *factors, places.length, key_pages, value_pages, q_norm, k_norm, places.first, places.count, eps, activation
-    )
+        *factors, places.length, key_pages, value_pages, q_norm, k_norm, places.first, places.count, eps, activation,
+        norms_key_heads,
+    )  # fmt: skip

@@ -121,7 +121,8 @@ class FactorImpl(AttentionImpl):
         norms = (self.owner.q_norm.weight, self.owner.k_norm.weight) if self.config.qk_norm else (None, None)
         return store_factors(
             a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, *norms,
-            eps=self.config.rms_norm_eps, activation=self.config.head_factor_act, kernels=kernels,
+            eps=self.config.rms_norm_eps, activation=self.config.head_factor_act,
+            norms_key_heads=self.config.qk_norm == "heads", kernels=kernels,
         )  # fmt: skip
 
     def decode(

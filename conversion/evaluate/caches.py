@@ -72,10 +72,10 @@ def make_cache(model: PreTrainedModel, kind: str = "model") -> Cache:
 
     Args:
         kind: `"model"` for what the model makes, in its dtype; `"8"` or `"4"` for keys and values in as many bits;
-            `"float8_e4m3fn"` for rows of a T6 in that dtype.
+            `"float8_e4m3fn"` or `"int4"` for rows of a T6 in that dtype.
     """
     if kind in ("8", "4"):
         return RoundedCache(model.config, int(kind))
     if isinstance(model, T6ForCausalLM):
-        return T6Cache(config=model.config, dtype=None if kind == "model" else getattr(torch, kind))
+        return T6Cache(config=model.config, dtype=None if kind == "model" else kind)
     return DynamicCache(config=model.config)

@@ -7,9 +7,9 @@ from pathlib import Path
 from ..files.errors import ConversionError
 
 
-# Those of `TASKS` in tasks.py, of float8 in `T6Cache`.
+# Those of `TASKS` in tasks.py, and of `T6Cache`.
 TASK_NAMES = ("needle", "keys", "values", "variables", "copying")
-CACHE_DTYPES = ("model", "float8_e4m3fn")
+CACHE_DTYPES = ("model", "float8_e4m3fn", "int4")
 SHORTEST = 1024  # length that others double, by default
 
 

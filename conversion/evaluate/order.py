@@ -27,7 +27,7 @@ from .score import score_samples
 from .tasks import Sample, make_samples
 
 
-NAMES = {"8": " in 8 bits", "4": " in 4 bits", "float8_e4m3fn": " in float8", "model": ""}
+NAMES = {"8": " in 8 bits", "4": " in 4 bits", "float8_e4m3fn": " in float8", "int4": " in int4", "model": ""}
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, torch.dtype]:
@@ -127,6 +127,15 @@ def bytes_per_token(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> fl
     return size
 
 
+def refuse_caches(folder: Path, model: PreTrainedModel, kinds: list[str]) -> None:
+    """Raises a `ConversionError` if a T6 has no such cache."""
+    for kind in kinds if isinstance(model, T6ForCausalLM) else ():
+        try:
+            make_cache(model, kind)
+        except ValueError as error:
+            raise ConversionError(f"--cache-dtypes {kind}: {folder}: {error}") from error
+
+
 def window_ids(
     language: Language, tokenizer: PreTrainedTokenizerBase | None, text: str | None, length: int, args
 ) -> torch.Tensor:
@@ -167,6 +176,8 @@ def evaluate(args: argparse.Namespace) -> None:
     samples = all_samples(language, args.tasks, lengths, args.samples, args.seed)
     windows = window_ids(language, tokenizer, text, lengths[-1], args)
 
+    for folder, (model, _) in zip(folders, models):
+        refuse_caches(folder, model, args.cache_dtypes)
     rows = []
     for folder, (model, stored) in zip(folders, models):
         name = folder.resolve().name

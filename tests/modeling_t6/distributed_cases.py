@@ -129,7 +129,7 @@ def tensor_parallel(folder: Path, variant: str) -> None:
     ids = random_ids(config, 2, 9)
     k, v = config.ranks(0)
     numbers = CACHED.get(variant.removeprefix("norms of "), lambda h, d, k, v: (k + v) * (h + d))
-    numbers = numbers(HEADS // dist.get_world_size(), HEAD_DIM, k, v)
+    numbers = numbers(config.num_key_value_heads // dist.get_world_size(), HEAD_DIM, k, v)
     for _, cache in check_inference(one, many, ids):
         for layer in cache.layers:
             row = layer.keys.shape[-1] + layer.values.shape[-1]

@@ -55,16 +55,19 @@ def random_case(seed: int, **fixed) -> dict:
         "v_rank": choose.choice((1, 2, 3, 5, 8)),
         "constant_a": choose.random() < 0.25,
         "activation": choose.choice((None, None, "sigmoid", "softmax")),
-        "qk_norm": choose.random() < 0.3,
+        "qk_norm": choose.choice((False, False, False, True, "heads")),
         "partial": choose.choice((1.0, 1.0, 0.5, 0.25)),
         "tokens": choose.choice((1, 3, 6)),
         "requests": choose.choice((1, 2, 5)),
         "page_size": choose.choice((1, 16, 48)),
+        "groups": choose.choice((1, 1, 1, 2, 3, 8)),
         "seed": seed,
     }
     if case["constant_a"]:
         case |= {"k_rank": choose.choice((2, 8, 16)), "v_rank": choose.choice((1, 8, 16)), "activation": None}
-    return case | fixed
+        case |= {"qk_norm": bool(case["qk_norm"])}
+    case |= ({"groups": 1} if "heads" in fixed else {}) | fixed
+    return case | {"heads": max(1, case["heads"] // case["groups"]) * case["groups"]}
 
 
 def make_layer(case: dict) -> TensorProductFactors:
@@ -72,6 +75,7 @@ def make_layer(case: dict) -> TensorProductFactors:
     config = T6Config(
         hidden_size=8,
         num_attention_heads=case["heads"],
+        num_key_value_heads=case["heads"] // case["groups"],
         head_dim=case["head_dim"],
         q_rank=case["q_rank"],
         k_rank=case["k_rank"],
@@ -127,13 +131,15 @@ def check_store(case: dict, device: str, store=store_factors) -> None:
     choose = random.Random(case["seed"] + 2)
     layer, dtype, tokens = make_layer(case), case["dtype"], case["tokens"]
     heads, head_dim, constant_a = case["heads"], case["head_dim"], case["constant_a"]
+    kv_heads = heads // case["groups"]
 
     # One product, of which all six are parts, in random order and with other numbers between.
     shapes = {"q_proj": (heads, head_dim)} if layer.q_rank is None else {"q_b_proj": (layer.q_rank, head_dim)}
     shapes |= {"k_b_proj": (layer.k_rank, head_dim), "v_b_proj": (layer.v_rank, head_dim)}
     if not constant_a:
         ranks = {"q": layer.q_rank, "k": layer.k_rank, "v": layer.v_rank}
-        shapes |= {f"{name}_a_proj": (heads, rank) for name, rank in ranks.items() if rank is not None}
+        sizes = {"q": heads, "k": kv_heads, "v": kv_heads}
+        shapes |= {f"{name}_a_proj": (sizes[name], rank) for name, rank in ranks.items() if rank is not None}
     parts, end = {}, 0
     for name in choose.sample(list(shapes), len(shapes)):
         start = end + choose.choice((0, 0, 1, 8))
@@ -174,6 +180,7 @@ def check_store(case: dict, device: str, store=store_factors) -> None:
         a_q, views["q_proj" if layer.q_rank is None else "q_b_proj"], views.get("k_a_proj"), views["k_b_proj"],
         views.get("v_a_proj"), views["v_b_proj"], cos.to(device), sin.to(device), slots.to(device),
         *(as_given(x) for x in pages), *norms, layer.config.rms_norm_eps, case["activation"],
+        case["qk_norm"] == "heads",
     )  # fmt: skip
     assert query.dtype == dtype
     assert_near(query, expected_query, dtype, "query")
@@ -193,7 +200,8 @@ def check_form(case: dict, device: str, form=form_heads_from_pages) -> None:
     """K and V are those of float64; all else in the workspace is as it was."""
     torch.manual_seed(case["seed"])
     choose = random.Random(case["seed"] + 3)
-    dtype, heads, head_dim, page_size = (case[name] for name in ("dtype", "heads", "head_dim", "page_size"))
+    dtype, head_dim, page_size = (case[name] for name in ("dtype", "head_dim", "page_size"))
+    heads = case["heads"] // case["groups"]
     num_requests = case["requests"]
     first_positions = [choose.choice((0, 0, 7, 50)) for _ in range(num_requests)]
     lengths = [choose.choice((0, 1, 2, case["tokens"])) for _ in range(num_requests)]

@@ -36,11 +36,13 @@ def random_case(seed: int, **fixed) -> dict:
         "mask": choose.choice(("none", "none", "padding", "boolean", "additive")),
         "wide_rows": choose.random() < 0.3,
         "heads_first": choose.random() < 0.3,
+        "groups": choose.choice((1, 1, 1, 2, 3, 4, 8, 34)),
         "seed": seed,
     }
     if case["constant_a"]:
         case["k_rank"], case["v_rank"] = choose.choice((1, 4, 8, 16)), choose.choice((1, 4, 8, 16))
-    case |= fixed
+    case |= ({"groups": 1} if "heads" in fixed else {}) | fixed
+    case["heads"] = max(1, case["heads"] // case["groups"]) * case["groups"]
     case["tokens"] = max(case["tokens"], case["queries"])
     # The float64 reference forms K and V.
     while case["batch"] * case["tokens"] * case["heads"] * case["head_dim"] > 2e7 and case["tokens"] > 100:
@@ -59,13 +61,14 @@ def relative_error(case: dict, device: str) -> float:
         lengths[:] = room
     scaling = choose.choice((1.0, 0.3)) * head_dim**-0.5
 
+    kv_heads = heads // case["groups"]
     query = torch.randn(batch, queries, heads, head_dim).to(dtype)
     if case["heads_first"]:
         query = query.transpose(1, 2).contiguous().transpose(1, 2)
     all_rows, constants, states = [], [], []
     for rank in (case["k_rank"], case["v_rank"]):
-        layout = FactorLayout(rank, 0 if case["constant_a"] else heads, head_dim)
-        a = torch.randn(rank, heads) if case["constant_a"] else torch.randn(batch, room, rank, heads)
+        layout = FactorLayout(rank, 0 if case["constant_a"] else kv_heads, head_dim)
+        a = torch.randn(rank, kv_heads) if case["constant_a"] else torch.randn(batch, room, rank, kv_heads)
         a, b = a.to(dtype), torch.randn(batch, room, rank, head_dim).to(dtype)
         states.append(torch.einsum("...rh,bnrd->bhnd" if a.dim() == 2 else "bnrh,bnrd->bhnd", a.double(), b.double()))
         rows = layout.pack(None if case["constant_a"] else a, b)
@@ -95,6 +98,7 @@ def relative_error(case: dict, device: str) -> float:
         mask = bias.masked_fill(~visible, torch.finfo(dtype).min)
         bias = bias.double()
 
+    states = [x.repeat_interleave(case["groups"], dim=1) for x in states]
     key, value = states[0] / case["k_rank"], states[1] / case["v_rank"]
     scores = torch.einsum("bqhd,bhnd->bhqn", query.double(), key) * scaling + bias
     probabilities = scores.masked_fill(~visible, -math.inf).softmax(-1)
@@ -104,6 +108,7 @@ def relative_error(case: dict, device: str) -> float:
         mask=None if mask is None else mask.to(device),
         lengths=None if no_lengths else lengths.to(device),
         causal=case["mask"] in ("none", "padding"),
+        groups=case["groups"],
     )  # fmt: skip
     assert output.dtype == dtype and output.shape == query.shape
     return ((output.cpu().double() - expected).norm() / expected.norm()).item()

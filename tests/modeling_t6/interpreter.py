@@ -7,11 +7,11 @@ from triton.runtime import interpreter
 
 def compute_bfloat16(monkeypatch) -> None:
     """
-    The interpreter multiplies the bits of bfloat16 numbers as if they were integers, and cuts digits off: widen factors
-    first, and round to the nearest number, ties to even, as a GPU does.
+    The interpreter multiplies and adds the bits of bfloat16 numbers as if they were integers, and cuts digits off: widen
+    them first, and round to the nearest number, ties to even, as a GPU does.
     """
     builder = interpreter.InterpreterBuilder
-    plain_dot, plain_multiply, plain_cast = builder.create_dot, builder.create_fmul, builder.cast_impl
+    plain_dot, plain_cast = builder.create_dot, builder.cast_impl
     bfloat16, float32 = interpreter.tl.bfloat16, interpreter.tl.float32
 
     def widened(operand):
@@ -29,12 +29,16 @@ def compute_bfloat16(monkeypatch) -> None:
     def create_dot(self, a, b, *args):
         return plain_dot(self, widened(a), widened(b), *args)
 
-    def create_fmul(self, a, b):
-        product = plain_multiply(self, widened(a), widened(b))
-        return cast(self, product, bfloat16) if a.dtype.scalar == bfloat16 else product
+    def elementwise(plain):
+        def create(self, a, b):
+            result = plain(self, widened(a), widened(b))
+            return cast(self, result, bfloat16) if a.dtype.scalar == bfloat16 else result
+
+        return create
 
     monkeypatch.setattr(builder, "create_dot", create_dot)
-    monkeypatch.setattr(builder, "create_fmul", create_fmul)
+    for name in ("create_fmul", "create_fadd"):
+        monkeypatch.setattr(builder, name, elementwise(getattr(builder, name)))
     monkeypatch.setattr(builder, "cast_impl", cast)
 
 

@@ -41,11 +41,13 @@ def random_case(seed: int, **fixed) -> dict:
         "sliding_window": choose.choice((None, None, None, 1, 7, 64, 100, 5000)),
         "shared": choose.random() < 0.3,
         "wide_rows": choose.random() < 0.3,
+        "groups": choose.choice((1, 1, 1, 2, 3, 4, 8, 34)),
         "seed": seed,
     }
     if case["constant_a"]:
         case["k_rank"], case["v_rank"] = choose.choice((1, 4, 8, 16)), choose.choice((1, 4, 8, 16))
-    case |= fixed
+    case |= ({"groups": 1} if "heads" in fixed else {}) | fixed
+    case["heads"] = max(1, case["heads"] // case["groups"]) * case["groups"]
     if case["float8"] and case["dtype"] == torch.float32:
         case["dtype"] = torch.bfloat16
     # The float64 reference forms K and V.
@@ -66,7 +68,7 @@ class Batch:
         heads, head_dim, page_size, window = (
             case[name] for name in ("heads", "head_dim", "page_size", "sliding_window")
         )
-        self.case, dtype = case, case["dtype"]
+        self.case, dtype, kv_heads = case, case["dtype"], heads // case["groups"]
         cache_dtype = torch.float8_e4m3fn if case["float8"] else dtype
         self.lengths = list(case["lengths"])
         self.num_queries = [min(choose.randint(1, case["max_queries"]), length) for length in self.lengths]
@@ -78,7 +80,7 @@ class Batch:
         self.query = self.query.to(dtype)
 
         layouts = [
-            FactorLayout(case[name], 0 if case["constant_a"] else heads, head_dim) for name in ("k_rank", "v_rank")
+            FactorLayout(case[name], 0 if case["constant_a"] else kv_heads, head_dim) for name in ("k_rank", "v_rank")
         ]
         num_pages = [-(-length // page_size) for length in self.lengths]
         # Some pages of the first request begin others, too: a prefix they share.
@@ -97,10 +99,10 @@ class Batch:
 
         self.constants, factors = [], []
         for rank in (case["k_rank"], case["v_rank"]):
-            self.constants.append(torch.randn(rank, heads).to(dtype) if case["constant_a"] else None)
+            self.constants.append(torch.randn(rank, kv_heads).to(dtype) if case["constant_a"] else None)
             of_requests = []
             for length, shared in zip(self.lengths, self.shared):
-                a, b = (torch.randn(length, rank, n).to(cache_dtype).to(dtype) for n in (heads, head_dim))
+                a, b = (torch.randn(length, rank, n).to(cache_dtype).to(dtype) for n in (kv_heads, head_dim))
                 if shared:
                     n = shared * page_size
                     a[:n], b[:n] = of_requests[0][0][:n], of_requests[0][1][:n]
@@ -134,6 +136,7 @@ class Batch:
                 else torch.einsum("nrh,nrd->hnd", a.double(), b.double())
                 for constant, (a, b) in zip(self.constants, (of_requests[i] for of_requests in self.factors))
             )
+            key, value = (x.repeat_interleave(case["groups"], dim=0) for x in (key, value))
             query = self.query[self.starts[i] : self.starts[i + 1]].double()
             scores = torch.einsum("qhd,hnd->hqn", query, key) * self.scaling / case["k_rank"]
             token, position = torch.arange(length), torch.arange(length - n, length)[:, None]
@@ -150,6 +153,7 @@ class Batch:
         pieces = Pieces.empty(
             len(self.lengths), case["max_queries"], case["heads"], case["head_dim"], case["k_rank"], case["v_rank"],
             self.key_pages.dtype, device, case["constant_a"], case["sliding_window"],
+            case["groups"],
         )  # fmt: skip
         schedule_pieces(lengths, starts, pieces)
         output = torch.full_like(self.query, UNTOUCHED, device=device)
@@ -157,7 +161,7 @@ class Batch:
             self.query.to(device), self.key_pages, self.value_pages, self.table, lengths, starts, pieces,
             case["k_rank"], case["v_rank"], self.scaling, case["max_queries"],
             *(None if a is None else a.to(device) for a in self.constants),
-            sliding_window=case["sliding_window"], output=output,
+            sliding_window=case["sliding_window"], output=output, groups=case["groups"],
         )  # fmt: skip
         assert returned is output
         return output.cpu()

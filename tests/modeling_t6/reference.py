@@ -31,11 +31,13 @@ def t6_logits(
     num_layers: int,
     h: int,
     d: int,
+    h_kv: int | None = None,
     rotary_dim: int,
     theta: float = 10000.0,
     eps: float = 1e-6,
     windows: list[int | None] | None = None,
     head_factor_act: str | None = None,
+    norms_key_heads: bool = False,
 ) -> torch.Tensor:
     """Logits [seq, vocab] of one sequence without padding. What the model has is read off the names and shapes."""
     w = {name: tensor.double() for name, tensor in weights.items()}
@@ -47,8 +49,12 @@ def t6_logits(
         return rms_norm(x, w[f"{name}.weight"], eps) if f"{name}.weight" in w else x
 
     def factors(x: torch.Tensor, name: str, row_norm: str | None = None, position: int | None = None) -> torch.Tensor:
-        """[h, d] = (1 / R) sum_r a_r (x) b_r, with b_r rotated at `position` unless that is None."""
-        a = w[f"{name}_a"].T if f"{name}_a" in w else linear(x, f"{name}_a_proj").view(h, -1)  # head-major
+        """
+        [h, d], of queries, or [h_kv, d] = (1 / R) sum_r a_r (x) b_r, with b_r rotated at `position` unless that is None. A norm is of each b_r, or
+        of the sum: values that share B then get its weight alone.
+        """
+        is_key, num_heads = name.endswith("k"), h if name.endswith("q") else h_kv or h
+        a = w[f"{name}_a"].T if f"{name}_a" in w else linear(x, f"{name}_a_proj").view(num_heads, -1)  # head-major
         if head_factor_act == "sigmoid":
             a = 1 / (1 + torch.exp(-a))
         elif head_factor_act == "softmax":
@@ -59,11 +65,18 @@ def t6_logits(
             row_norm = f"{name}_norm"
         b = w[f"{name}_b"] if f"{name}_b" in w else linear(x, f"{name}_b_proj").view(rank, -1)
         c = linear(x, f"{name}_c_proj").view(rank, -1) if f"{name}_c_proj.weight" in w else torch.ones(rank, 1)
-        total = torch.zeros(h, d, dtype=torch.float64)
+        total = torch.zeros(num_heads, d, dtype=torch.float64)
         for r in range(rank):
-            b_r = b[r] if row_norm is None else norm_if_any(b[r], row_norm, eps)
-            b_r = b_r if position is None else rotate(b_r, position, theta, rotary_dim)
+            b_r = b[r]
+            if row_norm is not None and norms_key_heads:
+                b_r = b_r if is_key else b_r * w[f"{row_norm}.weight"]
+            elif row_norm is not None:
+                b_r = norm_if_any(b_r, row_norm, eps)
+            b_r = b_r if position is None or norms_key_heads else rotate(b_r, position, theta, rotary_dim)
             total += torch.outer(a[:, r], torch.cat([c_rj * b_r for c_rj in c[r]]))  # the columns of b c^T
+        if norms_key_heads and is_key:
+            heads = [rms_norm(head, w[f"{row_norm}.weight"], eps) for head in total / rank]
+            return torch.stack([rotate(head, position, theta, rotary_dim) for head in heads])
         return total / rank
 
     def rotate_head(head: torch.Tensor, position: int, name: str) -> torch.Tensor:
@@ -95,10 +108,11 @@ def t6_logits(
             heads = []
             for i in range(h):
                 seen = range(max(0, t + 1 - window), t + 1)
-                scores = torch.stack([queries[t][i] @ keys[s][i] / math.sqrt(d) for s in seen])
+                group = i // (h // (h_kv or h))  # heads that follow each other share keys and values
+                scores = torch.stack([queries[t][i] @ keys[s][group] / math.sqrt(d) for s in seen])
                 probabilities = torch.exp(scores - scores.max())
                 probabilities = probabilities / probabilities.sum()
-                head = sum(p * values[s][i] for s, p in zip(seen, probabilities))
+                head = sum(p * values[s][group] for s, p in zip(seen, probabilities))
                 heads.append(norm_if_any(head, f"{prefix}.self_attn.head_norm", 1e-5))
             heads = torch.cat(heads)
             if f"{prefix}.self_attn.o_gate_proj.weight" in w:

@@ -251,6 +251,8 @@ DAMAGED = [
     ("rope_parameters", {"full_attention": ROPE}, "rope_parameters"),
     ("rope_parameters", "default", "rope_parameters"),
     ("rope_parameters", [1e4], "rope_parameters"),
+    *(("num_key_value_heads", heads, "num_key_value_heads.* divide `num_attention_heads`=5") for heads in (2, 10)),
+    *(("num_key_value_heads", heads, "num_key_value_heads") for heads in (0, -1, True, "5", [5])),
     *(("head_dim", size, "head_dim") for size in (0, -16, True, "16", 16.0, [16])),
     *((field, True, field) for field in ("hidden_size", "vocab_size", "k_rank", "q_rank", "sliding_window")),
     ("k_rank", [True, 2], "k_rank"),
@@ -260,9 +262,9 @@ DAMAGED = [
     ("initializer_range", float("inf"), "initializer_range"),
     ("pad_token_id", 97, "pad_token_id.* below `vocab_size`=97"),
     # What follows from other fields, as a config.json from elsewhere may have it.
-    *(("num_key_value_heads", heads, "num_key_value_heads.* must be 5") for heads in (2, "5", None)),
     ("rotary_dim", 8, "rotary_dim.* must be 16"),
     ("num_local_heads", 1, "num_local_heads.* must be 5"),
+    ("num_local_key_value_heads", 1, "num_local_key_value_heads.* must be 5"),
     ("rotates_on_read", True, "rotates_on_read.* must be False"),
     ("ranks", [2, 1], "ranks.* left out"),
 ]
@@ -283,15 +285,37 @@ def test_damaged_config(tmp_path, field, value, message):
 def test_derived_fields_as_they_are(tmp_path):
     """Given in a config.json, at load or by assignment, they change nothing, and are not saved."""
     config = tiny_config()
-    derived = {"num_key_value_heads": 5, "num_local_heads": 5, "rotary_dim": 16, "b_dim": 16, "rotates_on_read": False}
+    derived = {
+        "num_local_heads": 5,
+        "num_local_key_value_heads": 5,
+        "rotary_dim": 16,
+        "b_dim": 16,
+        "rotates_on_read": False,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | derived))
-    loaded = AutoConfig.from_pretrained(tmp_path, num_key_value_heads=5)
-    loaded.num_key_value_heads = 5
+    loaded = AutoConfig.from_pretrained(tmp_path, num_local_heads=5)
+    loaded.num_local_heads = 5
     assert loaded.to_diff_dict() == config.to_diff_dict()
-    with pytest.raises(ValueError, match="num_key_value_heads.* must be 5"):
-        AutoConfig.from_pretrained(tmp_path, num_key_value_heads=1)
-    with pytest.raises(ValueError, match="num_key_value_heads.* must be 5"):
-        tiny_config(num_key_value_heads=1)
+    with pytest.raises(ValueError, match="num_local_heads.* must be 5"):
+        AutoConfig.from_pretrained(tmp_path, num_local_heads=1)
+    with pytest.raises(ValueError, match="num_local_heads.* must be 5"):
+        tiny_config(num_local_heads=1)
+
+
+def test_heads_of_keys_and_values_follow_those_of_queries(tmp_path):
+    """As long as there are no groups; a config.json says how many there are only where there are."""
+    config = tiny_config()
+    config.save_pretrained(tmp_path)
+    assert "num_key_value_heads" not in json.loads((tmp_path / "config.json").read_text())
+    loaded = AutoConfig.from_pretrained(tmp_path, num_attention_heads=6)
+    assert loaded.num_key_value_heads == 6 and loaded.num_key_value_groups == 1
+    loaded = AutoConfig.from_pretrained(tmp_path, num_attention_heads=6, num_key_value_heads=2)
+    loaded.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.num_key_value_heads == 2 and loaded.num_key_value_groups == 3
+    loaded.num_attention_heads = 5
+    with pytest.raises(ValueError, match="`num_key_value_heads` must divide `num_attention_heads`=5, got 2"):
+        T6ForCausalLM(loaded)
 
 
 def test_methods_are_no_fields():

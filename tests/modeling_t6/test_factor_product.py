@@ -22,8 +22,8 @@ def products(monkeypatch) -> list[int]:
     """The rows of each product of several projections, as they are computed."""
     rows, concatenate = [], factor_product_t6._concatenate
 
-    def record(parameters, padding):
-        joined = concatenate(parameters, padding)
+    def record(parameters, *args):
+        joined = concatenate(parameters, *args)
         if joined.dim() == 2:
             rows.append(len(joined))
         return joined

@@ -109,6 +109,41 @@ def test_two_ranks_in_one_product(heads, queries, ranks, dtype):
     assert relative_error(case, DEVICE) < TOLERANCES[dtype]
 
 
+GROUPS = {  # heads, groups
+    "of 4 under 48": (48, 4),  # two tiles of whole groups
+    "of 3, filled up to 4": (36, 3),
+    "of 5, rows of A rotated": (120, 5),
+    "of 2, rows of A rotated, two ranks at once": (48, 2),
+    "of 34, one alone": (34, 34),  # wider than a tile
+    "of 16, one of A in a tile": (32, 16),
+}
+
+
+@pytest.mark.once
+@needs_triton
+@pytest.mark.parametrize("queries, dtype", [(1, torch.bfloat16), (3, torch.float32)], ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+def test_grouped_heads(name, queries, dtype):
+    heads, groups = GROUPS[name]
+    fixed = {"queries": queries, "head_dim": 64, "k_rank": 2, "v_rank": 4, "constant_a": False, "batch": 2}
+    case = random_case(heads, heads=heads, groups=groups, dtype=dtype, tokens=70, mask="boolean", **fixed)
+    assert relative_error(case, DEVICE) < TOLERANCES[dtype]
+
+
+@pytest.mark.once
+def test_tiles_hold_whole_groups_or_are_within_one():
+    for groups in range(1, 70):
+        for kv_heads in (1, 2, 5, 12, 16):
+            for queries, itemsize in ((1, 2), (1, 1), (3, 2), (16, 4)):
+                launch = choose_launch(queries, kv_heads * groups, 64, 2, 2, False, itemsize, 232448, True, groups)
+                columns = flash_tpa_t6.columns_of_group(groups, False)
+                bounds = [n * (launch.block_h + launch.rest_h) + m for n in range(9) for m in (0, launch.block_h)]
+                for start, end in zip(bounds, bounds[1:]):
+                    whole = start % columns == end % columns == 0
+                    assert whole or start // columns == (end - 1) // columns
+                assert not launch.unroll or columns == 1 or launch.block_h // columns * itemsize >= 4
+
+
 @pytest.mark.once
 def test_choose_splits():
     """Never without a block to read; more programs than run at once only if they leave fewer places empty."""
@@ -200,6 +235,7 @@ def operator_arguments(**changes):
     arguments = {
         "query": query, "key_rows": rows, "value_rows": rows.clone(), "key_a": None, "value_a": None, "mask": None,
         "lengths": torch.tensor([40, 31], device=DEVICE), "k_rank": 2, "v_rank": 2, "scaling": 0.2, "causal": True,
+        "groups": 1,
     }  # fmt: skip
     return tuple((arguments | changes).values())
 
@@ -554,7 +590,8 @@ def test_fp8_rows_are_read_as_they_are(heads, dtype):
 def test_fp8_rows_of_the_largest_numbers(rank, heads):
     """
     Products are of float16 numbers, which queries of bfloat16 need not be: heads of all sizes, A and B of values at the
-    largest and the smallest numbers of float8.
+    largest and the smallest numbers of float8. One token is ahead of all others, whatever the sign, or scores of 1e5 and more would have no answer:
+    in float32 they leave no digits for what several of them weigh.
     """
     torch.manual_seed(rank)
     layout, tokens = FactorLayout(rank, heads, 64), 300
@@ -563,7 +600,8 @@ def test_fp8_rows_of_the_largest_numbers(rank, heads):
     numbers = torch.tensor([448.0, -448.0, 2.0**-9, 1.0, 416.0], device=DEVICE)
     a, b = (numbers[torch.randint(5, (2, tokens, rank, n), device=DEVICE)] for n in (heads, 64))
     value_rows = layout.pack(a, b).to(torch.float8_e4m3fn)
-    a = torch.linspace(0.5, 5, tokens, device=DEVICE)[None, :, None, None].expand(2, tokens, rank, heads)
+    a = torch.linspace(0.5, 4, tokens, device=DEVICE)[None, :, None, None].repeat(2, 1, rank, heads)
+    a[:, 77], a[:, 33] = 6.0, 0.25
     b = torch.randn(2, 1, rank, 64, device=DEVICE).expand(2, tokens, rank, 64)
     key_rows = layout.pack(a, b).to(torch.float8_e4m3fn)
     output = flash_tpa(query, key_rows, value_rows, rank, rank, 0.125).double()

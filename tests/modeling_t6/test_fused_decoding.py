@@ -75,6 +75,9 @@ VARIANTS = {
         "qk_norm": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
+    "qk-norm of heads": {"qk_norm": "heads", "head_factor_act": "sigmoid", "k_rank": 3, "num_attention_heads": 17},
+    "grouped heads": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_factor_act": "softmax"},
+    "grouped constant A": {"num_attention_heads": 6, "num_key_value_heads": 2, "noncontextual_a": True},
     "rotated rows of A": {"num_attention_heads": 17, "q_rank": 1, "k_rank": 4, "v_rank": 3},
 }
 
@@ -250,6 +253,6 @@ def test_operator():
     length = torch.tensor([6], device=DEVICE)
     arguments = (
         a_k, b, a_k.clone(), b.clone(), a_k.clone(), b.clone(), angles[:, 0], angles[:, 0].clone(), length, *rows,
-        None, None, -2, 2, 1e-6, "sigmoid",
+        None, None, -2, 2, 1e-6, "sigmoid", False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.t6.append_factors.default, arguments)

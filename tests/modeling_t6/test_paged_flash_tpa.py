@@ -56,6 +56,13 @@ def test_head_counts(heads, head_dim, page_size):
     check(random_case(heads, **PLAIN | fixed | {"lengths": [90, 40]}))
 
 
+@pytest.mark.parametrize("heads, groups", [(48, 4), (36, 3), (48, 2), (34, 34)], ids=str)
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_grouped_heads(heads, groups, page_size):
+    fixed = {"dtype": torch.bfloat16, "heads": heads, "groups": groups, "head_dim": 64, "page_size": page_size}
+    check(random_case(heads, **PLAIN | fixed | {"v_rank": 2, "lengths": [90, 40], "max_queries": 1 + groups % 2}))
+
+
 @pytest.mark.parametrize("lengths", [[17, 1], [90]], ids=str)
 def test_heads_of_an_odd_size(lengths):
     """Rows of pages start on 16 bytes, those of B within them do not: compiled as others, the second 16 tokens were lost."""

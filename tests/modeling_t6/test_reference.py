@@ -27,6 +27,26 @@ VARIANTS = {
     "noncontextual-a-kvonly": {"noncontextual_a": True, "q_rank": None, "k_rank": 3, "v_rank": [1, 5]},
     "qk-norm": {"qk_norm": True},
     "qk-norm-noncontextual-a": {"qk_norm": True, "noncontextual_a": True, "q_rank": None},
+    "qk-norm-heads": {"qk_norm": "heads"},
+    "qk-norm-heads-rank1-kvonly": {"qk_norm": "heads", "k_rank": 1, "q_rank": None},
+    "qk-norm-heads-softmax-partial": {
+        "qk_norm": "heads",
+        "head_factor_act": "softmax",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    },
+    "qk-norm-heads-noncontextual-b": {"qk_norm": "heads", "noncontextual_b": True, "k_rank": [3, 1]},
+    "qk-norm-heads-shared-b": {"qk_norm": "heads", "shared_b": True, "v_rank": 2},
+    "grouped-heads": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "grouped-heads-one-group-kvonly": {"num_key_value_heads": 1, "q_rank": None, "v_rank": 3},
+    "grouped-heads-noncontextual-a": {"num_attention_heads": 15, "num_key_value_heads": 5, "noncontextual_a": True},
+    "grouped-heads-noncontextual-b-softmax": {
+        "num_attention_heads": 6, "num_key_value_heads": 3, "noncontextual_b": True, "head_factor_act": "softmax",
+    },
+    "grouped-heads-shared-b-qk-norm-heads": {
+        "num_attention_heads": 6, "num_key_value_heads": 3, "shared_b": True, "v_rank": 2, "qk_norm": "heads",
+    },
+    "grouped-heads-third-order": {"num_attention_heads": 6, "num_key_value_heads": 3, "c_factor_dim": 2},
+    "grouped-heads-sliding": {"num_attention_heads": 8, "num_key_value_heads": 2, "sliding_window": 3},
     "head-norm": {"head_norm": True},
     "sliding": {"sliding_window": 3},
     "sliding-and-full": {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
@@ -57,7 +77,7 @@ VARIANTS = {
     },
     "third-order-noncontextual-a": {"c_factor_dim": 4, "noncontextual_a": True},
     "third-order-shared-b-sigmoid": {"c_factor_dim": 4, "shared_b": True, "v_rank": 2, "head_factor_act": "sigmoid"},
-}
+}  # fmt: skip
 # With the oldest Transformers, those whose positions, masks and caches differ.
 variants = pytest.mark.parametrize(
     "overrides",
@@ -69,6 +89,7 @@ variants = pytest.mark.parametrize(
         "sliding-and-full",
         "noncontextual-b-sliding",
         "third-order",
+        "grouped-heads",
     ),
 )
 
@@ -81,12 +102,14 @@ def reference(model: T6ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
         num_layers=config.num_hidden_layers,
         h=config.num_attention_heads,
         d=config.head_dim,
+        h_kv=config.num_key_value_heads,
         rotary_dim=int(
             config.head_dim // (config.c_factor_dim or 1) * config.rope_parameters.get("partial_rotary_factor", 1.0)
         ),
         theta=config.rope_parameters["rope_theta"],
         eps=config.rms_norm_eps,
         head_factor_act=config.head_factor_act,
+        norms_key_heads=config.qk_norm == "heads",
         windows=[config.sliding_window if t == "sliding_attention" else None for t in config.layer_types or []]
         or None,
     )

@@ -33,6 +33,8 @@ VARIANTS = {
     "head norm": {"head_norm": True},
     "output gate": {"output_gate": True},
     "partial RoPE": {"rope_parameters": HALF_ROPE},
+    "QK norm of heads": {"qk_norm": "heads"},
+    "grouped heads": {"num_attention_heads": 6, "num_key_value_heads": 2},
 }
 # Numbers per token and layer, from the paper: h heads of size d, ranks k and v, third factors of size c.
 CACHED = {
@@ -51,7 +53,12 @@ rotated_on_read = pytest.mark.parametrize("variant", ["non-contextual B", "share
 
 
 def config_of(variant: str, **overrides):
-    return tiny_config(**VARIANTS[variant] | overrides)
+    """With another number of heads, grouped heads have as many of keys and values, for twice as many of queries."""
+    fields = VARIANTS[variant] | overrides
+    if "num_key_value_heads" in fields and "num_attention_heads" in overrides:
+        heads = overrides["num_attention_heads"]
+        fields |= {"num_attention_heads": 2 * heads, "num_key_value_heads": heads}
+    return tiny_config(**fields)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +83,10 @@ def test_float64_reference(variant):
     weights = dict(model.named_parameters())
     config = model.config
     expected = t6_logits(
-        weights, ids.tolist(), num_layers=2, h=5, d=16, rotary_dim=config.rotary_dim,
+        weights, ids.tolist(), num_layers=2, h=config.num_attention_heads, d=16,
+        h_kv=config.num_key_value_heads, rotary_dim=config.rotary_dim,
         theta=config.rope_parameters["rope_theta"], head_factor_act=config.head_factor_act,
+        norms_key_heads=config.qk_norm == "heads",
     )  # fmt: skip
     assert expected.std() > 0.1
     logits = model(ids[None], use_cache=False).logits[0]
@@ -305,7 +314,7 @@ def test_decoding_forms_no_keys_or_values(variant, query_length):
         cache.crop(-1)  # the storage has grown: what follows is not the growth
         with LargestResult() as largest:
             model(ids[:, :query_length], cache=cache)
-    heads = 2 * 300 * 24 * 16
+    heads = 2 * 300 * config.num_attention_heads * 16  # of grouped heads, twice as many as K has
     assert largest.numel < heads / 2
 
 
@@ -389,7 +398,7 @@ def random_fields(seed: int) -> dict:
         "shared_b": shared_b,
         "c_factor_dim": rng.choice([1, 2, 4]) if has_c else None,
         "head_factor_act": None if a == "constant" else rng.choice([None, "sigmoid", "softmax"]),
-        "qk_norm": not has_c and rng.random() < 0.3,
+        "qk_norm": not has_c and rng.random() < 0.3 and (True if a == "constant" else rng.choice([True, "heads"])),
         "head_norm": rng.random() < 0.3,
         "output_gate": rng.random() < 0.3,
         "attention_bias": rng.random() < 0.3,
@@ -399,6 +408,8 @@ def random_fields(seed: int) -> dict:
         fields["rope_parameters"] = HALF_ROPE
     if rng.random() < 0.5:
         fields |= {"sliding_window": 3, "layer_types": rng.sample(["full_attention", "sliding_attention"], 2)}
+    heads = fields["num_attention_heads"]
+    fields["num_key_value_heads"] = rng.choice([None, *(n for n in range(1, heads) if heads % n == 0)])
     return fields
 
 
@@ -476,6 +487,8 @@ EXCLUDED = {
     "`head_dim` / `c_factor_dim`": {"c_factor_dim": 16},
     "c_factor_dim` and `noncontextual_b": {"c_factor_dim": 4, "noncontextual_b": True},
     "c_factor_dim` and `qk_norm": {"c_factor_dim": 4, "qk_norm": True},
+    "qk_norm` must be False, True": {"qk_norm": "rows"},
+    "qk_norm`='heads' and `noncontextual_a": {"qk_norm": "heads", "noncontextual_a": True},
 }
 
 

@@ -24,6 +24,7 @@ VARIANTS = {
     "sigmoid": {"head_factor_act": "sigmoid"},
     "softmax": {"head_factor_act": "softmax"},
     "qk_norm": {"qk_norm": True},
+    "qk_norm_of_heads": {"qk_norm": "heads", "head_factor_act": "sigmoid"},
     "head_norm": {"head_norm": True},
     "output_gate": {"output_gate": True},
     "biases": {"attention_bias": True, "mlp_bias": True},

@@ -18,6 +18,7 @@ MODELS = {
     "mixed_layers": (MIXED_LAYERS, {}),
     "noncontextual_a": ({"noncontextual_a": True}, {}),
     "qk_norm": ({"qk_norm": True}, {}),
+    "qk_norm_of_heads": ({"qk_norm": "heads"}, {}),
     "fp8": ({}, {"kv_cache_dtype": "fp8"}),
     "bfloat16": ({}, {"dtype": "bfloat16"}),
 }

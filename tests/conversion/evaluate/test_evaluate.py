@@ -44,9 +44,10 @@ def test_report(folders, tmp_path, capsys, monkeypatch):
     assert "retrieval, source in 8 bits" in bars
     content = json.loads(output.read_text())
     rows = {row["model"]: row for row in content["models"]}
-    assert list(rows) == ["source", "source in 8 bits", "source in 4 bits", "t6", "t6 in float8"]
+    assert list(rows) == ["source", "source in 8 bits", "source in 4 bits", "t6", "t6 in float8", "t6 in int4"]
     assert all(name in printed for name in rows) and str(tmp_path) not in output.read_text()
     assert rows["t6"]["kl"] < 1e-5 < rows["source in 4 bits"]["kl"]
+    assert rows["t6"]["kl"] < rows["t6 in float8"]["kl"] < rows["t6 in int4"]["kl"]
     assert rows["t6"]["scores"] == [
         score | {"log_probability": pytest.approx(score["log_probability"], rel=1e-4)}
         for score in rows["source"]["scores"]

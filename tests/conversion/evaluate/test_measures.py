@@ -1,5 +1,7 @@
 """What is measured, against plain restatements."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,10 +10,12 @@ from transformers import DynamicCache, LlamaConfig
 from conversion.evaluate.agreement import Agreement
 from conversion.evaluate.caches import RoundedCache, make_cache, rounded
 from conversion.evaluate.languages import Sentences, Tokens
-from conversion.evaluate.order import bytes_per_token, measure_windows
+from conversion.evaluate.order import bytes_per_token, measure_windows, refuse_caches
 from conversion.evaluate.positions import LossByPosition
 from conversion.evaluate.score import score_samples
 from conversion.evaluate.tasks import Sample, make_samples
+from conversion.files.errors import ConversionError
+from modeling_t6 import T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
 
 from ..common import as_t6, exact_model, random_ids, source_model
@@ -150,6 +154,7 @@ def test_bytes_and_windows_of_rounded_caches():
     assert bytes_per_token(source, "4", torch.bfloat16) == 3 * 2 * 4 * (8 + 4)
     model, windows = as_t6(source), random_ids(3, 50)
     assert bytes_per_token(model, "float8_e4m3fn", torch.bfloat16) == 3 * 2 * 4 * 16
+    assert bytes_per_token(model, "int4", torch.bfloat16) == 3 * 2 * 48  # 4 ranks of 8 bytes and a scale of 2, in 16s
     rows = {kind: measure_windows(source, kind, kind, windows, 2, source) for kind in ("model", "8", "4")}
     assert 0 <= rows["model"]["kl"] < 1e-6 < rows["8"]["kl"] < rows["4"]["kl"]
     exact = measure_windows(model, "model", "t6", windows, 2, source)
@@ -160,3 +165,13 @@ def test_bytes_and_windows_of_rounded_caches():
     source(windows, use_cache=True, **{CACHE_NAME: plain})
     # The first layer's keys come before any rounding.
     assert torch.equal(cache.layers[0].keys, rounded(plain.layers[0].keys, 8, 16))
+
+
+def test_a_model_without_rows_of_4_bits_is_named():
+    config = T6Config(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=4, shared_b=True
+    )
+    model = T6ForCausalLM(config)
+    refuse_caches(Path("folder"), model, ["model", "float8_e4m3fn"])
+    with pytest.raises(ConversionError, match="--cache-dtypes int4: folder: .*`shared_b`=True"):
+        refuse_caches(Path("folder"), model, ["model", "int4"])

@@ -1,0 +1,110 @@
+"""
+What rows of a cache in 16, 8 and 4 bits hold and lose, side by side: bytes of a token, perplexity, how far predictions are
+from those of the model without a cache, answers found in long texts, and the time of a decoding step.
+
+    python benchmarks/low_bit_rows.py examples/t6-tiny-shakespeare HELD_OUT
+
+Windows of the text are read through a `T6Cache` of each dtype: a token sees the rows of those before it as they are stored, as
+in decoding. `--samples 4` asks for what `python -m conversion evaluate` asks, at the length of a window.
+"""
+
+import argparse
+from pathlib import Path
+
+from options import describe
+
+
+ROWS = {"16 bits": "model", "float8_e4m3fn": "float8_e4m3fn", "int4": "int4"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = describe(__doc__)
+    parser.add_argument("model", type=Path, metavar="FOLDER", help="a T6 with its tokenizer")
+    parser.add_argument("text", type=Path, metavar="FILE", help="UTF-8, which the model did not see")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens (the model's context)")
+    parser.add_argument("--windows", type=int, metavar="N", help="as many from the beginning of the text (all)")
+    parser.add_argument("--samples", type=int, default=0, metavar="N", help="of each task (none)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of the model (%(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, metavar="N", help="decoding steps (%(default)s)")
+    parser.add_argument("--device", help="(cuda if there is one, else cpu)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
+import statistics
+import sys
+import time
+
+import torch
+
+from conversion.evaluate.caches import make_cache
+from conversion.evaluate.languages import find_language
+from conversion.evaluate.options import TASK_NAMES
+from conversion.evaluate.order import all_samples, bytes_per_token, context_of, load_model, measure_windows, score_all
+from conversion.files.devices import find_device
+from conversion.files.errors import ConversionError
+from conversion.files.tokenizer import load_tokenizer
+from conversion.smaller import text as texts
+from modeling_t6 import T6ForCausalLM
+from modeling_t6.cache_t6 import CACHE_NAME
+
+
+@torch.inference_mode()
+def step_seconds(model: T6ForCausalLM, ids: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Median seconds of a decoded token behind `ids` [1, seq], by rows: in turns, whatever else the machine does."""
+    caches = {name: {CACHE_NAME: make_cache(model, kind)} for name, kind in ROWS.items()}
+    times = {name: [] for name in ROWS}
+    for cache in caches.values():
+        model(ids, **cache)
+    for _ in range(repeats):
+        for name, cache in caches.items():
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            model(ids[:, :1], **cache)
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+            cache[CACHE_NAME].crop(-1)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    args = parse_args()
+    device, dtype = find_device(args.device), getattr(torch, args.dtype)
+    model, _ = load_model(args.model, dtype, device)
+    if not isinstance(model, T6ForCausalLM):
+        raise ConversionError(f"{args.model} is no T6: model_type={model.config.model_type!r}")
+    tokenizer, text = load_tokenizer(args.model), texts.read_text(args.text)
+    length = args.window or context_of(model)
+    windows = texts.windows(tokenizer, text, length, str(args.text), args.windows)
+    samples = {}
+    if args.samples:
+        language = find_language(tokenizer, model.config.vocab_size, text)
+        samples = all_samples(language, list(TASK_NAMES), [length], args.samples)
+    seconds = step_seconds(model, windows[:1].to(device), args.repeats)
+    print(f"{args.model.name}, {args.dtype} on {device}: {len(windows)} windows of {length} tokens")
+    print("| rows | bytes per token | smaller | perplexity | KL, nats | same choice | found | ms a step |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name, kind in ROWS.items():
+        found = f"{score_all(model, kind, name, samples, args.batch_size)['exact']:.0%}" if samples else ""
+        row = measure_windows(model, kind, name, windows, args.batch_size, model)
+        size = bytes_per_token(model, kind, dtype)
+        plain = bytes_per_token(model, "model", dtype)
+        print(
+            f"| {name} | {size:,.0f} | {plain / size:.2f}x | {row['perplexity']:.3f} | {row['kl']:.5f} "
+            f"| {row['first_choice']:.1%} | {found} | {seconds[name] * 1e3:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConversionError as error:
+        sys.exit(str(error))

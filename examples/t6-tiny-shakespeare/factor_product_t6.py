@@ -1,0 +1,1 @@
+../../modeling_t6/factor_product_t6.py

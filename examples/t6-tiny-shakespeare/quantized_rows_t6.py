@@ -1,0 +1,1 @@
+../../modeling_t6/quantized_rows_t6.py

@@ -1,0 +1,1 @@
+../../modeling_t6/stored_factors_t6.py

@@ -1,5 +1,6 @@
 """A model with a smaller cache: its moments, the ranks, the fits, and the weights that come of them."""
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from .key_fits import KEY_ITERATIONS
 from .moments import collect_moments
 from .probe import Probe
 from .questions import Questions
-from .ranks import Ranks, check_options, choose_ranks
+from .ranks import Ranks, check_options, choose_ranks, row_bytes
 from .stages import stage
 from .value_fits import VALUE_ITERATIONS
 from .weights import balance, compressed_attention, compressed_model
@@ -124,16 +125,14 @@ def compress(
 
     def choose(cache_dtype: str | None) -> tuple[float, list[int], str | None]:
         """What the best ranks of rows of a dtype cost, if costs add up, and these."""
-        smaller, rounding = 1, 0.0
-        if cache_dtype is not None:
-            stored = getattr(torch, cache_dtype)
-            smaller, rounding = dtype.itemsize / stored.itemsize, probe.divergence(model, stored).item()
-        budget = int(
-            sum(full) * smaller / cache_ratio * (1 + 1e-12)
-        )  # of a ratio that is not a float, no rank is lost
-        if budget < sum(map(min, costs)):
+        size = functools.partial(
+            row_bytes, head_dim=model.config.head_dim, itemsize=dtype.itemsize, cache_dtype=cache_dtype
+        )
+        budget = int(sum(full) * model.config.head_dim * dtype.itemsize / cache_ratio * (1 + 1e-12))
+        if budget < sum(size(min(cost)) for cost in costs):
             return math.inf, [], cache_dtype
-        ranks = choose_ranks(costs, budget)
+        ranks = choose_ranks(costs, budget, size)
+        rounding = 0.0 if cache_dtype is None else probe.divergence(model, cache_dtype).item()
         return rounding + sum(cost[rank] for cost, rank in zip(costs, ranks)), ranks, cache_dtype
 
     cost, ranks, cache_dtype = min((choose(name) for name in cache_dtypes), key=lambda found: found[0])

@@ -37,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--v-rank", type=ranks, metavar="N[,N...]", help="rank of the values, of all layers or of each")
     group.add_argument(
         "--cache-ratio", type=positive(float), metavar="X",
-        help="X times smaller in all, with ranks by layer, and rows of 8 bits, where that loses less",
+        help="X times smaller in all, with ranks by layer, and rows of 8 or 4 bits, where that loses less",
     )  # fmt: skip
     group.add_argument(
-        "--cache-dtype", choices=("model", "float8_e4m3fn"),
-        help="of the cache's rows (model; with --cache-ratio the better)",
+        "--cache-dtype", choices=("model", "float8_e4m3fn", "int4"),
+        help="of the cache's rows (model; with --cache-ratio that with which it loses least)",
     )  # fmt: skip
     group.add_argument(
         "--calibration", type=Path, metavar="TEXT", help="a UTF-8 file on whose activations to lose least"

@@ -147,7 +147,9 @@ def make_smaller(
     if not compressed_folder.exists():
         calibration = texts.calibration.to(device)
         ranks = args.k_rank, args.v_rank, args.cache_ratio
-        cache_dtypes = [None, "float8_e4m3fn"] if args.cache_dtype is None else [args.cache_dtype]
+        cache_dtypes = [args.cache_dtype]
+        if args.cache_dtype is None:
+            cache_dtypes = ["model", "float8_e4m3fn"] + ["int4"] * (exact_model.config.head_dim % 2 == 0)
         cache_dtypes = [None if name == "model" else name for name in cache_dtypes]
         questions = None if texts.questions is None else texts.questions.to(device)
         model = compress(

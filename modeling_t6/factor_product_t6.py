@@ -56,7 +56,9 @@ def _are_plain(projections: Collection[nn.Module]) -> bool:
 
 def _are_whole(projections: Collection[nn.Module]) -> bool:
     """Whether weights are here outside of a forward pass, too: some ways to share them out leave flat pieces, or nothing."""
-    return all(projection.weight.shape == (projection.out_features, projection.in_features) for projection in projections)
+    return all(
+        projection.weight.shape == (projection.out_features, projection.in_features) for projection in projections
+    )
 
 
 def _is_extended(module: nn.Module) -> bool:

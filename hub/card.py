@@ -254,7 +254,8 @@ def architecture(checked: CheckedFolder) -> str:
         "B factors": b_factors
         + (", values have those of the keys" if config.shared_b else "")
         + (f", products of {config.b_dim} and {config.c_factor_dim} features" if config.c_factor_dim else ""),
-        "QK norm": config.qk_norm and ("of heads" if config.qk_norm == "heads" else "of queries' heads and of B of keys"),
+        "QK norm": config.qk_norm
+        and ("of heads" if config.qk_norm == "heads" else "of queries' heads and of B of keys"),
         "sliding window": sliding
         and f"{config.sliding_window} tokens, in {sliding} of {config.num_hidden_layers} layers",
         "context, vocabulary": f"{config.max_position_embeddings:,}, {config.vocab_size:,}",

@@ -26,6 +26,10 @@ from .factor_product_t6 import FactorProjections, without_autocast
 from .tensor_parallel_t6 import softmax_over_heads
 
 
+# Products of this many rows of B or fewer are sums that torch.compile fuses; a matrix product it would call as it is.
+MAX_FUSED_PRODUCTS = 8
+
+
 class T6RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         """T6RMSNorm is equivalent to LlamaRMSNorm, but keeps float64 inputs in float64."""
@@ -58,8 +62,13 @@ def norm_key_heads(
     rank, head_dim = b.shape[-2:]
     with without_autocast(a.device):
         wide_a, wide_b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-        products = torch.matmul(wide_b, wide_b.transpose(-1, -2))
-        variance = (wide_a * torch.matmul(products, wide_a)).sum(-2, keepdim=True) / (rank**2 * head_dim)
+        if torch.compiler.is_compiling() and rank <= MAX_FUSED_PRODUCTS:
+            products = (wide_b[..., :, None, :] * wide_b[..., None, :, :]).sum(-1)
+            mixed_a = (products[..., None] * wide_a[..., None, :, :]).sum(-2)
+        else:
+            products = torch.matmul(wide_b, wide_b.transpose(-1, -2))
+            mixed_a = torch.matmul(products, wide_a)
+        variance = (wide_a * mixed_a).sum(-2, keepdim=True) / (rank**2 * head_dim)
         # What is left of a head whose terms cancel may be below zero.
         wide_a = wide_a * torch.rsqrt(variance.clamp(min=0) + eps)
     return wide_a.to(a.dtype), weight * b

@@ -52,7 +52,8 @@ class FactorImpl(AttentionImpl):
 
     def __init__(self, owner: nn.Module, layer: nn.Module, config: T6Config, layer_idx: int):
         self.owner, self.config = owner, config
-        self.num_heads, self.head_size, self.scale = layer.num_heads, config.head_dim, config.head_dim**-0.5
+        self.num_heads, self.num_kv_heads = layer.num_heads, layer.num_kv_heads
+        self.head_size, self.scale = config.head_dim, config.head_dim**-0.5
         self.key_layout, self.value_layout = layer.key_layout, layer.value_layout
         self.k_rank, self.v_rank = config.ranks(layer_idx)
         self.sliding_window = layer.sliding_window
@@ -116,8 +117,9 @@ class FactorImpl(AttentionImpl):
         if self.config.noncontextual_a:
             a_q, a_k, a_v = self.constants()[0], None, None  # rows hold B alone
         else:
-            names = [f"{name}_a_proj" for name in "qkv"]
-            a_q, a_k, a_v = (view_factors(parts[name], self.num_heads) if name in parts else None for name in names)
+            heads = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
+            parts_a = {name: parts.get(f"{name}_a_proj") for name in heads}
+            a_q, a_k, a_v = (x if x is None else view_factors(x, heads[name]) for name, x in parts_a.items())
         norms = (self.owner.q_norm.weight, self.owner.k_norm.weight) if self.config.qk_norm else (None, None)
         return store_factors(
             a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, *norms,
@@ -159,6 +161,7 @@ class FactorImpl(AttentionImpl):
             value_a=value_a,
             sliding_window=self.sliding_window,
             output=heads[tokens],
+            groups=self.config.num_key_value_groups,
         )
 
     def empty_pieces(self, num_requests: int, max_queries: int, device: torch.device) -> Pieces | None:
@@ -176,6 +179,7 @@ class FactorImpl(AttentionImpl):
             device,
             constant_a=self.config.noncontextual_a,
             sliding_window=self.sliding_window,
+            groups=self.config.num_key_value_groups,
         )
 
     def attend_to_prompts(
@@ -219,12 +223,12 @@ class FactorImpl(AttentionImpl):
         self.__dict__.pop("_selected_ranks", None)
 
     def constants(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """A_Q, A_K and A_V [R, h], as far as they are constants."""
+        """A_Q [R, h], A_K and A_V [R, h_kv], as far as they are constants."""
         return tuple(getattr(self.owner, f"{name}_a", None) for name in "qkv")
 
     def _workspace(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-        """Room for K and V of `room` tokens, [room, h or fewer key/value heads, d]; all layers share it."""
-        num_heads = self.num_heads if self._selected_ranks is None else len(self._selected_ranks[0].ranks)
+        """Room for K and V of `room` tokens, [room, h_kv or fewer key/value heads, d]; all layers share it."""
+        num_heads = self.num_kv_heads if self._selected_ranks is None else len(self._selected_ranks[0].ranks)
         shape = (self.room, num_heads, self.head_size)
         if is_workspace_manager_initialized():
             return current_workspace_manager().get_simultaneous((shape, dtype), (shape, dtype))

@@ -39,7 +39,7 @@ from modeling_t6.flash_tpa_t6 import flash_tpa
 
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 CACHES = ((1, 4096), (8, 8192), (8, 32768), (8, 131072), (16, 131072))
-MODELS = {  # heads, head_dim, rank, dtype of the cache
+MODELS = {  # heads, head_dim, rank, dtype of the cache, heads that share A
     "T6 rank 1": (32, 64, 1, "bfloat16"),
     "T6 rank 2": (32, 64, 2, "bfloat16"),
     "T6 rank 1, FP8": (32, 64, 1, "float8_e4m3fn"),
@@ -48,6 +48,9 @@ MODELS = {  # heads, head_dim, rank, dtype of the cache
     "T6 rank 2, h 47": (47, 64, 2, "bfloat16"),
     "T6 rank 2, h 78": (78, 64, 2, "bfloat16"),
     "T6 rank 2, d 128": (32, 128, 2, "bfloat16"),
+    "T6 rank 2, groups": (32, 64, 2, "bfloat16", 4),
+    "T6 2, h 78, groups": (78, 64, 2, "bfloat16", 3),
+    "T6 4, h 48, groups": (48, 128, 4, "bfloat16", 4),
 }
 KEY_VALUE_HEADS = {"MHA": 32, "GQA-8": 8, "GQA-4": 4, "MQA": 1}
 HEADS, HEAD_DIM = 32, 64
@@ -56,16 +59,17 @@ MAX_BYTES = 60e9
 
 def time_t6(shape: CacheShape) -> dict:
     rank, scaling = shape.rank, shape.head_dim**-0.5
-    layout = FactorLayout(rank, shape.heads, shape.head_dim)
+    layout = FactorLayout(rank, shape.heads // shape.groups, shape.head_dim)
     copies = copies_larger_than_l2(shape.num_bytes)
     query, rows = random_cache(shape, copies)
     factors = [layout.unpack(x[:1].float()) for x in rows[0]]
     expected = factor_space_attention(query[:1].float(), *factors, None, scaling)[0]
-    output = flash_tpa(query, *rows[0], rank, rank, scaling)[:1]
+    attend = functools.partial(flash_tpa, query, groups=shape.groups)
+    output = attend(*rows[0], rank, rank, scaling)[:1]
     error = ((output - expected).norm() / expected.norm()).item()
     assert error < 1e-2, f"FlashTPA and the PyTorch path disagree: {error}"
     del factors
-    calls = [lambda pair=pair: flash_tpa(query, *pair, rank, rank, scaling) for pair in rows]
+    calls = [lambda pair=pair: attend(*pair, rank, rank, scaling) for pair in rows]
     seconds = graph_seconds(calls * max(1, 8 // copies))
     cache_bytes = 2 * rows[0][0].nbytes
     return {"seconds": seconds, "bytes": shape.num_bytes, "cache_bytes": cache_bytes, "error": error}

@@ -61,7 +61,7 @@ from modeling_t6.flash_tpa_t6 import Launch, choose_launch, flash_tpa
 
 
 def default_launch(shape: CacheShape) -> Launch:
-    _, _, heads, head_dim, rank, dtype = shape
+    _, _, heads, head_dim, rank, dtype, _ = shape
     itemsize = getattr(torch, dtype).itemsize
     return choose_launch(1, heads, head_dim, rank, rank, False, itemsize, flash_tpa_t6.device_limits(device())[1])
 

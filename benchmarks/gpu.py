@@ -20,8 +20,8 @@ def copies_larger_than_l2(num_bytes: int) -> int:
 
 def random_cache(shape: CacheShape, copies: int = 1) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """A query [batch, 1, heads, head_dim], and rows of keys and of values [batch, 1, tokens, width] for each copy."""
-    batch, tokens, heads, head_dim, rank, dtype = shape
-    width = FactorLayout(rank, heads, head_dim).width
+    batch, tokens, heads, head_dim, rank, dtype, groups = shape
+    width = FactorLayout(rank, heads // groups, head_dim).width
 
     def rows() -> torch.Tensor:
         random = torch.randn(batch, 1, tokens, width, device="cuda", dtype=torch.bfloat16)

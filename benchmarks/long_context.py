@@ -14,7 +14,10 @@ from pathlib import Path
 from options import describe
 
 
-STEPS = ("source", "heads", "new-4", "sensitivity", "healed-4", "new-2", "new-3", "old-2", "fit-only-4")
+STEPS = (
+    "source", "heads", "new-4", "healed-4", "float8-4", "rows16-2", "old-2", "fit-only-2", "sensitivity", "new-8", "new-3",
+    "new-2",
+)  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -142,15 +145,17 @@ class Study:
         print(report.table(self.results["rows"]), flush=True)
         self.took(f"measuring {name}", start)
 
-    def smaller(self, name: str, ratio: float, new: bool, steps: int) -> T6ForCausalLM:
+    def smaller(self, name: str, ratio: float, new: bool, steps: int, cache_dtypes: list[str | None]) -> T6ForCausalLM:
         """A smaller cache by the method as it is, or without questions, rows of 8 bits and keys less their mean."""
         start, model = time.time(), self.t6()
         old, moments.WHOLE_KEYS = moments.WHOLE_KEYS, moments.WHOLE_KEYS if new else POWER
-        more = {"questions": self.questions, "dtype": torch.bfloat16} if new else {}
-        result = compress(model, self.calibration, cache_ratio=ratio, **more)
+        questions = self.questions if new else None
+        result = compress(
+            model, self.calibration, cache_ratio=ratio, questions=questions, cache_dtypes=cache_dtypes
+        )  # fmt: skip
         moments.WHOLE_KEYS = old
         if steps and (result.config.k_rank, result.config.v_rank) != (model.config.k_rank, model.config.v_rank):
-            errors = reconstruct(result, model, self.calibration, steps, questions=self.questions if new else None)
+            errors = reconstruct(result, model, self.calibration, steps, questions=questions)
             self.results[f"errors {name}"] = errors
             print("errors of attentions: " + ", ".join(f"{old:.1%} to {new:.1%}" for old, new in errors))
         config = result.config
@@ -261,7 +266,8 @@ def main() -> None:
     def source_rows() -> None:
         for kind in ("model", "8", "4"):
             study.measure(source, kind, f"source{evaluation.NAMES[kind]}", source)
-        study.measure(study.t6(), "float8_e4m3fn", "exact T6 in float8", source)
+        for kind in ("float8_e4m3fn", "int4"):
+            study.measure(study.t6(), kind, f"exact T6{evaluation.NAMES[kind]}", source)
 
     def heads() -> None:
         for task in ("needle", "copying"):
@@ -273,22 +279,23 @@ def main() -> None:
             )
             print(f"{task}: " + ", ".join(f"layer {layer} head {head} {s:.2f}" for s, layer, head in best[:16]))
 
-    def smaller(name: str, ratio: float, new: bool = True, steps: int = args.reconstruct_steps) -> None:
-        model = study.smaller(name, ratio, new, steps)
-        kinds = ["model"] if model.config.cache_dtype is not None else ["model", "float8_e4m3fn"]
-        for kind in kinds:
-            study.measure(model, kind, f"{name}{evaluation.NAMES[kind]}", source)
+    def smaller(name, ratio, new=True, steps=args.reconstruct_steps, cache_dtypes=(None, "float8_e4m3fn", "int4")):
+        model = study.smaller(name, ratio, new, steps, cache_dtypes)
+        study.measure(model, "model", name, source)
 
     actions = {
         "source": source_rows,
         "heads": heads,
         "new-4": lambda: smaller("new-4", 4),
-        "sensitivity": lambda: study.results.update(sensitivity=sensitivity(study)),
         "healed-4": lambda: study.measure(healed(study, source, args.work / "new-4"), "model", "healed-4", source),
-        "new-2": lambda: smaller("new-2", 2),
+        "float8-4": lambda: smaller("float8-4", 4, cache_dtypes=["float8_e4m3fn"]),
+        "sensitivity": lambda: study.results.update(sensitivity=sensitivity(study)),
+        "new-8": lambda: smaller("new-8", 8),
         "new-3": lambda: smaller("new-3", 3),
-        "old-2": lambda: smaller("old-2", 2, new=False),
-        "fit-only-4": lambda: smaller("fit-only-4", 4, steps=0),
+        "new-2": lambda: smaller("new-2", 2),
+        "rows16-2": lambda: smaller("rows16-2", 2, cache_dtypes=[None]),
+        "old-2": lambda: smaller("old-2", 2, new=False, cache_dtypes=[None]),
+        "fit-only-2": lambda: smaller("fit-only-2", 2, steps=0, cache_dtypes=[None]),
     }
     for name in args.steps:
         if time.time() - study.start > 60 * args.minutes:

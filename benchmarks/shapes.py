@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 
 class CacheShape(NamedTuple):
-    """One layer's cache of factors: `dtype` is its name in torch, `rank` that of keys and of values."""
+    """
+    One layer's cache of factors: `dtype` is its name in torch, `rank` that of keys and of values, `groups` how many heads
+    share one of A.
+    """
 
     batch: int
     tokens: int
@@ -12,9 +15,10 @@ class CacheShape(NamedTuple):
     head_dim: int
     rank: int
     dtype: str
+    groups: int = 1
 
     @property
     def num_bytes(self) -> int:
         """Of keys and values, without the padding of their rows."""
         itemsize = {"bfloat16": 2, "float8_e4m3fn": 1}[self.dtype]
-        return 2 * self.batch * self.tokens * self.rank * (self.heads + self.head_dim) * itemsize
+        return 2 * self.batch * self.tokens * self.rank * (self.heads // self.groups + self.head_dim) * itemsize

@@ -56,7 +56,7 @@ import torch
 from gpu import machine, release_memory
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_t6 import attention_t6, factor_product_t6
+from modeling_t6 import attention_t6, factor_product_t6, heads_t6
 
 
 BASELINE = "materialised, compiled"
@@ -75,7 +75,7 @@ WAYS = {  # heads are rebuilt, they are sums of outer products, compiled
 DEFAULT = "rebuilt, compiled, outer products"
 # Of the default to the baseline: no slower, to the half percent by which medians of one way differ; 20% less kept.
 MAX_RATIOS = {"step_seconds": 1.005, "attention_kept_bytes": 0.8}
-MAX_OUTER_PRODUCTS = attention_t6.MAX_OUTER_PRODUCTS or 8
+MAX_OUTER_PRODUCTS = heads_t6.MAX_OUTER_PRODUCTS or 8
 # bfloat16 has 2.4 digits: gradients of two ways, each some roundings from exact, differ by 1% or so of their norm.
 MAX_DIFFERENCE = 3e-2
 
@@ -88,7 +88,7 @@ def choose(name: str) -> None:
     one_by_one = name.startswith(ONE_BY_ONE)
     factor_product_t6._are_plain = (lambda projections: False) if one_by_one else ARE_PLAIN
     attention_t6.REBUILD_HEADS_COMPILED = attention_t6.REBUILD_HEADS_EAGER = rebuilt
-    attention_t6.MAX_OUTER_PRODUCTS = MAX_OUTER_PRODUCTS if outer_products else 0
+    heads_t6.MAX_OUTER_PRODUCTS = MAX_OUTER_PRODUCTS if outer_products else 0
     torch._dynamo.reset()
 
 

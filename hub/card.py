@@ -246,12 +246,16 @@ def architecture(checked: CheckedFolder) -> str:
     rows = {
         "parameters": f"{parameters:,}",
         "layers, hidden size, MLP": f"{config.num_hidden_layers}, {config.hidden_size}, {config.intermediate_size}",
-        "heads, head size": f"{config.num_attention_heads}, {config.head_dim}",
+        "heads, head size": str(config.num_attention_heads)
+        + (f" ({config.num_key_value_heads} of keys and values)" if config.num_key_value_groups > 1 else "")
+        + f", {config.head_dim}",
         "ranks of Q, K, V": ", ".join(str(rank) for rank in ranks),
         "A factors": a_factors + (f", {config.head_factor_act} of them" if config.head_factor_act else ""),
         "B factors": b_factors
         + (", values have those of the keys" if config.shared_b else "")
         + (f", products of {config.b_dim} and {config.c_factor_dim} features" if config.c_factor_dim else ""),
+        "QK norm": config.qk_norm
+        and ("of heads" if config.qk_norm == "heads" else "of queries' heads and of B of keys"),
         "sliding window": sliding
         and f"{config.sliding_window} tokens, in {sliding} of {config.num_hidden_layers} layers",
         "context, vocabulary": f"{config.max_position_embeddings:,}, {config.vocab_size:,}",

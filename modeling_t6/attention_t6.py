@@ -26,8 +26,9 @@ from transformers.utils import TransformersKwargs
 
 from .configuration_t6 import T6Config
 from .factor_space_t6 import attend_in_factor_space, factor_space_attention_forward
-from .factors_t6 import Factors, form_heads
+from .factors_t6 import Factors
 from .flash_tpa_t6 import decode_with_flash_tpa, flash_tpa_attention_forward
+from .heads_t6 import form_all_heads
 from .paged_t6 import PagedFactors, paged_attention_forward
 
 
@@ -35,8 +36,6 @@ from .paged_t6 import PagedFactors, paged_attention_forward
 # without. `benchmarks/training_step.py` measures both. Without, a graph can be gone through only once (`retain_graph`).
 REBUILD_HEADS_COMPILED = True
 REBUILD_HEADS_EAGER = False
-# Heads of this rank or less are sums of outer products where torch.compile fuses those. 0: matrix products everywhere.
-MAX_OUTER_PRODUCTS = 8
 # Parts of the names of attention operators, in PyTorch and in packages. Their outputs are kept, not computed again.
 ATTENTION_OPERATORS = ("scaled_dot_product", "flex_attention", "flash_attn", "flash_attention")
 
@@ -117,37 +116,6 @@ def _attend_to_heads(
         attention_mask,
         **kwargs,
     )
-
-
-def form_all_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """
-    `form_heads` for the tokens of a prompt or a training step. torch.compile fuses a sum of outer products with what is
-    before and after it, such as RoPE and the layout that attention wants; a matrix product it would call as it is.
-    """
-    if a.shape[-2] > MAX_OUTER_PRODUCTS or not torch.compiler.is_compiling():
-        return form_heads(a, b)
-    return SumOfOuterProducts.apply(a, b)
-
-
-class SumOfOuterProducts(torch.autograd.Function):
-    """
-    `form_heads` as a sum that torch.compile fuses. Its gradients are matrix products: those of outer products would be
-    sums over all features and over all heads for each rank, which take longer than all that the forward pass gains.
-    """
-
-    @staticmethod
-    def forward(ctx, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(a, b)
-        rank = a.shape[-2]
-        return sum(a[..., r, :, None] * b[..., r, None, :] for r in range(rank)) / rank
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = ctx.saved_tensors
-        a_gradient = torch.matmul(gradient, b.transpose(-1, -2).to(gradient.dtype)).transpose(-1, -2) / a.shape[-2]
-        b_gradient = torch.matmul(a.to(gradient.dtype), gradient) / a.shape[-2]
-        # Constants are the same for all tokens.
-        return a_gradient.sum_to_size(a.shape).to(a.dtype), b_gradient.sum_to_size(b.shape).to(b.dtype)
 
 
 def rebuild_heads(cached_rows: torch.Tensor | None, is_checkpointed: bool) -> bool:

@@ -410,9 +410,9 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
     def _make_room(self, sizes: Sequence[tuple[int, int, torch.dtype, torch.device]]) -> None:
         """Lengthens `keys` and `values` by rows that are not yet written: in place, or in storage that has room for them."""
         rows = self.stored_rows()
-        lengths = tuple(tensor.shape[-2] + count for tensor, (_, count, *_) in zip(rows, sizes))
-        tensors = zip(self._storage_of_rows(), rows, sizes)
-        self._set_storage(tuple(self._with_room(storage, held, *size) for storage, held, size in tensors), lengths)
+        key_storage, value_storage = self._storage_of_rows()
+        storage = self._with_room(key_storage, rows[0], *sizes[0]), self._with_room(value_storage, rows[1], *sizes[1])
+        self._set_storage(storage, tuple(tensor.shape[-2] + size[1] for tensor, size in zip(rows, sizes)))
 
     def _with_room(
         self,

@@ -83,38 +83,50 @@ def _concatenate(parameters: list[torch.Tensor], padding: int, out: torch.Tensor
         return torch.cat(parameters, out=out)
 
 
-class PackedWeights:
+class FactorProduct:
     """
-    Copies of the weights of a layer's factor projections, one below the other.
+    The factor projections of a layer, `nn.Linear` by their names, as one product of hidden states.
 
     Attributes:
-        weight, bias: [rows, hidden_size] and [rows] or `None`. They stay where they are when they are filled anew: compiled
-            steps that were captured as CUDA graphs read them there.
-        is_valid: whether they are equal to the projections' own, as they are inside of [`packed_factors`] alone.
+        weight, bias: [rows, hidden_size] and [rows] or `None`, those of the projections one below the other, then zeros.
+            Written to those of `other`, a product of before, where they fit.
+    """
+
+    def __init__(self, projections: dict[str, nn.Linear], other: "FactorProduct | None" = None):
+        linears = list(projections.values())
+        sizes = [linear.out_features for linear in linears]
+        padding = -sum(sizes) % ROW_MULTIPLE
+        self.names, self.sizes, self.bias = list(projections), [*sizes, padding], None
+        self.weight = _concatenate([linear.weight for linear in linears], padding, other and other.weight)
+        if linears[0].bias is not None:
+            self.bias = _concatenate([linear.bias for linear in linears], padding, other and other.bias)
+
+    def __call__(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = nn.functional.linear(hidden_states, self.weight, self.bias)
+        return dict(zip(self.names, outputs.split_with_sizes(self.sizes, dim=-1)))
+
+
+class PackedFactors:
+    """
+    A layer's [`FactorProduct`] that is kept, as [`packed_factors`] makes it.
+
+    Attributes:
+        product: its weights stay where they are when they are filled anew: compiled steps that were captured as CUDA graphs
+            read them there. `None` before the first time.
+        is_valid: whether its weights are equal to the projections' own, as they are inside of [`packed_factors`] alone.
     """
 
     def __init__(self):
-        self.weight, self.bias, self.is_valid = None, None, False
+        self.product, self.is_valid = None, False
 
     def __reduce__(self):  # copies of a model make their own
-        return PackedWeights, ()
+        return PackedFactors, ()
 
     @torch.inference_mode(False)  # what it makes could not be written to outside
     @torch.no_grad()
-    def fill(self, projections: list[nn.Linear]) -> None:
-        self.weight, self.bias = _pack(projections, self.weight, self.bias)
+    def fill(self, projections: dict[str, nn.Linear]) -> None:
+        self.product = FactorProduct(projections, self.product)
         self.is_valid = True
-
-
-def _pack(
-    projections: list[nn.Linear], weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight and bias of one product, written to those given where they fit."""
-    padding = -sum(projection.out_features for projection in projections) % ROW_MULTIPLE
-    weight = _concatenate([projection.weight for projection in projections], padding, weight)
-    if projections[0].bias is None:
-        return weight, None
-    return weight, _concatenate([projection.bias for projection in projections], padding, bias)
 
 
 class FactorProjections(nn.Module):
@@ -125,7 +137,7 @@ class FactorProjections(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.packed = PackedWeights()
+        self.packed = PackedFactors()
 
     def project_factors(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -135,17 +147,13 @@ class FactorProjections(nn.Module):
         weights (quantised, with adapters, sharded, offloaded, with hooks) are called one by one, and so are those of a few
         tokens without gradients, where putting the weights together costs more than it saves, unless [`packed_factors`] has.
         """
-        projections = self._factor_projections()
         if self.packed.is_valid and not torch.is_grad_enabled():
-            weight, bias = self.packed.weight, self.packed.bias
-        else:
-            is_few = not torch.is_grad_enabled() and hidden_states.shape[-2] <= MAX_TOKENS_ONE_BY_ONE
-            if is_few or len(projections) < 2 or not _are_plain(projections.values()):
-                return {name: projection(hidden_states) for name, projection in projections.items()}
-            weight, bias = _pack(list(projections.values()))
-        sizes = [projection.out_features for projection in projections.values()]
-        outputs = nn.functional.linear(hidden_states, weight, bias).split([*sizes, len(weight) - sum(sizes)], dim=-1)
-        return dict(zip(projections, outputs))
+            return self.packed.product(hidden_states)
+        projections = self._factor_projections()
+        is_few = not torch.is_grad_enabled() and hidden_states.shape[-2] <= MAX_TOKENS_ONE_BY_ONE
+        if is_few or len(projections) < 2 or not _are_plain(projections.values()):
+            return {name: projection(hidden_states) for name, projection in projections.items()}
+        return FactorProduct(projections)(hidden_states)
 
     def _factor_projections(self) -> dict[str, nn.Module]:
         names = (f"{name}_{factor}_proj" for factor in "bca" for name in "qkv")
@@ -167,8 +175,9 @@ def packed_factors(model: nn.Module) -> Iterator[None]:
     try:
         for layer in model.modules() if PACK else ():
             if isinstance(layer, FactorProjections) and not layer.packed.is_valid:  # else it is in one already
-                projections = list(layer._factor_projections().values())
-                if len(projections) > 1 and _are_plain(projections) and _are_whole(projections):
+                projections = layer._factor_projections()
+                linears = projections.values()
+                if len(linears) > 1 and _are_plain(linears) and _are_whole(linears):
                     packed.append(layer.packed)
                     layer.packed.fill(projections)
         yield

@@ -161,8 +161,6 @@ def factor_space_attention(
         flat_query = torch.einsum("bqhd,rh->bqhrd", flat_query, all_a_k.to(dtype)).flatten(3)
     flat_query = flat_query.flatten(1, 2).transpose(1, 2)  # [batch, d or R_K * d, query_length * h]
     chunk_length = key_length if output_attentions else min(FACTOR_SPACE_CHUNK, key_length)
-    # Everything below writes into two buffers: on a CPU, fresh memory for each result costs as much as the arithmetic.
-    buffers = query.new_empty(2, batch_size * chunk_length * query_length * num_heads, dtype=dtype)
     maximum = output = normalizer = None
     start = 0
     while start < key_length:  # `range` would have torch.compile make a graph for each length
@@ -172,21 +170,16 @@ def factor_space_attention(
         if not constant_b:
             b_v = value_features(all_b_v[:, chunk], chunk).to(dtype)
         shape = (batch_size, b_k.shape[1], query_length, num_heads)
-        scores, products = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
-        # [batch, rows, query_length, h_kv, heads of a group], of which a cached A [batch, rows, 1, h_kv, 1] weighs each.
-        by_group, products_by_group = (x.unflatten(-1, (-1, groups)) for x in (scores, products))
-
         if constant_a:
-            torch.bmm(b_k.flatten(2), flat_query, out=scores.flatten(2))
+            scores = torch.bmm(b_k.flatten(2), flat_query).view(shape)
         else:
             a_k, a_v = key_heads(all_a_k[:, chunk], chunk).to(dtype), value_heads(all_a_v[:, chunk], chunk).to(dtype)
-            a_k, a_v = a_k[:, :, :, None, :, None], a_v[:, :, :, None, :, None]
-            torch.bmm(b_k[:, :, 0], flat_query, out=scores.flatten(2))
-            by_group.mul_(a_k[:, :, 0])
-            for rank in range(1, k_rank):
-                torch.bmm(b_k[:, :, rank], flat_query, out=products.flatten(2))
-                # `addcmul_` takes twice as long over strides.
-                by_group.add_(products_by_group.mul_(a_k[:, :, rank]))
+            if groups > 1:
+                a_k, a_v = a_k.repeat_interleave(groups, dim=-1), a_v.repeat_interleave(groups, dim=-1)
+            scores = torch.bmm(b_k[:, :, 0], flat_query).view(shape).mul_(a_k[:, :, 0, None])
+            for rank in range(1, k_rank):  # `addcmul_` takes twice as long over strides
+                products = torch.bmm(b_k[:, :, rank], flat_query).view(shape)
+                scores.add_(products.mul_(a_k[:, :, rank, None]))
         if attention_mask is not None:
             mask = attention_mask[..., start : start + chunk_length].permute(0, 3, 2, 1)
             if mask.dtype == torch.bool:
@@ -200,19 +193,16 @@ def factor_space_attention(
             maximum = torch.maximum(previous, maximum)
         weights = weights.sub_(maximum).exp2_()
         chunk_normalizer = weights.sum(dim=1, keepdim=True)
-        chunk_output = 0
         if constant_a:
             chunk_output = _sum_over_tokens(weights.flatten(2).to(dtype), b_v.flatten(2))
         elif constant_b:
-            sums = [
-                weights.unflatten(-1, (-1, groups)).mul(a_v[:, :, rank]).sum(dim=1).flatten(1)
-                for rank in range(v_rank)
-            ]
+            sums = [weights.mul(a_v[:, :, rank, None]).sum(dim=1).flatten(1) for rank in range(v_rank)]
             chunk_output = torch.stack(sums, dim=-1)  # [batch, query_length * h, R_V]
         else:
-            for rank in range(v_rank):
-                torch.mul(weights.unflatten(-1, (-1, groups)), a_v[:, :, rank], out=products_by_group)
-                chunk_output = chunk_output + _sum_over_tokens(products.flatten(2), b_v[:, :, rank])
+            chunk_output = _sum_over_tokens((weights * a_v[:, :, 0, None]).flatten(2).to(dtype), b_v[:, :, 0])
+            for rank in range(1, v_rank):
+                weighted = (weights * a_v[:, :, rank, None]).flatten(2).to(dtype)
+                chunk_output = chunk_output.add_(_sum_over_tokens(weighted, b_v[:, :, rank]))
         if previous is None:
             normalizer, output = chunk_normalizer, chunk_output.to(softmax_dtype)
         else:

@@ -26,6 +26,10 @@ from .factor_product_t6 import FactorProjections, without_autocast
 from .tensor_parallel_t6 import softmax_over_heads
 
 
+# Products of this many rows of B or fewer are sums that torch.compile fuses; a matrix product it would call as it is.
+MAX_FUSED_PRODUCTS = 8
+
+
 class T6RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         """T6RMSNorm is equivalent to LlamaRMSNorm, but keeps float64 inputs in float64."""
@@ -58,8 +62,13 @@ def norm_key_heads(
     rank, head_dim = b.shape[-2:]
     with without_autocast(a.device):
         wide_a, wide_b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-        products = torch.matmul(wide_b, wide_b.transpose(-1, -2))
-        variance = (wide_a * torch.matmul(products, wide_a)).sum(-2, keepdim=True) / (rank**2 * head_dim)
+        if torch.compiler.is_compiling() and rank <= MAX_FUSED_PRODUCTS:
+            products = (wide_b[..., :, None, :] * wide_b[..., None, :, :]).sum(-1)
+            mixed_a = (products[..., None] * wide_a[..., None, :, :]).sum(-2)
+        else:
+            products = torch.matmul(wide_b, wide_b.transpose(-1, -2))
+            mixed_a = torch.matmul(products, wide_a)
+        variance = (wide_a * mixed_a).sum(-2, keepdim=True) / (rank**2 * head_dim)
         # What is left of a head whose terms cancel may be below zero.
         wide_a = wide_a * torch.rsqrt(variance.clamp(min=0) + eps)
     return wide_a.to(a.dtype), weight * b
@@ -85,10 +94,13 @@ def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
     rotating the B factors rotates the heads that they form (Theorem 3.1). Constant factors are [n, head_dim].
     """
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    x_rot, x_pass = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    rotary_dim, x_rot = cos.shape[-1], x
+    is_partial = rotary_dim < x.shape[-1]
+    if is_partial:
+        x_rot = x[..., :rotary_dim]
     with without_autocast(x.device):
         x_rot = (x_rot * cos) + (rotate_half(x_rot) * sin)
-        return torch.cat((x_rot, x_pass.expand(*x_rot.shape[:-1], -1)), dim=-1) if x_pass.shape[-1] else x_rot
+        return torch.cat((x_rot, x[..., rotary_dim:].expand(*x_rot.shape[:-1], -1)), dim=-1) if is_partial else x_rot
 
 
 def form_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -164,7 +176,11 @@ class TensorProductFactors(FactorProjections):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
+        # Each decoded token comes by here: a field of a configuration takes as long to read as a small operator.
+        self.head_dim, self.b_dim, self.c_factor_dim = config.head_dim, config.b_dim, config.c_factor_dim
+        self.noncontextual_a, self.noncontextual_b = config.noncontextual_a, config.noncontextual_b
+        self.shared_b, self.rotates_on_read = config.shared_b, config.rotates_on_read
+        self.head_factor_act, self.qk_norm = config.head_factor_act, config.qk_norm
         self.q_rank = config.q_rank
         self.k_rank, self.v_rank = config.ranks(layer_idx)
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
@@ -206,20 +222,20 @@ class TensorProductFactors(FactorProjections):
 
     def _head_factors(self, name: str, projected: dict[str, torch.Tensor]) -> torch.Tensor:
         """A_Q [batch, seq, R, h], A_K or A_V [batch, seq, R, h_kv] of the tokens, or constant [R, h or h_kv]."""
-        if self.config.noncontextual_a:
+        if self.noncontextual_a:
             return getattr(self, f"{name}_a")
         a = projected[f"{name}_a_proj"]
         a = a.unflatten(-1, (-1, getattr(self, f"{name}_rank"))).transpose(-1, -2)
-        return activate_head_factors(a, self.config.head_factor_act, self.head_mesh)
+        return activate_head_factors(a, self.head_factor_act, self.head_mesh)
 
     def _feature_factors(self, name: str, projected: dict[str, torch.Tensor]) -> torch.Tensor:
         """B_Q, B_K or B_V before RoPE, [batch, seq, R, d] or constant [R, d]; with a third factor, b and c side by side."""
-        if self.config.noncontextual_b:
+        if self.noncontextual_b:
             return getattr(self, f"{name}_b")
-        b = projected[f"{name}_b_proj"].unflatten(-1, (-1, self.config.b_dim))
-        if self.config.c_factor_dim is None:
+        b = projected[f"{name}_b_proj"].unflatten(-1, (-1, self.b_dim))
+        if self.c_factor_dim is None:
             return b
-        c = projected[f"{name}_c_proj"].unflatten(-1, (-1, self.config.c_factor_dim))
+        c = projected[f"{name}_c_proj"].unflatten(-1, (-1, self.c_factor_dim))
         return torch.cat([b, c], dim=-1)
 
     def project(
@@ -239,13 +255,13 @@ class TensorProductFactors(FactorProjections):
             a_q, b_q = self._head_factors("q", projected), self._feature_factors("q", projected)
         a_k, a_v = self._head_factors("k", projected), self._head_factors("v", projected)
         b_k = self._feature_factors("k", projected)
-        if self.config.qk_norm == "heads":
+        if self.qk_norm == "heads":
             a_k, b_k = self.k_norm(a_k, b_k)
-        elif self.config.qk_norm:
+        elif self.qk_norm:
             b_k = self.k_norm(b_k)
-        b_v = b_k if self.config.shared_b else self._feature_factors("v", projected)
+        b_v = b_k if self.shared_b else self._feature_factors("v", projected)
         key_rotation = None
-        if self.config.rotates_on_read:
+        if self.rotates_on_read:
             key_rotation = position_embeddings if key_position_embeddings is None else key_position_embeddings
         else:
             b_k = apply_rotary_pos_emb(b_k, *position_embeddings)
@@ -263,7 +279,7 @@ class TensorProductFactors(FactorProjections):
             if rank is None:
                 factors += [None, self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))]
                 continue
-            if self.config.noncontextual_a:
+            if self.noncontextual_a:
                 factors.append(self.q_a if name == "q" else None)
             else:
                 factors.append(projected[f"{name}_a_proj"].unflatten(-1, (-1, rank)))
@@ -290,10 +306,10 @@ class TensorProductFactors(FactorProjections):
             return a_k, b_k, a_v, b_v
         cached_a_k, cached_b_k = self.key_layout.read(key_rows, factors.dtype)
         cached_a_v, cached_b_v = self.value_layout.read(value_rows, factors.dtype)
-        if not self.config.noncontextual_a:
+        if not self.noncontextual_a:
             a_k, a_v = cached_a_k, cached_a_v
-        if not self.config.noncontextual_b:
-            b_k, b_v = cached_b_k, cached_b_k if self.config.shared_b else cached_b_v
+        if not self.noncontextual_b:
+            b_k, b_v = cached_b_k, cached_b_k if self.shared_b else cached_b_v
         return a_k, b_k, a_v, b_v
 
     def features(
@@ -309,7 +325,7 @@ class TensorProductFactors(FactorProjections):
         if rotation is not None:
             cos, sin = rotation
             b = apply_rotary_pos_emb(b, cos[:, rows], sin[:, rows])
-        return b if self.config.c_factor_dim is None else third_order_features(b, self.config.b_dim)
+        return b if self.c_factor_dim is None else third_order_features(b, self.b_dim)
 
     def queries(self, factors: Factors, form: Callable = form_heads) -> torch.Tensor:
         """Q [batch, seq, h, d], normalised and rotated."""
@@ -318,13 +334,13 @@ class TensorProductFactors(FactorProjections):
         a_q, b_q = factors.a_q, factors.b_q
         query_states = b_q
         if a_q is not None:
-            if not self.config.qk_norm:
+            if not self.qk_norm:
                 b_q = apply_rotary_pos_emb(b_q, *factors.query_rotation)
             query_states = form(a_q, self.features(b_q))
-        if self.config.qk_norm:
+        if self.qk_norm:
             query_states = self.q_norm(query_states)
-        if self.config.qk_norm or a_q is None:
+        if self.qk_norm or a_q is None:
             # In blocks of the rotated size: with a third factor a head has d_c of them (theorem C.1), else one.
-            blocks = query_states.unflatten(-1, (-1, self.config.b_dim)).flatten(2, 3)
+            blocks = query_states.unflatten(-1, (-1, self.b_dim)).flatten(2, 3)
             query_states = apply_rotary_pos_emb(blocks, *factors.query_rotation).view_as(query_states)
         return query_states

@@ -199,11 +199,15 @@ def _weigh(columns, a, BLOCK_T: tl.constexpr):
     C: tl.constexpr = columns.shape[1]
     A: tl.constexpr = a.shape[1]
     if (A == 1) or (BLOCK_T == 1 and A == C):
-        return columns * a
-    if A * BLOCK_T < C:
+        columns = columns * a
+    elif A * BLOCK_T == C:
+        columns = tl.reshape(tl.reshape(columns, [N, BLOCK_T, A]) * a[:, None, :], [N, C])
+    elif BLOCK_T == 1:
+        columns = tl.reshape(tl.reshape(columns, [N, A, C // A]) * a[:, :, None], [N, C])
+    else:
         by_group = tl.reshape(columns, [N, BLOCK_T, A, C // (BLOCK_T * A)])
-        return tl.reshape(by_group * a[:, None, :, None], [N, C])
-    return tl.reshape(tl.reshape(columns, [N, BLOCK_T, C // BLOCK_T]) * a[:, None, :], [N, C])
+        columns = tl.reshape(by_group * a[:, None, :, None], [N, C])
+    return columns
 
 
 @triton.jit

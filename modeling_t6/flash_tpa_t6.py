@@ -130,8 +130,8 @@ def choose_launch(
     columns = block_t * (block_h + rest_h)
 
     def bytes_used(block_n: int, stages: int, ranks: int = k_rank + v_rank) -> int:
-        """Shared memory of a program: B, A with one buffer less, the query, and the weights of a block."""
-        a_columns = 0 if constant_a else max(1, block_h // group_columns) + rest_h // group_columns
+        """Shared memory of a program: B, A (of groups less) with one buffer less, the query, and the weights of a block."""
+        a_columns = 0 if constant_a else block_h + rest_h
         buffers = block_n * ranks * (stages * block_d + (stages - 1) * a_columns)
         return (buffers + (max(64, block_n) + block_d) * columns) * itemsize
 
@@ -159,7 +159,9 @@ def choose_launch(
     warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
     # B that copies of 4 bytes do not reach goes through registers, and no load is in flight. Unrolled, Triton 3.6 miscompiles
     # some of that; and where the tensor cores read blocks of 64 tokens from the one place that remains, ptxas 12.8 loses it.
-    is_narrow = min(block_h, rest_h or block_h) < group_columns * 4 / itemsize and not constant_a
+    # Nor do they reach an A of few groups.
+    a_bytes = max(1, min(block_h, rest_h or block_h) // group_columns) * itemsize
+    is_narrow = group_columns > 1 and (a_bytes < 4 or a_bytes * step * block_n < 4 * 32 * warps)
     if not is_aligned or head_dim * itemsize % 4 or is_narrow:
         block_n, unroll, step = min(block_n, 32), False, 1
     return Launch(block_n, block_t, block_h, rest_h, block_d, unroll, stages, step, warps, programs_per_sm)

@@ -91,8 +91,10 @@ def validate_cache(
             # A static layer does not say its window: it has room for one, or for all the tokens that there will be.
             drops_rows = layer.cumulative_length_int + query_length > layer.max_cache_len
             window = layer.max_cache_len if drops_rows else None
+        if window is None:
+            continue
         is_full = config.layer_type(layer_idx) == "full_attention"
-        if window is not None and (is_full or window < config.sliding_window):
+        if is_full or window < config.sliding_window:
             raise ValueError(
                 f"Layer {layer_idx} of the cache holds the last {window} tokens alone, and `sliding_window` of the model "
                 f"is {None if is_full else config.sliding_window} there: make the cache anew, `T6Cache(config=model.config)`."

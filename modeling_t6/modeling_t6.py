@@ -137,8 +137,8 @@ class T6Attention(TensorProductFactors):
         self.o_proj = nn.Linear(heads_size, hidden_size, bias=config.attention_out_bias)
         self.o_proj.initializer_bound = 0.0
         self._add_qk_norms()
-        if config.head_norm:
-            self.head_norm = T6RMSNorm(self.head_dim, eps=1e-5)
+        self.head_norm = T6RMSNorm(self.head_dim, eps=1e-5) if config.head_norm else None
+        self.o_gate_proj = None
         if config.output_gate:
             self.o_gate_proj = nn.Linear(hidden_size, heads_size, bias=config.attention_bias)
 
@@ -176,11 +176,11 @@ class T6Attention(TensorProductFactors):
             **kwargs,
         )
 
-        if self.config.head_norm:
+        if self.head_norm is not None:
             # Some backends, such as vLLM's, return [tokens, h * d].
             attn_output = self.head_norm(attn_output.reshape(*input_shape, -1, self.head_dim))
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
-        if self.config.output_gate:
+        if self.o_gate_proj is not None:
             attn_output = attn_output * torch.sigmoid(self.o_gate_proj(hidden_states))
         attn_output = self.o_proj(attn_output)
         return attn_output, attn_weights
@@ -357,8 +357,9 @@ class T6Model(T6PreTrainedModel):
         )
 
         hidden_states = inputs_embeds
-        layer_types = [self.config.layer_type(layer_idx) for layer_idx in self.layers_of_this_stage()]
-        position_ids, key_position_ids = key_positions(self.config, position_ids, stage_cache, layer_types)
+        layer_types = self.config.layer_types or ["full_attention"] * len(self.layers)
+        types_here = [layer_types[layer_idx] for layer_idx in self.layers_of_this_stage()]
+        position_ids, key_position_ids = key_positions(self.config, position_ids, stage_cache, types_here)
         key_position_embeddings = {
             layer_type: self.rotary_emb(hidden_states, position_ids=ids)
             for layer_type, ids in key_position_ids.items()
@@ -366,7 +367,7 @@ class T6Model(T6PreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            layer_type = self.config.layer_type(layer_idx)
+            layer_type = layer_types[layer_idx]
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=attention_masks[layer_type],

@@ -34,7 +34,7 @@ from modeling_t6.flash_tpa_pages_t6 import Pieces, paged_flash_tpa
 
 from .decoding import paged_factor_space_attention
 from .metadata import FactorMetadata
-from .prefill import attend_to_piece, workspace_rows
+from .prefill import attend_to_piece, flash_attention_version, workspace_rows
 
 
 class FactorImpl(AttentionImpl):
@@ -52,7 +52,11 @@ class FactorImpl(AttentionImpl):
 
     def __init__(self, owner: nn.Module, layer: nn.Module, config: T6Config, layer_idx: int):
         self.owner, self.config = owner, config
-        self.num_heads, self.head_size, self.scale = layer.num_heads, config.head_dim, config.head_dim**-0.5
+        # Read by each layer in each step, and a configuration's fields are slow to read.
+        self.q_rank, self.constant_a, self.qk_norm = config.q_rank, config.noncontextual_a, config.qk_norm
+        self.eps, self.activation = config.rms_norm_eps, config.head_factor_act
+        self.num_heads, self.num_kv_heads = layer.num_heads, layer.num_kv_heads
+        self.head_size, self.scale = config.head_dim, config.head_dim**-0.5
         self.key_layout, self.value_layout = layer.key_layout, layer.value_layout
         self.k_rank, self.v_rank = config.ranks(layer_idx)
         self.sliding_window = layer.sliding_window
@@ -61,6 +65,8 @@ class FactorImpl(AttentionImpl):
         self.stored_dtype = layer.stored_dtype
         vllm_config = get_current_vllm_config()
         self.dtype, self.room = vllm_config.model_config.dtype, workspace_rows(vllm_config)
+        device = torch.device(vllm_config.device_config.device_type)
+        self.fa_version = flash_attention_version(device, self.dtype, self.head_size)
 
     def forward(
         self,
@@ -106,23 +112,21 @@ class FactorImpl(AttentionImpl):
         kernels: bool | None = None,
     ) -> torch.Tensor:
         """Writes the rows of a step's tokens; returns their queries [tokens, h, d]. See `store_factors` of `kernels`."""
-        filled = projections[:, : sum(self.projection_sizes.values())]
-        parts = dict(zip(self.projection_sizes, filled.split([*self.projection_sizes.values()], dim=-1)))
-        queries = ("q_proj", self.num_heads) if self.config.q_rank is None else ("q_b_proj", self.config.q_rank)
-        b_q, b_k, b_v = (
-            view_factors(parts[name], rank)
-            for name, rank in (queries, ("k_b_proj", self.k_rank), ("v_b_proj", self.v_rank))
+        sizes = [*self.projection_sizes.values()]
+        parts = dict(zip(self.projection_sizes, projections[:, : sum(sizes)].split(sizes, dim=-1)))
+        b_q = view_factors(
+            *((parts["q_proj"], self.num_heads) if self.q_rank is None else (parts["q_b_proj"], self.q_rank))
         )
-        if self.config.noncontextual_a:
+        b_k, b_v = view_factors(parts["k_b_proj"], self.k_rank), view_factors(parts["v_b_proj"], self.v_rank)
+        if self.constant_a:
             a_q, a_k, a_v = self.constants()[0], None, None  # rows hold B alone
         else:
-            names = [f"{name}_a_proj" for name in "qkv"]
-            a_q, a_k, a_v = (view_factors(parts[name], self.num_heads) if name in parts else None for name in names)
-        norms = (self.owner.q_norm.weight, self.owner.k_norm.weight) if self.config.qk_norm else (None, None)
+            a_q = None if self.q_rank is None else view_factors(parts["q_a_proj"], self.num_heads)
+            a_k, a_v = (view_factors(parts[name], self.num_kv_heads) for name in ("k_a_proj", "v_a_proj"))
+        norms = (self.owner.q_norm.weight, self.owner.k_norm.weight) if self.qk_norm else (None, None)
         return store_factors(
             a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, *norms,
-            eps=self.config.rms_norm_eps, activation=self.config.head_factor_act,
-            norms_key_heads=self.config.qk_norm == "heads", kernels=kernels,
+            eps=self.eps, activation=self.activation, norms_key_heads=self.qk_norm == "heads", kernels=kernels,
         )  # fmt: skip
 
     def decode(
@@ -159,6 +163,7 @@ class FactorImpl(AttentionImpl):
             value_a=value_a,
             sliding_window=self.sliding_window,
             output=heads[tokens],
+            groups=self.config.num_key_value_groups,
         )
 
     def empty_pieces(self, num_requests: int, max_queries: int, device: torch.device) -> Pieces | None:
@@ -176,6 +181,7 @@ class FactorImpl(AttentionImpl):
             device,
             constant_a=self.config.noncontextual_a,
             sliding_window=self.sliding_window,
+            groups=self.config.num_key_value_groups,
         )
 
     def attend_to_prompts(
@@ -188,7 +194,9 @@ class FactorImpl(AttentionImpl):
     ) -> None:
         """Attention of the prompts of a step, into the last of `heads` [tokens, h, d]."""
         constants = self._selected_ranks or self.constants()[1:]
-        key, value = self._workspace(query.dtype, query.device)
+        if self.num_formed_heads not in metadata.workspaces:
+            metadata.workspaces[self.num_formed_heads] = self._workspace(query.dtype, query.device)
+        key, value = metadata.workspaces[self.num_formed_heads]
         earlier = None  # of a prompt whose rows take several pieces
         for piece in metadata.prompt_pieces:
             piece_key, piece_value = key[: len(piece.slots)], value[: len(piece.slots)]
@@ -202,6 +210,7 @@ class FactorImpl(AttentionImpl):
                 piece,
                 self.scale,
                 self.sliding_window,
+                self.fa_version,
                 earlier,
                 heads[piece.queries],
             )
@@ -215,17 +224,22 @@ class FactorImpl(AttentionImpl):
             return None
         return selected
 
+    @functools.cached_property
+    def num_formed_heads(self) -> int:
+        """Key/value heads that are formed for prompts."""
+        return self.num_kv_heads if self._selected_ranks is None else len(self._selected_ranks[0].ranks)
+
     def weights_changed(self) -> None:
         self.__dict__.pop("_selected_ranks", None)
+        self.__dict__.pop("num_formed_heads", None)
 
     def constants(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """A_Q, A_K and A_V [R, h], as far as they are constants."""
+        """A_Q [R, h], A_K and A_V [R, h_kv], as far as they are constants."""
         return tuple(getattr(self.owner, f"{name}_a", None) for name in "qkv")
 
     def _workspace(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-        """Room for K and V of `room` tokens, [room, h or fewer key/value heads, d]; all layers share it."""
-        num_heads = self.num_heads if self._selected_ranks is None else len(self._selected_ranks[0].ranks)
-        shape = (self.room, num_heads, self.head_size)
+        """Room for K and V of `room` tokens, [room, h_kv or fewer key/value heads, d]; all layers share it."""
+        shape = (self.room, self.num_formed_heads, self.head_size)
         if is_workspace_manager_initialized():
             return current_workspace_manager().get_simultaneous((shape, dtype), (shape, dtype))
         return list(torch.empty(2, *shape, dtype=dtype, device=device))

@@ -34,17 +34,24 @@ CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3")
 
 
 class LocalConfig(ConfigView):
-    """A `T6Config` whose `num_local_heads` are those of this process among vLLM's."""
+    """A `T6Config` whose local heads are those of this process among vLLM's."""
 
     @property
     def num_local_heads(self) -> int:
-        num_processes = get_tensor_model_parallel_world_size()
-        if self.num_attention_heads % num_processes:
+        return self._local_share("num_attention_heads")
+
+    @property
+    def num_local_key_value_heads(self) -> int:
+        return self._local_share("num_key_value_heads")
+
+    def _local_share(self, field: str) -> int:
+        number, num_processes = getattr(self, field), get_tensor_model_parallel_world_size()
+        if number % num_processes:
             raise ValueError(
-                f"Tensor parallelism shares out whole heads: `num_attention_heads`={self.num_attention_heads} must be a "
-                f"multiple of `tensor_parallel_size`, got {num_processes}."
+                f"Tensor parallelism shares out whole heads: `{field}`={number} must be a multiple of "
+                f"`tensor_parallel_size`, got {num_processes}."
             )
-        return self.num_attention_heads // num_processes
+        return number // num_processes
 
 
 class FactorAttention(nn.Module, AttentionLayerBase):
@@ -74,7 +81,7 @@ class FactorAttention(nn.Module, AttentionLayerBase):
         vllm_config = get_current_vllm_config()
         local_config = LocalConfig(config)
         self.layer_name = prefix
-        self.num_heads = local_config.num_local_heads
+        self.num_heads, self.num_kv_heads = local_config.num_local_heads, local_config.num_local_key_value_heads
         self.head_dim = config.head_dim
         self.key_layout, self.value_layout = factor_layouts(local_config, layer_idx)
         is_sliding = config.layer_type(layer_idx) == "sliding_attention"

@@ -38,6 +38,7 @@ class FactorMetadata(AttentionMetadata):
         max_decode_queries: query tokens of one of these at most.
         decode_pieces: what FlashTPA has scheduled for them.
         prompt_pieces: K and V that the prompts look at, piece by piece.
+        workspaces: by number of heads, where these are formed, for all layers of the step.
     """
 
     slots: torch.Tensor
@@ -49,3 +50,4 @@ class FactorMetadata(AttentionMetadata):
     max_decode_queries: int
     decode_pieces: Pieces | None = None
     prompt_pieces: list[Piece] = field(default_factory=list)
+    workspaces: dict[int, list[torch.Tensor]] = field(default_factory=dict)

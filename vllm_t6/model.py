@@ -88,13 +88,15 @@ class T6Attention(nn.Module):
         super().__init__()
         layer_idx = extract_layer_index(prefix)
         k_rank, v_rank = config.ranks(layer_idx)
-        num_heads, head_dim = LocalConfig(config).num_local_heads, config.head_dim
+        local_config, head_dim = LocalConfig(config), config.head_dim
+        num_heads, num_kv_heads = local_config.num_local_heads, local_config.num_local_key_value_heads
         self.head_dim = head_dim
 
         ranks = {"q": config.q_rank, "k": k_rank, "v": v_rank}
         sizes = {"q_proj": num_heads * head_dim}
         sizes |= {f"{name}_b_proj": rank and rank * head_dim for name, rank in ranks.items()}
-        sizes |= {f"{name}_a_proj": rank and rank * num_heads for name, rank in ranks.items()}
+        a_heads = {"q": num_heads, "k": num_kv_heads, "v": num_kv_heads}
+        sizes |= {f"{name}_a_proj": rank and rank * a_heads[name] for name, rank in ranks.items()}
         sizes = {name: sizes[name] for name in projection_names(config)}
         # 34 heads make products that tensor cores are slow at. The outputs that fill up are not looked at.
         padding = 0 if quant_config is not None else -sum(sizes.values()) % 8
@@ -108,7 +110,7 @@ class T6Attention(nn.Module):
         )
         for name, rank in ranks.items():
             if config.noncontextual_a and rank is not None:
-                setattr(self, f"{name}_a", nn.Parameter(torch.empty(rank, num_heads), requires_grad=False))
+                setattr(self, f"{name}_a", nn.Parameter(torch.empty(rank, a_heads[name]), requires_grad=False))
         self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.head_norm = RMSNorm(head_dim, eps=1e-5) if config.head_norm else None

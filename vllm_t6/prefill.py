@@ -139,6 +139,15 @@ def can_merge_pieces(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     return device.type == "cuda" and is_half and head_dim % 8 == 0 and head_dim <= 256
 
 
+def flash_attention_version(device: torch.device, dtype: torch.dtype, head_dim: int) -> int | None:
+    """Which FlashAttention vLLM takes here; `None` where pieces cannot be merged. Asked once: the answer takes longer than a launch."""
+    if not can_merge_pieces(device, dtype, head_dim):
+        return None
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    return get_flash_attn_version(head_size=head_dim)
+
+
 def attend_to_piece(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -146,6 +155,7 @@ def attend_to_piece(
     piece: Piece,
     scaling: float,
     window: int | None,
+    fa_version: int | None,
     earlier: tuple[torch.Tensor, torch.Tensor] | None,
     output: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -153,15 +163,16 @@ def attend_to_piece(
     Attention of a piece's query tokens [tokens, h, d] to its rows as heads [rows, key/value heads, d].
 
     Args:
+        fa_version: of FlashAttention, as `flash_attention_version` says; `None` for PyTorch's attention.
         earlier: what was returned of the piece before, if this one is not the first of its requests.
         output: [tokens, h, d], written with the last piece.
 
     Returns:
         Of a piece that is not the last: output, and the logarithm of the sums of exponentials [h, tokens], so far.
     """
-    if not can_merge_pieces(query.device, query.dtype, query.shape[-1]):
+    if fa_version is None:
         return _attend_in_pytorch(query, key, value, piece, scaling, window, output)
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
     from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
     is_only = piece.is_first and piece.is_last
@@ -178,7 +189,7 @@ def attend_to_piece(
         window_size=[-1, -1] if window is None else [window - 1, 0],
         return_softmax_lse=True,
         out=output if is_only else None,
-        fa_version=get_flash_attn_version(head_size=query.shape[-1]),
+        fa_version=fa_version,
     )
     if is_only:
         return None

@@ -101,7 +101,7 @@ def _attention(
     ):
         a, b = layout.unpack(rows[None, None].double())
         states.append(form_heads(a if constant_a is None else constant_a.double(), b)[0].transpose(0, 1))
-    key, value = states
+    key, value = (x.repeat_interleave(impl.config.num_key_value_groups, dim=0) for x in states)
     positions = torch.arange(len(query), device=query.device)
     visible = positions <= positions[:, None]
     if impl.sliding_window is not None:

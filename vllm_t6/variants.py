@@ -32,8 +32,6 @@ def refuse_unserved_variants(config: T6Config, vllm_config: VllmConfig) -> None:
                 f"vLLM cannot serve a T6 model with `{field}`={getattr(config, field)!r}: there is no kernel on pages for "
                 "it. Transformers' engine serves it (`t6-serve`)."
             )
-    if config.num_key_value_groups > 1:
-        raise ValueError("vLLM cannot serve a T6 model with `num_key_value_heads` below `num_attention_heads`.")
     try:
         get_act_and_mul_fn(config.hidden_act)
     except ValueError as error:

@@ -1,7 +1,9 @@
 """A model with a smaller cache: its moments, the ranks, the fits, and the weights that come of them."""
 
+import functools
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
@@ -14,7 +16,7 @@ from .key_fits import KEY_ITERATIONS
 from .moments import collect_moments
 from .probe import Probe
 from .questions import Questions
-from .ranks import Ranks, check_options, choose_ranks
+from .ranks import Ranks, check_options, choose_ranks, row_bytes
 from .stages import stage
 from .value_fits import VALUE_ITERATIONS
 from .weights import balance, compressed_attention, compressed_model
@@ -35,7 +37,8 @@ def compress(
     batch_size: int = 8,
     quiet: bool = False,
     questions: Questions | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    cache_dtypes: Sequence[str | None] = (None,),
 ) -> T6ForCausalLM:
     """
     A copy of a converted model whose cache is smaller.
@@ -48,8 +51,9 @@ def compress(
             layer, and between keys and values, where the predictions change less so than with equal ranks.
         batch_size: rows of `calibration` that go through the model at a time.
         questions: text that is part of the calibration, and whose answers the ranks of a `cache_ratio` are to keep.
-        dtype: of the rows of the cache in which the model will be used. For a `cache_ratio`, rows in 8 bits of more ranks may then
-            take their place, which the result's `cache_dtype` says.
+        dtype: in which the model will be used, as the rows of its cache are if their dtype is `None`.
+        cache_dtypes: what the `cache_dtype` of the result may be, the first if ranks are given. Of several, that is taken with which
+            a `cache_ratio` costs least: rows of 8 bits may have twice the ranks of rows of 16.
         method: `"fit"`, or `"mean-pool"` for the GQA paper's recipe.
 
     Raises:
@@ -68,7 +72,7 @@ def compress(
     parts = [(layer, side) for layer in range(len(attentions)) for side in "kv"]
     full = [getattr(model.config, f"{side}_rank") for _, side in parts]
 
-    def build(ranks: list[int]) -> T6ForCausalLM:
+    def build(ranks: list[int], cache_dtype: str | None) -> T6ForCausalLM:
         layers = defaultdict(list)  # of each side and rank
         for (layer, side), rank in zip(parts, ranks):
             layers[side, rank].append(layer)
@@ -81,6 +85,7 @@ def compress(
         if method == "fit":
             for layer in result.model.layers:
                 balance(layer.self_attn)
+        result.config.cache_dtype = cache_dtype
         return result
 
     if cache_ratio is None:
@@ -88,7 +93,7 @@ def compress(
         for layer, side in parts:
             ranks = (k_ranks if side == "k" else v_ranks) or [getattr(model.config, f"{side}_rank")]
             chosen.append(ranks[layer] if len(ranks) > 1 else ranks[0])
-        return build(chosen)
+        return build(chosen, cache_dtypes[0])
 
     probe = Probe(model, calibration, questions)
     candidates = [
@@ -120,27 +125,21 @@ def compress(
 
     def choose(cache_dtype: str | None) -> tuple[float, list[int], str | None]:
         """What the best ranks of rows of a dtype cost, if costs add up, and these."""
-        smaller, rounding = 1, 0.0
-        if cache_dtype is not None:
-            stored = getattr(torch, cache_dtype)
-            smaller, rounding = dtype.itemsize / stored.itemsize, probe.divergence(model, stored).item()
-        budget = int(
-            sum(full) * smaller / cache_ratio * (1 + 1e-12)
-        )  # of a ratio that is not a float, no rank is lost
-        if budget < sum(map(min, costs)):
+        size = functools.partial(
+            row_bytes, head_dim=model.config.head_dim, itemsize=dtype.itemsize, cache_dtype=cache_dtype
+        )
+        budget = int(sum(full) * model.config.head_dim * dtype.itemsize / cache_ratio * (1 + 1e-12))
+        if budget < sum(size(min(cost)) for cost in costs):
             return math.inf, [], cache_dtype
-        ranks = choose_ranks(costs, budget)
+        ranks = choose_ranks(costs, budget, size)
+        rounding = 0.0 if cache_dtype is None else probe.divergence(model, cache_dtype).item()
         return rounding + sum(cost[rank] for cost, rank in zip(costs, ranks)), ranks, cache_dtype
 
-    found = [choose(name) for name in ([None] if dtype is None else [None, "float8_e4m3fn"])]
-    cost, ranks, cache_dtype = min(found, key=lambda one: one[0])
+    cost, ranks, cache_dtype = min((choose(name) for name in cache_dtypes), key=lambda found: found[0])
     if cost == math.inf:
         raise ConversionError(f"--cache-ratio {cache_ratio:g}: no ranks are small enough for this model")
     trials, each = [ranks], sum(ranks) // len(parts)
     equal = [min(whole, each) for whole in full]
     if equal != ranks and all(rank in cost for rank, cost in zip(equal, costs)) and sum(equal) == sum(ranks):
         trials.append(equal)
-    models = [build(ranks) for ranks in trials]
-    for trial in models:
-        trial.config.cache_dtype = cache_dtype
-    return min(models, key=lambda trial: probe.divergence(trial).item())
+    return min((build(ranks, cache_dtype) for ranks in trials), key=lambda trial: probe.divergence(trial).item())

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from modeling_t6 import T6ForCausalLM
 from modeling_t6.factors_t6 import apply_rotary_pos_emb, form_heads
@@ -27,8 +26,11 @@ def from_complex(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
     return torch.cat([torch.cat([part.real, part.imag], dim=-1) for part in parts], dim=-1)
 
 
-# Most of the power of keys is often that of a mean which all tokens share. In the feature pairs that RoPE hardly turns it adds
-# the same to all scores of a query, of which a softmax sees nothing, and in a fit by power it hides what tells tokens apart.
+# Most of the power of keys is often that of a mean which all tokens share, or is that of tokens which nobody reads. In the feature
+# pairs that RoPE hardly turns a mean adds the same to all scores of a query, of which a softmax sees nothing, and a fit by power
+# would keep it in place of what tells tokens apart. So keys count as they are read: by their variance under each query's
+# probabilities. Of these, those of a text know little of what a question would look for, and so all keys count a little.
+ALL_KEYS = 0.25  # part at which all tokens of a window count alike
 WHOLE_KEYS = 0.01  # part at which keys count with their mean: nothing of it is to become large
 
 
@@ -38,8 +40,8 @@ class Moments:
     Sums over the tokens of a text, of one layer with G keys and values for h heads of size d.
 
     Attributes:
-        keys: sum of K[f] K[f]^H, [d / 2, G, G], complex, of keys after RoPE less their mean over the window, to which a part of
-            the same sum of whole keys is added.
+        keys: sum over queries of the covariance of K[f] after RoPE under their probabilities, the mean over heads, [d / 2, G, G],
+            complex; with parts of the covariance in the window, and of the sum of K[f] K[f]^H.
         queries: sum of |Q_i[f]|^2, [h, d / 2].
         values: sum over heads and tokens of (p V)(p V)^T, V the values of all groups side by side, [G d, G d].
     """
@@ -47,6 +49,13 @@ class Moments:
     keys: torch.Tensor
     queries: torch.Tensor
     values: torch.Tensor
+
+
+def attention_probabilities(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Of scores [h, seq, seq] and a mask [1, seq, seq], bool or to be added; `None` is that of a text."""
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return (scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask).softmax(-1)
 
 
 def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_embeddings, mask) -> Moments:
@@ -61,16 +70,21 @@ def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_
 
     query, key = (apply_rotary_pos_emb(x, *position_embeddings) for x in (query, key))
     complex_key = to_complex(key.double(), rotary_dim).permute(0, 3, 2, 1)  # [batch, F, G, seq]
-    centred = complex_key - complex_key.mean(-1, keepdim=True)
-    keys = (centred @ centred.mH + WHOLE_KEYS * complex_key @ complex_key.mH).sum(0)
-    key = form_heads(attention.k_a, key).transpose(1, 2)
-    # Every head reads the values of all groups, to see what the others' values would be to it.
-    averages = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key, value[:, None].expand(-1, key.shape[1], -1, -1), attn_mask=mask,
-        is_causal=mask is None, scale=attention.scaling,
-    )  # fmt: skip
-    # Sums of products in float32 are positive definite to its rounding only.
-    values = sum(row.mT @ row for row in (row.flatten(0, 1).double() for row in averages))
+    query, heads = query.transpose(1, 2), form_heads(attention.k_a, key).transpose(1, 2)
+    masks = [None] * len(query) if mask is None else mask.expand(len(query), -1, -1, -1)
+    keys = values = 0
+    for one_query, one_heads, one_key, one_value, one_mask in zip(query, heads, complex_key, value, masks):
+        probabilities = attention_probabilities(
+            one_query @ one_heads.mT * attention.scaling, one_mask
+        )  # [h, seq, seq]
+        # Every head reads the values of all groups, to see what the others' values would be to it. Sums of products in
+        # float32 are positive definite to its rounding only.
+        values = values + sum(row.mT @ row for row in (probabilities @ one_value).double())
+        read = probabilities.mean(0).to(complex_key.dtype)
+        centred = one_key - one_key.mean(-1, keepdim=True)
+        means = one_key @ read.T
+        keys = keys + (one_key * (read.sum(0) + WHOLE_KEYS)) @ one_key.mH - means @ means.mH
+        keys = keys + ALL_KEYS * centred @ centred.mH
     return Moments(keys, powers, values)
 
 

@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--v-rank", type=ranks, metavar="N[,N...]", help="rank of the values, of all layers or of each")
     group.add_argument(
         "--cache-ratio", type=positive(float), metavar="X",
-        help="X times smaller in all, with ranks by layer where that loses less",
+        help="X times smaller in all, with ranks by layer, and rows of 8 or 4 bits, where that loses less",
+    )  # fmt: skip
+    group.add_argument(
+        "--cache-dtype", choices=("model", "float8_e4m3fn", "int4"),
+        help="of the cache's rows (model; with --cache-ratio that with which it loses least)",
     )  # fmt: skip
     group.add_argument(
         "--calibration", type=Path, metavar="TEXT", help="a UTF-8 file on whose activations to lose least"
@@ -104,7 +108,7 @@ def set_defaults(args: argparse.Namespace) -> None:
 def wanted(args: argparse.Namespace) -> bool:
     """Whether the cache is to be smaller. Raises a `ConversionError` for options that do not go together."""
     smaller = any(value is not None for value in (args.k_rank, args.v_rank, args.cache_ratio))
-    for option in ("calibration", "heal", "held_out"):
+    for option in ("calibration", "heal", "held_out", "cache_dtype"):
         if getattr(args, option) is not None and not smaller:
             raise ConversionError(f"--{option.replace('_', '-')} needs --k-rank, --v-rank or --cache-ratio")
     if not smaller:

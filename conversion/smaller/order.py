@@ -147,9 +147,14 @@ def make_smaller(
     if not compressed_folder.exists():
         calibration = texts.calibration.to(device)
         ranks = args.k_rank, args.v_rank, args.cache_ratio
+        cache_dtypes = [args.cache_dtype]
+        if args.cache_dtype is None:
+            cache_dtypes = ["model", "float8_e4m3fn"] + ["int4"] * (exact_model.config.head_dim % 2 == 0)
+        cache_dtypes = [None if name == "model" else name for name in cache_dtypes]
         questions = None if texts.questions is None else texts.questions.to(device)
         model = compress(
-            exact_model, calibration, *ranks, args.method, args.batch_size, questions=questions, dtype=dtype
+            exact_model, calibration, *ranks, args.method, args.batch_size, questions=questions, dtype=dtype,
+            cache_dtypes=cache_dtypes,
         )  # fmt: skip
         config = exact_model.config
         if args.reconstruct_steps > 0 and (model.config.k_rank, model.config.v_rank) != (config.k_rank, config.v_rank):

@@ -35,7 +35,7 @@ class Probe:
 
     @staticmethod
     def _log_probabilities(
-        model: T6ForCausalLM, ids: torch.Tensor, looked_at: torch.Tensor, dtype: torch.dtype | None = None
+        model: T6ForCausalLM, ids: torch.Tensor, looked_at: torch.Tensor, dtype: str | None = None
     ) -> torch.Tensor:
         cached = {"use_cache": False}
         if dtype is not None:
@@ -44,13 +44,13 @@ class Probe:
         return model.lm_head(states[looked_at]).float().log_softmax(-1)
 
     @torch.no_grad()
-    def divergence(self, model: T6ForCausalLM, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def divergence(self, model: T6ForCausalLM, dtype: str | None = None) -> torch.Tensor:
         """
         KL(model before || now) in nats, the mean over tokens of the text plus the mean over tokens of answers: a number on the
         model's device.
 
         Args:
-            dtype: of the rows of a cache through which the model reads; `None` for none.
+            dtype: of the rows of a cache through which the model reads, a `cache_dtype`; `None` for no cache.
         """
         found = (self._log_probabilities(model, *part, dtype) for part in self.parts)
         return sum(

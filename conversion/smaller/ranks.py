@@ -1,6 +1,9 @@
 """Which ranks a model can have, and which are worth their bytes."""
 
+from collections.abc import Callable
+
 from modeling_t6 import T6Config
+from modeling_t6.cache_t6 import CACHE_DTYPES, FactorLayout
 
 from ..files.errors import ConversionError
 
@@ -8,31 +11,46 @@ from ..files.errors import ConversionError
 Ranks = list[int] | None
 
 
-def choose_ranks(costs: list[dict[int, float]], budget: int) -> list[int]:
+def row_bytes(rank: int, head_dim: int, itemsize: int, cache_dtype: str | None) -> int:
+    """Bytes of a token's row of B [rank, head_dim]: of numbers of `itemsize` bytes, or of a `cache_dtype`."""
+    layout = FactorLayout(rank, 0, head_dim)
+    if cache_dtype == "int4":
+        return layout.quantized.width
+    return layout.width * (itemsize if cache_dtype is None else CACHE_DTYPES[cache_dtype].itemsize)
+
+
+def choose_ranks(
+    costs: list[dict[int, float]], budget: int, size: Callable[[int], int] = lambda rank: rank
+) -> list[int]:
     """
-    A rank for each part of the cache, their sum at most `budget`, for little total cost.
+    A rank for each part of the cache, their sizes at most `budget` in all, for little total cost.
 
     Args:
         costs: of each part, the cost of each rank that it may have.
+        size: of a rank; no less for a greater one.
     """
     ranks = [max(cost) for cost in costs]
-    while sum(ranks) > budget:
+
+    def total() -> int:
+        return sum(map(size, ranks))
+
+    while total() > budget:
         moves = [
-            ((cost[lower] - cost[rank]) / (rank - lower), part, lower)
+            ((cost[lower] - cost[rank]) / (size(rank) - size(lower)), part, lower)
             for part, (rank, cost) in enumerate(zip(ranks, costs))
             for lower in cost
-            if lower < rank
+            if size(lower) < size(rank)
         ]
         if not moves:
-            raise ConversionError(f"no ranks are small enough: their sum is at least {sum(ranks)}, over {budget}")
+            raise ConversionError(f"no ranks are small enough: their sizes are at least {total()}, over {budget}")
         _, part, lower = min(moves)
         ranks[part] = lower
     while True:  # what the last step left over
         moves = [
-            ((cost[rank] - cost[higher]) / (higher - rank), part, higher)
+            ((cost[rank] - cost[higher]) / max(size(higher) - size(rank), 1e-9), part, higher)
             for part, (rank, cost) in enumerate(zip(ranks, costs))
             for higher in cost
-            if higher > rank and sum(ranks) - rank + higher <= budget and cost[higher] < cost[rank]
+            if higher > rank and total() - size(rank) + size(higher) <= budget and cost[higher] < cost[rank]
         ]
         if not moves:
             return ranks
@@ -56,7 +74,9 @@ def check_options(config: T6Config, k_ranks: Ranks, v_ranks: Ranks, cache_ratio:
             "alone can be compressed, by --v-rank"
         )
     if cache_ratio is not None:
-        full, least = config.k_rank + config.v_rank, (config.k_rank if config.qk_norm else 1) + 1
-        most = 2 * full / least  # with rows of 8 bits in place of 16
+        least = (config.k_rank if config.qk_norm else 1, 1)
+        smallest = "float8_e4m3fn" if config.head_dim % 2 else "int4"
+        size = sum(row_bytes(rank, config.head_dim, 2, smallest) for rank in least)
+        most = 2 * (config.k_rank + config.v_rank) * config.head_dim / size  # beside 16 bits
         if not 1 <= cache_ratio <= most:
             raise ConversionError(f"--cache-ratio {cache_ratio:g}: expected 1 to {most:g} for this model")

@@ -193,6 +193,7 @@ def test_cache_bytes_are_those_of_caches(seed):
         vocab_size=20, hidden_size=16, num_hidden_layers=layers, num_attention_heads=heads, head_dim=head_dim,
         q_rank=draw.choice([None, 2]), k_rank=[draw.randint(1, 3) for _ in range(layers)], v_rank=draw.randint(1, 3),
         noncontextual_a=draw.random() < 0.3,
+        num_key_value_heads=draw.choice([n for n in range(1, heads + 1) if heads % n == 0]),
     )  # fmt: skip
     dtype, tokens = draw.choice([torch.float32, torch.bfloat16]), 5
     sizes = cache_bytes(config, dtype)
@@ -237,6 +238,12 @@ def test_card_of_an_exact_conversion(tmp_path, make_card, monkeypatch):
     )
     assert "Its queries come from one ordinary projection." in text and "queries, keys and values" not in text
     assert "[T6 for Transformers](https://example.com/t6)" in text
+
+
+def test_card_of_grouped_heads(tmp_path, make_card):
+    make_model(tmp_path, num_attention_heads=6, num_key_value_heads=2, qk_norm="heads")
+    text = make_card(tmp_path).text
+    assert "| heads, head size | 6 (2 of keys and values), 8 |" in text and "| QK norm | of heads |" in text
 
 
 def test_card_beside_a_measured_source(folder, make_card):

@@ -28,7 +28,7 @@ from modeling_t6.flash_tpa_t6 import (
 )
 
 
-SHAPES = [  # heads, head_dim, k_rank, v_rank, queries, constant A, dtype, dtype of the cache, mask, rows on 16 bytes
+SHAPES = [  # heads (and groups), head_dim, k_rank, v_rank, queries, constant A, dtype, dtype of the cache, mask, aligned rows
     (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),
     (34, 64, 2, 2, 1, False, "bf16", "bf16", "boolean", True),
     (78, 64, 2, 2, 1, False, "bf16", "bf16", "none", True),
@@ -39,11 +39,16 @@ SHAPES = [  # heads, head_dim, k_rank, v_rank, queries, constant A, dtype, dtype
     (5, 64, 2, 3, 16, False, "bf16", "bf16", "additive", True),
     (16, 256, 8, 16, 1, True, "bf16", "bf16", "none", True),
     (47, 128, 2, 2, 2, False, "fp32", "fp32", "none", True),
+    ((48, 4), 128, 4, 4, 1, False, "bf16", "bf16", "none", True),
+    ((34, 2), 64, 2, 2, 1, False, "bf16", "bf16", "none", True),
+    ((32, 4), 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
+    ((12, 3), 64, 2, 1, 3, False, "bf16", "bf16", "boolean", True),
 ]
 PAGED_SHAPES = {  # by tokens of a page: whole tiles, parts of one
     128: (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),
     16: (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
     64: (5, 64, 2, 3, 16, False, "bf16", "bf16", "none", True),
+    32: ((48, 4), 128, 4, 4, 1, False, "bf16", "bf16", "none", True),
 }
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -66,14 +71,16 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
     launch.
     """
     heads, head_dim, k_rank, v_rank, queries, constant_a, dtype, cache_dtype, mask, aligned = shape
+    heads, groups = heads if isinstance(heads, tuple) else (heads, 1)
     launch = choose_launch(
-        queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability], aligned
-    )
-    widths = [FactorLayout(rank, 0 if constant_a else heads, head_dim).width for rank in (k_rank, v_rank)]
+        queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability], aligned,
+        groups,
+    )  # fmt: skip
+    widths = [FactorLayout(rank, 0 if constant_a else heads // groups, head_dim).width for rank in (k_rank, v_rank)]
     strides = [sum(widths)] * 2 if page_size else [width + (not aligned) for width in widths]
     gathered = page_size % launch.block_n != 0
     rows = [
-        rows_of(rank, heads, head_dim, stride, width, constant_a, launch.step, gathered)
+        rows_of(rank, heads, head_dim, stride, width, constant_a, launch.step, gathered, groups=groups)
         for rank, width, stride in zip((k_rank, v_rank), widths, strides)
     ]
     visible = Mask(queries, heads, True, mask, mask == "additive", sliding=page_size > 0 and queries > 1)

@@ -23,6 +23,7 @@ CONFIGS = {
     "constant A": {"noncontextual_a": True, "sliding_window": 6},
     "ranks by layer": {"k_rank": [1, 3], "v_rank": [2, 4]},
     "KV-only": {"q_rank": None, "qk_norm": True},
+    "grouped heads": {"num_attention_heads": 6, "num_key_value_heads": 2, "qk_norm": "heads"},
     "all else": {
         "head_factor_act": "softmax",
         "head_norm": True,

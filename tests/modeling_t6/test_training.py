@@ -11,8 +11,10 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_t6 import T6Cache, attention_t6
-from modeling_t6.attention_t6 import form_all_heads, rebuild_heads
+from modeling_t6 import T6Cache, attention_t6, heads_t6
+from modeling_t6.attention_t6 import rebuild_heads
+from modeling_t6.factors_t6 import form_heads, norm_key_heads
+from modeling_t6.heads_t6 import form_all_heads
 
 from ..versions import once_but
 from .common import random_ids, random_model, tiny_config
@@ -24,6 +26,7 @@ EAGER = {"attn_implementation": "eager", "attention_dropout": 0.3}
 CASES = VARIANTS | {
     "QK norm": {"qk_norm": True},
     "shared B, third order": {"shared_b": True, "v_rank": 2, "c_factor_dim": 4},
+    "grouped heads, QK norm of heads": {"num_attention_heads": 6, "num_key_value_heads": 2, "qk_norm": "heads"},
     "sliding window": {"sliding_window": 4},
     "eager, dropout": EAGER,
 }
@@ -62,7 +65,7 @@ def test_gradients(case, monkeypatch):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("case", ["non-contextual A", "shared B, third order"])
+@pytest.mark.parametrize("case", ["non-contextual A", "shared B, third order", "grouped heads, QK norm of heads"])
 def test_gradients_of_compiled_layers(case, monkeypatch):
     choose(monkeypatch, rebuild=False)
     expected = gradients(CASES[case])
@@ -213,10 +216,26 @@ def test_sums_of_outer_products(shapes, monkeypatch):
     expected = [expected, *torch.autograd.grad(expected, factors, probe)]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for most in (0, 8):
-        monkeypatch.setattr(attention_t6, "MAX_OUTER_PRODUCTS", most)
+        monkeypatch.setattr(heads_t6, "MAX_OUTER_PRODUCTS", most)
         heads = form_all_heads(*factors)
         ours = [heads, *torch.autograd.grad(heads, factors, probe)]
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize(
+    "shapes", [((2, 3, 4, 5), (2, 3, 4, 6)), ((2, 3, 4, 5), (4, 6)), ((2, 3, 1, 5), (2, 3, 1, 6))]
+)
+def test_norm_of_key_heads(shapes, compiling, monkeypatch):
+    """Heads of the normed factors are those that PyTorch's norm makes of heads."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    factors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    weight = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    heads = form_heads(*norm_key_heads(*factors, weight, 1e-3))
+    expected = torch.nn.functional.rms_norm(form_heads(*factors), (6,), weight, 1e-3)
+    probe = torch.randn_like(expected)
+    ours, expected = ([x, *torch.autograd.grad(x, [*factors, weight], probe)] for x in (heads, expected))
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"sliding_window": 4}], ids=["full", "sliding"])

@@ -25,6 +25,8 @@ VARIANTS = {
     "softmax": {"head_factor_act": "softmax"},
     "qk_norm": {"qk_norm": True},
     "qk_norm_of_heads": {"qk_norm": "heads", "head_factor_act": "sigmoid"},
+    "grouped_heads": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "grouped_heads-noncontextual_a": {"num_attention_heads": 6, "num_key_value_heads": 2, "noncontextual_a": True},
     "head_norm": {"head_norm": True},
     "output_gate": {"output_gate": True},
     "biases": {"attention_bias": True, "mlp_bias": True},

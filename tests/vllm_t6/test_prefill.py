@@ -119,7 +119,7 @@ def test_attention_by_pieces(seed):
         key, value = keys[piece.slots], values[piece.slots]
         if piece.is_first and piece.is_last:
             output = merged[piece.queries]
-            attend_to_piece(query[piece.queries], key, value, piece, DIM**-0.5, case.window, None, output)
+            attend_to_piece(query[piece.queries], key, value, piece, DIM**-0.5, case.window, None, None, output)
             continue
         for query_span, row_span in zip(spans(piece.query_starts), spans(piece.row_starts)):
             own = slice(query_span.start + piece.queries.start, query_span.stop + piece.queries.start)

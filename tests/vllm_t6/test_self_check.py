@@ -19,6 +19,7 @@ MODELS = {
     "noncontextual_a": ({"noncontextual_a": True}, {}),
     "qk_norm": ({"qk_norm": True}, {}),
     "qk_norm_of_heads": ({"qk_norm": "heads"}, {}),
+    "grouped_heads": ({"num_attention_heads": 6, "num_key_value_heads": 2}, {}),
     "fp8": ({}, {"kv_cache_dtype": "fp8"}),
     "bfloat16": ({}, {"dtype": "bfloat16"}),
 }

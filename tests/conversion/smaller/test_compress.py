@@ -11,14 +11,15 @@ from conversion.smaller.compress import compress
 from conversion.smaller.fits import mean_pool, selections
 from conversion.smaller.key_fits import KeyFit, KeyProblem
 from conversion.smaller.least_squares import NOISE
-from conversion.smaller.measure import divergence, log_probabilities
+from conversion.smaller.measure import cache_bytes_per_token, divergence, log_probabilities
 from conversion.smaller.moments import Moments, collect_moments, from_complex, to_complex
 from conversion.smaller.options import METHODS
+from conversion.smaller.probe import Probe
 from conversion.smaller.ranks import choose_ranks
 from conversion.smaller.value_fits import ValueFit, ValueProblem
 from conversion.smaller.weights import balance, compressed_attention, compressed_model
 from conversion.sources.plan import unchanged
-from modeling_t6 import T6ForCausalLM
+from modeling_t6 import T6Cache, T6ForCausalLM
 from modeling_t6.factors_t6 import apply_rotary_pos_emb
 
 from ..common import FAMILIES, LAYOUTS, exact_model, random_ids
@@ -276,6 +277,25 @@ def test_ranks_by_layer_lose_less_than_equal_ranks():
     assert sum(k_ranks) + sum(v_ranks) <= 16
     assert k_ranks[1] + k_ranks[2] < k_ranks[0] + k_ranks[3]
     assert divergence(chosen, ids, expected) < divergence(equal, ids, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [1.5, 2.6, 4])
+def test_rows_in_which_least_is_lost(ratio):
+    """Of rows of 16, 8 and 4 bits, each with the ranks that the bytes allow, those are taken whose predictions are nearest."""
+    model = exact_model("llama", "mha", dtype=torch.float32)
+    ids, names = random_ids(24, 60), (None, "float8_e4m3fn", "int4")
+    probe = Probe(model, ids)
+    source = 2 * 2 * model.config.num_hidden_layers * model.config.k_rank * model.config.head_dim
+    losses = {}
+    for name in names:
+        small = compress(model, ids, cache_ratio=ratio, quiet=True, cache_dtypes=[name])
+        cache = T6Cache(config=small.config)
+        assert small.config.cache_dtype == name
+        assert cache_bytes_per_token(small, cache, 2) <= source / ratio
+        losses[name] = probe.divergence(small, name).item()
+    chosen = compress(model, ids, cache_ratio=ratio, quiet=True, cache_dtypes=names)
+    assert losses[chosen.config.cache_dtype] == min(losses.values())
 
 
 def test_choose_ranks_against_all_choices():

@@ -24,6 +24,7 @@ from conversion.smaller.heal import DistillationTrainer, make_optimizer
 from conversion.smaller.measure import divergence, log_probabilities
 from conversion.smaller.order import Texts
 from modeling_t6 import T6Config, T6ForCausalLM
+from modeling_t6.cache_t6 import CACHE_NAME
 
 from ..common import last_error, source_model
 
@@ -57,8 +58,8 @@ def healing(folder: Path, steps: int) -> list[str]:
 
 
 def test_compresses_and_heals(folder, tmp_path, capsys):
-    target = tmp_path / "t6"
-    assert main(options(folder, target, "--cache-ratio", "2", *healing(folder, 160))) == 0
+    target, half = tmp_path / "t6", ["--cache-ratio", "2", "--cache-dtype", "model"]
+    assert main(options(folder, target, *half, *healing(folder, 160))) == 0
     output, bars = capsys.readouterr()
     for word in (
         "source",
@@ -114,13 +115,26 @@ def test_compresses_and_heals(folder, tmp_path, capsys):
         assert math.exp(loss) == pytest.approx(rows[name]["perplexity"], rel=1e-4)
 
     # Healing brings the predictions back towards the source's.
-    assert main(options(folder, tmp_path / "unhealed", "--cache-ratio", "2")) == 0
+    assert main(options(folder, tmp_path / "unhealed", *half)) == 0
     expected = log_probabilities(source, ids)
     unhealed = T6ForCausalLM.from_pretrained(tmp_path / "unhealed").eval()
     assert (unhealed.config.k_rank, unhealed.config.v_rank) == (model.config.k_rank, model.config.v_rank)
     assert divergence(model, ids, expected) < 0.9 * divergence(unhealed, ids, expected)
     tokens = model.generate(ids[:2, :8], max_new_tokens=8, do_sample=False)
     assert tokens.shape == (2, 16)
+
+
+def test_rows_of_8_bits_are_chosen_where_they_lose_less(folder, tmp_path, capsys):
+    """Whole heads in 8 bits, beside half of them in the model's dtype; what is saved uses such rows by itself."""
+    target = tmp_path / "t6"
+    assert main(options(folder, target, "--cache-ratio", "2")) == 0
+    assert "rows of the cache in float8_e4m3fn" in capsys.readouterr().out
+    rows = json.loads((target / "conversion.json").read_text())["perplexity"]
+    assert rows[-1]["cache_bytes_per_token"] == 2 * 2 * 64 == rows[0]["cache_bytes_per_token"] / 4  # of float32
+    model = T6ForCausalLM.from_pretrained(target)
+    assert (model.config.k_rank, model.config.v_rank, model.config.cache_dtype) == (4, 4, "float8_e4m3fn")
+    cache = getattr(model(torch.ones(1, 5, dtype=torch.long)), CACHE_NAME)
+    assert cache.layers[1].keys.dtype == cache.layers[1].values.dtype == torch.float8_e4m3fn
 
 
 @pytest.mark.once
@@ -181,8 +195,9 @@ REFUSED = {
     "rank-5": (["--v-rank", "5"], "--v-rank 5: expected 1 to 4"),
     "three-ranks": (["--k-rank", "1,2,1"], "--k-rank has 3 ranks: expected 1, or 2"),
     "both": (["--k-rank", "1", "--cache-ratio", "2"], "--cache-ratio chooses the ranks itself"),
-    "ratio-too-large": (["--cache-ratio", "5"], "--cache-ratio 5: expected 1 to 4"),
-    "ratio-below-one": (["--cache-ratio", "0.5"], "--cache-ratio 0.5: expected 1 to 4"),
+    "ratio-too-large": (["--cache-ratio", "9"], "--cache-ratio 9: expected 1 to 8"),
+    "ratio-below-one": (["--cache-ratio", "0.5"], "--cache-ratio 0.5: expected 1 to 8"),
+    "dtype-without-ranks": (["--cache-dtype", "model"], "--calibration needs --k-rank"),
     "heal-without-ranks": (HEAL, "--calibration needs --k-rank"),
     "heal-without-steps": (["--k-rank", "1", *HEAL[:2]], "--heal and --heal-steps go together"),
     "mean-pool-by-layer": (["--method", "mean-pool", "--cache-ratio", "2"], "one rank for all layers"),

@@ -1,0 +1,120 @@
+"""
+Heads formed from the factors of many tokens on a GPU, and the gradients of these factors: the kernels beside PyTorch's batched products.
+
+    python benchmarks/heads_gpu.py --output heads.json
+
+Each time is one call out of a CUDA graph. Shares are of the bandwidth of copies in the same run, of what must be read and written
+once: factors and heads, and for gradients both of the factors'. `--sweep` tries other sizes of the
+launch.
+"""
+
+import argparse
+import functools
+import itertools
+
+from options import add_output, describe, save
+
+
+SHAPES = {  # batch, tokens, rank, heads, head_dim
+    "t6-small, Q": (16, 1024, 6, 34, 64),
+    "t6-small, K or V": (16, 1024, 2, 34, 64),
+    "t6-medium, Q": (8, 1024, 6, 47, 64),
+    "t6-xl, Q": (1, 32768, 6, 78, 64),
+    "t6-xl, K or V": (1, 32768, 2, 78, 64),
+    "8B, Q": (1, 8192, 16, 32, 128),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = describe(__doc__)
+    parser.add_argument(
+        "--sweep",
+        nargs="*",
+        choices=SHAPES,
+        default=[],
+        metavar="SHAPE",
+        help="of these: tokens of a program, heads of a tile, warps",
+    )
+    add_output(parser, plots=False)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # help and mistakes are answered here, before imports that take seconds
+
+import torch
+from gpu import copies_larger_than_l2, copy_bandwidth, graph_seconds, machine
+
+from modeling_t6 import heads_t6
+from modeling_t6.factors_t6 import form_heads
+
+
+def factors_of(batch: int, tokens: int, rank: int, heads: int, head_dim: int) -> tuple[torch.Tensor, ...]:
+    """A and B as slices of one product, and the gradient of the heads, as attention returns it."""
+    product = torch.randn(batch, tokens, rank * (heads + head_dim), device="cuda", dtype=torch.bfloat16)
+    b, a = product.split([rank * head_dim, rank * heads], dim=-1)
+    gradient = torch.randn(batch, heads, tokens, head_dim, device="cuda", dtype=torch.bfloat16)
+    return (
+        a.unflatten(-1, (heads, rank)).transpose(-1, -2),
+        b.unflatten(-1, (rank, head_dim)),
+        gradient.transpose(1, 2),
+    )
+
+
+def products(gradient: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return gradient @ b.transpose(-1, -2), a @ gradient
+
+
+def measure_shape(shape: tuple[int, ...], bandwidth: float, with_products: bool) -> dict:
+    batch, tokens, rank, heads, head_dim = shape
+    factors, formed = batch * tokens * rank * (heads + head_dim) * 2, batch * tokens * heads * head_dim * 2
+    inputs = [factors_of(*shape) for _ in range(max(2, min(4, copies_larger_than_l2(formed))))]
+    ways = {
+        "heads": lambda a, b, g: heads_t6._form(a, b),
+        "gradients": lambda a, b, g: heads_t6._gradients_in_triton(g, a, b),
+    }
+    if with_products:
+        ways |= {
+            "heads by products": lambda a, b, g: form_heads(a, b),
+            "gradients by products": lambda a, b, g: products(g, a, b),
+        }
+    result = {}
+    for name, way in ways.items():
+        seconds = graph_seconds([functools.partial(way, *x) for x in inputs])
+        num_bytes = formed + factors * (1 if name.startswith("heads") else 2)
+        result[name] = {"seconds": seconds, "share": num_bytes / seconds / bandwidth}
+    return result
+
+
+def measure(sweep: list[str]) -> dict:
+    bandwidth, results = copy_bandwidth(), {}
+    print(f"{machine()}; bfloat16; copies move {bandwidth / 1e12:.2f} TB/s")
+    for name, shape in SHAPES.items():
+        results[name] = measure_shape(shape, bandwidth, True)
+        cells = (f"{way} {row['seconds'] * 1e6:8.1f} us ({row['share']:4.0%})" for way, row in results[name].items())
+        print(f"{name:18}", "; ".join(cells), flush=True)
+        if name in sweep:
+            plain = heads_t6.TOKENS, heads_t6.HEADS, heads_t6.WARPS
+            for sizes in itertools.product((1, 4, 16), (32, 64, 128), (2, 4, 8)):
+                heads_t6.TOKENS, heads_t6.HEADS, heads_t6.WARPS = sizes
+                try:
+                    row = measure_shape(shape, bandwidth, False)
+                except Exception as error:
+                    print(f"    {sizes}: {type(error).__name__}")
+                    continue
+                results[f"{name} {sizes}"] = row
+                print(
+                    f"    tokens, heads, warps {sizes}: "
+                    + ", ".join(f"{x['seconds'] * 1e6:.1f}" for x in row.values())
+                )
+            heads_t6.TOKENS, heads_t6.HEADS, heads_t6.WARPS = plain
+    return {"machine": machine(), "copy_bandwidth": bandwidth, "results": results}
+
+
+def main() -> None:
+    args = parse_args()
+    save(measure(args.sweep), args.output)
+
+
+if __name__ == "__main__":
+    main()

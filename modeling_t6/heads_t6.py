@@ -1,0 +1,171 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Queries, keys and values as heads, formed from factors for prompts and training: (1 / R) A^T B of every token"""
+
+import torch
+
+from .factors_t6 import form_heads
+from .flash_tpa_t6 import DTYPES, is_supported, operator_name, power_of_2
+
+
+try:
+    import triton
+
+    from .heads_kernels_t6 import form_kernel, gradients_kernel
+except ImportError:
+    triton = None
+
+
+# Whether kernels form heads, and their gradients, on GPUs that have them; a benchmark may switch it off.
+KERNELS = True
+# Heads of this rank or less are sums of outer products where torch.compile fuses those. 0: matrix products everywhere.
+MAX_OUTER_PRODUCTS = 8
+MAX_RANK = 64
+MAX_HEAD_DIM = 256
+# Sizes with which the kernels are started.
+HEADS = 64  # in a tile
+TOKENS = 4  # of one program
+WARPS = 4
+
+
+def form_all_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """
+    `form_heads` for the tokens of a prompt or a training step: A [batch, seq, R, h] and B [batch, seq, R, d], or a constant,
+    to heads [batch, seq, h, d].
+
+    torch.compile fuses a sum of outer products with what is before and after it, such as RoPE and the layout that attention
+    wants. Elsewhere a kernel forms the heads: PyTorch's batched products of so few rows take many times as long as the heads
+    take to be written.
+    """
+    if torch.compiler.is_compiling():
+        return form_heads(a, b) if a.shape[-2] > MAX_OUTER_PRODUCTS else SumOfOuterProducts.apply(a, b)
+    return FormedHeads.apply(a, b) if _has_kernels(a, b) else form_heads(a, b)
+
+
+class FormedHeads(torch.autograd.Function):
+    """`form_heads` by a kernel."""
+
+    @staticmethod
+    def forward(ctx, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        return _form(a, b)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _gradients(gradient, *ctx.saved_tensors)
+
+
+class SumOfOuterProducts(torch.autograd.Function):
+    """
+    `form_heads` as a sum that torch.compile fuses. Its gradients are not left to it: those of outer products would be sums
+    over all features and over all heads for each rank, which take longer than all that the forward pass gains.
+    """
+
+    @staticmethod
+    def forward(ctx, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        rank = a.shape[-2]
+        return sum(a[..., r, :, None] * b[..., r, None, :] for r in range(rank)) / rank
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _gradients(gradient, *ctx.saved_tensors)
+
+
+def _has_kernels(*tensors: torch.Tensor) -> bool:
+    """Whether kernels take A, B and, if given, the gradient of the heads: of one dtype, for each token, on a GPU."""
+    a, b = tensors[:2]
+    return (
+        KERNELS
+        and triton is not None
+        and a.dim() == b.dim() == 4
+        and a.dtype in DTYPES
+        and all(tensor.is_cuda and tensor.dtype == a.dtype and tensor.numel() > 0 for tensor in tensors)
+        and a.shape[-2] <= MAX_RANK
+        and b.shape[-1] <= MAX_HEAD_DIM
+        and type(a) is type(b) is torch.Tensor
+        and not torch.is_autocast_enabled(a.device.type)
+        and is_supported(a.device, False)
+    )
+
+
+def _gradients(gradient: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of A and B, of that of the heads [batch, seq, h, d]."""
+    is_compiling = torch.compiler.is_compiling()
+    # With `create_graph` they are differentiated again.
+    if _has_kernels(a, b, gradient) and (is_compiling or not torch.is_grad_enabled()):
+        a_gradient, b_gradient = (_gradients_op if is_compiling else _gradients_in_triton)(gradient, a, b)
+        return a_gradient.transpose(-1, -2), b_gradient
+    a_gradient = torch.matmul(gradient, b.transpose(-1, -2).to(gradient.dtype)).transpose(-1, -2) / a.shape[-2]
+    b_gradient = torch.matmul(a.to(gradient.dtype), gradient) / a.shape[-2]
+    # Constants are the same for all tokens.
+    return a_gradient.sum_to_size(a.shape).to(a.dtype), b_gradient.sum_to_size(b.shape).to(b.dtype)
+
+
+def _sizes(a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
+    num_heads = a.shape[-1]
+    return {
+        "RANK": a.shape[-2],
+        "NUM_HEADS": num_heads,
+        "HEAD_DIM": b.shape[-1],
+        "BLOCK_R": power_of_2(a.shape[-2], 16),
+        "BLOCK_H": min(HEADS, power_of_2(num_heads, 16)),
+        "BLOCK_D": power_of_2(b.shape[-1], 16),
+        "TOKENS": TOKENS,
+        "num_warps": WARPS,
+    }
+
+
+def _form(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    (batch_size, num_tokens, _, num_heads), head_dim = a.shape, b.shape[-1]
+    b = b if b.stride(-1) == 1 else b.contiguous()
+    formed, sizes = a.new_empty(batch_size, num_tokens, num_heads, head_dim), _sizes(a, b)
+    with torch.cuda.device_of(a):
+        form_kernel[(-(-num_tokens // TOKENS), -(-num_heads // sizes["BLOCK_H"]), batch_size)](
+            a, b, formed, num_tokens, *a.stride(), *b.stride()[:3], **sizes
+        )
+    return formed
+
+
+def _gradients_in_triton(
+    gradient: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of A as [batch, seq, h, R], in which its projection has it, and of B [batch, seq, R, d]."""
+    batch_size, num_tokens, rank, num_heads = a.shape
+    b, gradient = (x if x.stride(-1) == 1 else x.contiguous() for x in (b, gradient))
+    a_gradient = a.new_empty(batch_size, num_tokens, num_heads, rank)
+    b_gradient = b.new_empty(b.shape)
+    with torch.cuda.device_of(a):
+        gradients_kernel[(-(-num_tokens // TOKENS), batch_size)](
+            gradient,
+            a,
+            b,
+            a_gradient,
+            b_gradient,
+            num_tokens,
+            *gradient.stride()[:3],
+            *a.stride(),
+            *b.stride()[:3],
+            **_sizes(a, b),
+        )
+    return a_gradient, b_gradient
+
+
+# torch.compile takes the operator whole.
+_gradients_op = torch.library.custom_op(operator_name("head_gradients"), _gradients_in_triton, mutates_args=())
+
+
+@_gradients_op.register_fake
+def _(gradient, a, b):
+    return a.new_empty(*a.shape[:2], a.shape[3], a.shape[2]), b.new_empty(b.shape)

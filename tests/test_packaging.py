@@ -59,3 +59,8 @@ def test_commands_run_without_the_checkout(site_packages, monkeypatch):
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "t6_transformers"]:
             del sys.modules[name]
+
+
+def test_the_shipped_model_has_all_files_of_its_code():
+    links = {path.name: path.resolve() for path in (ROOT / "examples" / "t6-tiny-shakespeare").glob("*.py")}
+    assert links == {path.name: path.resolve() for path in (ROOT / "modeling_t6").glob("*_t6.py")}

@@ -15,8 +15,8 @@ from options import describe
 
 
 STEPS = (
-    "source", "heads", "new-4", "healed-4", "float8-4", "rows16-2", "old-2", "fit-only-2", "sensitivity", "new-8", "new-3",
-    "new-2",
+    "source", "new-4", "old-2", "new-2", "healed-4", "source in 4 bits", "exact in int4", "heads", "float8-4", "rows16-2",
+    "fit-only-2", "sensitivity", "new-8", "new-3", "exact in float8", "source in 8 bits",
 )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/long_context"))
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 3000])
-    parser.add_argument("--samples", type=int, default=24, help="of the needle; of other tasks a third")
+    parser.add_argument("--samples", type=int, default=24, help="of the needle; of other tasks a sixth")
     parser.add_argument("--windows", type=int, default=64, help="of 1024 tokens, for perplexity")
     parser.add_argument("--calibration-tokens", type=int, default=131072)
     parser.add_argument("--reconstruct-steps", type=int, default=500)
@@ -89,7 +89,7 @@ class Study:
                 raise SystemExit("the exact conversion failed")
         tokenizer = load_tokenizer(self.exact)
         self.language = Sentences(tokenizer, args.held_out.read_text(encoding="utf-8"))
-        count = {task: args.samples if task == "needle" else max(1, args.samples // 3) for task in TASKS}
+        count = {task: args.samples if task == "needle" else max(1, args.samples // 6) for task in TASKS}
         self.samples = {
             (task, length): make_samples(self.language, task, length, count[task])
             for length in args.lengths
@@ -173,12 +173,12 @@ def head_scores(model: T6ForCausalLM, samples: list[Sample]) -> list[list[float]
     For each layer and head, the attention of the tokens before an answer's tokens to these in the fact, the mean over all: that
     of a head which copies is near 1.
     """
-    ids = torch.tensor([sample.prompt + sample.answer for sample in samples], device=model.device)
-    start, count = len(samples[0].prompt), len(samples[0].answer)
+    start, count = len(samples[0].prompt), min(len(sample.answer) for sample in samples)
+    ids = torch.tensor([sample.prompt + sample.answer[:count] for sample in samples], device=model.device)
     places = []
     for sample in samples:
         fact = sample.prompt[sample.places[0] :]
-        first = next(i for i in range(len(fact)) if fact[i : i + count] == sample.answer)
+        first = next(i for i in range(len(fact)) if fact[i : i + count] == sample.answer[:count])
         places.append([sample.places[0] + first + i for i in range(count)])
     places = torch.tensor(places, device=model.device)
     found: list[list[float]] = []
@@ -203,8 +203,8 @@ def head_scores(model: T6ForCausalLM, samples: list[Sample]) -> list[list[float]
 
 @torch.no_grad()
 def answer_log_probability(model: T6ForCausalLM, samples: list[Sample]) -> float:
-    ids = torch.tensor([sample.prompt + sample.answer for sample in samples], device=model.device)
-    start = len(samples[0].prompt)
+    start, count = len(samples[0].prompt), min(len(sample.answer) for sample in samples)
+    ids = torch.tensor([sample.prompt + sample.answer[:count] for sample in samples], device=model.device)
     states = model.model(ids, use_cache=False).last_hidden_state[:, start - 1 : -1]
     log_probs = model.lm_head(states).float().log_softmax(-1)
     return log_probs.gather(-1, ids[:, start:, None]).mean().item()
@@ -263,12 +263,6 @@ def main() -> None:
     study = Study(args)
     source, _ = evaluation.load_model(study.source, torch.float32, study.device)
 
-    def source_rows() -> None:
-        for kind in ("model", "8", "4"):
-            study.measure(source, kind, f"source{evaluation.NAMES[kind]}", source)
-        for kind in ("float8_e4m3fn", "int4"):
-            study.measure(study.t6(), kind, f"exact T6{evaluation.NAMES[kind]}", source)
-
     def heads() -> None:
         for task in ("needle", "copying"):
             length = args.lengths[0]
@@ -284,7 +278,11 @@ def main() -> None:
         study.measure(model, "model", name, source)
 
     actions = {
-        "source": source_rows,
+        "source": lambda: study.measure(source, "model", "source", source),
+        "source in 8 bits": lambda: study.measure(source, "8", "source in 8 bits", source),
+        "source in 4 bits": lambda: study.measure(source, "4", "source in 4 bits", source),
+        "exact in float8": lambda: study.measure(study.t6(), "float8_e4m3fn", "exact in float8", source),
+        "exact in int4": lambda: study.measure(study.t6(), "int4", "exact in int4", source),
         "heads": heads,
         "new-4": lambda: smaller("new-4", 4),
         "healed-4": lambda: study.measure(healed(study, source, args.work / "new-4"), "model", "healed-4", source),

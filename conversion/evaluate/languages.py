@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from ..files.errors import ConversionError, reason
+from ..files.errors import ConversionError
 
 
 COLOURS = "amber black blue bronze brown copper coral crimson golden green grey ivory olive orange pink purple red silver white yellow"
@@ -28,7 +28,6 @@ OBJECTS = (
 )
 PLACES = "after lunch|at the station|before winter|behind the house|in the morning|near the river|on the hill|without a word"
 READ = 2**22  # characters of a text, from which filler is taken
-MARK = "\x02"
 
 Value = str | tuple[int, ...]  # of sentences, and of bare ids
 
@@ -42,26 +41,11 @@ class Sentences:
         self.sentences = (
             None if text is None else [s for s in re.split(r"(?<=[.!?])\s+|\n+", text[:READ]) if s.strip()]
         )
-        before, after = "", "\n"
-        if tokenizer.chat_template is not None:
-            before, after = self._around_message()
-        # A template writes the special tokens itself.
+        # Texts to go on with, without a chat template: in a chat, models talk about the code where they could say it.
         bos = tokenizer.bos_token_id
-        begins = bos is not None and not before and tokenizer("")["input_ids"][:1] == [bos]
-        self.head = [bos] * begins + self.encode(before)
-        self.tail = self.encode(after)
-
-    def _around_message(self) -> tuple[str, str]:
-        """What the chat template writes before a user's message, and between it and the answer."""
-        message = [{"role": "user", "content": MARK}]
-        try:
-            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # whatever a template raises
-            raise ConversionError(f"the chat template refuses a message of a user: {reason(error)}") from error
-        before, mark, after = text.partition(MARK)
-        if not mark:
-            raise ConversionError("the chat template leaves out the message of a user: expected it in what it writes")
-        return before, after
+        begins = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+        self.head = [bos] * begins
+        self.tail = self.encode("\n")
 
     def encode(self, text: str) -> list[int]:
         if text not in self.known:

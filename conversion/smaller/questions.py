@@ -60,22 +60,21 @@ def make_questions(language: Language, length: int, count: int, seed: int = 0) -
     for index in range(count):
         generator = random.Random(f"questions {seed} {index}")
         start = language.head + language.say(INTRODUCTION)
-        room, facts, asked = int((1 - FILLER) * length) - len(start) - len(language.tail), [], []
+        room, facts, asked = int((1 - FILLER) * length) - len(start), [], []
         while True:
             name, value = name_and_value(language, generator)
             fact, question, beginning = (language.say(s, name=name, value=value) for s in generator.choice(FORMS))
             question = language.say("\n\n") + question
             answer = language.say(" {value}", value=value)
-            # Behind the first question stands what the chat template says there, behind the others a line break.
-            room -= len(fact) + len(question) + len(language.say("\n")) + len(beginning) + len(answer)
+            room -= len(fact) + len(question) + len(language.tail) + len(beginning) + len(answer)
             if room < 0 and facts:
                 break
             facts.append(fact)
             asked.append((question, beginning, answer))
         ids, mark = list(start), []
         end, answers = [], []
-        for number, (question, beginning, answer) in enumerate(generator.sample(asked, len(asked))):
-            end += question + (language.tail if number == 0 else language.say("\n")) + beginning
+        for question, beginning, answer in generator.sample(asked, len(asked)):
+            end += question + language.tail + beginning
             answers += [False] * (len(end) - len(answers)) + [True] * len(answer)
             end += answer
         filler = language.fill(generator, max(0, length - len(start) - sum(map(len, facts)) - len(end)))

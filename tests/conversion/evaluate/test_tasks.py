@@ -12,28 +12,25 @@ from conversion.evaluate.tasks import TASKS, TooShort, make_samples
 
 
 pytestmark = pytest.mark.once
-TEMPLATE = "<{% for m in messages %}{{ m.content }}{% endfor %}>"
 
 
-def characters(template: str | None = None) -> PreTrainedTokenizerFast:
+def characters() -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are single characters."""
     tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(256)}, unk_token="\x00"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["text", "chat"])
 @pytest.mark.parametrize("task", TASKS)
-def test_facts_stand_where_they_should(task, template):
-    language = find_language(characters(template), 256)
+def test_facts_stand_where_they_should(task):
+    language = find_language(characters(), 256)
     samples = make_samples(language, task, 1999, 5)
     assert [sample.depth for sample in samples] == [0.1, 0.3, 0.5, 0.7, 0.9]
     assert max(len(sample.prompt) + len(sample.answer) for sample in samples) == 1999
     assert len({len(sample.prompt) for sample in samples}) == 1
     for sample in samples:
         text, answer = "".join(map(chr, sample.prompt)), "".join(map(chr, sample.answer))
-        assert (text[0] == "<") == (template is not None)
         question = text.index("\n\n", text.index("\n\n") + 1)
         parts = re.findall(r"\d+", answer) or [answer.strip()]
         assert sample.values == (answer.split() if task == "copying" else parts)

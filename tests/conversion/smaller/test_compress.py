@@ -53,6 +53,43 @@ def test_complex_numbers_are_what_rope_turns():
     assert torch.allclose(to_complex(rotated, 12), to_complex(x, 12) * turn[:, :, None], atol=1e-14)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding"])
+def test_moments(family):
+    """Token by token, from what the layer's projections give: what a query's probabilities and a window's mean leave of keys."""
+    model = exact_model(family, "gqa")
+    attention, ids = model.model.layers[0].self_attn, random_ids(2, 23)
+    found = collect_moments(model, [ids])[0]
+    states = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
+    cos, sin = model.model.rotary_emb(states, torch.arange(23)[None])
+    d, groups, heads = attention.head_dim, attention.k_rank, model.config.num_attention_heads
+    window = model.config.sliding_window or 23
+    keys = torch.zeros(d // 2, groups, groups, dtype=torch.cdouble)
+    values = torch.zeros(groups * d, groups * d, dtype=torch.double)
+    for x in states:
+        query = apply_rotary_pos_emb(attention.q_proj(x).view(1, 23, heads, d), cos, sin)[0]
+        key = apply_rotary_pos_emb(attention.k_b_proj(x).view(1, 23, groups, d), cos, sin)[0]
+        value, z = attention.v_b_proj(x), to_complex(key, d)  # [t, G, F]
+        deviations = z - z.mean(0)
+        keys += 0.25 * torch.einsum("tgf,tkf->fgk", deviations, deviations.conj())
+        keys += 0.01 * torch.einsum("tgf,tkf->fgk", z, z.conj())
+        for n in range(23):
+            seen = range(max(0, n - window + 1), n + 1)
+            all_weights = []
+            for head in range(heads):
+                own = attention.k_a[:, head] @ key / groups  # [t, d]
+                weights = torch.softmax(own[list(seen)] @ query[n, head] * attention.scaling, 0)
+                all_weights.append(weights)
+                average = weights @ value[list(seen)]
+                values += average[:, None] * average
+            weights = torch.stack(all_weights).mean(0)
+            mean = torch.einsum("t,tgf->gf", weights.to(z.dtype), z[list(seen)])
+            for weight, place in zip(weights, seen):
+                keys += weight * torch.einsum("gf,kf->fgk", z[place] - mean, (z[place] - mean).conj())
+    torch.testing.assert_close(found.keys, keys, rtol=1e-4, atol=1e-4 * keys.abs().max().item())
+    torch.testing.assert_close(found.values, values, rtol=1e-4, atol=1e-4 * values.abs().max().item())
+
+
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_keys_of_least_error(rank):
     """

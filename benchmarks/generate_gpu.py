@@ -13,8 +13,9 @@ for which Transformers compiles the model.
 
     python benchmarks/generate_gpu.py --short
 
-times steps over short contexts instead, as a graph and by `generate()` with a static cache: T6 with its factors stored by one
-kernel and by PyTorch's operators, and what each takes of the time of what it is held against.
+times steps over short contexts instead, as a graph and by `generate()` with a static cache: T6 with its factors projected by one
+product of packed weights and one by one, stored by one kernel and by PyTorch's operators, and what each takes of the time of what
+it is held against.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--skip-generate", action="store_true", help="leave out the times of generate()")
-    parser.add_argument("--short", action="store_true", help="short contexts alone, with and without one kernel")
+    parser.add_argument("--short", action="store_true", help="short contexts alone, with and without fusions")
     add_output(parser)
     return parser.parse_args()
 
@@ -59,8 +60,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 from transformers.cache_utils import DynamicLayer
 
 from configuration.make_configs import DIRECTORY
-from modeling_t6 import T6Cache, T6Config, stored_factors_t6
+from modeling_t6 import T6Cache, T6Config, factor_product_t6, stored_factors_t6
 from modeling_t6.cache_t6 import CACHE_NAME, factor_layouts
+from modeling_t6.factor_product_t6 import packed_factors
 
 
 REFERENCES = {  # what a model is held against
@@ -157,7 +159,7 @@ def graph_step(model, batch: int, tokens: int) -> dict:
             stream = torch.cuda.Stream()
             # While a graph is captured Transformers makes a mask that it leaves out otherwise: Llama is faster without.
             no_mask = mock.patch("transformers.masking_utils.is_tracing", return_value=False)
-            with torch.cuda.stream(stream), sdpa_kernel(backend), torch.no_grad(), no_mask:
+            with torch.cuda.stream(stream), sdpa_kernel(backend), torch.no_grad(), no_mask, packed_factors(model):
                 step = lambda: model(token, position_ids=positions, **{CACHE_NAME: cache}).logits.argmax(-1)  # noqa: E731
                 step()
                 torch.cuda.synchronize()
@@ -398,10 +400,15 @@ def measure_short(names: list[str], output: Path | None) -> None:
     """References first, whatever the order of `names`, so that each line shows its ratios."""
     data, seconds = {"machine": machine(), "short": []}, {}
     print(f"{machine()}; bfloat16; ratios are of times")
-    print(f"{'model':20}{'one kernel':>11}{'batch x context':>16}{'graph':>11}{'ratio':>7}{'static':>12}{'ratio':>7}")
+    print(
+        f"{'model':20}{'packed':>7}{'one kernel':>11}{'batch x context':>16}{'graph':>11}{'ratio':>7}{'static':>12}{'ratio':>7}"
+    )
     for name in sorted(names, key=lambda name: REFERENCES[name] != name):
-        for fused in (True, False) if isinstance(MODELS[name](), T6Config) else (None,):
-            stored_factors_t6.FUSED = fused is not False
+        ways = (
+            ((True, True), (False, True), (False, False)) if isinstance(MODELS[name](), T6Config) else ((None, None),)
+        )
+        for packed, fused in ways:
+            factor_product_t6.PACK, stored_factors_t6.FUSED = packed is not False, fused is not False
             for batch, tokens in SHORT_RUNS:
                 # Each run with a compilation of its own, of the path that it is to time.
                 torch._dynamo.reset()
@@ -412,11 +419,12 @@ def measure_short(names: list[str], output: Path | None) -> None:
                     generate_step(model, batch, tokens, static=True, new=120),
                 )
                 seconds[name, batch, tokens] = times
-                row = {"model": name, "fused": fused, "batch": batch, "context": tokens}
+                row = {"model": name, "packed": packed, "fused": fused, "batch": batch, "context": tokens}
                 data["short"].append(row | dict(zip(("seconds", "generate_static_seconds"), times)))
                 save(data, output)
                 reference = seconds.get((REFERENCES[name], batch, tokens))
-                line = f"{name:20}{'' if fused is None else 'yes' if fused else 'no':>11}{f'{batch} x {tokens:,}':>16}"
+                answers = ("" if answer is None else "yes" if answer else "no" for answer in (packed, fused))
+                line = "{:20}{:>7}{:>11}{:>16}".format(name, *answers, f"{batch} x {tokens:,}")
                 for own, other in zip(times, reference or (None, None)):
                     line += f"{own * 1e3:8.3f} ms" + (f"{own / other:7.3f}" if other else f"{'':7}")
                 print(line, flush=True)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from modeling_t6 import T6ForCausalLM, factor_product_t6
+from modeling_t6.factor_product_t6 import FactorProjections, packed_factors
 
 from .common import projected_one_by_one, random_ids, random_model
 from .test_variants import VARIANTS, config_of
@@ -215,3 +216,92 @@ def test_checkpoints_are_as_before(tmp_path):
     saved = T6ForCausalLM.from_pretrained(tmp_path)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, saved.state_dict()[name]), name
+
+
+def generated_logits(model, ids):
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return torch.stack(model.generate(ids, attention_mask=torch.ones_like(ids), **options).logits)
+
+
+def packed(model):
+    return [module.packed for module in model.modules() if isinstance(module, FactorProjections)]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["weights", "biases"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generate_packs_once(variant, bias, products):
+    """One product a layer for the prompt and for each token of it, of weights put together once."""
+    model = random_model(config_of(variant, attention_bias=bias), dtype=torch.float64)
+    ids = random_ids(model.config, 2, 11)
+    with projected_one_by_one():
+        expected = generated_logits(model, ids)
+    assert not products
+    torch.testing.assert_close(generated_logits(model, ids), expected, atol=1e-11, rtol=1e-11)
+    assert len(products) == 2 and not any(layer.is_valid for layer in packed(model))
+
+
+def copy_into_data(model, other):
+    for name, projection in projections_of(model).items():
+        projection.weight.data.copy_(other.get_submodule(name).weight)  # moves no version of the weight
+
+
+@pytest.mark.parametrize("change", [*CHANGES.values(), copy_into_data], ids=[*CHANGES, ".data.copy_"])
+def test_next_generate_sees_other_weights(change, products):
+    """In the memory of before, which graphs may read; also between `inference_mode` and without."""
+    model, other = (random_model(config_of("TPA"), seed=seed) for seed in (0, 1))
+    ids = random_ids(model.config, 2, 11)
+    with torch.inference_mode():
+        before = generated_logits(model, ids)
+    places = [layer.product.weight.data_ptr() for layer in packed(model)]
+    change(model, other)
+    after = generated_logits(model, ids)
+    with projected_one_by_one():
+        expected = generated_logits(model, ids)
+    assert (before[0] - after[0]).abs().max() > 0.01
+    torch.testing.assert_close(after, expected, atol=2e-5, rtol=2e-5)
+    assert len(products) == 4 and [layer.product.weight.data_ptr() for layer in packed(model)] == places
+
+
+def test_packed_where_it_is_the_same():
+    """Not for gradients, nor for what is more than its weights or has them elsewhere; a copy of the model packs its own."""
+    model = random_model(config_of("TPA"))
+    first, second = (layer.self_attn for layer in model.model.layers)
+    seen = hooked(model, second.k_a_proj)
+    ids = random_ids(model.config, 2, 3)
+    with packed_factors(model):
+        assert first.packed.is_valid and not second.packed.is_valid
+        assert not copy.deepcopy(model).model.layers[0].self_attn.packed.is_valid
+        model(ids, use_cache=False).logits.sum().backward()
+        assert first.q_b_proj.weight.grad.abs().max() > 0 and seen
+        with packed_factors(model):
+            pass
+        assert first.packed.is_valid
+    with pytest.raises(KeyError), packed_factors(model):
+        raise KeyError
+    assert not first.packed.is_valid
+    first.v_a_proj.weight.data = first.v_a_proj.weight.data[:0]  # as FSDP leaves it outside of a forward pass
+    with packed_factors(model):
+        assert not first.packed.is_valid
+
+
+def test_packed_in_a_compiled_step():
+    """One graph, which takes the weight as an input that stays where it is, and sees what is packed later."""
+    model = random_model(config_of("TPA", num_hidden_layers=1))
+    layer, ids = model.model.layers[0].self_attn, random_ids(model.config, 2, 1)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(2):
+        with torch.no_grad(), packed_factors(model):
+            logits = compiled(ids, use_cache=False).logits
+        torch.testing.assert_close(logits, model(ids, use_cache=False).logits, atol=2e-5, rtol=2e-5)
+        layer.q_b_proj.weight.data.mul_(-1.5)
+    assert len(graphs) == 1
+    # What CUDA graphs go by: without, the weight would be copied in each step.
+    assert layer.packed.product.weight._dynamo_static_input_type == "unguarded"
+    (name,) = (node.name for node in graphs[0].graph.nodes if "product_weight" in node.name)
+    assert "packed" in name

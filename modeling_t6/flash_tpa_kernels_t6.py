@@ -29,7 +29,7 @@ except ImportError:
 # power of 2 may take two tiles, of `BLOCK_H` and of `REST_H` heads, which share the loads of B.
 #
 # Grouped heads share A: a group takes `group_columns` columns, a power of 2, of which the last may be of no head, and A has
-# one column for it. Tiles hold whole groups, or are within one.
+# one column for it. Tiles hold whole groups, or are within one. Of several query tokens, those of a group lie together.
 #
 # What a kernel is compiled for comes in a few constants: `KEYS` and `VALUES` are [`Rows`], `MASK` is a [`Mask`], and `LAUNCH`
 # is the `Launch` of flash_tpa_t6. They are tuples since Triton writes constants as JSON for whoever watches compilations,
@@ -106,12 +106,19 @@ def _repeat_ranks(columns, STEP: tl.constexpr):
 @triton.jit
 def _columns(first_column, first_query, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
     """The head (one too many where there is none) and the query token of each of a tile's columns."""
+    IN_GROUPS: tl.constexpr = (ROWS.group_columns > 1) and (ROWS.group_columns < BLOCK_H)
+    TOGETHER: tl.constexpr = ROWS.group_columns if IN_GROUPS else BLOCK_H
     columns = tl.arange(0, BLOCK_T * BLOCK_H)
-    heads = first_column + columns % BLOCK_H
+    if TOGETHER == BLOCK_H:
+        heads = first_column + columns % BLOCK_H
+        queries = first_query + columns // BLOCK_H
+    else:
+        heads = first_column + columns // (BLOCK_T * TOGETHER) * TOGETHER + columns % TOGETHER
+        queries = first_query + columns // TOGETHER % BLOCK_T
     if ROWS.group_columns > ROWS.groups:
         member = heads % ROWS.group_columns
         heads = tl.where(member < ROWS.groups, heads // ROWS.group_columns * ROWS.groups + member, ROWS.num_heads)
-    return heads, first_query + columns // BLOCK_H
+    return heads, queries
 
 
 @triton.jit
@@ -202,11 +209,8 @@ def _weigh(columns, a, BLOCK_T: tl.constexpr):
         columns = columns * a
     elif A * BLOCK_T == C:
         columns = tl.reshape(tl.reshape(columns, [N, BLOCK_T, A]) * a[:, None, :], [N, C])
-    elif BLOCK_T == 1:
-        columns = tl.reshape(tl.reshape(columns, [N, A, C // A]) * a[:, :, None], [N, C])
     else:
-        by_group = tl.reshape(columns, [N, BLOCK_T, A, C // (BLOCK_T * A)])
-        columns = tl.reshape(by_group * a[:, None, :, None], [N, C])
+        columns = tl.reshape(tl.reshape(columns, [N, A, C // A]) * a[:, :, None], [N, C])
     return columns
 
 

@@ -42,16 +42,16 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
+import subprocess
+import sys
 import time
 
 import torch
-from options import save
+from options import ROOT, save
 from transformers import PreTrainedModel
 
-from conversion.__main__ import main as convert
 from conversion.evaluate import order as evaluation
 from conversion.evaluate import report
-from conversion.evaluate.languages import Sentences
 from conversion.evaluate.tasks import TASKS, Sample, make_samples
 from conversion.files.devices import find_device
 from conversion.files.tokenizer import load_tokenizer
@@ -60,6 +60,7 @@ from conversion.smaller import text as texts
 from conversion.smaller.compress import TRIAL_ITERATIONS, compress
 from conversion.smaller.fits import HeadFits
 from conversion.smaller.heal import heal
+from conversion.smaller.languages import Sentences
 from conversion.smaller.moments import attention_hooks, collect_moments
 from conversion.smaller.probe import Probe
 from conversion.smaller.questions import make_questions
@@ -81,12 +82,11 @@ class Study:
         self.device = find_device(args.device)
         args.work.mkdir(parents=True, exist_ok=True)
         self.results = {"model": args.model.name, "rows": [], "seconds": {}}
-        self.source = self.make_source()
-        self.exact = args.work / "exact"
+        self.source = self.make_source().resolve()
+        self.exact = args.work.resolve() / "exact"
         if not self.exact.exists():
             words = ["hf", str(self.source), str(self.exact), "--no-verify", "--dtype", "bfloat16"]
-            if convert(words) != 0:
-                raise SystemExit("the exact conversion failed")
+            subprocess.run([sys.executable, "-m", "conversion", *words], check=True, cwd=ROOT)
         tokenizer = load_tokenizer(self.exact)
         self.language = Sentences(tokenizer, args.held_out.read_text(encoding="utf-8"))
         count = {task: args.samples if task == "needle" else max(1, args.samples // 6) for task in TASKS}

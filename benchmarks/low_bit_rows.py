@@ -43,13 +43,13 @@ import time
 import torch
 
 from conversion.evaluate.caches import make_cache
-from conversion.evaluate.languages import find_language
 from conversion.evaluate.options import TASK_NAMES
 from conversion.evaluate.order import all_samples, bytes_per_token, context_of, load_model, measure_windows, score_all
 from conversion.files.devices import find_device
 from conversion.files.errors import ConversionError
 from conversion.files.tokenizer import load_tokenizer
 from conversion.smaller import text as texts
+from conversion.smaller.languages import find_language
 from modeling_t6 import T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
 

@@ -9,8 +9,8 @@ from modeling_t6 import T6Config
 
 from ..files.tokenizer import load_tokenizer
 from ..smaller import text as texts
+from ..smaller.languages import Language, find_language
 from ..smaller.stages import stage
-from .languages import Language, find_language
 from .order import load_model, score_all
 from .report import warning
 from .tasks import TASKS, Sample, TooShort, make_samples

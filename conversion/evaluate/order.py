@@ -16,11 +16,11 @@ from ..files.errors import ConversionError, reason
 from ..files.folders import read_json
 from ..files.tokenizer import TOKENIZER_FILES, files_like, load_tokenizer
 from ..smaller import text as texts
+from ..smaller.languages import Language, Sentences, find_language
 from ..smaller.measure import cache_bytes_per_token, logits_in_pieces
 from . import report
 from .agreement import Agreement
 from .caches import RoundedCache, can_be_rounded, make_cache
-from .languages import Language, Sentences, find_language
 from .options import SHORTEST
 from .positions import LossByPosition
 from .score import score_samples

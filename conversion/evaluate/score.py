@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 from modeling_t6.cache_t6 import CACHE_NAME
 
-from .languages import Language
+from ..smaller.languages import Language
 from .tasks import Sample
 
 

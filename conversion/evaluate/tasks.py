@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..files.errors import ConversionError
-from .languages import Language, Value
+from ..smaller.languages import Language, Value
 
 
 FACTS = 4  # of tasks with several

@@ -83,8 +83,8 @@ def compress(
                 found |= {(layer, side): fit for layer, fit in zip(some, fits(side, rank, iterations, some))}
         result = compressed_model(model, [(found[layer, "k"], found[layer, "v"]) for layer in range(len(attentions))])
         if method == "fit":
-            for layer in result.model.layers:
-                balance(layer.self_attn)
+            for index, layer in enumerate(result.model.layers):
+                balance(layer.self_attn, values=found[index, "v"] is not None)
         result.config.cache_dtype = cache_dtype
         return result
 
@@ -123,6 +123,8 @@ def compress(
                 progress.update()
     costs = [{rank: float(cost) for rank, cost in part.items()} for part in costs]
 
+    whole = build(full, None)  # balanced, as rounding will meet it
+
     def choose(cache_dtype: str | None) -> tuple[float, list[int], str | None]:
         """What the best ranks of rows of a dtype cost, if costs add up, and these."""
         size = functools.partial(
@@ -132,7 +134,7 @@ def compress(
         if budget < sum(size(min(cost)) for cost in costs):
             return math.inf, [], cache_dtype
         ranks = choose_ranks(costs, budget, size)
-        rounding = 0.0 if cache_dtype is None else probe.divergence(model, cache_dtype).item()
+        rounding = 0.0 if cache_dtype is None else probe.divergence(whole, cache_dtype).item()
         return rounding + sum(cost[rank] for cost, rank in zip(costs, ranks)), ranks, cache_dtype
 
     cost, ranks, cache_dtype = min((choose(name) for name in cache_dtypes), key=lambda found: found[0])

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 
-from ..evaluate.languages import find_language
 from ..files.devices import find_device
 from ..files.errors import ConversionError
 from ..files.folders import new_folder
@@ -16,6 +15,7 @@ from ..files.tokenizer import load_tokenizer
 from . import text
 from .compress import compress
 from .heal import heal
+from .languages import find_language
 from .measure import cache_bytes_per_token, perplexity
 from .questions import make_questions
 from .reconstruct import reconstruct

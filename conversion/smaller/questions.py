@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..evaluate.languages import Language, Sentences, Value
+from .languages import Language, Sentences, Value
 
 
 INTRODUCTION = " Read the notes, then answer the questions.\n\n"

@@ -75,7 +75,7 @@ def even_rows(a: torch.Tensor, projection: torch.nn.Linear) -> None:
 
 
 @torch.no_grad()
-def balance(attention: T6Attention) -> None:
+def balance(attention: T6Attention, values: bool = True) -> None:
     """
     Gives the two sides of each product weights of one size, in place, without a change of what the layer computes.
 
@@ -84,8 +84,10 @@ def balance(attention: T6Attention) -> None:
     differences of large B: rounding to half precision, and every step of an optimizer, are then as large as the heads.
     With orthogonal rows, A_V passes neither on enlarged. Those of A_K keep their directions: some B_K are a hundred times as
     large as others in a feature pair, of which a fit gives none to heads that read it small, and a mixture some to all.
+
+    Args:
+        values: whether those are balanced, too. A source's own lose less in 8 and 4 bits as they are.
     """
-    orthogonalize(attention.v_a, attention.v_b_proj)
     if not attention.config.qk_norm:
         even_rows(attention.k_a, attention.k_b_proj)
         query, key = (key_space(proj.weight, attention) for proj in (attention.q_proj, attention.k_b_proj))
@@ -94,6 +96,9 @@ def balance(attention: T6Attention) -> None:
             for tensor in projection.parameters():
                 tensor.copy_(from_key_space(key_space(tensor, attention) * scale, attention, tensor.shape))
 
+    if not values:
+        return
+    orthogonalize(attention.v_a, attention.v_b_proj)
     d = attention.head_dim
     value = attention.v_b_proj.weight.double().unflatten(0, (-1, d))  # [R, d, hidden]
     output = attention.o_proj.weight.double().unflatten(1, (-1, d))  # [hidden, h, d]

@@ -9,12 +9,12 @@ from transformers import DynamicCache, LlamaConfig
 
 from conversion.evaluate.agreement import Agreement
 from conversion.evaluate.caches import RoundedCache, make_cache, rounded
-from conversion.evaluate.languages import Sentences, Tokens
 from conversion.evaluate.order import bytes_per_token, measure_windows, refuse_caches
 from conversion.evaluate.positions import LossByPosition
 from conversion.evaluate.score import score_samples
 from conversion.evaluate.tasks import Sample, make_samples
 from conversion.files.errors import ConversionError
+from conversion.smaller.languages import Sentences, Tokens
 from modeling_t6 import T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
 

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import Fuse
 from transformers import PreTrainedTokenizerFast
 
-from conversion.evaluate.languages import Sentences, Tokens, find_language
 from conversion.evaluate.tasks import TASKS, TooShort, make_samples
+from conversion.smaller.languages import Sentences, Tokens, find_language
 
 
 pytestmark = pytest.mark.once

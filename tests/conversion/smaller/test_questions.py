@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conversion.evaluate.languages import Sentences, Tokens
+from conversion.smaller.languages import Sentences, Tokens
 from conversion.smaller.questions import make_questions
 
 from ..evaluate.test_tasks import characters

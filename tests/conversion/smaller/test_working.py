@@ -217,7 +217,7 @@ def test_tokens_that_the_model_does_not_know(tmp_path, capsys):
 
 
 def test_too_little_memory_of_a_device(source, tmp_path, capsys, monkeypatch):
-    def full(*arguments) -> None:
+    def full(*arguments, **options) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     text = write_text(tmp_path / "text.txt", 0)

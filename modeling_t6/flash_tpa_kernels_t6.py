@@ -210,7 +210,7 @@ def _weigh(columns, a, BLOCK_T: tl.constexpr):
     elif A * BLOCK_T == C:
         columns = tl.reshape(tl.reshape(columns, [N, BLOCK_T, A]) * a[:, None, :], [N, C])
     else:
-        columns = tl.reshape(tl.reshape(columns, [N, A, C // A]) * a[:, :, None], [N, C])
+        columns = columns * tl.reshape(tl.broadcast_to(a[:, :, None], [N, A, C // A]), [N, C])
     return columns
 
 

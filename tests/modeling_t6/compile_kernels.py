@@ -43,6 +43,7 @@ SHAPES = [  # heads (and groups), head_dim, k_rank, v_rank, queries, constant A,
     ((34, 2), 64, 2, 2, 1, False, "bf16", "bf16", "none", True),
     ((32, 4), 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
     ((12, 3), 64, 2, 1, 3, False, "bf16", "bf16", "boolean", True),
+    ((9, 3), 64, 1, 4, 1, False, "bf16", "bf16", "additive", True),
 ]
 PAGED_SHAPES = {  # by tokens of a page: whole tiles, parts of one
     128: (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),

@@ -32,14 +32,16 @@ class KeysAndValues:
         key, value = (x.view(-1, self.num_kv_heads, self.head_dim) for x in (key, value))
         self.keys = key if self.keys is None else torch.cat([self.keys, key])
         self.values = value if self.values is None else torch.cat([self.values, value])
+        groups = self.num_heads // self.num_kv_heads
+        keys, values = (x.repeat_interleave(groups, dim=1) for x in (self.keys, self.values))
         rows = torch.arange(len(self.keys))
         own_rows = rows[len(self.keys) - len(query) :, None]
         visible = rows <= own_rows
         if self.window is not None:
             visible &= rows > own_rows - self.window
-        scores = torch.einsum("qhd,khd->hqk", query, self.keys) * scaling
+        scores = torch.einsum("qhd,khd->hqk", query, keys) * scaling
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        return torch.einsum("hqk,khd->qhd", weights, self.values).flatten(1)
+        return torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
 
 
 def vllm_attention(module, query, key, value, attention_mask, scaling=None, attention_instances=None, **kwargs):

@@ -127,7 +127,8 @@ def factor_space_attention(
     while start < key_length:  # `range` would have torch.compile make a graph for each length
         chunk = slice(start, start + chunk_length)
         b_k = key_features(all_b_k if constant_b else all_b_k[:, chunk], chunk).to(dtype)
-        b_k = b_k.expand(batch_size, -1, -1, -1)
+        if constant_b:
+            b_k = b_k.expand(batch_size, -1, -1, -1)
         if not constant_b:
             b_v = value_features(all_b_v[:, chunk], chunk).to(dtype)
         shape = (batch_size, b_k.shape[1], query_length, num_heads)

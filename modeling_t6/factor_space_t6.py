@@ -145,7 +145,7 @@ def factor_space_attention(
             if mask.dtype == torch.bool:
                 scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
             else:
-                scores.add_((mask * LOG2_E).clamp(min=torch.finfo(scores.dtype).min))
+                scores.add_((mask.to(dtype) * LOG2_E).clamp(min=torch.finfo(dtype).min))
 
         weights = scores.to(softmax_dtype)
         previous, maximum = maximum, weights.amax(dim=1, keepdim=True)

@@ -135,11 +135,11 @@ def factor_space_attention(
         if constant_a:
             scores = torch.bmm(b_k.flatten(2), flat_query).view(shape)
         else:
-            a_k, a_v = all_a_k[:, chunk].to(dtype), all_a_v[:, chunk].to(dtype)
-            scores = torch.bmm(b_k[:, :, 0], flat_query).view(shape).mul_(a_k[:, :, 0, None])
+            a_k, a_v = (a[:, chunk].to(dtype).unsqueeze(3) for a in (all_a_k, all_a_v))
+            scores = torch.bmm(b_k.select(2, 0), flat_query).view(shape).mul_(a_k.select(2, 0))
             for rank in range(1, k_rank):  # `addcmul_` takes twice as long over strides
-                products = torch.bmm(b_k[:, :, rank], flat_query).view(shape)
-                scores.add_(products.mul_(a_k[:, :, rank, None]))
+                products = torch.bmm(b_k.select(2, rank), flat_query).view(shape)
+                scores.add_(products.mul_(a_k.select(2, rank)))
         if attention_mask is not None:
             mask = attention_mask[..., start : start + chunk_length].permute(0, 3, 2, 1)
             if mask.dtype == torch.bool:
@@ -156,13 +156,13 @@ def factor_space_attention(
         if constant_a:
             chunk_output = _sum_over_tokens(weights.flatten(2).to(dtype), b_v.flatten(2))
         elif constant_b:
-            sums = [weights.mul(a_v[:, :, rank, None]).sum(dim=1).flatten(1) for rank in range(v_rank)]
+            sums = [weights.mul(a_v.select(2, rank)).sum(dim=1).flatten(1) for rank in range(v_rank)]
             chunk_output = torch.stack(sums, dim=-1)  # [batch, query_length * h, R_V]
         else:
-            chunk_output = _sum_over_tokens((weights * a_v[:, :, 0, None]).flatten(2).to(dtype), b_v[:, :, 0])
+            chunk_output = _sum_over_tokens((weights * a_v.select(2, 0)).flatten(2).to(dtype), b_v.select(2, 0))
             for rank in range(1, v_rank):
-                weighted = (weights * a_v[:, :, rank, None]).flatten(2).to(dtype)
-                chunk_output = chunk_output.add_(_sum_over_tokens(weighted, b_v[:, :, rank]))
+                weighted = (weights * a_v.select(2, rank)).flatten(2).to(dtype)
+                chunk_output = chunk_output.add_(_sum_over_tokens(weighted, b_v.select(2, rank)))
         if previous is None:
             normalizer, output = chunk_normalizer, chunk_output.to(softmax_dtype)
         else:

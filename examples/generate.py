@@ -106,6 +106,7 @@ def compare_with_mha(args: argparse.Namespace) -> None:
         return
 
     mha = MistralForCausalLM(mha_twin(model.config)).to(device, model.dtype)
+    mha.generation_config = model.generation_config  # what `generate()` does beside the model takes as long
     _, mha_speed, mha_cache_bytes = generate(mha, input_ids, args.max_new_tokens, **sampling)
     config = model.config
     print(

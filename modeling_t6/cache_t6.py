@@ -140,11 +140,14 @@ class FactorLayout:
         A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim] of rows [batch, 1, seq, width]: views, but for
         an A of rotated rows.
         """
-        b, a = rows.squeeze(1).split([self.rank * self.head_dim, self.rank * self.padded_heads], dim=-1)
+        sizes = [self.rank * self.head_dim, self.rank * self.padded_heads]
+        b, a = rows.squeeze(1).split_with_sizes(sizes, dim=-1)
         a = a.unflatten(-1, (self.rank, self.padded_heads))
         if self.rotates:
             a = torch.stack([row.roll(-8, -1) if r % 2 else row for r, row in enumerate(a.unbind(-2))], dim=-2)
-        return a[..., : self.num_heads], b.unflatten(-1, (self.rank, self.head_dim))
+        if self.padded_heads > self.num_heads:
+            a = a[..., : self.num_heads]
+        return a, b.unflatten(-1, (self.rank, self.head_dim))
 
     def read(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B in `dtype` of rows as a cache stores them, in any dtype or 4 bits."""
@@ -387,10 +390,9 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
             self._storage = self._views = None
             return self.keys, self.values
 
-        starts = self.keys.shape[-2], self.values.shape[-2]
+        key_start, value_start = self.keys.shape[-2], self.values.shape[-2]
         self._make_room([(rows.shape[0], rows.shape[-2], rows.dtype, rows.device) for rows in new])
-        for storage, start, rows in zip(self._storage, starts, new):
-            storage[:, :, start : start + rows.shape[-2]] = rows
+        self.keys[:, :, key_start:], self.values[:, :, value_start:] = new
         return self.keys, self.values
 
     def reserve(self, batch_size: int, count: int, dtype: torch.dtype) -> NewRoom | None:

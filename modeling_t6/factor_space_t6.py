@@ -166,7 +166,8 @@ def factor_space_attention(
     while start < key_length:  # `range` would have torch.compile make a graph for each length
         chunk = slice(start, start + chunk_length)
         b_k = key_features(all_b_k if constant_b else all_b_k[:, chunk], chunk).to(dtype)
-        b_k = b_k.expand(batch_size, -1, -1, -1)
+        if constant_b:
+            b_k = b_k.expand(batch_size, -1, -1, -1)
         if not constant_b:
             b_v = value_features(all_b_v[:, chunk], chunk).to(dtype)
         shape = (batch_size, b_k.shape[1], query_length, num_heads)
@@ -176,16 +177,17 @@ def factor_space_attention(
             a_k, a_v = key_heads(all_a_k[:, chunk], chunk).to(dtype), value_heads(all_a_v[:, chunk], chunk).to(dtype)
             if groups > 1:
                 a_k, a_v = a_k.repeat_interleave(groups, dim=-1), a_v.repeat_interleave(groups, dim=-1)
-            scores = torch.bmm(b_k[:, :, 0], flat_query).view(shape).mul_(a_k[:, :, 0, None])
+            a_k, a_v = a_k.unsqueeze(3), a_v.unsqueeze(3)
+            scores = torch.bmm(b_k.select(2, 0), flat_query).view(shape).mul_(a_k.select(2, 0))
             for rank in range(1, k_rank):  # `addcmul_` takes twice as long over strides
-                products = torch.bmm(b_k[:, :, rank], flat_query).view(shape)
-                scores.add_(products.mul_(a_k[:, :, rank, None]))
+                products = torch.bmm(b_k.select(2, rank), flat_query).view(shape)
+                scores.add_(products.mul_(a_k.select(2, rank)))
         if attention_mask is not None:
             mask = attention_mask[..., start : start + chunk_length].permute(0, 3, 2, 1)
             if mask.dtype == torch.bool:
                 scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
             else:
-                scores.add_((mask.to(scores.dtype) * LOG2_E).clamp(min=torch.finfo(scores.dtype).min))
+                scores.add_((mask.to(dtype) * LOG2_E).clamp(min=torch.finfo(dtype).min))
 
         weights = scores.to(softmax_dtype)
         previous, maximum = maximum, weights.amax(dim=1, keepdim=True)
@@ -196,13 +198,13 @@ def factor_space_attention(
         if constant_a:
             chunk_output = _sum_over_tokens(weights.flatten(2).to(dtype), b_v.flatten(2))
         elif constant_b:
-            sums = [weights.mul(a_v[:, :, rank, None]).sum(dim=1).flatten(1) for rank in range(v_rank)]
+            sums = [weights.mul(a_v.select(2, rank)).sum(dim=1).flatten(1) for rank in range(v_rank)]
             chunk_output = torch.stack(sums, dim=-1)  # [batch, query_length * h, R_V]
         else:
-            chunk_output = _sum_over_tokens((weights * a_v[:, :, 0, None]).flatten(2).to(dtype), b_v[:, :, 0])
+            chunk_output = _sum_over_tokens((weights * a_v.select(2, 0)).flatten(2).to(dtype), b_v.select(2, 0))
             for rank in range(1, v_rank):
-                weighted = (weights * a_v[:, :, rank, None]).flatten(2).to(dtype)
-                chunk_output = chunk_output.add_(_sum_over_tokens(weighted, b_v[:, :, rank]))
+                weighted = (weights * a_v.select(2, rank)).flatten(2).to(dtype)
+                chunk_output = chunk_output.add_(_sum_over_tokens(weighted, b_v.select(2, rank)))
         if previous is None:
             normalizer, output = chunk_normalizer, chunk_output.to(softmax_dtype)
         else:

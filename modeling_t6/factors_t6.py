@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from .cache_t6 import cached_lengths, factor_layouts
 from .configuration_t6 import T6Config
-from .factor_product_t6 import FactorProjections, without_autocast
+from .factor_product_t6 import MAX_TOKENS_ONE_BY_ONE, FactorProjections, without_autocast
 from .tensor_parallel_t6 import softmax_over_heads
 
 
@@ -146,7 +146,7 @@ class Factors:
             have b and c side by side [..., d_b + d_c]. `TensorProductFactors.features` makes them what heads are made of.
         dtype: of the embeddings, as `query_rotation` has it. Under autocast factors, and the hidden states of later layers,
             come in other dtypes; a cache holds rows of this one, as without, and what reads them takes queries of the same.
-        query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens.
+        query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens; `None` if `b_q` is rotated.
         key_rotation: cos and sin [batch or 1, key_length, rotary_dim] for a `b_k` that is not yet rotated, else `None`.
         key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them, if there is a cache. The keys'
             and values' factors above are then still those of the new tokens: `TensorProductFactors.unpack` reads rows.
@@ -161,7 +161,7 @@ class Factors:
     a_v: torch.Tensor
     b_v: torch.Tensor
     dtype: torch.dtype
-    query_rotation: tuple[torch.Tensor, torch.Tensor]
+    query_rotation: tuple[torch.Tensor, torch.Tensor] | None
     key_rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     key_rows: torch.Tensor | None = None
     value_rows: torch.Tensor | None = None
@@ -260,13 +260,17 @@ class TensorProductFactors(FactorProjections):
         elif self.qk_norm:
             b_k = self.k_norm(b_k)
         b_v = b_k if self.shared_b else self._feature_factors("v", projected)
-        key_rotation = None
+        query_rotation, key_rotation = position_embeddings, None
         if self.rotates_on_read:
             key_rotation = position_embeddings if key_position_embeddings is None else key_position_embeddings
-        else:
+        elif a_q is None or self.qk_norm or torch.is_grad_enabled() or hidden_states.shape[1] > MAX_TOKENS_ONE_BY_ONE:
             b_k = apply_rotary_pos_emb(b_k, *position_embeddings)
+        else:  # of few tokens, operators take as long as they are many: one RoPE for both
+            both = apply_rotary_pos_emb(torch.cat([b_q, b_k], dim=2), *position_embeddings)
+            b_q, b_k = both.split_with_sizes([self.q_rank, self.k_rank], dim=2)
+            query_rotation = None
         dtype = position_embeddings[0].dtype
-        return Factors(a_q, b_q, a_k, b_k, a_v, b_v, dtype, position_embeddings, key_rotation)
+        return Factors(a_q, b_q, a_k, b_k, a_v, b_v, dtype, query_rotation, key_rotation)
 
     def project_tokens(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """
@@ -334,7 +338,7 @@ class TensorProductFactors(FactorProjections):
         a_q, b_q = factors.a_q, factors.b_q
         query_states = b_q
         if a_q is not None:
-            if not self.qk_norm:
+            if not self.qk_norm and factors.query_rotation is not None:
                 b_q = apply_rotary_pos_emb(b_q, *factors.query_rotation)
             query_states = form(a_q, self.features(b_q))
         if self.qk_norm:

@@ -62,6 +62,18 @@ def test_masks(monkeypatch, kind, chunk):
     torch.testing.assert_close(output, naive(*inputs, visible, bias)[0], atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_additive_mask_in_half_precision(dtype):
+    """Its lowest number, or infinity, hides as a boolean does."""
+    query, keys, values = random_inputs(2, 1, 50)
+    inputs = query.to(dtype), *(tuple(factor.to(dtype) for factor in factors) for factors in (keys, values))
+    visible = (torch.arange(50) >= torch.tensor([0, 40])[:, None, None, None]).expand(2, 1, 1, 50)
+    expected = factor_space_attention(*inputs, visible, 0.3)[0]
+    for low in (torch.finfo(dtype).min, -torch.inf):
+        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, low)
+        assert torch.equal(factor_space_attention(*inputs, mask, 0.3)[0], expected)
+
+
 def test_a_query_that_sees_nothing_is_finite():
     """The row of a padding token: its output is not used, but a NaN would spread to tokens that are."""
     inputs = random_inputs(1, 1, 20)

@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
         choices=SHAPES,
         default=[],
         metavar="SHAPE",
-        help="of these: tokens of a program, heads of a tile, warps",
+        help="of these: numbers of a tile, warps",
     )
     add_output(parser, plots=False)
     return parser.parse_args()
@@ -94,20 +94,13 @@ def measure(sweep: list[str]) -> dict:
         cells = (f"{way} {row['seconds'] * 1e6:8.1f} us ({row['share']:4.0%})" for way, row in results[name].items())
         print(f"{name:18}", "; ".join(cells), flush=True)
         if name in sweep:
-            plain = heads_t6.TOKENS, heads_t6.HEADS, heads_t6.WARPS
-            for sizes in itertools.product((1, 4, 16), (32, 64, 128), (2, 4, 8)):
-                heads_t6.TOKENS, heads_t6.HEADS, heads_t6.WARPS = sizes
-                try:
-                    row = measure_shape(shape, bandwidth, False)
-                except Exception as error:
-                    print(f"    {sizes}: {type(error).__name__}")
-                    continue
-                results[f"{name} {sizes}"] = row
-                print(
-                    f"    tokens, heads, warps {sizes}: "
-                    + ", ".join(f"{x['seconds'] * 1e6:.1f}" for x in row.values())
-                )
-            heads_t6.TOKENS, heads_t6.HEADS, heads_t6.WARPS = plain
+            plain = heads_t6.FORM_TILE, heads_t6.GRADIENT_TILE, heads_t6.WARPS
+            for sizes in itertools.product((1024, 2048, 4096, 8192), (1, 2, 4, 8)):
+                heads_t6.FORM_TILE = heads_t6.GRADIENT_TILE = sizes[0]
+                heads_t6.WARPS = sizes[1]
+                row = results[f"{name} {sizes}"] = measure_shape(shape, bandwidth, False)
+                print(f"    tile, warps {sizes}: " + ", ".join(f"{x['seconds'] * 1e6:.1f} us" for x in row.values()))
+            heads_t6.FORM_TILE, heads_t6.GRADIENT_TILE, heads_t6.WARPS = plain
     return {"machine": machine(), "copy_bandwidth": bandwidth, "results": results}
 
 

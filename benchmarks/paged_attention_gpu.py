@@ -160,7 +160,7 @@ def without_combining():
 
 
 def contiguous_calls(shape: CacheShape, copies: int, side_by_side: bool = False) -> list:
-    batch, tokens, heads, head_dim, rank, dtype = shape
+    batch, tokens, heads, head_dim, rank, dtype, _ = shape
     width = FactorLayout(rank, heads, head_dim).width
     query = torch.randn(batch, 1, heads, head_dim, device="cuda", dtype=torch.bfloat16)
     calls = []
@@ -195,7 +195,7 @@ def measure_shape(shape: CacheShape, page_sizes: list[int], details: bool) -> li
         contiguous["side by side"] = graph_seconds(contiguous_calls(shape, copies, side_by_side=True))
     calls, results = None, []
     for page_size in page_sizes:
-        requests = Requests([shape.tokens] * shape.batch, shape[2:], page_size, copies)
+        requests = Requests([shape.tokens] * shape.batch, shape[2:6], page_size, copies)
         row = {"shape": shape._asdict(), "page_size": page_size} | contiguous
         row |= {"seconds": graph_seconds(requests.calls()), "error": requests.error()}
         if details:
@@ -255,7 +255,7 @@ def print_shape(rows: list[dict]) -> None:
 
 def measure(page_sizes: list[int], processes: int, quick: bool) -> dict:
     shapes = QUICK if quick else SHAPES
-    models = sorted({shape[2:] for shape in shapes} | (set() if quick else set(MODELS.values())))
+    models = sorted({shape[2:6] for shape in shapes} | (set() if quick else set(MODELS.values())))
     plain = ({}, {})
     jobs = [(model, page_size, plain, False) for model in models for page_size in (0, *page_sizes)]
     if quick:

@@ -242,7 +242,8 @@ class T6Config(PreTrainedConfig):
     @property
     def num_local_key_value_heads(self) -> int:
         """Number of heads of keys and values in this process."""
-        return self._local_share("num_key_value_heads")
+        has_groups = self.num_key_value_heads != self.num_attention_heads
+        return self._local_share("num_key_value_heads" if has_groups else "num_attention_heads")
 
     def _local_share(self, field: str) -> int:
         number = getattr(self, field)

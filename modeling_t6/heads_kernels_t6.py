@@ -26,29 +26,28 @@ def form_kernel(
     a_stride_n, a_stride_t, a_stride_r, a_stride_h,
     b_stride_n, b_stride_t, b_stride_r,
     RANK: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(1 / R) A^T B of `TOKENS` tokens of a sequence and `BLOCK_H` heads, into [batch, tokens, h, d] without gaps."""
+    """(1 / R) A^T B of a token and `BLOCK_H` heads, into [batch, tokens, h, d] without gaps."""
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     features = tl.arange(0, BLOCK_D)[None, :]
     ranks_of_a, ranks_of_b = tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_R)[:, None]
-    sequence = tl.program_id(2).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * TOKENS
-    for token in tl.range(first, tl.minimum(first + TOKENS, num_tokens)):
-        a = tl.load(
-            a_ptr + (sequence * a_stride_n + token * a_stride_t) + heads * a_stride_h + ranks_of_a * a_stride_r,
-            mask=(heads < NUM_HEADS) & (ranks_of_a < RANK), other=0.0,
-        )  # fmt: skip
-        b = tl.load(
-            b_ptr + (sequence * b_stride_n + token * b_stride_t) + ranks_of_b * b_stride_r + features,
-            mask=(ranks_of_b < RANK) & (features < HEAD_DIM), other=0.0,
-        )  # fmt: skip
-        formed = tl.dot(a, b, input_precision="ieee") / RANK
-        tl.store(
-            out_ptr + (sequence * num_tokens + token) * (NUM_HEADS * HEAD_DIM) + heads * HEAD_DIM + features,
-            formed.to(out_ptr.dtype.element_ty),
-            mask=(heads < NUM_HEADS) & (features < HEAD_DIM),
-        )
+    place = tl.program_id(0).to(tl.int64)
+    sequence, token = place // num_tokens, place % num_tokens
+    a = tl.load(
+        a_ptr + (sequence * a_stride_n + token * a_stride_t) + heads * a_stride_h + ranks_of_a * a_stride_r,
+        mask=(heads < NUM_HEADS) & (ranks_of_a < RANK), other=0.0,
+    )  # fmt: skip
+    b = tl.load(
+        b_ptr + (sequence * b_stride_n + token * b_stride_t) + ranks_of_b * b_stride_r + features,
+        mask=(ranks_of_b < RANK) & (features < HEAD_DIM), other=0.0,
+    )  # fmt: skip
+    formed = tl.dot(a, b, input_precision="ieee") / RANK
+    tl.store(
+        out_ptr + place * (NUM_HEADS * HEAD_DIM) + heads * HEAD_DIM + features,
+        formed.to(out_ptr.dtype.element_ty),
+        mask=(heads < NUM_HEADS) & (features < HEAD_DIM),
+    )
 
 
 @triton.jit
@@ -58,44 +57,41 @@ def gradients_kernel(
     a_stride_n, a_stride_t, a_stride_r, a_stride_h,
     b_stride_n, b_stride_t, b_stride_r,
     RANK: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """
-    The gradients of A, into [batch, tokens, h, R], and of B, into [batch, tokens, R, d], without gaps, of `TOKENS` tokens of
-    a sequence: the gradient of their heads is read once.
+    The gradients of A, into [batch, tokens, h, R], and of B, into [batch, tokens, R, d], without gaps, of a token: the gradient
+    of its heads is read once.
     """
     features_of_b, features = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_D)[None, :]
     ranks, ranks_of_b = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_R)[None, :]
-    sequence = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * TOKENS
-    for token in tl.range(first, tl.minimum(first + TOKENS, num_tokens)):
-        b = tl.load(
-            b_ptr + (sequence * b_stride_n + token * b_stride_t) + ranks_of_b * b_stride_r + features_of_b,
-            mask=(ranks_of_b < RANK) & (features_of_b < HEAD_DIM), other=0.0,
+    place = tl.program_id(0).to(tl.int64)
+    sequence, token = place // num_tokens, place % num_tokens
+    b = tl.load(
+        b_ptr + (sequence * b_stride_n + token * b_stride_t) + ranks_of_b * b_stride_r + features_of_b,
+        mask=(ranks_of_b < RANK) & (features_of_b < HEAD_DIM), other=0.0,
+    )  # fmt: skip
+    b_gradient = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for first_head in tl.static_range(0, NUM_HEADS, BLOCK_H):
+        heads, heads_of_a = first_head + tl.arange(0, BLOCK_H)[:, None], first_head + tl.arange(0, BLOCK_H)[None, :]
+        gradient = tl.load(
+            gradient_ptr + (sequence * gradient_stride_n + token * gradient_stride_t)
+            + heads.to(tl.int64) * gradient_stride_h + features,
+            mask=(heads < NUM_HEADS) & (features < HEAD_DIM), other=0.0,
         )  # fmt: skip
-        b_gradient = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-        for first_head in tl.static_range(0, NUM_HEADS, BLOCK_H):
-            heads, heads_of_a = (
-                first_head + tl.arange(0, BLOCK_H)[:, None],
-                first_head + tl.arange(0, BLOCK_H)[None, :],
-            )
-            gradient = tl.load(
-                gradient_ptr + (sequence * gradient_stride_n + token * gradient_stride_t) + heads * gradient_stride_h + features,
-                mask=(heads < NUM_HEADS) & (features < HEAD_DIM), other=0.0,
-            )  # fmt: skip
-            a = tl.load(
-                a_ptr + (sequence * a_stride_n + token * a_stride_t) + heads_of_a * a_stride_h + ranks * a_stride_r,
-                mask=(heads_of_a < NUM_HEADS) & (ranks < RANK), other=0.0,
-            )  # fmt: skip
-            a_gradient = tl.dot(gradient, b, input_precision="ieee") / RANK
-            tl.store(
-                a_gradient_ptr + (sequence * num_tokens + token) * (NUM_HEADS * RANK) + heads * RANK + ranks_of_b,
-                a_gradient.to(a_gradient_ptr.dtype.element_ty),
-                mask=(heads < NUM_HEADS) & (ranks_of_b < RANK),
-            )
-            b_gradient = tl.dot(a, gradient, b_gradient, input_precision="ieee")
+        a = tl.load(
+            a_ptr + (sequence * a_stride_n + token * a_stride_t) + heads_of_a * a_stride_h + ranks * a_stride_r,
+            mask=(heads_of_a < NUM_HEADS) & (ranks < RANK), other=0.0,
+        )  # fmt: skip
+        a_gradient = tl.dot(gradient, b, input_precision="ieee") / RANK
         tl.store(
-            b_gradient_ptr + (sequence * num_tokens + token) * (RANK * HEAD_DIM) + ranks * HEAD_DIM + features,
-            (b_gradient / RANK).to(b_gradient_ptr.dtype.element_ty),
-            mask=(ranks < RANK) & (features < HEAD_DIM),
+            a_gradient_ptr + place * (NUM_HEADS * RANK) + heads * RANK + ranks_of_b,
+            a_gradient.to(a_gradient_ptr.dtype.element_ty),
+            mask=(heads < NUM_HEADS) & (ranks_of_b < RANK),
         )
+        b_gradient = tl.dot(a, gradient, b_gradient, input_precision="ieee")
+    tl.store(
+        b_gradient_ptr + place * (RANK * HEAD_DIM) + ranks * HEAD_DIM + features,
+        (b_gradient / RANK).to(b_gradient_ptr.dtype.element_ty),
+        mask=(ranks < RANK) & (features < HEAD_DIM),
+    )

@@ -33,10 +33,10 @@ KERNELS = True
 MAX_OUTER_PRODUCTS = 8
 MAX_RANK = 64
 MAX_HEAD_DIM = 256
-# Sizes with which the kernels are started.
-HEADS = 64  # in a tile
-TOKENS = 4  # of one program
-WARPS = 4
+# Sizes with which the kernels are started: numbers of a tile, of heads and of their gradients, and warps.
+FORM_TILE = 8192
+GRADIENT_TILE = 2048
+WARPS = 2
 
 
 def form_all_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -113,16 +113,15 @@ def _gradients(gradient: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tupl
     return a_gradient.sum_to_size(a.shape).to(a.dtype), b_gradient.sum_to_size(b.shape).to(b.dtype)
 
 
-def _sizes(a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
-    num_heads = a.shape[-1]
+def _sizes(a: torch.Tensor, b: torch.Tensor, tile: int) -> dict[str, int]:
+    num_heads, block_d = a.shape[-1], power_of_2(b.shape[-1], 16)
     return {
         "RANK": a.shape[-2],
         "NUM_HEADS": num_heads,
         "HEAD_DIM": b.shape[-1],
         "BLOCK_R": power_of_2(a.shape[-2], 16),
-        "BLOCK_H": min(HEADS, power_of_2(num_heads, 16)),
-        "BLOCK_D": power_of_2(b.shape[-1], 16),
-        "TOKENS": TOKENS,
+        "BLOCK_H": min(max(16, tile // block_d), power_of_2(num_heads, 16)),
+        "BLOCK_D": block_d,
         "num_warps": WARPS,
     }
 
@@ -130,9 +129,9 @@ def _sizes(a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
 def _form(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     (batch_size, num_tokens, _, num_heads), head_dim = a.shape, b.shape[-1]
     b = b if b.stride(-1) == 1 else b.contiguous()
-    formed, sizes = a.new_empty(batch_size, num_tokens, num_heads, head_dim), _sizes(a, b)
+    formed, sizes = a.new_empty(batch_size, num_tokens, num_heads, head_dim), _sizes(a, b, FORM_TILE)
     with torch.cuda.device_of(a):
-        form_kernel[(-(-num_tokens // TOKENS), -(-num_heads // sizes["BLOCK_H"]), batch_size)](
+        form_kernel[(batch_size * num_tokens, -(-num_heads // sizes["BLOCK_H"]))](
             a, b, formed, num_tokens, *a.stride(), *b.stride()[:3], **sizes
         )
     return formed
@@ -147,7 +146,7 @@ def _gradients_in_triton(
     a_gradient = a.new_empty(batch_size, num_tokens, num_heads, rank)
     b_gradient = b.new_empty(b.shape)
     with torch.cuda.device_of(a):
-        gradients_kernel[(-(-num_tokens // TOKENS), batch_size)](
+        gradients_kernel[(batch_size * num_tokens,)](
             gradient,
             a,
             b,
@@ -157,7 +156,7 @@ def _gradients_in_triton(
             *gradient.stride()[:3],
             *a.stride(),
             *b.stride()[:3],
-            **_sizes(a, b),
+            **_sizes(a, b, GRADIENT_TILE),
         )
     return a_gradient, b_gradient
 

@@ -84,7 +84,8 @@ class QuantizedLayout:
         is in B.
         """
         parts = QuantizedFactors(self, rows, dtype)
-        return parts.heads(parts.a), parts.features(parts.b)
+        every = slice(None)
+        return parts.heads(parts.a, every), parts.features(parts.b, every)
 
 
 class QuantizedFactors:
@@ -105,7 +106,7 @@ class QuantizedFactors:
         self.b = b.unflatten(-1, (layout.rank, layout.head_dim // 2))
         self.scale = scale.clone(memory_format=torch.contiguous_format).view(torch.float16).unsqueeze(-1)
 
-    def heads(self, a: torch.Tensor, tokens: slice = slice(None)) -> torch.Tensor:
+    def heads(self, a: torch.Tensor, tokens: slice) -> torch.Tensor:
         """A times the scale of those `tokens` whose `a` it is, [batch, tokens, rank, num_heads]."""
         # In float32, where no product of the two is too small.
         scale = self.scale[:, tokens].to(torch.float32)
@@ -115,7 +116,7 @@ class QuantizedFactors:
             a, scale = ((a.view(torch.int8).to(torch.int16) << 7) & ~0x4000).view(torch.float16), scale * 2**8
         return (a.to(torch.float32) * scale).to(self.dtype)
 
-    def features(self, b: torch.Tensor, tokens: slice = slice(None)) -> torch.Tensor:
+    def features(self, b: torch.Tensor, tokens: slice) -> torch.Tensor:
         """n - 7.5 of those `tokens` whose `b` it is, [batch, tokens, rank, head_dim]; times the scale if A is constant."""
         b = torch.cat([b & 15, b >> 4], dim=-1).to(self.dtype) - 7.5
         return (b * self.scale[:, tokens].to(torch.float32)).to(self.dtype) if self.layout.num_heads == 0 else b

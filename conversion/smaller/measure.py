@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel
 
+from modeling_t6 import T6Cache
 from modeling_t6.cache_t6 import CACHE_NAME, cache_nbytes
 
 
@@ -48,12 +49,17 @@ def logits_in_pieces(model: PreTrainedModel, ids: torch.Tensor, cache: Cache | N
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int, name: str, quiet: bool = False) -> float:
-    """exp of the mean loss of each token of the windows `ids` [n, length] after those before it in its window."""
+    """
+    exp of the mean loss of each token of the windows `ids` [n, length] after those before it in its window, which it reads as
+    the `cache_dtype` of the model's configuration, if there is one, leaves them.
+    """
+    is_rounded = getattr(model.config, "cache_dtype", None) is not None
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in tqdm(ids.split(batch_size), desc=f"perplexity, {name}", unit="batch", disable=quiet):
         batch = batch.to(model.device)
         targets = batch[:, 1:]
-        for logits in logits_in_pieces(model, batch[:, :-1]):
+        cache = T6Cache(config=model.config) if is_rounded else None
+        for logits in logits_in_pieces(model, batch[:, :-1], cache):
             piece, targets = targets[:, : logits.shape[1]], targets[:, logits.shape[1] :]
             total += F.cross_entropy(logits.float().flatten(0, 1), piece.flatten(), reduction="sum").double()
     return math.exp(total.item() / (ids.shape[0] * (ids.shape[1] - 1)))

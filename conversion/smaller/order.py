@@ -20,7 +20,7 @@ from .measure import cache_bytes_per_token, perplexity
 from .questions import make_questions
 from .reconstruct import reconstruct
 from .report import Row
-from .stages import stage
+from .stages import fast_products, stage
 
 
 QUESTIONS, QUESTIONS_LENGTH = 1 / 4, 2048  # beside the calibration's tokens, and in a window at most
@@ -97,6 +97,27 @@ def check_equal(rows: list[Row], rounded: bool) -> None:
         )
 
 
+def smaller_model(
+    args: argparse.Namespace, exact_model: T6ForCausalLM, texts: Texts, dtype: torch.dtype, device: str
+) -> T6ForCausalLM:
+    """The exact model with a smaller cache: fitted, and reconstructed."""
+    calibration = texts.calibration.to(device)
+    questions = None if texts.questions is None else texts.questions.to(device)
+    cache_dtypes = [args.cache_dtype]
+    if args.cache_dtype is None:
+        cache_dtypes = ["model", "float8_e4m3fn"] + ["int4"] * (exact_model.config.head_dim % 2 == 0)
+    model = compress(
+        exact_model, calibration, args.k_rank, args.v_rank, args.cache_ratio, args.method, args.batch_size,
+        questions=questions, dtype=dtype, cache_dtypes=[None if name == "model" else name for name in cache_dtypes],
+    )  # fmt: skip
+    old, new = exact_model.config, model.config
+    if args.reconstruct_steps > 0 and (new.k_rank, new.v_rank) != (old.k_rank, old.v_rank):
+        errors = reconstruct(model, exact_model, calibration, args.reconstruct_steps, args.seed, questions=questions)
+        text = ", ".join(f"{before:.2%} to {after:.2%}" for before, after in errors)
+        print(f"error of each attention's output, of its power: {text}")
+    return model
+
+
 def make_smaller(
     args: argparse.Namespace,
     source: Path,
@@ -145,26 +166,8 @@ def make_smaller(
     exact_model = measure("exact", load(T6ForCausalLM, exact_folder))
     check_equal(rows, rounded or compute_dtype != torch.float32)
     if not compressed_folder.exists():
-        calibration = texts.calibration.to(device)
-        ranks = args.k_rank, args.v_rank, args.cache_ratio
-        cache_dtypes = [args.cache_dtype]
-        if args.cache_dtype is None:
-            cache_dtypes = ["model", "float8_e4m3fn"] + ["int4"] * (exact_model.config.head_dim % 2 == 0)
-        cache_dtypes = [None if name == "model" else name for name in cache_dtypes]
-        questions = None if texts.questions is None else texts.questions.to(device)
-        model = compress(
-            exact_model, calibration, *ranks, args.method, args.batch_size, questions=questions, dtype=dtype,
-            cache_dtypes=cache_dtypes,
-        )  # fmt: skip
-        config = exact_model.config
-        if args.reconstruct_steps > 0 and (model.config.k_rank, model.config.v_rank) != (config.k_rank, config.v_rank):
-            found = reconstruct(
-                model, exact_model, calibration, args.reconstruct_steps, args.seed, questions=questions
-            )
-            print(
-                "error of each attention's output, of its power: "
-                + ", ".join(f"{old:.2%} to {new:.2%}" for old, new in found)
-            )
+        with fast_products():
+            model = smaller_model(args, exact_model, texts, dtype, device)
         with new_folder(compressed_folder) as new:
             save(model, new)
     del exact_model

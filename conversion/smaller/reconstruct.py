@@ -28,6 +28,7 @@ STEP = 0.02  # the longest, as a part of the root mean square of the weights tha
 MOMENTUM = 0.95
 ORTHOGONAL = (3.4445, -4.7750, 2.0315), 5  # coefficients and iterations of Muon's polynomial
 WINDOWS = 2  # of text in a step: many small steps are worth more than few large ones
+LEAST = 1e-4  # error below which there is nothing to learn: bfloat16 leaves a tenth of it
 CHECKED = 10  # every tenth window is not learnt from, and says whether a layer is better than before
 TOGETHER = 2**29  # numbers in the states of the layers that learn side by side
 
@@ -210,14 +211,15 @@ def reconstruct(
     Args:
         source: the model that was compressed, with as many layers.
         ids: token ids [n, seq].
-        steps: of two windows each, and as many tokens of `questions`.
+        steps: of two windows each or, in turn with them, of as many tokens of `questions`.
         questions: windows in which the tokens that are answered with weigh as much as all others.
 
     Returns:
         Of each layer, the mean squared error of its output as a part of the output's power, before and after.
     """
     attentions = [layer.self_attn for layer in model.model.layers]
-    half = source.dtype.itemsize == 2
+    half, on_gpu = source.dtype.itemsize == 2, source.device.type == "cuda"
+    low = source.dtype if half else torch.bfloat16
     dtype = torch.float32 if half else source.dtype
     texts = [(ids, torch.ones_like(ids, dtype=dtype))]
     if questions is not None:
@@ -239,13 +241,13 @@ def reconstruct(
             masks.append(kwargs["attention_mask"])
             rotations.append(kwargs["position_embeddings"])
 
-        with torch.no_grad(), attention_hooks(source, hook):
+        with torch.no_grad(), attention_hooks(source, hook), torch.autocast("cuda", low, enabled=on_gpu):
             source.model(batch, use_cache=False)
         found = []
         for group, student in zip(groups, students):
             part = slice(group.start, group.stop)
             mask = one_mask(masks[part])
-            with torch.set_grad_enabled(learn), torch.autocast(source.device.type, source.dtype, enabled=half):
+            with torch.set_grad_enabled(learn), torch.autocast(source.device.type, low, enabled=half or on_gpu):
                 new = student(torch.stack(states[part]), rotations[group.start], mask)
             with torch.set_grad_enabled(learn):
                 expected = torch.stack(outputs[part]).to(dtype)
@@ -272,15 +274,15 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     orders = [Shuffled(len(text), max(1, tokens // text.shape[1]), generator) for text, _ in learnt]
     with stage("reconstructing", quiet):
-        for _ in tqdm(range(steps), desc="reconstructing", unit="step", disable=quiet):
-            for (text, weights), order in zip(learnt, orders):
-                some = order.next()
-                visit(text[some], weights[some], learn=True)
+        for index in tqdm(range(steps), desc="reconstructing", unit="step", disable=quiet):
+            (text, weights), order = learnt[index % len(learnt)], orders[index % len(learnt)]
+            some = order.next()
+            visit(text[some], weights[some], learn=True)
             optimizer.step()
     after = errors()
     with torch.no_grad():
         for group, student in zip(groups, students):
             for layer in group:
-                if after[layer] < before[layer]:
+                if before[layer] > LEAST and after[layer] < before[layer]:
                     student.copy_to(attentions[layer], layer - group.start)
-    return [(old, min(old, new)) for old, new in zip(before, after)]
+    return [(old, min(old, new) if old > LEAST else old) for old, new in zip(before, after)]

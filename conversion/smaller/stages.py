@@ -1,8 +1,10 @@
-"""How long the stages of a run take."""
+"""How long the stages of a run take, and how a GPU computes in them."""
 
 import contextlib
 import time
 from collections.abc import Iterator
+
+import torch
 
 
 @contextlib.contextmanager
@@ -12,3 +14,14 @@ def stage(name: str, quiet: bool = False) -> Iterator[None]:
     yield
     if not quiet:
         print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+@contextlib.contextmanager
+def fast_products() -> Iterator[None]:
+    """In the block, a GPU multiplies float32 matrices in TF32: enough for what is fitted and compared, not for what is reported."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -246,14 +246,14 @@ class T6Config(PreTrainedConfig):
         return self._local_share("num_key_value_heads" if has_groups else "num_attention_heads")
 
     def _local_share(self, field: str) -> int:
-        number = getattr(self, field)
         num_processes = getattr(getattr(self, "distributed_config", None), "tp_size", None) or 1
-        if number % num_processes:
-            raise ValueError(
-                f"Tensor parallelism shares out whole heads: `{field}`={number} must be a multiple of the number of "
-                f"processes, got {num_processes}."
-            )
-        return number // num_processes
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) % num_processes:
+                raise ValueError(
+                    f"Tensor parallelism shares out whole heads: `{name}`={getattr(self, name)} must be a multiple of the "
+                    f"number of processes, got {num_processes}."
+                )
+        return getattr(self, field) // num_processes
 
     def ranks(self, layer_idx: int) -> tuple[int, int]:
         """R_K and R_V of a layer."""

@@ -45,13 +45,14 @@ class LocalConfig(ConfigView):
         return self._local_share("num_key_value_heads")
 
     def _local_share(self, field: str) -> int:
-        number, num_processes = getattr(self, field), get_tensor_model_parallel_world_size()
-        if number % num_processes:
-            raise ValueError(
-                f"Tensor parallelism shares out whole heads: `{field}`={number} must be a multiple of "
-                f"`tensor_parallel_size`, got {num_processes}."
-            )
-        return number // num_processes
+        num_processes = get_tensor_model_parallel_world_size()
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) % num_processes:
+                raise ValueError(
+                    f"Tensor parallelism shares out whole heads: `{name}`={getattr(self, name)} must be a multiple of "
+                    f"`tensor_parallel_size`, got {num_processes}."
+                )
+        return getattr(self, field) // num_processes
 
 
 class FactorAttention(nn.Module, AttentionLayerBase):

@@ -188,9 +188,9 @@ def tensor_parallel_of_a_llama(folder: Path) -> None:
     assert generate(many, ids).sequences.equal(generate(one, ids).sequences)
 
 
-def tensor_parallel_with_flash_tpa(folder: Path) -> None:
+def tensor_parallel_with_flash_tpa(folder: Path, **fields) -> None:
     """The Triton kernels, interpreted, over the heads of a process."""
-    one = random_model(config_of(head_factor_act="softmax", num_hidden_layers=1))
+    one = random_model(config_of(num_hidden_layers=1, **fields))
     many = distributed(one, folder / "one", tp_size=dist.get_world_size())
     many.set_attn_implementation("flash_tpa")
     with torch.no_grad():
@@ -201,17 +201,20 @@ def tensor_parallel_with_flash_tpa(folder: Path) -> None:
 
 def tensor_parallel_refusal(folder: Path) -> None:
     """Of heads that the processes cannot share out evenly."""
-    for name, options in {"contextual": {}, "constant": {"noncontextual_a": True}}.items():
-        one = random_model(config_of(num_attention_heads=47, **options))
+    kinds = {
+        "contextual": ("num_attention_heads", 47, {}),
+        "constant": ("num_attention_heads", 47, {"noncontextual_a": True}),
+        "grouped": ("num_key_value_heads", 3, {}),
+    }
+    for name, (field, heads, options) in kinds.items():
+        one = random_model(config_of(**{field: heads}, **options))
         try:
             distributed(one, folder / name, tp_size=dist.get_world_size())
         except ValueError as error:
-            message = (
-                f"`num_attention_heads`=47 must be a multiple of the number of processes, got {dist.get_world_size()}."
-            )
+            message = f"`{field}`={heads} must be a multiple of the number of processes, got {dist.get_world_size()}."
             assert str(error).endswith(message), error
         else:
-            raise AssertionError("47 heads were taken")
+            raise AssertionError(f"{heads} heads were taken")
 
 
 def pipeline(folder: Path, variant: str) -> None:
@@ -310,7 +313,10 @@ CASES = {
     "tensor parallel: gradient checkpointing": tensor_parallel_with_checkpointing,
     "tensor parallel: classifier": tensor_parallel_classifier,
     "tensor parallel: converted Llama": tensor_parallel_of_a_llama,
-    "tensor parallel: FlashTPA": tensor_parallel_with_flash_tpa,
+    "tensor parallel: FlashTPA": partial(tensor_parallel_with_flash_tpa, head_factor_act="softmax"),
+    "tensor parallel: FlashTPA, grouped heads": partial(
+        tensor_parallel_with_flash_tpa, num_key_value_heads=4, qk_norm="heads", head_factor_act="sigmoid"
+    ),
     "tensor parallel: 47 heads": tensor_parallel_refusal,
     **{f"pipeline: {variant}": partial(pipeline, variant=variant) for variant in PIPELINE},
     "FSDP2": fsdp,

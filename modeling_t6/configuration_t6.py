@@ -242,8 +242,7 @@ class T6Config(PreTrainedConfig):
     @property
     def num_local_key_value_heads(self) -> int:
         """Number of heads of keys and values in this process."""
-        has_groups = self.num_key_value_heads != self.num_attention_heads
-        return self._local_share("num_key_value_heads" if has_groups else "num_attention_heads")
+        return self._local_share("num_key_value_heads")
 
     def _local_share(self, field: str) -> int:
         num_processes = getattr(getattr(self, "distributed_config", None), "tp_size", None) or 1

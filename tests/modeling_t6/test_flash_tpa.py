@@ -463,7 +463,7 @@ def test_kernels_compile_for_a_gpu():
     command = [sys.executable, "-m", "tests.modeling_t6.compile_kernels", "90"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=env)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("bytes of spills") == 13
+    assert result.stdout.count("bytes of spills") == 19
 
 
 def test_prefill_and_training_go_through_sdpa():

@@ -194,6 +194,7 @@ def test_cache_bytes_are_those_of_caches(seed):
         q_rank=draw.choice([None, 2]), k_rank=[draw.randint(1, 3) for _ in range(layers)], v_rank=draw.randint(1, 3),
         noncontextual_a=draw.random() < 0.3,
         num_key_value_heads=draw.choice([n for n in range(1, heads + 1) if heads % n == 0]),
+        cache_dtype=[None, "float8_e4m3fn", "int4", None][seed],
     )  # fmt: skip
     dtype, tokens = draw.choice([torch.float32, torch.bfloat16]), 5
     sizes = cache_bytes(config, dtype)

@@ -184,6 +184,7 @@ def test_results_of_lm_eval(folder, make_card, tmp_path, capsys):
         assert str(path) in capsys.readouterr().err.splitlines()[-1]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("seed", range(4))
 def test_cache_bytes_are_those_of_caches(seed):
     """Of caches that hold tokens: this model's, and Transformers' for ordinary attention of the same shape."""

@@ -50,8 +50,12 @@ def cache_bytes(config: T6Config, dtype: torch.dtype) -> dict[str, int]:
     out: all, in groups (of the numbers that divide theirs, the largest up to 8 and the smallest), and one for all.
     """
     layers = range(config.num_hidden_layers)
-    numbers = sum(layout.width for layer in layers for layout in factor_layouts(config, layer))
-    rows = {"T6, this model": numbers * (dtype.itemsize if config.cache_dtype is None else 1)}
+    layouts = [layout for layer in layers for layout in factor_layouts(config, layer)]
+    if config.cache_dtype == "int4":
+        rows = {"T6, this model": sum(layout.quantized.width for layout in layouts)}
+    else:
+        itemsize = dtype.itemsize if config.cache_dtype is None else 1
+        rows = {"T6, this model": sum(layout.width for layout in layouts) * itemsize}
     heads = config.num_attention_heads
     groups = [count for count in range(2, min(8, heads - 1) + 1) if heads % count == 0]
     counts = {f"MHA, {heads} heads": heads}

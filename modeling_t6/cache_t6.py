@@ -604,7 +604,7 @@ def store_static_rows(cache: StaticCache, config: PreTrainedConfig, stored_dtype
     for layer_idx, layer in enumerate(cache.layers):
         cls = T6StaticSlidingWindowLayer if layer.is_sliding else T6StaticLayer
         cache.layers[layer_idx] = stored = cls.__new__(cls)
-        stored.__dict__ |= vars(layer)
+        stored.__dict__ |= layer.__dict__
         stored.layouts, stored.stored_dtype = factor_layouts(config, layer_idx), stored_dtype
 
 

@@ -184,6 +184,7 @@ def test_results_of_lm_eval(folder, make_card, tmp_path, capsys):
         assert str(path) in capsys.readouterr().err.splitlines()[-1]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("seed", range(4))
 def test_cache_bytes_are_those_of_caches(seed):
     """Of caches that hold tokens: this model's, and Transformers' for ordinary attention of the same shape."""
@@ -194,6 +195,7 @@ def test_cache_bytes_are_those_of_caches(seed):
         q_rank=draw.choice([None, 2]), k_rank=[draw.randint(1, 3) for _ in range(layers)], v_rank=draw.randint(1, 3),
         noncontextual_a=draw.random() < 0.3,
         num_key_value_heads=draw.choice([n for n in range(1, heads + 1) if heads % n == 0]),
+        cache_dtype=[None, "float8_e4m3fn", "int4", None][seed],
     )  # fmt: skip
     dtype, tokens = draw.choice([torch.float32, torch.bfloat16]), 5
     sizes = cache_bytes(config, dtype)

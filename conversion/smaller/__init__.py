@@ -16,7 +16,7 @@ factor. Values are not rotated and allow more, a matrix for each head that goes 
 Both are fitted by alternating least squares on second moments of the activations: the error of a key is weighted by the
 power of the queries that read it, the error of a value by what the output projection makes of it, and values are
 averaged by the attention as in the model. Keys count less their mean under a query's probabilities, as a softmax sees no
-more of them: in SmolLM2-135M, 80% to 95% of their power is that of a mean. Small relative errors of B count, too: without them, heads come out as small
+more of them: in SmolLM2-135M, 80% to 95% of their power, so weighted, is that of a mean. Small relative errors of B count, too: without them, heads come out as small
 differences of large B, which rounding to half precision damages and from which training diverges. Nothing is rotated
 differently, so RoPE stays exact at every position.
 """

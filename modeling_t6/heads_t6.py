@@ -48,6 +48,8 @@ def form_all_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     wants. Elsewhere a kernel forms the heads: PyTorch's batched products of so few rows take many times as long as the heads
     take to be written.
     """
+    if a.dim() == b.dim() and len(b) < len(a):  # a constant B, rotated alike in all sequences
+        b = b.expand(len(a), -1, -1, -1)
     if torch.compiler.is_compiling():
         return form_heads(a, b) if a.shape[-2] > MAX_OUTER_PRODUCTS else SumOfOuterProducts.apply(a, b)
     return FormedHeads.apply(a, b) if _has_kernels(a, b) else form_heads(a, b)

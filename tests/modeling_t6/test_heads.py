@@ -102,8 +102,8 @@ def test_gradients_of_gradients(launches):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"num_key_value_heads": 2, "num_attention_heads": 4}, {"q_rank": None}],
-    ids=["plain", "grouped", "kvonly"],
+    [{}, {"num_key_value_heads": 2, "num_attention_heads": 4}, {"q_rank": None}, {"noncontextual_b": True}],
+    ids=["plain", "grouped", "kvonly", "constant B"],
 )
 def test_gradients_of_a_model(fields, launches, monkeypatch):
     """Weights' gradients with kernels are those without."""
@@ -116,7 +116,7 @@ def test_gradients_of_a_model(fields, launches, monkeypatch):
         model(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
-    assert len(launches) == (4 if "q_rank" in fields else 6)
+    assert len(launches) == (4 if {"q_rank", "noncontextual_b"} & fields.keys() else 6)
 
 
 def test_gradients_as_an_operator(launches, monkeypatch):

@@ -98,6 +98,7 @@ def _has_kernels(*tensors: torch.Tensor) -> bool:
         and b.shape[-1] <= MAX_HEAD_DIM
         and type(a) is type(b) is torch.Tensor
         and not torch.is_autocast_enabled(a.device.type)
+        and not torch._C._are_functorch_transforms_active()  # `torch.func` gives no memory to read
         and is_supported(a.device, False)
     )
 

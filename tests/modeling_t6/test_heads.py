@@ -17,6 +17,7 @@ pytestmark = [
 ]
 # Of the norm: sums of up to 256 products in float32, rounded once to the dtype.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+HAS_KERNELS = heads_t6._has_kernels
 # batch, tokens, rank, heads, head_dim
 SHAPES = [
     (1, 1, 1, 1, 16),
@@ -117,6 +118,20 @@ def test_gradients_of_a_model(fields, launches, monkeypatch):
         gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
     assert len(launches) == (4 if {"q_rank", "noncontextual_b"} & fields.keys() else 6)
+
+
+def test_function_transforms(launches, monkeypatch):
+    """Gradients of each sequence, by `torch.func`: the kernels are passed over."""
+    monkeypatch.setattr(heads_t6, "_has_kernels", HAS_KERNELS)
+    monkeypatch.setattr(heads_t6, "is_supported", lambda *args: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    a, b = torch.randn(3, 1, 4, 2, 5), torch.randn(3, 1, 4, 2, 16)
+    assert heads_t6._has_kernels(a[0], b[0])
+    gradients = torch.func.vmap(torch.func.grad(lambda *x: form_all_heads(*x).square().sum(), (0, 1)))(a, b)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    expected = torch.autograd.grad((torch.einsum("sntrh,sntrd->snthd", a, b) / 2).square().sum(), (a, b))
+    torch.testing.assert_close(gradients, expected)
+    assert not launches
 
 
 def test_gradients_as_an_operator(launches, monkeypatch):

@@ -38,6 +38,18 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
 
 
+def are_few(hidden_states: torch.Tensor) -> bool:
+    """Whether operators on `hidden_states` [..., tokens, hidden_size] take as long as they are many, and no gradient is wanted."""
+    count = hidden_states.shape[-2]
+    if torch.is_grad_enabled():
+        return False
+    if getattr(torch.compiler, "_is_exporting_flag", False):  # one program is for all lengths
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(count <= MAX_TOKENS_ONE_BY_ONE)
+    return count <= MAX_TOKENS_ONE_BY_ONE
+
+
 def _are_plain(projections: Collection[nn.Module]) -> bool:
     """Whether the projections are `nn.Linear`, with nothing added, whose weights and biases can be put together."""
     if not all(type(projection) is nn.Linear and not _is_extended(projection) for projection in projections):
@@ -150,8 +162,7 @@ class FactorProjections(nn.Module):
         if self.packed.is_valid and not torch.is_grad_enabled():
             return self.packed.product(hidden_states)
         projections = self._factor_projections()
-        is_few = not torch.is_grad_enabled() and hidden_states.shape[-2] <= MAX_TOKENS_ONE_BY_ONE
-        if is_few or len(projections) < 2 or not _are_plain(projections.values()):
+        if are_few(hidden_states) or len(projections) < 2 or not _are_plain(projections.values()):
             return {name: projection(hidden_states) for name, projection in projections.items()}
         return FactorProduct(projections)(hidden_states)
 

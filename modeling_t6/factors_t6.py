@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from .cache_t6 import cached_lengths, factor_layouts
 from .configuration_t6 import T6Config
-from .factor_product_t6 import MAX_TOKENS_ONE_BY_ONE, FactorProjections, without_autocast
+from .factor_product_t6 import FactorProjections, are_few, without_autocast
 from .tensor_parallel_t6 import softmax_over_heads
 
 
@@ -263,7 +263,7 @@ class TensorProductFactors(FactorProjections):
         query_rotation, key_rotation = position_embeddings, None
         if self.rotates_on_read:
             key_rotation = position_embeddings if key_position_embeddings is None else key_position_embeddings
-        elif a_q is None or self.qk_norm or torch.is_grad_enabled() or hidden_states.shape[1] > MAX_TOKENS_ONE_BY_ONE:
+        elif a_q is None or self.qk_norm or not are_few(hidden_states):
             b_k = apply_rotary_pos_emb(b_k, *position_embeddings)
         else:  # of few tokens, operators take as long as they are many: one RoPE for both
             both = apply_rotary_pos_emb(torch.cat([b_q, b_k], dim=2), *position_embeddings)

@@ -117,3 +117,23 @@ def test_command_refuses(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_main(monkeypatch, "model", *arguments)
     assert message in capsys.readouterr().err
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_any_length(strict):
+    """One program for prompts of all lengths, short ones too."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model_of("TPA")
+
+        def forward(self, input_ids):
+            return self.model(input_ids, use_cache=False).logits
+
+    module, lengths = Logits(), {"input_ids": {1: torch.export.Dim("length", min=2, max=64)}}
+    prompts = [random_ids(module.model.config, 2, length).cpu() for length in (11, 2, 30)]
+    step = torch.export.export(module, (prompts[0],), dynamic_shapes=lengths, strict=strict).module()
+    for ids in prompts:
+        torch.testing.assert_close(step(ids), module(ids), atol=1e-5, rtol=1e-5)

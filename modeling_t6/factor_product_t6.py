@@ -166,6 +166,16 @@ class FactorProjections(nn.Module):
             return {name: projection(hidden_states) for name, projection in projections.items()}
         return FactorProduct(projections)(hidden_states)
 
+    def _apply(self, *args, **kwargs):
+        """As in every module; weights that went to another device or dtype leave no copies where they were."""
+        super()._apply(*args, **kwargs)
+        product, weights = self.packed.product, [linear.weight for linear in self._factor_projections().values()]
+        if product is not None and any(
+            (weight.dtype, weight.device) != (product.weight.dtype, product.weight.device) for weight in weights
+        ):
+            self.packed.product, self.packed.is_valid = None, False
+        return self
+
     def _factor_projections(self) -> dict[str, nn.Module]:
         names = (f"{name}_{factor}_proj" for factor in "bca" for name in "qkv")
         return {name: self._modules[name] for name in names if name in self._modules}

@@ -284,6 +284,24 @@ def test_packed_where_it_is_the_same():
         assert not first.packed.is_valid
 
 
+def test_packed_weights_that_move():
+    """Such as an offloaded model's at its first forward pass, inside of `generate()`: no copy stays where they were."""
+    model = random_model(config_of("TPA"))
+    ids = random_ids(model.config, 2, 3)
+    hook = model.register_forward_pre_hook(lambda model, args: model.to(torch.float64) and None)
+    logits = generated_logits(model, ids)
+    hook.remove()
+    assert logits.dtype == torch.float32 and all(layer.product is None for layer in packed(model))
+    with projected_one_by_one():
+        torch.testing.assert_close(logits, generated_logits(model, ids))
+    generated_logits(model, ids)
+    places = [layer.product.weight.data_ptr() for layer in packed(model)]
+    model.to(torch.float64)  # which they have
+    assert [layer.product.weight.data_ptr() for layer in packed(model)] == places
+    model.to(torch.bfloat16)
+    assert all(layer.product is None for layer in packed(model))
+
+
 def test_packed_in_a_compiled_step():
     """One graph, which takes the weight as an input that stays where it is, and sees what is packed later."""
     model = random_model(config_of("TPA", num_hidden_layers=1))

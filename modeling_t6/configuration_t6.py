@@ -73,7 +73,7 @@ class T6Config(PreTrainedConfig):
             this kind (section 4).
         cache_dtype (`str`, *optional*):
             What caches hold unless they or `generate()` are told otherwise: rows of 8 bits with `"float8_e4m3fn"`, of 4 with
-            `"int4"`, of the model's dtype if `None`.
+            `"int4"`, of the model's dtype if `None`. While a model with rounded rows is trained, it makes no cache.
         hidden_act (`str`, defaults to `"silu"`): Activation of the gated MLP.
         max_position_embeddings (`int`, defaults to 1024): Longest sequence the model was made for.
         initializer_range (`float`, defaults to 0.02):

@@ -334,6 +334,8 @@ class T6Model(T6PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds: torch.Tensor = self.embed_tokens(input_ids)
 
+        if self.training and torch.is_grad_enabled() and self.config.cache_dtype is not None:
+            use_cache = False  # rounded rows have no gradient
         if use_cache and cache is None:
             cache = T6Cache(config=self.config)
 

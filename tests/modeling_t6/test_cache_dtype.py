@@ -29,7 +29,7 @@ from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConf
 from transformers.cache_utils import DynamicCache
 
 from modeling_t6 import T6Cache, factor_pages_t6, factor_space_t6, flash_tpa_t6
-from modeling_t6.cache_t6 import CACHE_NAME, FactorLayout, cache_nbytes
+from modeling_t6.cache_t6 import CACHE_NAME, FactorLayout, cache_nbytes, dtype_name
 from modeling_t6.factors_t6 import TensorProductFactors
 
 from . import interpreter
@@ -404,3 +404,17 @@ def test_a_cache_of_another_model_is_refused():
     other(ids, **{CACHE_NAME: cache})
     with pytest.raises(RuntimeError, match=r"must be rows \[batch, 1, seq, 48\] and \[batch, 1, seq, 32\] in layer 0"):
         model(ids, **{CACHE_NAME: cache})
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int4"])
+def test_training(dtype):
+    """What the configuration says of caches changes no gradient, also where `use_cache` is left at its default."""
+    gradients = []
+    for cache_dtype in (None, dtype):
+        model = random_model(tiny_config(cache_dtype=cache_dtype)).train()
+        ids = random_ids(model.config, 2, 9)
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        assert dtype_name(getattr(model(ids), CACHE_NAME)) == dtype

@@ -81,6 +81,7 @@ def _is_extended(module: nn.Module) -> bool:
         or module._forward_hooks
         or module._backward_pre_hooks
         or module._backward_hooks
+        or torch.nn.modules.module._has_any_global_hook()
     )
 
 

@@ -117,6 +117,16 @@ def test_extended_projections_are_called(extend, products):
     assert seen and len(products) == 1
 
 
+def test_hooks_on_all_modules(products):
+    model, seen = random_model(config_of("TPA")), []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
+    try:
+        model(random_ids(model.config, 2, 11), use_cache=False)
+    finally:
+        hook.remove()
+    assert set(projections_of(model).values()) <= set(seen) and not products
+
+
 def test_dtypes_that_differ_are_computed_alone(products):
     model = random_model(config_of("TPA"))
     model.model.layers[0].self_attn.v_b_proj.to(torch.bfloat16)

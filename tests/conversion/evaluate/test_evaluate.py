@@ -3,6 +3,14 @@
 import json
 
 import pytest
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from conversion.__main__ import main
 from conversion.evaluate import report
@@ -85,6 +93,40 @@ def test_mistakes(more, message, folders, capsys):
     words = ["evaluate", str(folders / "t6"), "--device", "cpu", *(word.format(folders) for word in more)]
     assert main(words) == 1
     assert message.format(folders) in last_error(capsys)
+
+
+SIZES = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+OTHERS = {
+    "no context": (lambda: BloomForCausalLM(BloomConfig(**SIZES)), "config.json has no max_position_embeddings"),
+    "recurrent": (
+        lambda: Qwen3NextForCausalLM(Qwen3NextConfig(
+            **SIZES, num_key_value_heads=2, head_dim=8, layer_types=["linear_attention"], linear_num_value_heads=2,
+            linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=0, intermediate_size=16,
+        )),
+        "all of whose layers cache keys and values",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make_model, message", OTHERS.values(), ids=OTHERS)
+def test_other_models_are_refused(make_model, message, tmp_path, capsys):
+    make_model().save_pretrained(tmp_path)
+    assert main(["evaluate", str(tmp_path), "--device", "cpu"]) == 1
+    assert message in last_error(capsys)
+
+
+def test_a_model_without_positions_behind_its_context(tmp_path):
+    """It is asked for nothing there, by default lengths that go up to the context."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2, n_positions=80)).save_pretrained(
+        tmp_path
+    )
+    assert main(["evaluate", str(tmp_path), "--device", "cpu", "--samples", "1", "--windows", "1"]) == 0
+
+
+def test_a_cache_that_a_model_has_not(folders, capsys):
+    words = ["evaluate", str(folders / "source"), "--device", "cpu", "--cache-dtypes", "model,int4"]
+    assert main(words) == 1
+    assert f"--cache-dtypes model,int4: {folders / 'source'} is no T6" in last_error(capsys)
 
 
 def test_warning():

@@ -1,6 +1,9 @@
 """Evaluations from the command line."""
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 from transformers import (
@@ -18,7 +21,10 @@ from conversion.evaluate.options import CACHE_DTYPES, TASK_NAMES
 from conversion.evaluate.tasks import TASKS
 
 from ..common import as_t6, last_error, source_model
+from .test_tasks import characters
 
+
+ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.once
 
@@ -127,6 +133,23 @@ def test_a_cache_that_a_model_has_not(folders, capsys):
     words = ["evaluate", str(folders / "source"), "--device", "cpu", "--cache-dtypes", "model,int4"]
     assert main(words) == 1
     assert f"--cache-dtypes model,int4: {folders / 'source'} is no T6" in last_error(capsys)
+
+
+def test_benchmark_of_rows(tmp_path, capsys, monkeypatch):
+    """With retrieval; rows of 16 bits are that in a folder, too, whose caches are of others."""
+    source = source_model("llama", "mha", num_hidden_layers=1, vocab_size=256, max_position_embeddings=700)
+    model = as_t6(source)
+    model.config.cache_dtype = "int4"
+    model.save_pretrained(tmp_path)
+    characters().save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text("A text. Another.\n" * 100)
+    words = [str(tmp_path), str(tmp_path / "text.txt"), "--device", "cpu", "--windows", "1", "--samples", "1"]
+    monkeypatch.setattr(sys, "argv", ["low_bit_rows.py", *words, "--repeats", "1"])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    runpy.run_path(str(ROOT / "benchmarks" / "low_bit_rows.py"), run_name="__main__")
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in capsys.readouterr().out.splitlines()}
+    assert rows["| 16 bits"][2] == "1.00x" and rows["| float8_e4m3fn"][2] == "2.00x"
+    assert all(rows[name][6].endswith("%") for name in ("| 16 bits", "| float8_e4m3fn", "| int4"))
 
 
 def test_warning():

@@ -92,13 +92,20 @@ def score_all(
     language: Language,
     samples: dict[tuple[str, int], list[Sample]],
     batch_size: int,
+    window: int | None = None,
 ) -> dict:
-    """What a model finds with a `kind` of cache (see `make_cache`): by task and length, and in all."""
+    """
+    What a model finds with a `kind` of cache (see `make_cache`): by task and length, and in all.
+
+    Args:
+        batch_size: samples at a time; of such as are longer than `window`, if there is one, as many as have its tokens.
+    """
     scores = []
     with tqdm(total=sum(map(len, samples.values())), desc=f"retrieval, {name}", unit="sample") as bar:
         for (task, length), some in samples.items():
+            count = batch_size if window is None else max(1, batch_size * window // max(window, length))
             score = score_samples(
-                model, lambda: make_cache(model, kind), language, some, batch_size, bar, context_of(model)
+                model, lambda: make_cache(model, kind), language, some, count, bar, context_of(model)
             )
             scores.append({"task": task, "length": length} | vars(score))
     means = {key: report.mean(scores, key) for key in ("found", "exact", "log_probability")}

@@ -229,8 +229,9 @@ def evaluate(args: argparse.Namespace) -> None:
         "windows": len(windows),
         "models": rows,
     }  # fmt: skip
-    if source is not None and (message := report.warning(rows[0], rows[-1])):
-        content["warning"] = message
+    worst = min(rows[-len(kinds) :], key=lambda row: row["found"])  # of FOLDER's caches
+    if source is not None and (message := report.warning(rows[0], worst)):
+        content["warning"] = message = f"{worst['model']}: {message}"
         print(f"warning: {message}", flush=True)
     if args.output is not None:
         report.write(args.output, content)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from conversion.__main__ import main
-from conversion.evaluate import report
+from conversion.evaluate import order, report
 from conversion.evaluate.options import CACHE_DTYPES, TASK_NAMES
 from conversion.evaluate.tasks import TASKS
 
@@ -150,6 +150,20 @@ def test_benchmark_of_rows(tmp_path, capsys, monkeypatch):
     rows = {line.split(" | ")[0]: line.split(" | ") for line in capsys.readouterr().out.splitlines()}
     assert rows["| 16 bits"][2] == "1.00x" and rows["| float8_e4m3fn"][2] == "2.00x"
     assert all(rows[name][6].endswith("%") for name in ("| 16 bits", "| float8_e4m3fn", "| int4"))
+
+
+def test_the_worst_cache_is_warned_of(folders, tmp_path, capsys, monkeypatch):
+    """Wherever it stands among those that are measured."""
+
+    def score_all(model, kind, name, *words):
+        found = 0.1 if kind == "int4" else 0.9
+        scores = [{"task": "needle", "length": 64, "found": found}]
+        return {"model": name, "found": found, "exact": found, "log_probability": -1.0, "scores": scores}
+
+    monkeypatch.setattr(order, "score_all", score_all)
+    words = ["evaluate", str(folders / "t6"), "--beside", str(folders / "source"), "--lengths", "64", "--windows", "1"]
+    assert main([*words, "--device", "cpu", "--cache-dtypes", "int4,model"]) == 0
+    assert "warning: t6 in int4: of the values hidden" in capsys.readouterr().out
 
 
 def test_warning():

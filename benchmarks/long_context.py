@@ -42,6 +42,7 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
+import shutil
 import subprocess
 import sys
 import time
@@ -163,6 +164,7 @@ class Study:
         self.results[f"ranks {name}"] = ranks
         print(f"{name}: {ranks}")
         result.bfloat16().save_pretrained(self.args.work / name)
+        shutil.rmtree(self.args.work / "checkpoints", ignore_errors=True)  # of what was healed before
         self.took(f"compressing {name}", start)
         return self.t6(self.args.work / name)
 

@@ -80,6 +80,7 @@ def main() -> None:
     model, _ = load_model(args.model, dtype, device)
     if not isinstance(model, T6ForCausalLM):
         raise ConversionError(f"{args.model} is no T6: model_type={model.config.model_type!r}")
+    model.config.cache_dtype = None  # beside which the others are measured
     tokenizer, text = load_tokenizer(args.model), texts.read_text(args.text)
     length = args.window or context_of(model)
     windows = texts.windows(tokenizer, text, length, str(args.text), args.windows)
@@ -92,7 +93,7 @@ def main() -> None:
     print("| rows | bytes per token | smaller | perplexity | KL, nats | same choice | found | ms a step |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name, kind in ROWS.items():
-        found = f"{score_all(model, kind, name, samples, args.batch_size)['exact']:.0%}" if samples else ""
+        found = f"{score_all(model, kind, name, language, samples, args.batch_size)['exact']:.0%}" if samples else ""
         row = measure_windows(model, kind, name, windows, args.batch_size, model)
         size = bytes_per_token(model, kind, dtype)
         plain = bytes_per_token(model, "model", dtype)

@@ -104,7 +104,7 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         except Exception as error:  # whatever a configuration's validation raises
             raise ConversionError(f"{described}: {reason(error)}") from error
         if smaller:
-            check_options(plan.config, args.k_rank, args.v_rank, args.cache_ratio)
+            check_options(plan.config, args.k_rank, args.v_rank, args.cache_ratio, args.cache_dtype)
         generation_config(source)
         if gguf is not None:
             companions = temporary / "tokenizer"

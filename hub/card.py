@@ -280,7 +280,8 @@ def cache_of(checked: CheckedFolder, conversion: dict) -> str:
         sentence = f"The cache is no smaller than that of {name}.\n\n"
         if own < size:
             sentence = f"The cache is {size / own:.2f} times smaller than that of {name}.\n\n"
-    head = (f"bytes per token, {checked.content['dtype']}", "", "beside this model")
+    rows_in = "" if checked.config.cache_dtype is None else f", this model's rows in {checked.config.cache_dtype}"
+    head = (f"bytes per token, {checked.content['dtype']}{rows_in}", "", "beside this model")
     return sentence + table(head, [(name, f"{size:,.0f}", f"{size / own:.2f}x") for name, size in sizes.items()])
 
 

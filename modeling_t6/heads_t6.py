@@ -98,7 +98,8 @@ def _has_kernels(*tensors: torch.Tensor) -> bool:
         and b.shape[-1] <= MAX_HEAD_DIM
         and type(a) is type(b) is torch.Tensor
         and not torch.is_autocast_enabled(a.device.type)
-        and not torch._C._are_functorch_transforms_active()  # `torch.func` gives no memory to read
+        # `torch.func` gives no memory to read; torch.compile, which does, cannot ask.
+        and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
         and is_supported(a.device, False)
     )
 

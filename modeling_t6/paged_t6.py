@@ -89,6 +89,11 @@ def page_factors(manager: ContinuousBatchingManager, asked: ContinuousBatchingCo
     if isinstance(manager.model, PagedModel):  # kept from an earlier batch
         return manager
     model, config = manager.model, manager.continuous_batching_config
+    if model.config.cache_dtype is not None:
+        logger.warning(
+            f"Continuous batching keeps rows of the model's dtype, in more bytes than caches of `cache_dtype`="
+            f"{model.config.cache_dtype!r}, which the model's configuration asks for."
+        )
     has_kernel = attends_on_pages(model.config, model.device, model.dtype)
     # The engine has block tables for layers without windows alone, and records graphs of steps that read block tables.
     has_block_tables = has_kernel and not _has_windows(model.config) and asked.max_blocks_per_request != 0

@@ -44,7 +44,7 @@ from modeling_t6.modeling_t6 import T6RotaryEmbedding
 
 from .compatibility import warn_of_untested_version
 from .layer import FactorAttention, LocalConfig
-from .variants import refuse_unserved_variants
+from .variants import refuse_unserved_variants, warn_of_cache_dtype
 
 
 class T6MLP(nn.Module):
@@ -193,6 +193,7 @@ class T6Model(nn.Module):
         model_config = vllm_config.model_config
         config, quant_config = model_config.hf_config, vllm_config.quant_config
         refuse_unserved_variants(config, vllm_config)
+        warn_of_cache_dtype(config, vllm_config)
         self.config = config
 
         if get_pp_group().is_first_rank or (config.tie_word_embeddings and get_pp_group().is_last_rank):

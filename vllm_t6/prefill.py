@@ -58,8 +58,8 @@ def workspace_rows(vllm_config: VllmConfig) -> int:
     max_length, most_queries = model_config.max_model_len, vllm_config.scheduler_config.max_num_batched_tokens
     window = getattr(model_config.hf_text_config, "sliding_window", None) or 0
     device = torch.device(vllm_config.device_config.device_type)
-    if not can_merge_pieces(device, model_config.dtype, model_config.hf_text_config.head_dim):
-        return max_length
+    if flash_attention_version(device, model_config.dtype, model_config.hf_text_config.head_dim) is None:
+        return max_length  # nothing merges pieces
     return max(WORKSPACE_ROWS, min(most_queries, max_length) + window)
 
 
@@ -134,13 +134,16 @@ def _piece(
 
 
 def can_merge_pieces(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether FlashAttention runs, which returns what the pieces of one request are merged by. Elsewhere all rows fit."""
+    """Whether FlashAttention may run, which returns what the pieces of one request are merged by."""
     is_half = dtype in (torch.float16, torch.bfloat16)
     return device.type == "cuda" and is_half and head_dim % 8 == 0 and head_dim <= 256
 
 
 def flash_attention_version(device: torch.device, dtype: torch.dtype, head_dim: int) -> int | None:
-    """Which FlashAttention vLLM takes here; `None` where pieces cannot be merged. Asked once: the answer takes longer than a launch."""
+    """
+    Which FlashAttention vLLM takes here; `None` where it has none and pieces cannot be merged, so that all rows have to fit.
+    Asked once: the answer takes longer than a launch.
+    """
     if not can_merge_pieces(device, dtype, head_dim):
         return None
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version

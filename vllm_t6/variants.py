@@ -11,14 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the plugin does not serve, each refused by name when a model is loaded"""
+"""What the plugin does not serve, each refused by name when a model is loaded, or named where it is served otherwise"""
 
 from vllm import envs
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import get_act_and_mul_fn
 
 from modeling_t6.configuration_t6 import T6Config
 from modeling_t6.flash_tpa_t6 import MAX_HEAD_DIM
+
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 def refuse_unserved_variants(config: T6Config, vllm_config: VllmConfig) -> None:
@@ -53,3 +57,18 @@ def refuse_unserved_variants(config: T6Config, vllm_config: VllmConfig) -> None:
         raise ValueError(
             "vLLM cannot serve a T6 model with `head_factor_act`='softmax' by tensor parallelism: it goes over all heads."
         )
+
+
+def warn_of_cache_dtype(config: T6Config, vllm_config: VllmConfig) -> None:
+    """Says that pages hold other rows, in more bytes, than the `cache_dtype` of the folder's configuration."""
+    asked = vllm_config.cache_config.cache_dtype
+    is_float8 = asked in ("fp8", "fp8_e4m3")
+    if config.cache_dtype is None or config.cache_dtype == "float8_e4m3fn" and is_float8:
+        return
+    logger.warning(
+        "The model's `cache_dtype` is %r, which vLLM's pages do not follow: `kv_cache_dtype` is %r, and rows take more bytes "
+        "than in Transformers' caches.%s",
+        config.cache_dtype,
+        asked,
+        "" if is_float8 else " kv_cache_dtype='fp8' holds them in 8 bits.",
+    )

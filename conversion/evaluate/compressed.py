@@ -11,7 +11,7 @@ from ..files.tokenizer import load_tokenizer
 from ..smaller import text as texts
 from ..smaller.languages import Language, find_language
 from ..smaller.stages import stage
-from .order import load_model, score_all
+from .order import context_of, load_model, score_all
 from .report import warning
 from .tasks import TASKS, Sample, TooShort, make_samples
 
@@ -58,7 +58,8 @@ def compare_retrieval(
     with stage("retrieval"):
         for name, folder in (("source", source), ("result", result)):
             model, _ = load_model(folder, getattr(torch, args.compute_dtype), device)
-            rows.append(score_all(model, "model", name, *questions, args.batch_size))
+            window = args.window or min(1024, context_of(model))
+            rows.append(score_all(model, "model", name, *questions, args.batch_size, window))
             del model
     message = warning(*rows)
     return {"retrieval": rows} | ({} if message is None else {"retrieval_warning": message})

@@ -56,6 +56,16 @@ def context_of(model: PreTrainedModel) -> int:
     return model.config.get_text_config(decoder=True).max_position_embeddings
 
 
+def refuse_others(folder: Path, model: PreTrainedModel) -> None:
+    """Raises a `ConversionError` if a model does not say its context, or keeps what is no keys and values."""
+    if not hasattr(model.config.get_text_config(decoder=True), "max_position_embeddings"):
+        raise ConversionError(
+            f"{folder / 'config.json'} has no max_position_embeddings: expected a model with a context"
+        )
+    if not all(hasattr(layer, "keys") for layer in make_cache(model).layers):
+        raise ConversionError(f"{folder}: expected a model all of whose layers cache keys and values")
+
+
 def find_lengths(asked: list[int] | None, context: int) -> list[int]:
     if asked is None:
         found = []
@@ -82,12 +92,21 @@ def score_all(
     language: Language,
     samples: dict[tuple[str, int], list[Sample]],
     batch_size: int,
+    window: int | None = None,
 ) -> dict:
-    """What a model finds with a `kind` of cache (see `make_cache`): by task and length, and in all."""
+    """
+    What a model finds with a `kind` of cache (see `make_cache`): by task and length, and in all.
+
+    Args:
+        batch_size: samples at a time; of such as are longer than `window`, if there is one, as many as have its tokens.
+    """
     scores = []
     with tqdm(total=sum(map(len, samples.values())), desc=f"retrieval, {name}", unit="sample") as bar:
         for (task, length), some in samples.items():
-            score = score_samples(model, lambda: make_cache(model, kind), language, some, batch_size, bar)
+            count = batch_size if window is None else max(1, batch_size * window // max(window, length))
+            score = score_samples(
+                model, lambda: make_cache(model, kind), language, some, count, bar, context_of(model)
+            )
             scores.append({"task": task, "length": length} | vars(score))
     means = {key: report.mean(scores, key) for key in ("found", "exact", "log_probability")}
     return {"model": name, **means, "scores": scores}
@@ -166,6 +185,12 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ConversionError(
             f"{args.folder} has vocab_size={sizes[1]}, and {args.beside} {sizes[0]}: expected the same"
         )
+    for folder, (model, _) in zip(folders, models):
+        refuse_others(folder, model)
+    if not isinstance(models[-1][0], T6ForCausalLM) and args.cache_dtypes != ["model"]:
+        raise ConversionError(
+            f"--cache-dtypes {','.join(args.cache_dtypes)}: {args.folder} is no T6, whose caches have them"
+        )
     tokenizer = load_tokenizer(args.folder) if files_like(args.folder, TOKENIZER_FILES) else None
     language = find_language(tokenizer, sizes[0], text)
     if not isinstance(language, Sentences):
@@ -204,8 +229,9 @@ def evaluate(args: argparse.Namespace) -> None:
         "windows": len(windows),
         "models": rows,
     }  # fmt: skip
-    if source is not None and (message := report.warning(rows[0], rows[-1])):
-        content["warning"] = message
+    worst = min(rows[-len(kinds) :], key=lambda row: row["found"])  # of FOLDER's caches
+    if source is not None and (message := report.warning(rows[0], worst)):
+        content["warning"] = message = f"{worst['model']}: {message}"
         print(f"warning: {message}", flush=True)
     if args.output is not None:
         report.write(args.output, content)

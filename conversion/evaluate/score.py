@@ -41,6 +41,7 @@ def score_samples(
     samples: list[Sample],
     batch_size: int,
     bar: tqdm | None = None,
+    context: int | None = None,
 ) -> Score:
     """
     Scores samples with prompts of one length. The prompt goes into an empty cache, its last token and the answer are read
@@ -50,6 +51,7 @@ def score_samples(
     Args:
         make_cache: makes an empty cache for the model.
         language: in which the samples are told.
+        context: the model's, behind which it is asked for nothing.
     """
     found, exact, log_probability = [], [], []
     for start in range(0, len(samples), batch_size):
@@ -69,7 +71,10 @@ def score_samples(
         scores = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0].masked_fill(~counted, 0)
         exact += all_best
         log_probability += (scores.sum(-1) / counted.sum(-1)).tolist()
-        said = answers if all(all_best) else decode_greedily(model, before, prompts[:, -1:], longest + SLACK)
+        count = longest + SLACK
+        if context is not None:  # there may be no positions behind it
+            count = min(count, context - prompts.shape[1] + 1)
+        said = answers if all(all_best) else decode_greedily(model, before, prompts[:, -1:], count)
         for sample, ids, is_best in zip(batch, said.tolist(), all_best):
             found.append(1.0 if is_best else language.part_found(sample.values, ids))
         if bar is not None:

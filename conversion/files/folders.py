@@ -155,8 +155,12 @@ def temporary_folder(prefix: str, place: Path | None = None) -> Iterator[Path]:
     """
     place = Path(tempfile.gettempdir() if place is None else place)
     if hasattr(os, "getuid"):  # there are no users on Windows
-        left = [path for path in place.glob(f"{glob.escape(prefix)}????????") if path.lstat().st_uid == os.getuid()]
-        remove_dead([path for path in left if path.is_dir() and not path.is_symlink()])
+        left = []
+        for path in place.glob(f"{glob.escape(prefix)}????????"):
+            with contextlib.suppress(FileNotFoundError):  # of a run that has ended in this moment
+                if path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink():
+                    left.append(path)
+        remove_dead(left)
     folder, lock = locked_folder(lambda: Path(tempfile.mkdtemp(prefix=prefix, dir=place)))
     try:
         yield folder

@@ -58,8 +58,13 @@ def choose_ranks(
         ranks[part] = higher
 
 
-def check_options(config: T6Config, k_ranks: Ranks, v_ranks: Ranks, cache_ratio: float | None) -> None:
-    """Raises a `ConversionError` for ranks that the model cannot have."""
+def check_options(
+    config: T6Config, k_ranks: Ranks, v_ranks: Ranks, cache_ratio: float | None, cache_dtype: str | None = None
+) -> None:
+    """
+    Raises a `ConversionError` for ranks that the model cannot have, with rows of a `cache_dtype`: `"model"` for those of its own,
+    `None` for any.
+    """
     for option, ranks, full in (("--k-rank", k_ranks, config.k_rank), ("--v-rank", v_ranks, config.v_rank)):
         if ranks is not None and len(ranks) not in (1, config.num_hidden_layers):
             raise ConversionError(
@@ -73,10 +78,13 @@ def check_options(config: T6Config, k_ranks: Ranks, v_ranks: Ranks, cache_ratio:
             "--k-rank: this model normalises each key, which does not commute with mixing heads; its values "
             "alone can be compressed, by --v-rank"
         )
+    if cache_dtype == "int4" and config.head_dim % 2:
+        raise ConversionError(f"--cache-dtype int4 needs an even head_dim, this model has {config.head_dim}")
     if cache_ratio is not None:
         least = (config.k_rank if config.qk_norm else 1, 1)
-        smallest = "float8_e4m3fn" if config.head_dim % 2 else "int4"
-        size = sum(row_bytes(rank, config.head_dim, 2, smallest) for rank in least)
+        smallest = cache_dtype or ("float8_e4m3fn" if config.head_dim % 2 else "int4")
+        size = sum(row_bytes(rank, config.head_dim, 2, None if smallest == "model" else smallest) for rank in least)
         most = 2 * (config.k_rank + config.v_rank) * config.head_dim / size  # beside 16 bits
         if not 1 <= cache_ratio <= most:
-            raise ConversionError(f"--cache-ratio {cache_ratio:g}: expected 1 to {most:g} for this model")
+            rows = "" if cache_dtype is None else f" with --cache-dtype {cache_dtype}"
+            raise ConversionError(f"--cache-ratio {cache_ratio:g}: expected 1 to {most:g} for this model{rows}")

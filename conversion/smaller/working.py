@@ -114,6 +114,8 @@ def progress(folder: Path) -> str:
 def check_same(folder: Path, old: dict, new: dict) -> None:
     """Raises a `ConversionError` that names the first input or option in which two runs differ."""
     anew = "--overwrite begins anew"
+    if old.keys() != new.keys():  # what it has made may be what this one would not
+        raise ConversionError(f"{folder} is an unfinished run of another version of this program: {anew}")
     for name in new:
         if old.get(name) == new[name]:
             continue

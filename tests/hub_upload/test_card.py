@@ -248,6 +248,11 @@ def test_card_of_grouped_heads(tmp_path, make_card):
     assert "| heads, head size | 6 (2 of keys and values), 8 |" in text and "| QK norm | of heads |" in text
 
 
+def test_card_of_rows_in_4_bits(tmp_path, make_card):
+    make_model(tmp_path, cache_dtype="int4")
+    assert "| bytes per token, float32, this model's rows in int4 |" in make_card(tmp_path).text
+
+
 def test_card_beside_a_measured_source(folder, make_card):
     own = cache_bytes(T6Config.from_pretrained(folder), torch.float32)["T6, this model"]
     write_report(folder, "m/n", perplexity=[{"model": "source", "cache_bytes_per_token": 4 * own, "perplexity": 9.0}])

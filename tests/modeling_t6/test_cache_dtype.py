@@ -28,7 +28,7 @@ import torch
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig, StaticCache
 from transformers.cache_utils import DynamicCache
 
-from modeling_t6 import T6Cache, factor_pages_t6, factor_space_t6, flash_tpa_t6
+from modeling_t6 import T6Cache, factor_pages_t6, factor_space_t6, flash_tpa_t6, paged_t6
 from modeling_t6.cache_t6 import CACHE_NAME, FactorLayout, cache_nbytes, dtype_name
 from modeling_t6.factors_t6 import TensorProductFactors
 
@@ -395,6 +395,16 @@ def test_what_excludes_each_other():
         )
     with pytest.raises(RuntimeError, match="Rows of 4 bits have no gradient"):
         model(ids, **{CACHE_NAME: T6Cache(config=config, dtype="int4")})
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int4"])
+def test_continuous_batching_says_what_it_keeps(cache_dtype, monkeypatch):
+    """Where the configuration alone asks for other rows, as that of a compressed model may."""
+    messages = []
+    monkeypatch.setattr(paged_t6.logger, "warning", messages.append)
+    model = random_model(tiny_config(cache_dtype=cache_dtype))
+    model.init_continuous_batching(continuous_batching_config=ContinuousBatchingConfig())
+    assert [("`cache_dtype`='int4'" in message) for message in messages] == [True] * (cache_dtype is not None)
 
 
 @torch.no_grad()

@@ -3,12 +3,14 @@
 import itertools
 import math
 import random
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
+from vllm.v1.attention.backends import fa_utils
 
-from vllm_t6.prefill import Piece, attend_to_piece, plan_pieces
+from vllm_t6.prefill import WORKSPACE_ROWS, Piece, attend_to_piece, plan_pieces, workspace_rows
 
 
 HEADS, DIM = 3, 8
@@ -131,3 +133,17 @@ def test_attention_by_pieces(seed):
             )
             sums[own] = total
     torch.testing.assert_close(merged, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("version", "rows"), [(3, WORKSPACE_ROWS), (None, 50_000)], ids=["merged", "whole"])
+def test_without_flash_attention_all_rows_fit(version, rows, monkeypatch):
+    """As on GPUs for which vLLM has none: PyTorch's attention merges no pieces."""
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda head_size: version)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            max_model_len=50_000, dtype=torch.float16, hf_text_config=SimpleNamespace(sliding_window=None, head_dim=64)
+        ),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+        device_config=SimpleNamespace(device_type="cuda"),
+    )
+    assert workspace_rows(config) == rows

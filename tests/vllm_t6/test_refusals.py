@@ -1,10 +1,13 @@
 """What the plugin does not serve is refused when a model is loaded, by one error that names it."""
 
+from types import SimpleNamespace
+
 import pytest
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_t6.variants import refuse_unserved_variants
+from vllm_t6 import variants
+from vllm_t6.variants import refuse_unserved_variants, warn_of_cache_dtype
 
 from ..modeling_t6.common import random_model, tiny_config
 from .common import engine
@@ -90,3 +93,24 @@ def test_tensor_too_many(name, tmp_path):
     save_file(state, file, {"format": "pt"})
     with pytest.raises(ValueError, match=f"'{name}'"), engine(tmp_path):
         pass
+
+
+def test_rows_of_another_dtype_than_the_folder_says(tmp_path, monkeypatch):
+    """Pages of 16 bits hold what a `cache_dtype` would round: no error, but more bytes than were measured."""
+    messages = []
+    monkeypatch.setattr(variants.logger, "warning", lambda text, *words: messages.append(text % words))
+    config = tiny_config(cache_dtype="int4")
+    random_model(config).save_pretrained(tmp_path)
+    with engine(tmp_path):
+        pass
+    assert "`cache_dtype` is 'int4'" in messages[0] and "kv_cache_dtype='fp8' holds them in 8 bits" in messages[0]
+    for cache_dtype, asked, count in (
+        ("int4", "fp8", 1),
+        ("float8_e4m3fn", "auto", 1),
+        ("float8_e4m3fn", "fp8", 0),
+        (None, "auto", 0),
+    ):
+        messages.clear()
+        settings = SimpleNamespace(cache_config=SimpleNamespace(cache_dtype=asked))
+        warn_of_cache_dtype(tiny_config(cache_dtype=cache_dtype), settings)
+        assert len(messages) == count

@@ -1,16 +1,30 @@
 """Evaluations from the command line."""
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from conversion.__main__ import main
-from conversion.evaluate import report
+from conversion.evaluate import order, report
 from conversion.evaluate.options import CACHE_DTYPES, TASK_NAMES
 from conversion.evaluate.tasks import TASKS
 
 from ..common import as_t6, last_error, source_model
+from .test_tasks import characters
 
+
+ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.once
 
@@ -85,6 +99,71 @@ def test_mistakes(more, message, folders, capsys):
     words = ["evaluate", str(folders / "t6"), "--device", "cpu", *(word.format(folders) for word in more)]
     assert main(words) == 1
     assert message.format(folders) in last_error(capsys)
+
+
+SIZES = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+OTHERS = {
+    "no context": (lambda: BloomForCausalLM(BloomConfig(**SIZES)), "config.json has no max_position_embeddings"),
+    "recurrent": (
+        lambda: Qwen3NextForCausalLM(Qwen3NextConfig(
+            **SIZES, num_key_value_heads=2, head_dim=8, layer_types=["linear_attention"], linear_num_value_heads=2,
+            linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=0, intermediate_size=16,
+        )),
+        "all of whose layers cache keys and values",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make_model, message", OTHERS.values(), ids=OTHERS)
+def test_other_models_are_refused(make_model, message, tmp_path, capsys):
+    make_model().save_pretrained(tmp_path)
+    assert main(["evaluate", str(tmp_path), "--device", "cpu"]) == 1
+    assert message in last_error(capsys)
+
+
+def test_a_model_without_positions_behind_its_context(tmp_path):
+    """It is asked for nothing there, by default lengths that go up to the context."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2, n_positions=80)).save_pretrained(
+        tmp_path
+    )
+    assert main(["evaluate", str(tmp_path), "--device", "cpu", "--samples", "1", "--windows", "1"]) == 0
+
+
+def test_a_cache_that_a_model_has_not(folders, capsys):
+    words = ["evaluate", str(folders / "source"), "--device", "cpu", "--cache-dtypes", "model,int4"]
+    assert main(words) == 1
+    assert f"--cache-dtypes model,int4: {folders / 'source'} is no T6" in last_error(capsys)
+
+
+def test_benchmark_of_rows(tmp_path, capsys, monkeypatch):
+    """With retrieval; rows of 16 bits are that in a folder, too, whose caches are of others."""
+    source = source_model("llama", "mha", num_hidden_layers=1, vocab_size=256, max_position_embeddings=700)
+    model = as_t6(source)
+    model.config.cache_dtype = "int4"
+    model.save_pretrained(tmp_path)
+    characters().save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text("A text. Another.\n" * 100)
+    words = [str(tmp_path), str(tmp_path / "text.txt"), "--device", "cpu", "--windows", "1", "--samples", "1"]
+    monkeypatch.setattr(sys, "argv", ["low_bit_rows.py", *words, "--repeats", "1"])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    runpy.run_path(str(ROOT / "benchmarks" / "low_bit_rows.py"), run_name="__main__")
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in capsys.readouterr().out.splitlines()}
+    assert rows["| 16 bits"][2] == "1.00x" and rows["| float8_e4m3fn"][2] == "2.00x"
+    assert all(rows[name][6].endswith("%") for name in ("| 16 bits", "| float8_e4m3fn", "| int4"))
+
+
+def test_the_worst_cache_is_warned_of(folders, tmp_path, capsys, monkeypatch):
+    """Wherever it stands among those that are measured."""
+
+    def score_all(model, kind, name, *words):
+        found = 0.1 if kind == "int4" else 0.9
+        scores = [{"task": "needle", "length": 64, "found": found}]
+        return {"model": name, "found": found, "exact": found, "log_probability": -1.0, "scores": scores}
+
+    monkeypatch.setattr(order, "score_all", score_all)
+    words = ["evaluate", str(folders / "t6"), "--beside", str(folders / "source"), "--lengths", "64", "--windows", "1"]
+    assert main([*words, "--device", "cpu", "--cache-dtypes", "int4,model"]) == 0
+    assert "warning: t6 in int4: of the values hidden" in capsys.readouterr().out
 
 
 def test_warning():

@@ -287,6 +287,13 @@ def test_a_stopped_run_cleans_up(number, source, tmp_path, capsys, monkeypatch):
     assert [signal.getsignal(known) for known in STOPS] == handlers
 
 
+def test_temporary_folder_of_a_run_that_ends(tmp_path, monkeypatch):
+    """It is listed, and gone when it is looked at."""
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([tmp_path / "t6-upload-abcdefgh"]))
+    with temporary_folder("t6-upload-", tmp_path) as folder:
+        assert folder.is_dir()
+
+
 def test_temporary_folders(tmp_path, capsys, monkeypatch):
     """Copies of weights that a killed upload left go with the next one; those of a live one stay."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -196,6 +196,10 @@ REFUSED = {
     "three-ranks": (["--k-rank", "1,2,1"], "--k-rank has 3 ranks: expected 1, or 2"),
     "both": (["--k-rank", "1", "--cache-ratio", "2"], "--cache-ratio chooses the ranks itself"),
     "ratio-too-large": (["--cache-ratio", "9"], "--cache-ratio 9: expected 1 to 8"),
+    "ratio-too-large-for-16-bits": (
+        ["--cache-ratio", "5", "--cache-dtype", "model"],
+        "--cache-ratio 5: expected 1 to 4 for this model with --cache-dtype model",
+    ),
     "ratio-below-one": (["--cache-ratio", "0.5"], "--cache-ratio 0.5: expected 1 to 8"),
     "dtype-without-ranks": (["--cache-dtype", "model"], "--calibration needs --k-rank"),
     "heal-without-ranks": (HEAL, "--calibration needs --k-rank"),

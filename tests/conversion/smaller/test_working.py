@@ -113,6 +113,17 @@ def test_another_input_or_option_is_refused(unfinished, tmp_path, capsys):
     assert (tmp_path / ".t6.unfinished" / "compressed").is_dir() and not (tmp_path / "t6").exists()
 
 
+def test_a_run_of_another_version_is_refused(unfinished, tmp_path, capsys):
+    """One that had fewer options: also where the new ones are not given."""
+    path = tmp_path / ".t6.unfinished" / "settings.json"
+    settings = json.loads(path.read_text())
+    del settings["cache_dtype"]
+    path.write_text(json.dumps(settings))
+    assert main(unfinished) == 1
+    assert "is an unfinished run of another version" in (error := last_error(capsys)) and "--overwrite" in error
+    assert (tmp_path / ".t6.unfinished" / "compressed").is_dir() and not (tmp_path / "t6").exists()
+
+
 def test_overwrite_begins_anew(unfinished, tmp_path, capsys):
     retrain(tmp_path / "source")
     assert main([*unfinished, "--overwrite"]) == 0

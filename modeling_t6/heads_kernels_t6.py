@@ -21,6 +21,13 @@ except ImportError:
 
 
 @triton.jit
+def _load(ptr, rows, columns, row_stride, column_stride, NUM_ROWS: tl.constexpr, NUM_COLUMNS: tl.constexpr):
+    """A matrix by the indices of its rows and columns, one of which goes down and the other across; zeros beyond it."""
+    offsets = rows * row_stride + columns * column_stride
+    return tl.load(ptr + offsets, mask=(rows < NUM_ROWS) & (columns < NUM_COLUMNS), other=0.0)
+
+
+@triton.jit
 def form_kernel(
     a_ptr, b_ptr, out_ptr, num_tokens,
     a_stride_n, a_stride_t, a_stride_r, a_stride_h,
@@ -34,14 +41,10 @@ def form_kernel(
     ranks_of_a, ranks_of_b = tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_R)[:, None]
     place = tl.program_id(0).to(tl.int64)
     sequence, token = place // num_tokens, place % num_tokens
-    a = tl.load(
-        a_ptr + (sequence * a_stride_n + token * a_stride_t) + heads * a_stride_h + ranks_of_a * a_stride_r,
-        mask=(heads < NUM_HEADS) & (ranks_of_a < RANK), other=0.0,
-    )  # fmt: skip
-    b = tl.load(
-        b_ptr + (sequence * b_stride_n + token * b_stride_t) + ranks_of_b * b_stride_r + features,
-        mask=(ranks_of_b < RANK) & (features < HEAD_DIM), other=0.0,
-    )  # fmt: skip
+    a_ptr += sequence * a_stride_n + token * a_stride_t
+    b_ptr += sequence * b_stride_n + token * b_stride_t
+    a = _load(a_ptr, heads, ranks_of_a, a_stride_h, a_stride_r, NUM_HEADS, RANK)
+    b = _load(b_ptr, ranks_of_b, features, b_stride_r, 1, RANK, HEAD_DIM)
     formed = tl.dot(a, b, input_precision="ieee") / RANK
     tl.store(
         out_ptr + place * (NUM_HEADS * HEAD_DIM) + heads * HEAD_DIM + features,
@@ -67,22 +70,15 @@ def gradients_kernel(
     ranks, ranks_of_b = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_R)[None, :]
     place = tl.program_id(0).to(tl.int64)
     sequence, token = place // num_tokens, place % num_tokens
-    b = tl.load(
-        b_ptr + (sequence * b_stride_n + token * b_stride_t) + ranks_of_b * b_stride_r + features_of_b,
-        mask=(ranks_of_b < RANK) & (features_of_b < HEAD_DIM), other=0.0,
-    )  # fmt: skip
+    gradient_ptr += sequence * gradient_stride_n + token * gradient_stride_t
+    a_ptr += sequence * a_stride_n + token * a_stride_t
+    b_ptr += sequence * b_stride_n + token * b_stride_t
+    b = _load(b_ptr, ranks_of_b, features_of_b, b_stride_r, 1, RANK, HEAD_DIM)
     b_gradient = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for first_head in tl.static_range(0, NUM_HEADS, BLOCK_H):
         heads, heads_of_a = first_head + tl.arange(0, BLOCK_H)[:, None], first_head + tl.arange(0, BLOCK_H)[None, :]
-        gradient = tl.load(
-            gradient_ptr + (sequence * gradient_stride_n + token * gradient_stride_t)
-            + heads.to(tl.int64) * gradient_stride_h + features,
-            mask=(heads < NUM_HEADS) & (features < HEAD_DIM), other=0.0,
-        )  # fmt: skip
-        a = tl.load(
-            a_ptr + (sequence * a_stride_n + token * a_stride_t) + heads_of_a * a_stride_h + ranks * a_stride_r,
-            mask=(heads_of_a < NUM_HEADS) & (ranks < RANK), other=0.0,
-        )  # fmt: skip
+        gradient = _load(gradient_ptr, heads.to(tl.int64), features, gradient_stride_h, 1, NUM_HEADS, HEAD_DIM)
+        a = _load(a_ptr, heads_of_a, ranks, a_stride_h, a_stride_r, NUM_HEADS, RANK)
         a_gradient = tl.dot(gradient, b, input_precision="ieee") / RANK
         tl.store(
             a_gradient_ptr + place * (NUM_HEADS * RANK) + heads * RANK + ranks_of_b,

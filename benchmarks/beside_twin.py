@@ -49,7 +49,7 @@ from collections.abc import Callable
 
 import torch
 from gpu import machine, release_memory
-from training_step import make_model, synchronize
+from training_step import kernels_of, make_model, make_step, synchronize
 from transformers import AutoConfig
 
 from configuration.make_configs import DIRECTORY
@@ -74,38 +74,9 @@ def alternate(calls: dict[str, Callable], device: str, rounds: int) -> dict[str,
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def kernels_of(call: Callable, device: str, repeats: int = 3) -> list[tuple[str, float, float]]:
-    """Kernels (on a CPU operators) of a call: name, seconds, and how many times; longest first."""
-    activity = getattr(torch.profiler.ProfilerActivity, device.upper())
-    call()
-    synchronize(device)
-    with torch.profiler.profile(activities=[activity]) as profiler:
-        for _ in range(repeats):
-            call()
-        synchronize(device)
-    attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    rows = [
-        (row.key, getattr(row, attribute) * 1e-6 / repeats, row.count / repeats) for row in profiler.key_averages()
-    ]
-    return sorted(rows, key=lambda row: -row[1])
-
-
 def steps(config, device: str, batch: int, length: int, compiled: bool) -> Callable:
     """A training step; not compiled, it includes the head and the loss."""
-    model = make_model(config, device)
-    if compiled:
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
-    ids = torch.randint(0, config.vocab_size, (batch, length), device=device)
-
-    def step():
-        model.zero_grad(set_to_none=True)
-        if compiled:
-            model.model(ids, use_cache=False).last_hidden_state.float().square().mean().backward()
-        else:
-            model(ids, labels=ids, use_cache=False).loss.backward()
-
-    return step
+    return make_step(config, device, batch, length, compiled, with_loss=not compiled)
 
 
 def prefills(config, device: str, batch: int, length: int, layers: int) -> Callable:
@@ -124,7 +95,7 @@ def prefills(config, device: str, batch: int, length: int, layers: int) -> Calla
 
 def compare(title: str, calls: dict[str, Callable], args) -> dict:
     seconds = alternate(calls, args.device, args.rounds)
-    result = {"seconds": seconds, "kernels": {name: kernels_of(call, args.device) for name, call in calls.items()}}
+    result = {"seconds": seconds, "kernels": {name: kernels_of(call, args.device, 3) for name, call in calls.items()}}
     sums = {
         "step": seconds,
         "kernels": {name: sum(row[1] for row in rows) for name, rows in result["kernels"].items()},

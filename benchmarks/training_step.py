@@ -50,7 +50,7 @@ if __name__ == "__main__":
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from gpu import machine, release_memory
@@ -134,7 +134,8 @@ def make_attention(config, device: str, batch: int, length: int, compiled: bool)
     return torch.compile(attention, dynamic=False) if compiled else attention, hidden, positions
 
 
-def measure_step(config, device: str, batch: int, length: int, compiled: bool) -> dict:
+def make_step(config, device: str, batch: int, length: int, compiled: bool, with_loss: bool = False) -> Callable:
+    """A training step of a model, its layers `compiled` or not; without the head unless it is `with_loss`."""
     model = make_model(config, device)
     if compiled:
         for layer in model.model.layers:
@@ -143,9 +144,17 @@ def measure_step(config, device: str, batch: int, length: int, compiled: bool) -
 
     def step():
         model.zero_grad(set_to_none=True)
-        hidden = model.model(ids, use_cache=False).last_hidden_state
-        hidden.float().square().mean().backward()  # the head and the loss are the same for every model
+        if with_loss:
+            loss = model(ids, labels=ids, use_cache=False).loss
+        else:  # the head and the loss are the same for every model
+            loss = model.model(ids, use_cache=False).last_hidden_state.float().square().mean()
+        loss.backward()
 
+    return step
+
+
+def measure_step(config, device: str, batch: int, length: int, compiled: bool) -> dict:
+    step = make_step(config, device, batch, length, compiled)
     return dict(zip(("step_seconds", "step_peak_bytes"), seconds_and_peak(step, device, 6)))
 
 
@@ -177,26 +186,32 @@ def measure_prefill(config, device: str, batch: int, length: int, compiled: bool
         return seconds_and_peak(lambda: attention(hidden, positions), device, 20)[0]
 
 
+def kernels_of(call: Callable, device: str, repeats: int) -> list[tuple[str, float, float]]:
+    """Kernels (on a CPU operators) of a call: name, seconds, and how many times; longest first."""
+    activity = getattr(torch.profiler.ProfilerActivity, device.upper())
+    for _ in range(3):
+        call()
+    synchronize(device)
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for _ in range(repeats):
+            call()
+        synchronize(device)
+    attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    rows = [
+        (row.key, getattr(row, attribute) * 1e-6 / repeats, row.count / repeats) for row in profiler.key_averages()
+    ]
+    return sorted(rows, key=lambda row: -row[1])
+
+
 def profile_attention(config, device: str, batch: int, length: int, compiled: bool, most: int = 16) -> None:
     """Prints where the time of a forward and backward pass goes, by kernel (on a CPU, by operator)."""
     attention, hidden, positions = make_attention(config, device, batch, length, compiled)
     hidden.requires_grad_()
     probe = torch.randn_like(hidden)
-    activity = getattr(torch.profiler.ProfilerActivity, device.upper())
-    repeats = 5
-    for _ in range(3):
-        attention(hidden, positions)[0].backward(probe)
-    synchronize(device)
-    with torch.profiler.profile(activities=[activity]) as profiler:
-        for _ in range(repeats):
-            attention(hidden, positions)[0].backward(probe)
-        synchronize(device)
-    attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    rows = [(getattr(row, attribute), row.count, row.key) for row in profiler.key_averages()]  # microseconds
-    total = sum(microseconds for microseconds, *_ in rows)
-    print(f"  {total / repeats * 1e-3:8.3f} ms in all")
-    for microseconds, count, key in sorted(rows, reverse=True)[:most]:
-        print(f"  {microseconds / repeats * 1e-3:8.3f} ms  {count / repeats:4.0f} x  {key[:100]}")
+    rows = kernels_of(lambda: attention(hidden, positions)[0].backward(probe), device, 5)
+    print(f"  {sum(seconds for _, seconds, _ in rows) * 1e3:8.3f} ms in all")
+    for key, seconds, count in rows[:most]:
+        print(f"  {seconds * 1e3:8.3f} ms  {count:4.0f} x  {key[:100]}")
 
 
 def judge(training: dict) -> bool:

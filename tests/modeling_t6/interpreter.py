@@ -5,6 +5,15 @@ import torch
 from triton.runtime import interpreter
 
 
+def compute_as_a_gpu(monkeypatch, float8: bool = False) -> None:
+    """All that tests of kernels want of it: `float8` if they write such rows."""
+    compute_bfloat16(monkeypatch)
+    if float8:
+        round_float8(monkeypatch)
+    check_addresses(monkeypatch)
+    patch_language_once(monkeypatch)
+
+
 def compute_bfloat16(monkeypatch) -> None:
     """
     The interpreter multiplies and adds the bits of bfloat16 numbers as if they were integers, and cuts digits off: widen

@@ -24,10 +24,7 @@ def checked_interpreter(monkeypatch):
         return
     from . import interpreter
 
-    interpreter.compute_bfloat16(monkeypatch)
-    interpreter.round_float8(monkeypatch)
-    interpreter.check_addresses(monkeypatch)
-    interpreter.patch_language_once(monkeypatch)
+    interpreter.compute_as_a_gpu(monkeypatch, float8=True)
 
 
 @pytest.fixture(params=["triton", "torch"])

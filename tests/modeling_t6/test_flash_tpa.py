@@ -33,9 +33,7 @@ def checked_interpreter(monkeypatch):
         return
     from . import interpreter
 
-    interpreter.compute_bfloat16(monkeypatch)
-    interpreter.check_addresses(monkeypatch)
-    interpreter.patch_language_once(monkeypatch)
+    interpreter.compute_as_a_gpu(monkeypatch)
 
 
 @pytest.mark.once

@@ -40,9 +40,7 @@ def launches(monkeypatch):
         return calls
     from . import interpreter
 
-    interpreter.compute_bfloat16(monkeypatch)
-    interpreter.check_addresses(monkeypatch)
-    interpreter.patch_language_once(monkeypatch)
+    interpreter.compute_as_a_gpu(monkeypatch)
     # Of a GPU all but that it is there.
     monkeypatch.setattr(heads_t6, "_has_kernels", lambda a, b, *gradient: a.dim() == b.dim() == 4)
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))

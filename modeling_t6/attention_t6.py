@@ -25,6 +25,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_t6 import T6Config
+from .factor_product_t6 import is_exporting
 from .factor_space_t6 import attend_in_factor_space, factor_space_attention_forward
 from .factors_t6 import Factors
 from .flash_tpa_t6 import decode_with_flash_tpa, flash_tpa_attention_forward
@@ -125,10 +126,7 @@ def rebuild_heads(cached_rows: torch.Tensor | None, is_checkpointed: bool) -> bo
     """
     enabled = REBUILD_HEADS_COMPILED if torch.compiler.is_compiling() else REBUILD_HEADS_EAGER
     wanted = torch.is_grad_enabled() and cached_rows is None and not is_checkpointed
-    # What `torch.compiler.is_exporting()` returns, but for Dynamo, up to torch 2.11, which takes that for True in
-    # torch.compile, too.
-    is_exporting = getattr(torch.compiler, "_is_exporting_flag", False)
-    return enabled and wanted and not is_exporting
+    return enabled and wanted and not is_exporting()
 
 
 def keep_factors(attend: Callable, *args, dropout: float = 0.0, **kwargs):

@@ -246,13 +246,7 @@ class T6Config(PreTrainedConfig):
 
     def _local_share(self, field: str) -> int:
         num_processes = getattr(getattr(self, "distributed_config", None), "tp_size", None) or 1
-        for name in ("num_attention_heads", "num_key_value_heads"):
-            if getattr(self, name) % num_processes:
-                raise ValueError(
-                    f"Tensor parallelism shares out whole heads: `{name}`={getattr(self, name)} must be a multiple of the "
-                    f"number of processes, got {num_processes}."
-                )
-        return getattr(self, field) // num_processes
+        return local_share(self, field, num_processes, "the number of processes")
 
     def ranks(self, layer_idx: int) -> tuple[int, int]:
         """R_K and R_V of a layer."""
@@ -402,6 +396,22 @@ class T6Config(PreTrainedConfig):
         ):
             if getattr(self, first) and getattr(self, second):
                 raise ValueError(f"`{first}` and `{second}` exclude each other: {reason}.")
+
+
+def local_share(config: "T6Config | ConfigView", field: str, num_processes: int, argument: str) -> int:
+    """
+    The part of a number of heads that each process has.
+
+    Raises:
+        ValueError: naming heads that cannot be shared out, and the `argument` that says for how many processes.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(config, name) % num_processes:
+            raise ValueError(
+                f"Tensor parallelism shares out whole heads: `{name}`={getattr(config, name)} must be a multiple of {argument}, "
+                f"got {num_processes}."
+            )
+    return getattr(config, field) // num_processes
 
 
 class ConfigView:

@@ -38,12 +38,20 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
 
 
+def is_exporting() -> bool:
+    """
+    What `torch.compiler.is_exporting()` returns, but for Dynamo, up to torch 2.11, which takes that for True in torch.compile,
+    too.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
 def are_few(hidden_states: torch.Tensor) -> bool:
     """Whether operators on `hidden_states` [..., tokens, hidden_size] take as long as they are many, and no gradient is wanted."""
     count = hidden_states.shape[-2]
     if torch.is_grad_enabled():
         return False
-    if getattr(torch.compiler, "_is_exporting_flag", False):  # one program is for all lengths
+    if is_exporting():  # one program is for all lengths
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         return statically_known_true(count <= MAX_TOKENS_ONE_BY_ONE)

@@ -168,7 +168,7 @@ def factor_space_attention(
         b_k = key_features(all_b_k if constant_b else all_b_k[:, chunk], chunk).to(dtype)
         if constant_b:
             b_k = b_k.expand(batch_size, -1, -1, -1)
-        if not constant_b:
+        else:
             b_v = value_features(all_b_v[:, chunk], chunk).to(dtype)
         shape = (batch_size, b_k.shape[1], query_length, num_heads)
         if constant_a:

@@ -94,10 +94,10 @@ class T6GenerationMixin(GenerationMixin):
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
         """As in every model; `cache_dtype`, of which Transformers knows nothing, becomes a field of the configuration."""
-        given = {name: kwargs.pop(name) for name in ("cache_dtype",) if name in kwargs}
+        is_given, cache_dtype = "cache_dtype" in kwargs, kwargs.pop("cache_dtype", None)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        for name, value in given.items():
-            setattr(generation_config, name, value)
+        if is_given:
+            generation_config.cache_dtype = cache_dtype
         return generation_config, model_kwargs
 
     def _get_static_cache_init_shape(self) -> None:

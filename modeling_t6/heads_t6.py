@@ -16,7 +16,7 @@
 import torch
 
 from .factors_t6 import form_heads
-from .flash_tpa_t6 import DTYPES, is_supported, operator_name, power_of_2
+from .flash_tpa_t6 import DTYPES, MAX_HEAD_DIM, is_supported, operator_name, power_of_2
 
 
 try:
@@ -32,7 +32,6 @@ KERNELS = True
 # Heads of this rank or less are sums of outer products where torch.compile fuses those. 0: matrix products everywhere.
 MAX_OUTER_PRODUCTS = 8
 MAX_RANK = 64
-MAX_HEAD_DIM = 256
 # Sizes with which the kernels are started: numbers of a tile, of heads and of their gradients, and warps.
 FORM_TILE = 8192
 GRADIENT_TILE = 2048

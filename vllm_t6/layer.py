@@ -23,7 +23,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec, get_kv_quant_mode
 
 from modeling_t6.cache_t6 import factor_layouts
-from modeling_t6.configuration_t6 import ConfigView, T6Config
+from modeling_t6.configuration_t6 import ConfigView, T6Config, local_share
 
 from .attention import FactorImpl
 from .backend import FactorBackend, SlidingFactorBackend
@@ -45,14 +45,7 @@ class LocalConfig(ConfigView):
         return self._local_share("num_key_value_heads")
 
     def _local_share(self, field: str) -> int:
-        num_processes = get_tensor_model_parallel_world_size()
-        for name in ("num_attention_heads", "num_key_value_heads"):
-            if getattr(self, name) % num_processes:
-                raise ValueError(
-                    f"Tensor parallelism shares out whole heads: `{name}`={getattr(self, name)} must be a multiple of "
-                    f"`tensor_parallel_size`, got {num_processes}."
-                )
-        return getattr(self, field) // num_processes
+        return local_share(self, field, get_tensor_model_parallel_world_size(), "`tensor_parallel_size`")
 
 
 class FactorAttention(nn.Module, AttentionLayerBase):

@@ -41,6 +41,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--skip-generate", action="store_true", help="leave out the times of generate()")
     parser.add_argument("--short", action="store_true", help="short contexts alone, fused and not")
+    parser.add_argument(
+        "--skip-unfused", action="store_true", help="with --short, leave out T6 without its fused ways"
+    )
     add_output(parser)
     return parser.parse_args()
 
@@ -396,13 +399,14 @@ def measure(names: list[str], skip_generate: bool, output: Path | None) -> None:
         release_memory()
 
 
-def measure_short(names: list[str], skip_generate: bool, output: Path | None) -> None:
+def measure_short(names: list[str], skip_generate: bool, skip_unfused: bool, output: Path | None) -> None:
     """References first, whatever the order of `names`, so that each line shows its ratios."""
     data, seconds = {"machine": machine(), "short": []}, {}
     print(f"{machine()}; bfloat16; ratios are of times")
     print(f"{'model':20}{'fused':>6}{'batch x context':>16}{'graph':>11}{'ratio':>7}{'static':>12}{'ratio':>7}")
     for name in sorted(names, key=lambda name: REFERENCES[name] != name):
-        for fused in (True, False) if isinstance(MODELS[name](), T6Config) else (None,):
+        ways = (True,) if skip_unfused else (True, False)
+        for fused in ways if isinstance(MODELS[name](), T6Config) else (None,):
             stored_factors_t6.FUSED = factor_product_t6.PACK = fused is not False
             model = build(name)
             for batch, tokens in SHORT_RUNS:
@@ -427,7 +431,7 @@ def measure_short(names: list[str], skip_generate: bool, output: Path | None) ->
 def main() -> None:
     args = parse_args()
     if args.short:
-        return measure_short(args.models, args.skip_generate, args.output)
+        return measure_short(args.models, args.skip_generate, args.skip_unfused, args.output)
     if args.plot:
         draw(plot, args.plot, (10, 2.9))
     else:

@@ -61,7 +61,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from serve_vllm import alone
+from turns import alone
 from vllm_server import machine, model_folders
 
 

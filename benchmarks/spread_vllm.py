@@ -7,7 +7,8 @@ multi-head attention: random weights of the size of a model of configuration/, g
 The prompts and the chosen tokens go through Transformers in float32, as one text each, and through Transformers in bfloat16. Llama
 runs in vLLM with two attention back ends, which compute the same in another order: by as much as these two differ is what a
 back end may differ. T6 also runs with what takes other ways through its plugin: pages of 16 tokens, prompts in pieces whose keys and
-values do not fit the workspace at once, prefix caching, speculation by n-grams, sliding windows, rows in FP8.
+values do not fit the workspace at once, prefix caching, speculation by n-grams, sliding windows, rows in FP8. Both run on two GPUs
+through NCCL where there are two.
 """
 
 import argparse
@@ -19,6 +20,7 @@ SETTINGS = {
     "llama-mha-small": {
         "FlashAttention": {"attention_backend": "FLASH_ATTN"},
         "Triton": {"attention_backend": "TRITON_ATTN"},
+        "two GPUs": {"tensor_parallel_size": 2, "disable_custom_all_reduce": True},
     },
     "t6-small": {
         "graphs": {},
@@ -34,14 +36,16 @@ SETTINGS = {
         },
         "window of 64": {"hf_overrides": {"sliding_window": 64}},
         "FP8 rows": {"kv_cache_dtype": "fp8"},
+        "two GPUs": {"tensor_parallel_size": 2, "disable_custom_all_reduce": True},
     },
 }
-EAGER = ("pages of 16", "pieces", "window of 64", "FP8 rows", "Triton")  # the others in CUDA graphs
+EAGER = ("pages of 16", "pieces", "window of 64", "FP8 rows", "Triton", "two GPUs")  # the others in CUDA graphs
 
 
 def parse_args() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("--models", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="MODEL")
+    parser.add_argument("--settings", nargs="+", metavar="SETTING", help="some of them alone")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -150,7 +154,13 @@ def measure(args: argparse.Namespace, directory: Path) -> dict:
         for prompt in prompts[::2]:  # such as n-grams find something in
             prompt += prompt[:100] * 2
         prompts = [prompt[: 1023 - args.new_tokens] for prompt in prompts]
-        answers = alone(answer, folder, SETTINGS[name], prompts, args)
+        settings = {
+            setting: given
+            for setting, given in SETTINGS[name].items()
+            if (not args.settings or setting in args.settings)
+            and given.get("tensor_parallel_size", 1) <= torch.cuda.device_count()
+        }
+        answers = alone(answer, folder, settings, prompts, args)
         computed = alone(log_probabilities, folder, ["float32", args.dtype], answers, prompts, SETTINGS[name])
         for setting, given in answers.items():
             exact, rounded = computed[setting, "float32"], computed[setting, args.dtype]

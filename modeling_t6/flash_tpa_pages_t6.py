@@ -307,7 +307,9 @@ def paged_flash_tpa(
             OVERLAP=overlap,
             num_warps=launch.warps,
         )
-        combine_pages_kernel[(COMBINE_PROGRAMS * num_sms,)](
+        # No more programs than there may be columns of a request of several pieces.
+        columns = len(block_table) * num_queries * num_heads
+        combine_pages_kernel[(min(COMBINE_PROGRAMS * num_sms, columns),)](
             partial,
             lse,
             output,

@@ -91,3 +91,114 @@ def gradients_kernel(
         (b_gradient / RANK).to(b_gradient_ptr.dtype.element_ty),
         mask=(ranks < RANK) & (features < HEAD_DIM),
     )
+
+
+@triton.jit
+def _rotation(cos_ptr, sin_ptr, places, features, mask, ROTARY_DIM: tl.constexpr):
+    """
+    RoPE of tokens, whose angles lie at `places`, as x cos + x[partners] sin: the cos and sin of each feature, and the feature with
+    which it is mixed, half of the `ROTARY_DIM` rotated ones away. Those beyond are multiplied by 1 and mixed with nothing.
+    """
+    half: tl.constexpr = ROTARY_DIM // 2
+    is_rotated = mask & (features < ROTARY_DIM)
+    cos = tl.load(cos_ptr + places + features, mask=is_rotated, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + places + features, mask=is_rotated, other=0.0).to(tl.float32)
+    partners = tl.where(features < half, features + half, tl.where(features < ROTARY_DIM, features - half, features))
+    return cos, tl.where(features < half, -sin, sin), partners
+
+
+@triton.jit
+def _rows_of_b(b_ptr, features, mask, cos, sin, partners, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATES: tl.constexpr):
+    """B / R of tokens, rotated, in float32: for each of its rows a tile of tokens and features."""
+    rows = ()
+    for r in tl.static_range(RANK):
+        row = tl.load(b_ptr + r * HEAD_DIM + features, mask=mask, other=0.0).to(tl.float32)
+        if ROTATES:
+            row = row * cos + tl.load(b_ptr + r * HEAD_DIM + partners, mask=mask, other=0.0).to(tl.float32) * sin
+        rows = rows + (row / RANK,)
+    return rows
+
+
+@triton.jit
+def form_at_once_kernel(
+    product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+    A_START: tl.constexpr, B_START: tl.constexpr, WIDTH: tl.constexpr,
+    RANK: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, ROTATES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """
+    The heads of `BLOCK_T` tokens, into [tokens, h, d] without gaps, of factors that lie in rows [tokens, WIDTH]: A [h, R] from
+    `A_START`, B [R, d], which is rotated, from `B_START`.
+    """
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    features = tl.arange(0, BLOCK_D)[None, :]
+    is_token = tokens < num_tokens
+    mask = is_token[:, None] & (features < HEAD_DIM)
+    places = (tokens // length * angles_stride_n + tokens % length * ROTARY_DIM)[:, None]
+    cos, sin, partners = _rotation(cos_ptr, sin_ptr, places, features, mask & ROTATES, ROTARY_DIM)
+    factors_ptr = product_ptr + tokens * WIDTH
+    b = _rows_of_b(factors_ptr[:, None] + B_START, features, mask, cos, sin, partners, RANK, HEAD_DIM, ROTATES)
+    out_ptr += (tokens * (NUM_HEADS * HEAD_DIM))[:, None] + features
+    for head in range(NUM_HEADS):
+        formed = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for r in tl.static_range(RANK):
+            a = tl.load(factors_ptr + A_START + head * RANK + r, mask=is_token, other=0.0).to(tl.float32)
+            formed += a[:, None] * b[r]
+        tl.store(out_ptr + head * HEAD_DIM, formed.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradients_at_once_kernel(
+    gradient_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+    gradient_stride_n, gradient_stride_t, gradient_stride_h,
+    A_START: tl.constexpr, B_START: tl.constexpr, WIDTH: tl.constexpr, PADDING: tl.constexpr,
+    RANK: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, ROTATES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """
+    The gradients of A and B of `BLOCK_T` tokens, into rows as those of [`form_at_once_kernel`], and zeros into `PADDING` columns
+    behind A. The gradient of the heads is read once, `AHEAD` heads before it is needed.
+    """
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    features = tl.arange(0, BLOCK_D)[None, :]
+    is_token = tokens < num_tokens
+    mask = is_token[:, None] & (features < HEAD_DIM)
+    sequences, positions = tokens // length, tokens % length
+    places = (sequences * angles_stride_n + positions * ROTARY_DIM)[:, None]
+    cos, sin, partners = _rotation(cos_ptr, sin_ptr, places, features, mask & ROTATES, ROTARY_DIM)
+    factors_ptr = product_ptr + tokens * WIDTH
+    out_ptr += tokens * WIDTH
+    b = _rows_of_b(factors_ptr[:, None] + B_START, features, mask, cos, sin, partners, RANK, HEAD_DIM, ROTATES)
+    b_gradients = ()
+    for _ in tl.static_range(RANK):
+        b_gradients = b_gradients + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
+    gradient_ptr += (sequences * gradient_stride_n + positions * gradient_stride_t)[:, None] + features
+    ahead = ()
+    for head in tl.static_range(AHEAD):
+        ahead = ahead + (tl.load(gradient_ptr, mask=mask & (head < NUM_HEADS), other=0.0),)
+        gradient_ptr += gradient_stride_h
+    for head in range(NUM_HEADS):
+        gradient = ahead[0].to(tl.float32)
+        ahead = ahead[1:] + (tl.load(gradient_ptr, mask=mask & (head + AHEAD < NUM_HEADS), other=0.0),)
+        gradient_ptr += gradient_stride_h
+        a = ()  # all of it before the first store, beyond which no load moves
+        for r in tl.static_range(RANK):
+            a = a + (tl.load(factors_ptr + (A_START + head * RANK + r), mask=is_token, other=0.0),)
+        sums = ()
+        for r in tl.static_range(RANK):
+            sums = sums + (b_gradients[r] + a[r].to(tl.float32)[:, None] * gradient,)
+            a_gradient = tl.sum(gradient * b[r], axis=1)
+            place = out_ptr + (A_START + head * RANK + r)
+            tl.store(place, a_gradient.to(out_ptr.dtype.element_ty), mask=is_token)
+        b_gradients = sums
+    for r in tl.static_range(RANK):
+        b_gradient = b_gradients[r] / RANK
+        if ROTATES:  # the transpose: what a feature was mixed into, it is given back by
+            mixed = tl.gather(b_gradient * sin, partners + tl.zeros([BLOCK_T, 1], tl.int32), axis=1)
+            b_gradient = b_gradient * cos + mixed
+        place = out_ptr[:, None] + (B_START + r * HEAD_DIM) + features
+        tl.store(place, b_gradient.to(out_ptr.dtype.element_ty), mask=mask)
+    if PADDING:
+        columns = tl.arange(0, 8)[None, :]
+        place = out_ptr[:, None] + (A_START + NUM_HEADS * RANK) + columns
+        tl.store(place, tl.zeros([BLOCK_T, 8], out_ptr.dtype.element_ty), mask=is_token[:, None] & (columns < PADDING))

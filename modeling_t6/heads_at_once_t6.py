@@ -113,9 +113,7 @@ def _has_kernels(hidden_states: torch.Tensor) -> bool:
     )
 
 
-def heads_at_once(
-    module: nn.Module, factors: UnsplitFactors
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def heads_at_once(module: nn.Module, factors: UnsplitFactors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Q [batch, seq, h, d], rotated, K, rotated, and V [batch, seq, h_kv, d]."""
     ranks = module.q_rank, module.k_rank, module.v_rank
     outputs = (getattr(module, f"{name}_a_proj").out_features for name in "qkv")

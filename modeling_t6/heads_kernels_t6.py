@@ -108,7 +108,9 @@ def _rotation(cos_ptr, sin_ptr, places, features, mask, ROTARY_DIM: tl.constexpr
 
 
 @triton.jit
-def _rows_of_b(b_ptr, features, mask, cos, sin, partners, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATES: tl.constexpr):
+def _rows_of_b(
+    b_ptr, features, mask, cos, sin, partners, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATES: tl.constexpr
+):
     """B / R of tokens, rotated, in float32: for each of its rows a tile of tokens and features."""
     rows = ()
     for r in tl.static_range(RANK):

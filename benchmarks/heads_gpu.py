@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
         choices=LAYERS,
         default=[],
         metavar="LAYER",
-        help="of these: numbers, warps, heads ahead",
+        help="of these: sizes as in heads_at_once_t6",
     )
     add_output(parser, plots=False)
     return parser.parse_args()
@@ -102,7 +102,7 @@ def measure_shape(shape: tuple[int, ...], bandwidth: float, with_products: bool)
 
 
 def measure_layer(shape: tuple, bandwidth: float, repeats: int = 7) -> dict:
-    """Times of a layer's heads and of the gradient of its product, each pass as a whole and by its three kernels."""
+    """Times of a layer's heads and of the gradient of its product, each pass as a whole."""
     batch, tokens, ranks, heads, kv_heads, head_dim = shape
     num_heads = heads, kv_heads, kv_heads
     columns = sum(rank * (h + head_dim) for rank, h in zip(ranks, num_heads))
@@ -134,14 +134,15 @@ def measure_layers(sweep: list[str], bandwidth: float) -> dict:
         cells = (f"{way} {row['seconds'] * 1e6:8.1f} us ({row['share']:4.0%})" for way, row in results[name].items())
         print(f"{name + ', Q, K and V':24}", "; ".join(cells), flush=True)
         if name in sweep:
-            names = ("NUMBERS_OF_A_WARP", "WARPS", "AHEAD")
-            plain = [getattr(heads_at_once_t6, name) for name in names]
-            for sizes in itertools.product((128, 256, 512), (1, 2, 4), (1, 3)):
+            names = ("NUMBERS_OF_A_WARP", "WARPS", "AHEAD", "UNROLLED")
+            plain = [getattr(heads_at_once_t6, size_name) for size_name in names]
+            others = itertools.product((256,), (1,), (2, 4, 6), (1, 2, 4))
+            for sizes in (*others, (128, 1, 4, 2), (512, 1, 4, 1), (256, 4, 4, 2), (512, 4, 2, 1)):
                 for size_name, size in zip(names, sizes):
                     setattr(heads_at_once_t6, size_name, size)
                 row = results[f"{name} {sizes}"] = measure_layer(shape, bandwidth, 3)
                 times = ", ".join(f"{x['seconds'] * 1e6:.1f} us" for x in row.values())
-                print(f"    numbers of a warp, warps, ahead {sizes}: {times}", flush=True)
+                print(f"    numbers of a warp, warps, ahead, unrolled {sizes}: {times}", flush=True)
             for size_name, size in zip(names, plain):
                 setattr(heads_at_once_t6, size_name, size)
     return results

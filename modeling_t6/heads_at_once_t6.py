@@ -13,9 +13,7 @@
 # limitations under the License.
 """Queries, keys and values out of the one product of a layer's factors, and its gradient, without a pass between them"""
 
-import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -37,19 +35,12 @@ except ImportError:
 AT_ONCE = True
 # The kernels keep the rows of B, and of its gradient, in registers.
 MAX_RANK = 8
-# Sizes with which they are started: numbers of a tile for each warp, warps, and heads that gradients are read ahead.
+# Sizes with which they are started: numbers of a tile for each warp, and warps; for gradients heads that are read ahead, and
+# those that are computed between two jumps.
 NUMBERS_OF_A_WARP = 256
 WARPS = 1
-AHEAD = 3
-
-
-class Part(NamedTuple):
-    """Where the product has the factors of queries, keys or values: B [R, d] and A [h, R], as columns of its rows."""
-
-    rank: int
-    num_heads: int
-    b_start: int
-    a_start: int
+AHEAD = 4
+UNROLLED = 2
 
 
 @dataclass
@@ -144,42 +135,39 @@ class HeadsAtOnce(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def parts_of(ranks: tuple[int, ...], num_heads: tuple[int, ...], head_dim: int) -> list[Part]:
-    """Those of queries, keys and values."""
-    starts = list(itertools.accumulate([rank * head_dim for rank in ranks], initial=0))
-    a_starts = itertools.accumulate((rank * heads for rank, heads in zip(ranks, num_heads)), initial=starts[-1])
-    return [Part(*sizes) for sizes in zip(ranks, num_heads, starts[:-1], a_starts)]
-
-
 def form_in_pytorch(
     product: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ranks: tuple, num_heads: tuple, head_dim: int
 ) -> list[torch.Tensor]:
     """What the kernels compute."""
-    heads = []
-    for part in parts_of(ranks, num_heads, head_dim):
-        b = product.narrow(-1, part.b_start, part.rank * head_dim).unflatten(-1, (part.rank, head_dim))
-        a = product.narrow(-1, part.a_start, part.rank * part.num_heads).unflatten(-1, (part.num_heads, part.rank))
-        rotated = b if len(heads) == 2 else apply_rotary_pos_emb(b, cos, sin)
-        heads.append(form_heads(a.transpose(-1, -2), rotated))
-    return heads
+    b_sizes, a_sizes = [rank * head_dim for rank in ranks], [rank * heads for rank, heads in zip(ranks, num_heads)]
+    *factors, _ = product.split([*b_sizes, *a_sizes, product.shape[-1] - sum(b_sizes + a_sizes)], dim=-1)
+    b = [x.unflatten(-1, (-1, head_dim)) for x in factors[:3]]
+    a = [x.unflatten(-1, (-1, rank)).transpose(-1, -2) for x, rank in zip(factors[3:], ranks)]
+    b[:2] = [apply_rotary_pos_emb(x, cos, sin) for x in b[:2]]
+    return [form_heads(*pair) for pair in zip(a, b)]
 
 
-def _constants(part: Part, index: int, width: int, rotary_dim: int, head_dim: int) -> dict[str, int | bool]:
-    """What the kernels are compiled for, of queries (`index` 0), keys (1) or values (2), which are not rotated."""
+def _launch(
+    kernel,
+    tensors: tuple[torch.Tensor, ...],
+    shape: torch.Size,
+    angles_stride: int,
+    strides: tuple[int, ...],
+    sizes: tuple[list[int], list[int], int],
+    **constants: int,
+) -> None:
+    """Starts a kernel for a product of this shape: programs for tokens, and for queries, keys and values."""
+    (batch_size, length, width), (ranks, num_heads, head_dim) = shape, sizes
     block_d = power_of_2(head_dim, 16)
-    return {
-        "A_START": part.a_start,
-        "B_START": part.b_start,
-        "WIDTH": width,
-        "RANK": part.rank,
-        "NUM_HEADS": part.num_heads,
-        "HEAD_DIM": head_dim,
-        "ROTARY_DIM": rotary_dim,
-        "ROTATES": index < 2,
-        "BLOCK_T": max(1, NUMBERS_OF_A_WARP * WARPS // block_d),
-        "BLOCK_D": block_d,
-        "num_warps": WARPS,
-    }
+    block_t = max(1, NUMBERS_OF_A_WARP * WARPS // block_d)
+    num_tokens = batch_size * length
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(-(-num_tokens // block_t), 3)](
+            *tensors, num_tokens, length, angles_stride, *strides,
+            WIDTH=width, Q_RANK=ranks[0], K_RANK=ranks[1], V_RANK=ranks[2],
+            NUM_HEADS=num_heads[0], NUM_KV_HEADS=num_heads[1], HEAD_DIM=head_dim,
+            BLOCK_T=block_t, BLOCK_D=block_d, num_warps=WARPS, **constants,
+        )  # fmt: skip
 
 
 def _angles(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -195,16 +183,18 @@ def _form(
     num_heads: list[int],
     head_dim: int,
 ) -> list[torch.Tensor]:
-    (batch_size, length, width), rotary_dim = product.shape, cos.shape[-1]
-    product, num_tokens, heads = product.contiguous(), batch_size * length, []
-    cos, sin, angles_stride = _angles(cos, sin)
-    with torch.cuda.device_of(product):
-        for index, part in enumerate(parts_of(ranks, num_heads, head_dim)):
-            constants = _constants(part, index, width, rotary_dim, head_dim)
-            heads.append(product.new_empty(batch_size, length, part.num_heads, head_dim))
-            form_at_once_kernel[(-(-num_tokens // constants["BLOCK_T"]),)](
-                product, cos, sin, heads[-1], num_tokens, length, angles_stride, **constants
-            )
+    product, (cos, sin, angles_stride) = product.contiguous(), _angles(cos, sin)
+    heads = [product.new_empty(*product.shape[:2], number, head_dim) for number in num_heads]
+    sizes = ranks, num_heads, head_dim
+    _launch(
+        form_at_once_kernel,
+        (product, cos, sin, *heads),
+        product.shape,
+        angles_stride,
+        (),
+        sizes,
+        ROTARY_DIM=cos.shape[-1],
+    )
     return heads
 
 
@@ -219,19 +209,14 @@ def _gradient(
     num_heads: list[int],
     head_dim: int,
 ) -> torch.Tensor:
-    (batch_size, length, width), rotary_dim = product.shape, cos.shape[-1]
-    product, num_tokens = product.contiguous(), batch_size * length
-    cos, sin, angles_stride = _angles(cos, sin)
-    result, parts = product.new_empty(product.shape), parts_of(ranks, num_heads, head_dim)
-    with torch.cuda.device_of(product):
-        for index, (part, gradient) in enumerate(zip(parts, (q_gradient, k_gradient, v_gradient))):
-            constants = _constants(part, index, width, rotary_dim, head_dim)
-            end = part.a_start + part.rank * part.num_heads
-            gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-            gradients_at_once_kernel[(-(-num_tokens // constants["BLOCK_T"]),)](
-                gradient, product, cos, sin, result, num_tokens, length, angles_stride, *gradient.stride()[:3],
-                PADDING=width - end if index == 2 else 0, AHEAD=AHEAD, **constants,
-            )  # fmt: skip
+    product, (cos, sin, angles_stride) = product.contiguous(), _angles(cos, sin)
+    gradients = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_gradient, k_gradient, v_gradient)]
+    strides = [stride for gradient in gradients for stride in gradient.stride()[:3]]
+    result = product.new_empty(product.shape)
+    _launch(
+        gradients_at_once_kernel, (*gradients, product, cos, sin, result), product.shape, angles_stride, strides,
+        (ranks, num_heads, head_dim), ROTARY_DIM=cos.shape[-1], AHEAD=AHEAD, UNROLLED=UNROLLED,
+    )  # fmt: skip
     return result
 
 

@@ -122,16 +122,13 @@ def _rows_of_b(
 
 
 @triton.jit
-def form_at_once_kernel(
+def _form_part(
     product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
     A_START: tl.constexpr, B_START: tl.constexpr, WIDTH: tl.constexpr,
     RANK: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, ROTATES: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """
-    The heads of `BLOCK_T` tokens, into [tokens, h, d] without gaps, of factors that lie in rows [tokens, WIDTH]: A [h, R] from
-    `A_START`, B [R, d], which is rotated, from `B_START`.
-    """
+    """The heads of `BLOCK_T` tokens, into [tokens, h, d] without gaps, of A [h, R] from `A_START` and B [R, d] from `B_START`."""
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     features = tl.arange(0, BLOCK_D)[None, :]
     is_token = tokens < num_tokens
@@ -144,22 +141,54 @@ def form_at_once_kernel(
     for head in range(NUM_HEADS):
         formed = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         for r in tl.static_range(RANK):
-            a = tl.load(factors_ptr + A_START + head * RANK + r, mask=is_token, other=0.0).to(tl.float32)
+            a = tl.load(factors_ptr + (A_START + head * RANK + r), mask=is_token, other=0.0).to(tl.float32)
             formed += a[:, None] * b[r]
         tl.store(out_ptr + head * HEAD_DIM, formed.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def gradients_at_once_kernel(
-    gradient_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
-    gradient_stride_n, gradient_stride_t, gradient_stride_h,
-    A_START: tl.constexpr, B_START: tl.constexpr, WIDTH: tl.constexpr, PADDING: tl.constexpr,
-    RANK: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, ROTATES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr,
+def form_at_once_kernel(
+    product_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, num_tokens, length, angles_stride_n,
+    WIDTH: tl.constexpr, Q_RANK: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """
-    The gradients of A and B of `BLOCK_T` tokens, into rows as those of [`form_at_once_kernel`], and zeros into `PADDING` columns
-    behind A. The gradient of the heads is read once, `AHEAD` heads before it is needed.
+    Q, K and V of tokens, in this order along the second axis of the grid, of factors in rows [tokens, WIDTH]: B_Q, B_K and B_V, A_Q,
+    A_K and A_V. B_Q and B_K are rotated.
+    """
+    a_q: tl.constexpr = (Q_RANK + K_RANK + V_RANK) * HEAD_DIM
+    a_k: tl.constexpr = a_q + Q_RANK * NUM_HEADS
+    part = tl.program_id(1)
+    if part == 0:
+        _form_part(
+            product_ptr, cos_ptr, sin_ptr, q_ptr, num_tokens, length, angles_stride_n,
+            a_q, 0, WIDTH, Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, BLOCK_T, BLOCK_D,
+        )  # fmt: skip
+    elif part == 1:
+        _form_part(
+            product_ptr, cos_ptr, sin_ptr, k_ptr, num_tokens, length, angles_stride_n,
+            a_k, Q_RANK * HEAD_DIM, WIDTH, K_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, True, BLOCK_T, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _form_part(
+            product_ptr, cos_ptr, sin_ptr, v_ptr, num_tokens, length, angles_stride_n,
+            a_k + K_RANK * NUM_KV_HEADS, (Q_RANK + K_RANK) * HEAD_DIM, WIDTH, V_RANK, NUM_KV_HEADS, HEAD_DIM,
+            ROTARY_DIM, False, BLOCK_T, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def _gradients_of_part(
+    gradient_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+    gradient_stride_n, gradient_stride_t, gradient_stride_h,
+    A_START: tl.constexpr, B_START: tl.constexpr, WIDTH: tl.constexpr,
+    RANK: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, ROTATES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, UNROLLED: tl.constexpr,
+):  # fmt: skip
+    """
+    The gradients of A and B of `BLOCK_T` tokens, of that of the heads, which is read once, `AHEAD` heads before it is needed. They go
+    where A and B are in the rows of the product.
     """
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
     features = tl.arange(0, BLOCK_D)[None, :]
@@ -179,7 +208,7 @@ def gradients_at_once_kernel(
     for head in tl.static_range(AHEAD):
         ahead = ahead + (tl.load(gradient_ptr, mask=mask & (head < NUM_HEADS), other=0.0),)
         gradient_ptr += gradient_stride_h
-    for head in range(NUM_HEADS):
+    for head in tl.range(NUM_HEADS, loop_unroll_factor=UNROLLED):
         gradient = ahead[0].to(tl.float32)
         ahead = ahead[1:] + (tl.load(gradient_ptr, mask=mask & (head + AHEAD < NUM_HEADS), other=0.0),)
         gradient_ptr += gradient_stride_h
@@ -195,12 +224,45 @@ def gradients_at_once_kernel(
         b_gradients = sums
     for r in tl.static_range(RANK):
         b_gradient = b_gradients[r] / RANK
-        if ROTATES:  # the transpose: what a feature was mixed into, it is given back by
+        if ROTATES:  # the transpose: what was added of a feature to its partner comes back
             mixed = tl.gather(b_gradient * sin, partners + tl.zeros([BLOCK_T, 1], tl.int32), axis=1)
             b_gradient = b_gradient * cos + mixed
         place = out_ptr[:, None] + (B_START + r * HEAD_DIM) + features
         tl.store(place, b_gradient.to(out_ptr.dtype.element_ty), mask=mask)
-    if PADDING:
-        columns = tl.arange(0, 8)[None, :]
-        place = out_ptr[:, None] + (A_START + NUM_HEADS * RANK) + columns
-        tl.store(place, tl.zeros([BLOCK_T, 8], out_ptr.dtype.element_ty), mask=is_token[:, None] & (columns < PADDING))
+
+
+@triton.jit
+def gradients_at_once_kernel(
+    q_ptr, k_ptr, v_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+    q_stride_n, q_stride_t, q_stride_h, k_stride_n, k_stride_t, k_stride_h, v_stride_n, v_stride_t, v_stride_h,
+    WIDTH: tl.constexpr, Q_RANK: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, UNROLLED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the rows that [`form_at_once_kernel`] reads, of those of Q, K and V; zeros where they have no factors."""
+    a_q: tl.constexpr = (Q_RANK + K_RANK + V_RANK) * HEAD_DIM
+    a_k: tl.constexpr = a_q + Q_RANK * NUM_HEADS
+    a_v: tl.constexpr = a_k + K_RANK * NUM_KV_HEADS
+    part = tl.program_id(1)
+    if part == 0:
+        _gradients_of_part(
+            q_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+            q_stride_n, q_stride_t, q_stride_h, a_q, 0, WIDTH,
+            Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, BLOCK_T, BLOCK_D, AHEAD, UNROLLED,
+        )  # fmt: skip
+    elif part == 1:
+        _gradients_of_part(
+            k_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+            k_stride_n, k_stride_t, k_stride_h, a_k, Q_RANK * HEAD_DIM, WIDTH,
+            K_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, True, BLOCK_T, BLOCK_D, AHEAD, UNROLLED,
+        )  # fmt: skip
+    else:
+        _gradients_of_part(
+            v_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+            v_stride_n, v_stride_t, v_stride_h, a_v, (Q_RANK + K_RANK) * HEAD_DIM, WIDTH,
+            V_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, False, BLOCK_T, BLOCK_D, AHEAD, UNROLLED,
+        )  # fmt: skip
+        tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)[:, None]
+        columns = a_v + V_RANK * NUM_KV_HEADS + tl.arange(0, 8)[None, :]
+        zeros = tl.zeros([BLOCK_T, 8], out_ptr.dtype.element_ty)
+        tl.store(out_ptr + tokens * WIDTH + columns, zeros, mask=(tokens < num_tokens) & (columns < WIDTH))

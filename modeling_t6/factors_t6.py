@@ -30,11 +30,6 @@ from .tensor_parallel_t6 import softmax_over_heads
 MAX_FUSED_PRODUCTS = 8
 
 
-def _is_transformed() -> bool:
-    """Whether torch.compile, which fuses operators itself, or `torch.func`, for which not all have rules, is at work."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
 class T6RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         """T6RMSNorm is equivalent to LlamaRMSNorm, but keeps float64 inputs in float64."""
@@ -44,9 +39,16 @@ class T6RMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         input_dtype = hidden_states.dtype
-        if hidden_states.is_cuda and input_dtype == self.weight.dtype and not _is_transformed():
-            # One kernel for eight, and one for a dozen in the backward pass. It rounds once.
-            return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        if (
+            hidden_states.is_cuda
+            and type(hidden_states) is torch.Tensor
+            and input_dtype == self.weight.dtype
+            # torch.compile fuses the operators below; `torch.func` has rules for them.
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+        ):  # one kernel for eight, and two for a dozen in the backward pass
+            with without_autocast(hidden_states.device):
+                return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         hidden_states = hidden_states.to(torch.promote_types(input_dtype, torch.float32))
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
         hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)

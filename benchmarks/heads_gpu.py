@@ -28,6 +28,7 @@ LAYERS = {  # batch, tokens, ranks, heads, heads of keys and values, head_dim
     "t6-small": (16, 1024, (6, 2, 2), 34, 34, 64),
     "t6-medium": (8, 1024, (6, 2, 2), 47, 47, 64),
     "t6-xl": (1, 32768, (6, 2, 2), 78, 78, 64),
+    "8B": (1, 8192, (16, 2, 2), 32, 32, 128),
     "8B, rank 1": (1, 8192, (8, 1, 1), 32, 32, 128),
 }
 
@@ -120,6 +121,8 @@ def measure_layer(shape: tuple, bandwidth: float, repeats: int = 7) -> dict:
         "heads": (lambda g, rest: heads_at_once_t6._form(*rest), product_bytes + formed_bytes),
         "gradient": (lambda g, rest: heads_at_once_t6._gradient(*g, *rest), 2 * product_bytes + formed_bytes),
     }
+    if max(ranks) > heads_at_once_t6.MAX_TRAINED_RANK:
+        del ways["gradient"]
     result = {}
     for name, (way, num_bytes) in ways.items():
         seconds = graph_seconds([functools.partial(way, *x) for x in inputs], repeats)

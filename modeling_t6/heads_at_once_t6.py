@@ -33,8 +33,9 @@ except ImportError:
 
 # Whether kernels do it on GPUs that have them; a benchmark may switch it off.
 AT_ONCE = True
-# The kernels keep the rows of B, and of its gradient, in registers.
-MAX_RANK = 8
+# The kernels keep all rows of B in registers, those for the backward pass its gradient, too.
+MAX_RANK = 16
+MAX_TRAINED_RANK = 8
 # Sizes with which they are started: numbers of a tile for each warp, and warps; for gradients heads that are read ahead, and
 # those that are computed between two jumps.
 NUMBERS_OF_A_WARP = 256
@@ -81,7 +82,8 @@ def _has_plain_factors(module: nn.Module) -> bool:
         and module.c_factor_dim is None
         and module.head_factor_act is None
         and not module.qk_norm
-        and max(module.q_rank, module.k_rank, module.v_rank) <= MAX_RANK
+        and max(module.q_rank, module.k_rank, module.v_rank)
+        <= (MAX_TRAINED_RANK if torch.is_grad_enabled() else MAX_RANK)
         and module.head_dim <= MAX_HEAD_DIM
     )
 

@@ -163,7 +163,7 @@ def test_gradients_of_a_model(fields, fits, rebuilt, launches, monkeypatch):
 
 def test_paths(launches):
     """With a cache, for few tokens and where projections are more than their weights, factors are made one by one."""
-    model = random_model(tiny_config(num_hidden_layers=1)).eval()
+    model = random_model(tiny_config(num_hidden_layers=1, q_rank=9)).eval()  # more than gradients are computed for
     ids = random_ids(model.config, 1, 9)
     with torch.no_grad():
         expected = model(ids).logits  # a cache is written

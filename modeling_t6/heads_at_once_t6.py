@@ -89,8 +89,7 @@ def _has_plain_factors(module: nn.Module) -> bool:
 
 
 def _has_kernels(hidden_states: torch.Tensor) -> bool:
-    """Whether kernels take what is computed of `hidden_states`."""
-    device = hidden_states.device
+    """Whether kernels take the product of `hidden_states`: under autocast it is in the half precision of that."""
     return (
         AT_ONCE
         and triton is not None
@@ -98,11 +97,10 @@ def _has_kernels(hidden_states: torch.Tensor) -> bool:
         and hidden_states.dtype in DTYPES
         and hidden_states.numel() > 0
         and type(hidden_states) is torch.Tensor
-        and not torch.is_autocast_enabled(device.type)
         # `torch.func` gives no memory to read; torch.compile, which does, cannot ask.
         and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
         and not is_exporting()
-        and is_supported(device, False)
+        and is_supported(hidden_states.device, False)
     )
 
 

@@ -161,6 +161,28 @@ def test_gradients_of_a_model(fields, fits, rebuilt, launches, monkeypatch):
     assert launches == ([] if not fits else ["_form", "_form", "_gradient"] if rebuilt else ["_form", "_gradient"])
 
 
+def test_autocast(launches, monkeypatch):
+    """The product is in half precision, the angles are not: gradients are, to its digits, those of float32."""
+    from modeling_t6 import attention_t6
+
+    model = random_model(tiny_config(num_hidden_layers=1)).train()
+    ids, results, dtypes = random_ids(model.config, 2, 5), [], []
+    form = attention_t6.heads_at_once
+    monkeypatch.setattr(
+        attention_t6,
+        "heads_at_once",
+        lambda *args: (heads := form(*args), dtypes.append({factor.dtype for factor in heads}))[0],
+    )
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        results.append([weight.grad for weight in model.model.layers.parameters()])
+    assert [error(half, exact.double()) < 3e-2 for exact, half in zip(*results)] == [True] * len(results[0])
+    assert dtypes == [{torch.float32}, {torch.bfloat16}] and launches == ["_form", "_gradient"] * 2
+
+
 def test_paths(launches):
     """With a cache, for few tokens and where projections are more than their weights, factors are made one by one."""
     model = random_model(tiny_config(num_hidden_layers=1, q_rank=9)).eval()  # more than gradients are computed for

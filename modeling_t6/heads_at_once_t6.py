@@ -33,15 +33,14 @@ except ImportError:
 
 # Whether kernels do it on GPUs that have them; a benchmark may switch it off.
 AT_ONCE = True
-# The kernels keep all rows of B in registers, those for the backward pass its gradient, too.
+# The kernels keep all rows of B in registers.
 MAX_RANK = 16
-MAX_TRAINED_RANK = 8
-# Sizes with which they are started: numbers of a tile for each warp, and warps; for gradients heads that are read ahead, and
-# those that are computed between two jumps.
-NUMBERS_OF_A_WARP = 256
-WARPS = 1
-AHEAD = 4
-UNROLLED = 2
+# Sizes with which they are started, one warp each: numbers of a tile of heads; for gradients, the tokens of a program, one after
+# another, those that are read at a time, and heads of a tile.
+TILE = 256
+TOKENS = 8
+STAGES = 3
+HEADS = 16
 
 
 @dataclass
@@ -82,8 +81,7 @@ def _has_plain_factors(module: nn.Module) -> bool:
         and module.c_factor_dim is None
         and module.head_factor_act is None
         and not module.qk_norm
-        and max(module.q_rank, module.k_rank, module.v_rank)
-        <= (MAX_TRAINED_RANK if torch.is_grad_enabled() else MAX_RANK)
+        and max(module.q_rank, module.k_rank, module.v_rank) <= MAX_RANK
         and module.head_dim <= MAX_HEAD_DIM
     )
 
@@ -152,21 +150,18 @@ def _launch(
     tensors: tuple[torch.Tensor, ...],
     shape: torch.Size,
     angles_stride: int,
-    strides: tuple[int, ...],
+    strides: list[int],
     sizes: tuple[list[int], list[int], int],
+    tokens: int,
     **constants: int,
 ) -> None:
-    """Starts a kernel for a product of this shape: programs for tokens, and for queries, keys and values."""
+    """Starts a kernel for a product of this shape: programs for so many `tokens` each, and for queries, keys and values."""
     (batch_size, length, width), (ranks, num_heads, head_dim) = shape, sizes
-    block_d = power_of_2(head_dim, 16)
-    block_t = max(1, NUMBERS_OF_A_WARP * WARPS // block_d)
-    num_tokens = batch_size * length
     with torch.cuda.device_of(tensors[0]):
-        kernel[(-(-num_tokens // block_t), 3)](
-            *tensors, num_tokens, length, angles_stride, *strides,
+        kernel[(-(-batch_size * length // tokens), 3)](
+            *tensors, batch_size * length, length, angles_stride, *strides,
             WIDTH=width, Q_RANK=ranks[0], K_RANK=ranks[1], V_RANK=ranks[2],
-            NUM_HEADS=num_heads[0], NUM_KV_HEADS=num_heads[1], HEAD_DIM=head_dim,
-            BLOCK_T=block_t, BLOCK_D=block_d, num_warps=WARPS, **constants,
+            NUM_HEADS=num_heads[0], NUM_KV_HEADS=num_heads[1], HEAD_DIM=head_dim, num_warps=1, **constants,
         )  # fmt: skip
 
 
@@ -185,16 +180,12 @@ def _form(
 ) -> list[torch.Tensor]:
     product, (cos, sin, angles_stride) = product.contiguous(), _angles(cos, sin)
     heads = [product.new_empty(*product.shape[:2], number, head_dim) for number in num_heads]
-    sizes = ranks, num_heads, head_dim
+    block_d = power_of_2(head_dim, 16)
+    block_t = max(1, TILE // block_d)
     _launch(
-        form_at_once_kernel,
-        (product, cos, sin, *heads),
-        product.shape,
-        angles_stride,
-        (),
-        sizes,
-        ROTARY_DIM=cos.shape[-1],
-    )
+        form_at_once_kernel, (product, cos, sin, *heads), product.shape, angles_stride, [], (ranks, num_heads, head_dim),
+        block_t, ROTARY_DIM=cos.shape[-1], BLOCK_T=block_t, BLOCK_D=block_d,
+    )  # fmt: skip
     return heads
 
 
@@ -212,10 +203,12 @@ def _gradient(
     product, (cos, sin, angles_stride) = product.contiguous(), _angles(cos, sin)
     gradients = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_gradient, k_gradient, v_gradient)]
     strides = [stride for gradient in gradients for stride in gradient.stride()[:3]]
-    result = product.new_empty(product.shape)
+    result, rotary_dim = product.new_empty(product.shape), cos.shape[-1]
     _launch(
         gradients_at_once_kernel, (*gradients, product, cos, sin, result), product.shape, angles_stride, strides,
-        (ranks, num_heads, head_dim), ROTARY_DIM=cos.shape[-1], AHEAD=AHEAD, UNROLLED=UNROLLED,
+        (ranks, num_heads, head_dim), TOKENS, ROTARY_DIM=rotary_dim, TOKENS=TOKENS, STAGES=STAGES, BLOCK_H=HEADS,
+        BLOCK_R=power_of_2(max(ranks), 8), BLOCK_HALF=power_of_2(rotary_dim // 2, 16),
+        BLOCK_REST=power_of_2(max(1, head_dim - rotary_dim), 16),
     )  # fmt: skip
     return result
 

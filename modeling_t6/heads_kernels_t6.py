@@ -184,51 +184,66 @@ def _gradients_of_part(
     gradient_stride_n, gradient_stride_t, gradient_stride_h,
     A_START: tl.constexpr, B_START: tl.constexpr, WIDTH: tl.constexpr,
     RANK: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, ROTATES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, UNROLLED: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """
-    The gradients of A and B of `BLOCK_T` tokens, of that of the heads, which is read once, `AHEAD` heads before it is needed. They go
-    where A and B are in the rows of the product.
+    The gradients of A and B of `TOKENS` tokens, of that of the heads, which is read once, some tokens before it is needed. They go
+    where A and B are in the rows of the product. Features are in three tiles: the two halves of those that RoPE mixes, and the rest.
     """
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
-    features = tl.arange(0, BLOCK_D)[None, :]
-    is_token = tokens < num_tokens
-    mask = is_token[:, None] & (features < HEAD_DIM)
-    sequences, positions = tokens // length, tokens % length
-    places = (sequences * angles_stride_n + positions * ROTARY_DIM)[:, None]
-    cos, sin, partners = _rotation(cos_ptr, sin_ptr, places, features, mask & ROTATES, ROTARY_DIM)
-    factors_ptr = product_ptr + tokens * WIDTH
-    out_ptr += tokens * WIDTH
-    b = _rows_of_b(factors_ptr[:, None] + B_START, features, mask, cos, sin, partners, RANK, HEAD_DIM, ROTATES)
-    b_gradients = ()
-    for _ in tl.static_range(RANK):
-        b_gradients = b_gradients + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
-    gradient_ptr += (sequences * gradient_stride_n + positions * gradient_stride_t)[:, None] + features
-    ahead = ()
-    for head in tl.static_range(AHEAD):
-        ahead = ahead + (tl.load(gradient_ptr, mask=mask & (head < NUM_HEADS), other=0.0),)
-        gradient_ptr += gradient_stride_h
-    for head in tl.range(NUM_HEADS, loop_unroll_factor=UNROLLED):
-        gradient = ahead[0].to(tl.float32)
-        ahead = ahead[1:] + (tl.load(gradient_ptr, mask=mask & (head + AHEAD < NUM_HEADS), other=0.0),)
-        gradient_ptr += gradient_stride_h
-        a = ()  # all of it before the first store, beyond which no load moves
-        for r in tl.static_range(RANK):
-            a = a + (tl.load(factors_ptr + (A_START + head * RANK + r), mask=is_token, other=0.0),)
-        sums = ()
-        for r in tl.static_range(RANK):
-            sums = sums + (b_gradients[r] + a[r].to(tl.float32)[:, None] * gradient,)
-            a_gradient = tl.sum(gradient * b[r], axis=1)
-            place = out_ptr + (A_START + head * RANK + r)
-            tl.store(place, a_gradient.to(out_ptr.dtype.element_ty), mask=is_token)
-        b_gradients = sums
-    for r in tl.static_range(RANK):
-        b_gradient = b_gradients[r] / RANK
-        if ROTATES:  # the transpose: what was added of a feature to its partner comes back
-            mixed = tl.gather(b_gradient * sin, partners + tl.zeros([BLOCK_T, 1], tl.int32), axis=1)
-            b_gradient = b_gradient * cos + mixed
-        place = out_ptr[:, None] + (B_START + r * HEAD_DIM) + features
-        tl.store(place, b_gradient.to(out_ptr.dtype.element_ty), mask=mask)
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    DTYPE: tl.constexpr = product_ptr.dtype.element_ty
+    ranks, ranks_down = tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_R)[:, None]
+    features, others = tl.arange(0, BLOCK_HALF)[None, :], 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+    for i in tl.range(TOKENS, num_stages=STAGES):
+        token = tl.program_id(0) * TOKENS + i
+        exists = (token < num_tokens).to(tl.int32)  # a number, by which those of what is loaded are multiplied
+        sequence, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
+        factors_ptr = product_ptr + token.to(tl.int64) * WIDTH
+        factor_gradients_ptr = out_ptr + token.to(tl.int64) * WIDTH
+        token_ptr = gradient_ptr + sequence * gradient_stride_n + position * gradient_stride_t
+        places = B_START + ranks_down * HEAD_DIM
+        is_half, is_rest = features < HALF * exists, others < HEAD_DIM * exists
+        is_b, is_rest_of_b = is_half & (ranks_down < RANK), is_rest & (ranks_down < RANK)
+        left = tl.load(factors_ptr + places + features, mask=is_b, other=0.0)
+        right = tl.load(factors_ptr + places + HALF + features, mask=is_b, other=0.0)
+        if ROTATES:
+            angles = sequence * angles_stride_n + position * ROTARY_DIM
+            cos = tl.load(cos_ptr + angles + features, mask=is_half, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + angles + features, mask=is_half, other=0.0).to(tl.float32)
+            x, y = left.to(tl.float32), right.to(tl.float32)
+            left, right = (x * cos - y * sin).to(DTYPE), (y * cos + x * sin).to(DTYPE)
+        left_gradient = tl.zeros([BLOCK_HALF, BLOCK_R], tl.float32)
+        right_gradient = tl.zeros([BLOCK_HALF, BLOCK_R], tl.float32)
+        if HEAD_DIM > 2 * HALF:
+            rest = tl.load(factors_ptr + places + others, mask=is_rest_of_b, other=0.0)
+            rest_gradient = tl.zeros([BLOCK_REST, BLOCK_R], tl.float32)
+        for first_head in tl.static_range(0, NUM_HEADS, BLOCK_H):
+            heads = first_head + tl.arange(0, BLOCK_H)[:, None]
+            is_head, is_a = heads < NUM_HEADS, (heads < NUM_HEADS * exists) & (ranks < RANK)
+            head_ptr = token_ptr + heads.to(tl.int64) * gradient_stride_h
+            left_of_head = tl.load(head_ptr + features, mask=is_head & is_half, other=0.0)
+            right_of_head = tl.load(head_ptr + HALF + features, mask=is_head & is_half, other=0.0)
+            places_of_a = A_START + heads * RANK + ranks
+            a = tl.load(factors_ptr + places_of_a, mask=is_a, other=0.0)
+            a_gradient = tl.dot(left_of_head, tl.trans(left), input_precision="ieee")
+            a_gradient = tl.dot(right_of_head, tl.trans(right), a_gradient, input_precision="ieee")
+            left_gradient = tl.dot(tl.trans(left_of_head), a, left_gradient, input_precision="ieee")
+            right_gradient = tl.dot(tl.trans(right_of_head), a, right_gradient, input_precision="ieee")
+            if HEAD_DIM > 2 * HALF:
+                rest_of_head = tl.load(head_ptr + others, mask=is_head & is_rest, other=0.0)
+                a_gradient = tl.dot(rest_of_head, tl.trans(rest), a_gradient, input_precision="ieee")
+                rest_gradient = tl.dot(tl.trans(rest_of_head), a, rest_gradient, input_precision="ieee")
+            a_gradient = (a_gradient / RANK).to(DTYPE)
+            tl.store(factor_gradients_ptr + places_of_a, a_gradient, mask=is_a)
+        x, y = tl.trans(left_gradient) / RANK, tl.trans(right_gradient) / RANK
+        if ROTATES:
+            x, y = x * cos + y * sin, y * cos - x * sin
+        tl.store(factor_gradients_ptr + places + features, x.to(DTYPE), mask=is_b)
+        tl.store(factor_gradients_ptr + places + HALF + features, y.to(DTYPE), mask=is_b)
+        if HEAD_DIM > 2 * HALF:
+            rest_gradient = (tl.trans(rest_gradient) / RANK).to(DTYPE)
+            tl.store(factor_gradients_ptr + places + others, rest_gradient, mask=is_rest_of_b)
 
 
 @triton.jit
@@ -237,7 +252,8 @@ def gradients_at_once_kernel(
     q_stride_n, q_stride_t, q_stride_h, k_stride_n, k_stride_t, k_stride_h, v_stride_n, v_stride_t, v_stride_h,
     WIDTH: tl.constexpr, Q_RANK: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, UNROLLED: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the rows that [`form_at_once_kernel`] reads, of those of Q, K and V; zeros where they have no factors."""
     a_q: tl.constexpr = (Q_RANK + K_RANK + V_RANK) * HEAD_DIM
@@ -248,21 +264,21 @@ def gradients_at_once_kernel(
         _gradients_of_part(
             q_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
             q_stride_n, q_stride_t, q_stride_h, a_q, 0, WIDTH,
-            Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, BLOCK_T, BLOCK_D, AHEAD, UNROLLED,
+            Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, TOKENS, BLOCK_H, BLOCK_R, BLOCK_HALF, BLOCK_REST, STAGES,
         )  # fmt: skip
     elif part == 1:
         _gradients_of_part(
             k_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
             k_stride_n, k_stride_t, k_stride_h, a_k, Q_RANK * HEAD_DIM, WIDTH,
-            K_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, True, BLOCK_T, BLOCK_D, AHEAD, UNROLLED,
+            K_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, True, TOKENS, BLOCK_H, BLOCK_R, BLOCK_HALF, BLOCK_REST, STAGES,
         )  # fmt: skip
     else:
         _gradients_of_part(
             v_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
             v_stride_n, v_stride_t, v_stride_h, a_v, (Q_RANK + K_RANK) * HEAD_DIM, WIDTH,
-            V_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, False, BLOCK_T, BLOCK_D, AHEAD, UNROLLED,
+            V_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, False, TOKENS, BLOCK_H, BLOCK_R, BLOCK_HALF, BLOCK_REST, STAGES,
         )  # fmt: skip
-        tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)[:, None]
+        tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)[:, None]
         columns = a_v + V_RANK * NUM_KV_HEADS + tl.arange(0, 8)[None, :]
-        zeros = tl.zeros([BLOCK_T, 8], out_ptr.dtype.element_ty)
+        zeros = tl.zeros([TOKENS, 8], out_ptr.dtype.element_ty)
         tl.store(out_ptr + tokens * WIDTH + columns, zeros, mask=(tokens < num_tokens) & (columns < WIDTH))

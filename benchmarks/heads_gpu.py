@@ -121,8 +121,6 @@ def measure_layer(shape: tuple, bandwidth: float, repeats: int = 7) -> dict:
         "heads": (lambda g, rest: heads_at_once_t6._form(*rest), product_bytes + formed_bytes),
         "gradient": (lambda g, rest: heads_at_once_t6._gradient(*g, *rest), 2 * product_bytes + formed_bytes),
     }
-    if max(ranks) > heads_at_once_t6.MAX_TRAINED_RANK:
-        del ways["gradient"]
     result = {}
     for name, (way, num_bytes) in ways.items():
         seconds = graph_seconds([functools.partial(way, *x) for x in inputs], repeats)
@@ -137,15 +135,15 @@ def measure_layers(sweep: list[str], bandwidth: float) -> dict:
         cells = (f"{way} {row['seconds'] * 1e6:8.1f} us ({row['share']:4.0%})" for way, row in results[name].items())
         print(f"{name + ', Q, K and V':24}", "; ".join(cells), flush=True)
         if name in sweep:
-            names = ("NUMBERS_OF_A_WARP", "WARPS", "AHEAD", "UNROLLED")
+            names = ("TILE", "TOKENS", "STAGES", "HEADS")
             plain = [getattr(heads_at_once_t6, size_name) for size_name in names]
-            others = itertools.product((256,), (1,), (2, 4, 6), (1, 2, 4))
-            for sizes in (*others, (128, 1, 4, 2), (512, 1, 4, 1), (256, 4, 4, 2), (512, 4, 2, 1)):
+            others = itertools.product((128,), (4, 8, 16), (2, 3, 4), (16,))
+            for sizes in (*others, (256, 8, 3, 32), (256, 8, 3, 64)):
                 for size_name, size in zip(names, sizes):
                     setattr(heads_at_once_t6, size_name, size)
                 row = results[f"{name} {sizes}"] = measure_layer(shape, bandwidth, 3)
                 times = ", ".join(f"{x['seconds'] * 1e6:.1f} us" for x in row.values())
-                print(f"    numbers of a warp, warps, ahead, unrolled {sizes}: {times}", flush=True)
+                print(f"    tile, tokens, stages, heads {sizes}: {times}", flush=True)
             for size_name, size in zip(names, plain):
                 setattr(heads_at_once_t6, size_name, size)
     return results

@@ -33,7 +33,7 @@ except ImportError:
 
 # Whether kernels do it on GPUs that have them; a benchmark may switch it off.
 AT_ONCE = True
-# The kernels keep all rows of B in registers.
+# The kernel that forms heads keeps all rows of B in registers; that of gradients fills tiles up to this.
 MAX_RANK = 16
 # Sizes with which they are started, one warp each: numbers of a tile of heads; for gradients, the tokens of a program, one after
 # another, those that are read at a time, and heads of a tile.
@@ -207,7 +207,7 @@ def _gradient(
     _launch(
         gradients_at_once_kernel, (*gradients, product, cos, sin, result), product.shape, angles_stride, strides,
         (ranks, num_heads, head_dim), TOKENS, ROTARY_DIM=rotary_dim, TOKENS=TOKENS, STAGES=STAGES, BLOCK_H=HEADS,
-        BLOCK_R=power_of_2(max(ranks), 8), BLOCK_HALF=power_of_2(rotary_dim // 2, 16),
+        BLOCK_HALF=power_of_2(rotary_dim // 2, 16),
         BLOCK_REST=power_of_2(max(1, head_dim - rotary_dim), 16),
     )  # fmt: skip
     return result

@@ -184,14 +184,14 @@ def _gradients_of_part(
     gradient_stride_n, gradient_stride_t, gradient_stride_h,
     A_START: tl.constexpr, B_START: tl.constexpr, WIDTH: tl.constexpr,
     RANK: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, ROTATES: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-    STAGES: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """
     The gradients of A and B of `TOKENS` tokens, of that of the heads, which is read once, some tokens before it is needed. They go
     where A and B are in the rows of the product. Features are in three tiles: the two halves of those that RoPE mixes, and the rest.
     """
     HALF: tl.constexpr = ROTARY_DIM // 2
+    BLOCK_R: tl.constexpr = 8 if RANK <= 8 else 16
     DTYPE: tl.constexpr = product_ptr.dtype.element_ty
     ranks, ranks_down = tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_R)[:, None]
     features, others = tl.arange(0, BLOCK_HALF)[None, :], 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
@@ -252,8 +252,7 @@ def gradients_at_once_kernel(
     q_stride_n, q_stride_t, q_stride_h, k_stride_n, k_stride_t, k_stride_h, v_stride_n, v_stride_t, v_stride_h,
     WIDTH: tl.constexpr, Q_RANK: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-    STAGES: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the rows that [`form_at_once_kernel`] reads, of those of Q, K and V; zeros where they have no factors."""
     a_q: tl.constexpr = (Q_RANK + K_RANK + V_RANK) * HEAD_DIM
@@ -264,19 +263,19 @@ def gradients_at_once_kernel(
         _gradients_of_part(
             q_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
             q_stride_n, q_stride_t, q_stride_h, a_q, 0, WIDTH,
-            Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, TOKENS, BLOCK_H, BLOCK_R, BLOCK_HALF, BLOCK_REST, STAGES,
+            Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, TOKENS, BLOCK_H, BLOCK_HALF, BLOCK_REST, STAGES,
         )  # fmt: skip
     elif part == 1:
         _gradients_of_part(
             k_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
             k_stride_n, k_stride_t, k_stride_h, a_k, Q_RANK * HEAD_DIM, WIDTH,
-            K_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, True, TOKENS, BLOCK_H, BLOCK_R, BLOCK_HALF, BLOCK_REST, STAGES,
+            K_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, True, TOKENS, BLOCK_H, BLOCK_HALF, BLOCK_REST, STAGES,
         )  # fmt: skip
     else:
         _gradients_of_part(
             v_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
             v_stride_n, v_stride_t, v_stride_h, a_v, (Q_RANK + K_RANK) * HEAD_DIM, WIDTH,
-            V_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, False, TOKENS, BLOCK_H, BLOCK_R, BLOCK_HALF, BLOCK_REST, STAGES,
+            V_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, False, TOKENS, BLOCK_H, BLOCK_HALF, BLOCK_REST, STAGES,
         )  # fmt: skip
         tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)[:, None]
         columns = a_v + V_RANK * NUM_KV_HEADS + tl.arange(0, 8)[None, :]

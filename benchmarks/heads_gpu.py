@@ -3,9 +3,10 @@ Heads formed from the factors of many tokens on a GPU, and the gradients of thes
 
     python benchmarks/heads_gpu.py --output heads.json
 
+Then queries, keys and values of a layer at once, out of the product of its factors, and the product's gradient, with RoPE.
+
 Each time is one call out of a CUDA graph. Shares are of the bandwidth of copies in the same run, of what must be read and written
-once: factors and heads, and for gradients both of the factors'. `--sweep` tries other sizes of the
-launch.
+once: factors and heads, and for gradients both of the factors'. `--sweep` and `--sweep-layer` try other sizes of the launch.
 """
 
 import argparse
@@ -23,6 +24,13 @@ SHAPES = {  # batch, tokens, rank, heads, head_dim
     "t6-xl, K or V": (1, 32768, 2, 78, 64),
     "8B, Q": (1, 8192, 16, 32, 128),
 }
+LAYERS = {  # batch, tokens, ranks, heads, heads of keys and values, head_dim
+    "t6-small": (16, 1024, (6, 2, 2), 34, 34, 64),
+    "t6-medium": (8, 1024, (6, 2, 2), 47, 47, 64),
+    "t6-xl": (1, 32768, (6, 2, 2), 78, 78, 64),
+    "8B": (1, 8192, (16, 2, 2), 32, 32, 128),
+    "8B, rank 1": (1, 8192, (8, 1, 1), 32, 32, 128),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,6 +43,14 @@ def parse_args() -> argparse.Namespace:
         metavar="SHAPE",
         help="of these: numbers of a tile, warps",
     )
+    parser.add_argument(
+        "--sweep-layer",
+        nargs="*",
+        choices=LAYERS,
+        default=[],
+        metavar="LAYER",
+        help="of these: sizes as in heads_at_once_t6",
+    )
     add_output(parser, plots=False)
     return parser.parse_args()
 
@@ -45,7 +61,7 @@ if __name__ == "__main__":
 import torch
 from gpu import copies_larger_than_l2, copy_bandwidth, graph_seconds, machine
 
-from modeling_t6 import heads_t6
+from modeling_t6 import heads_at_once_t6, heads_t6
 from modeling_t6.factors_t6 import form_heads
 
 
@@ -86,7 +102,54 @@ def measure_shape(shape: tuple[int, ...], bandwidth: float, with_products: bool)
     return result
 
 
-def measure(sweep: list[str]) -> dict:
+def measure_layer(shape: tuple, bandwidth: float, repeats: int = 7) -> dict:
+    """Times of a layer's heads and of the gradient of its product, each pass as a whole."""
+    batch, tokens, ranks, heads, kv_heads, head_dim = shape
+    num_heads = heads, kv_heads, kv_heads
+    columns = sum(rank * (h + head_dim) for rank, h in zip(ranks, num_heads))
+    product_bytes, formed_bytes = (batch * tokens * n * 2 for n in (columns, sum(num_heads) * head_dim))
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    inputs = []
+    for _ in range(max(2, min(4, copies_larger_than_l2(formed_bytes)))):
+        product, angles = (
+            torch.randn(batch, tokens, -(-columns // 8) * 8, **options),
+            torch.rand(1, tokens, head_dim, **options),
+        )
+        gradients = [torch.randn(batch, h, tokens, head_dim, **options).transpose(1, 2) for h in num_heads]
+        inputs.append((gradients, (product, angles, angles, ranks, num_heads, head_dim)))
+    ways = {
+        "heads": (lambda g, rest: heads_at_once_t6._form(*rest), product_bytes + formed_bytes),
+        "gradient": (lambda g, rest: heads_at_once_t6._gradient(*g, *rest), 2 * product_bytes + formed_bytes),
+    }
+    result = {}
+    for name, (way, num_bytes) in ways.items():
+        seconds = graph_seconds([functools.partial(way, *x) for x in inputs], repeats)
+        result[name] = {"seconds": seconds, "share": num_bytes / seconds / bandwidth}
+    return result
+
+
+def measure_layers(sweep: list[str], bandwidth: float) -> dict:
+    results = {}
+    for name, shape in LAYERS.items():
+        results[name] = measure_layer(shape, bandwidth)
+        cells = (f"{way} {row['seconds'] * 1e6:8.1f} us ({row['share']:4.0%})" for way, row in results[name].items())
+        print(f"{name + ', Q, K and V':24}", "; ".join(cells), flush=True)
+        if name in sweep:
+            names = ("TILE", "TOKENS", "STAGES", "HEADS")
+            plain = [getattr(heads_at_once_t6, size_name) for size_name in names]
+            others = itertools.product((128,), (4, 8, 16), (2, 3, 4), (16,))
+            for sizes in (*others, (256, 8, 3, 32), (256, 8, 3, 64)):
+                for size_name, size in zip(names, sizes):
+                    setattr(heads_at_once_t6, size_name, size)
+                row = results[f"{name} {sizes}"] = measure_layer(shape, bandwidth, 3)
+                times = ", ".join(f"{x['seconds'] * 1e6:.1f} us" for x in row.values())
+                print(f"    tile, tokens, stages, heads {sizes}: {times}", flush=True)
+            for size_name, size in zip(names, plain):
+                setattr(heads_at_once_t6, size_name, size)
+    return results
+
+
+def measure(sweep: list[str], sweep_layer: list[str]) -> dict:
     bandwidth, results = copy_bandwidth(), {}
     print(f"{machine()}; bfloat16; copies move {bandwidth / 1e12:.2f} TB/s")
     for name, shape in SHAPES.items():
@@ -101,12 +164,13 @@ def measure(sweep: list[str]) -> dict:
                 row = results[f"{name} {sizes}"] = measure_shape(shape, bandwidth, False)
                 print(f"    tile, warps {sizes}: " + ", ".join(f"{x['seconds'] * 1e6:.1f} us" for x in row.values()))
             heads_t6.FORM_TILE, heads_t6.GRADIENT_TILE, heads_t6.WARPS = plain
-    return {"machine": machine(), "copy_bandwidth": bandwidth, "results": results}
+    layers = measure_layers(sweep_layer, bandwidth)
+    return {"machine": machine(), "copy_bandwidth": bandwidth, "results": results, "layers": layers}
 
 
 def main() -> None:
     args = parse_args()
-    save(measure(args.sweep), args.output)
+    save(measure(args.sweep, args.sweep_layer), args.output)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ A training step and a prefill of t6-medium on a GPU: heads kept for the backward
 
 Forward and backward of the whole model, 8 sequences of 2048 tokens in bfloat16, eager and with each layer compiled; the
 same of one attention layer, from hidden states to its output, and what it keeps from its forward to its backward pass;
-and its forward alone. `materialised` keeps Q, K and V, `rebuilt` their factors. Heads are matrix products of factors, or
-sums of outer products, which torch.compile fuses. The factors of a layer come from one product, or from projections `one by
-one`. `materialised, compiled` is the way of the research code: ratios are
-to it. The last line says whether the default way under torch.compile, `rebuilt, compiled, outer products`, is no slower
+and its forward alone. `materialised` keeps Q, K and V, `rebuilt` their factors. Heads are matrix products of factors,
+sums of outer products, which torch.compile fuses, or formed `at once` by a kernel out of the product of all factors. The factors
+of a layer come from one product, or from projections `one by one`. `materialised, compiled` is the way of the research code:
+ratios are to it. The last line says whether the default way under torch.compile, `rebuilt, compiled, at once`, is no slower
 and keeps at least 20% less. What fails prints its error; the exit status is 1 if anything failed. `--profile` lists the
 kernels that one attention layer spends its time in.
 
@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="list kernels of the baseline, and of the default way with one product and one by one",
+        help="list kernels of the baseline, of the default way and of outer products",
     )
     add_output(parser)
     return parser.parse_args()
@@ -56,23 +56,23 @@ import torch
 from gpu import machine, release_memory
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_t6 import attention_t6, factor_product_t6, heads_t6
+from modeling_t6 import attention_t6, factor_product_t6, heads_at_once_t6, heads_t6
 
 
 BASELINE = "materialised, compiled"
 ONE_BY_ONE = "one by one: "
-WAYS = {  # heads are rebuilt, they are sums of outer products, compiled
-    BASELINE: (False, False, True),
-    "materialised, eager": (False, False, False),
-    "rebuilt, eager": (True, False, False),
-    "materialised, compiled, outer products": (False, True, True),
-    "rebuilt, compiled": (True, False, True),
-    "rebuilt, compiled, outer products": (True, True, True),
-    ONE_BY_ONE + "rebuilt, eager": (True, False, False),
-    ONE_BY_ONE + "materialised, compiled, outer products": (False, True, True),
-    ONE_BY_ONE + "rebuilt, compiled, outer products": (True, True, True),
+WAYS = {  # heads are rebuilt; they are matrix products, sums of outer products, or formed at once; compiled
+    BASELINE: (False, "products", True),
+    "materialised, eager": (False, "products", False),
+    "materialised, eager, at once": (False, "at once", False),
+    "rebuilt, eager, at once": (True, "at once", False),
+    "materialised, compiled, outer products": (False, "outer", True),
+    "materialised, compiled, at once": (False, "at once", True),
+    "rebuilt, compiled, outer products": (True, "outer", True),
+    "rebuilt, compiled, at once": (True, "at once", True),
+    ONE_BY_ONE + "rebuilt, compiled, outer products": (True, "outer", True),
 }
-DEFAULT = "rebuilt, compiled, outer products"
+DEFAULT = "rebuilt, compiled, at once"
 # Of the default to the baseline: no slower, to the half percent by which medians of one way differ; 20% less kept.
 MAX_RATIOS = {"step_seconds": 1.005, "attention_kept_bytes": 0.8}
 MAX_OUTER_PRODUCTS = heads_t6.MAX_OUTER_PRODUCTS or 8
@@ -84,11 +84,12 @@ ARE_PLAIN = factor_product_t6._are_plain
 
 
 def choose(name: str) -> None:
-    rebuilt, outer_products, _ = WAYS[name]
+    rebuilt, formed, _ = WAYS[name]
     one_by_one = name.startswith(ONE_BY_ONE)
     factor_product_t6._are_plain = (lambda projections: False) if one_by_one else ARE_PLAIN
     attention_t6.REBUILD_HEADS_COMPILED = attention_t6.REBUILD_HEADS_EAGER = rebuilt
-    heads_t6.MAX_OUTER_PRODUCTS = MAX_OUTER_PRODUCTS if outer_products else 0
+    heads_at_once_t6.AT_ONCE = formed == "at once"
+    heads_t6.MAX_OUTER_PRODUCTS = 0 if formed == "products" else MAX_OUTER_PRODUCTS
     torch._dynamo.reset()
 
 
@@ -292,7 +293,7 @@ def measure(args) -> tuple[dict, bool]:
                 seconds = measure_prefill(config, args.device, batch, length, compiled)
                 rows[name] = {"prefill_seconds": seconds}
                 print(line(name.removeprefix("materialised, "), rows[name], rows.get(BASELINE, {})), flush=True)
-    for name in (BASELINE, DEFAULT, ONE_BY_ONE + DEFAULT) if args.profile else ():
+    for name in (BASELINE, DEFAULT, "rebuilt, compiled, outer products") if args.profile else ():
         compiled = WAYS[name][-1]
         choose(name)
         print(f"Kernels of one attention layer, forward and backward: {name}")

@@ -29,6 +29,7 @@ from .factor_product_t6 import is_exporting
 from .factor_space_t6 import attend_in_factor_space, factor_space_attention_forward
 from .factors_t6 import Factors
 from .flash_tpa_t6 import decode_with_flash_tpa, flash_tpa_attention_forward
+from .heads_at_once_t6 import UnsplitFactors, heads_at_once
 from .heads_t6 import form_all_heads
 from .paged_t6 import PagedFactors, paged_attention_forward
 
@@ -91,7 +92,10 @@ def eager_attention_forward(
 
 
 def heads_attention_forward(
-    module: nn.Module, factors: Factors, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    module: nn.Module,
+    factors: Factors | UnsplitFactors,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Queries, keys and values as heads, and the attention function `implementation` over them: training and prefill."""
     attend = _attend_to_heads
@@ -102,21 +106,21 @@ def heads_attention_forward(
 
 def _attend_to_heads(
     module: nn.Module,
-    factors: Factors,
+    factors: Factors | UnsplitFactors,
     attention_mask: torch.Tensor | None,
     implementation: str,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    a_k, b_k, a_v, b_v = module.unpack(factors, factors.key_rows, factors.value_rows)
+    if isinstance(factors, UnsplitFactors):
+        query, key, value = heads_at_once(module, factors)
+    else:
+        a_k, b_k, a_v, b_v = module.unpack(factors, factors.key_rows, factors.value_rows)
+        query = module.queries(factors, form_all_heads)
+        key = form_all_heads(a_k, module.features(b_k, rotation=factors.key_rotation))
+        value = form_all_heads(a_v, module.features(b_v))
     attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    return attention_interface(
-        module,
-        module.queries(factors, form_all_heads).transpose(1, 2),
-        form_all_heads(a_k, module.features(b_k, rotation=factors.key_rotation)).transpose(1, 2),
-        form_all_heads(a_v, module.features(b_v)).transpose(1, 2),
-        attention_mask,
-        **kwargs,
-    )
+    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+    return attention_interface(module, query, key, value, attention_mask, **kwargs)
 
 
 def rebuild_heads(cached_rows: torch.Tensor | None, is_checkpointed: bool) -> bool:

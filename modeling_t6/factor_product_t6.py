@@ -122,8 +122,12 @@ class FactorProduct:
         if linears[0].bias is not None:
             self.bias = _concatenate([linear.bias for linear in linears], padding, other and other.bias)
 
-    def __call__(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
-        outputs = nn.functional.linear(hidden_states, self.weight, self.bias)
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., rows], the outputs of all projections side by side, then zeros."""
+        return nn.functional.linear(hidden_states, self.weight, self.bias)
+
+    def split(self, outputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The outputs by the names of their projections."""
         return dict(zip(self.names, outputs.split_with_sizes(self.sizes, dim=-1)))
 
 
@@ -168,12 +172,23 @@ class FactorProjections(nn.Module):
         weights (quantised, with adapters, sharded, offloaded, with hooks) are called one by one, and so are those of a few
         tokens without gradients, where putting the weights together costs more than it saves, unless [`packed_factors`] has.
         """
+        product = self._product_for(hidden_states)
+        if product is None:
+            return {name: projection(hidden_states) for name, projection in self._factor_projections().items()}
+        return product.split(product(hidden_states))
+
+    def project_together(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """What [`project_factors`] gives slices of, whole [..., rows]; `None` where projections are called one by one."""
+        product = self._product_for(hidden_states)
+        return None if product is None else product(hidden_states)
+
+    def _product_for(self, hidden_states: torch.Tensor) -> FactorProduct | None:
         if self.packed.is_valid and not torch.is_grad_enabled():
-            return self.packed.product(hidden_states)
+            return self.packed.product
+        if are_few(hidden_states):
+            return None
         projections = self._factor_projections()
-        if are_few(hidden_states) or len(projections) < 2 or not _are_plain(projections.values()):
-            return {name: projection(hidden_states) for name, projection in projections.items()}
-        return FactorProduct(projections)(hidden_states)
+        return FactorProduct(projections) if len(projections) > 1 and _are_plain(projections.values()) else None
 
     def _apply(self, *args, **kwargs):
         """As in every module; weights that went to another device or dtype leave no copies where they were."""

@@ -91,3 +91,193 @@ def gradients_kernel(
         (b_gradient / RANK).to(b_gradient_ptr.dtype.element_ty),
         mask=(ranks < RANK) & (features < HEAD_DIM),
     )
+
+
+@triton.jit
+def _rotation(cos_ptr, sin_ptr, places, features, mask, ROTARY_DIM: tl.constexpr):
+    """
+    RoPE of tokens, whose angles lie at `places`, as x cos + x[partners] sin: the cos and sin of each feature, and the feature with
+    which it is mixed, half of the `ROTARY_DIM` rotated ones away. Those beyond are multiplied by 1 and mixed with nothing.
+    """
+    half: tl.constexpr = ROTARY_DIM // 2
+    is_rotated = mask & (features < ROTARY_DIM)
+    cos = tl.load(cos_ptr + places + features, mask=is_rotated, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + places + features, mask=is_rotated, other=0.0).to(tl.float32)
+    partners = tl.where(features < half, features + half, tl.where(features < ROTARY_DIM, features - half, features))
+    return cos, tl.where(features < half, -sin, sin), partners
+
+
+@triton.jit
+def _rows_of_b(
+    b_ptr, features, mask, cos, sin, partners, RANK: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATES: tl.constexpr
+):
+    """B / R of tokens, rotated, in float32: for each of its rows a tile of tokens and features."""
+    rows = ()
+    for r in tl.static_range(RANK):
+        row = tl.load(b_ptr + r * HEAD_DIM + features, mask=mask, other=0.0).to(tl.float32)
+        if ROTATES:
+            row = row * cos + tl.load(b_ptr + r * HEAD_DIM + partners, mask=mask, other=0.0).to(tl.float32) * sin
+        rows = rows + (row / RANK,)
+    return rows
+
+
+@triton.jit
+def _form_part(
+    product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+    A_START: tl.constexpr, B_START: tl.constexpr, WIDTH: tl.constexpr,
+    RANK: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, ROTATES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The heads of `BLOCK_T` tokens, into [tokens, h, d] without gaps, of A [h, R] from `A_START` and B [R, d] from `B_START`."""
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    features = tl.arange(0, BLOCK_D)[None, :]
+    is_token = tokens < num_tokens
+    mask = is_token[:, None] & (features < HEAD_DIM)
+    places = (tokens // length * angles_stride_n + tokens % length * ROTARY_DIM)[:, None]
+    cos, sin, partners = _rotation(cos_ptr, sin_ptr, places, features, mask & ROTATES, ROTARY_DIM)
+    factors_ptr = product_ptr + tokens * WIDTH
+    b = _rows_of_b(factors_ptr[:, None] + B_START, features, mask, cos, sin, partners, RANK, HEAD_DIM, ROTATES)
+    out_ptr += (tokens * (NUM_HEADS * HEAD_DIM))[:, None] + features
+    for head in range(NUM_HEADS):
+        formed = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for r in tl.static_range(RANK):
+            a = tl.load(factors_ptr + (A_START + head * RANK + r), mask=is_token, other=0.0).to(tl.float32)
+            formed += a[:, None] * b[r]
+        tl.store(out_ptr + head * HEAD_DIM, formed.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def form_at_once_kernel(
+    product_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, num_tokens, length, angles_stride_n,
+    WIDTH: tl.constexpr, Q_RANK: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """
+    Q, K and V of tokens, in this order along the second axis of the grid, of factors in rows [tokens, WIDTH]: B_Q, B_K and B_V, A_Q,
+    A_K and A_V. B_Q and B_K are rotated.
+    """
+    a_q: tl.constexpr = (Q_RANK + K_RANK + V_RANK) * HEAD_DIM
+    a_k: tl.constexpr = a_q + Q_RANK * NUM_HEADS
+    part = tl.program_id(1)
+    if part == 0:
+        _form_part(
+            product_ptr, cos_ptr, sin_ptr, q_ptr, num_tokens, length, angles_stride_n,
+            a_q, 0, WIDTH, Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, BLOCK_T, BLOCK_D,
+        )  # fmt: skip
+    elif part == 1:
+        _form_part(
+            product_ptr, cos_ptr, sin_ptr, k_ptr, num_tokens, length, angles_stride_n,
+            a_k, Q_RANK * HEAD_DIM, WIDTH, K_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, True, BLOCK_T, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _form_part(
+            product_ptr, cos_ptr, sin_ptr, v_ptr, num_tokens, length, angles_stride_n,
+            a_k + K_RANK * NUM_KV_HEADS, (Q_RANK + K_RANK) * HEAD_DIM, WIDTH, V_RANK, NUM_KV_HEADS, HEAD_DIM,
+            ROTARY_DIM, False, BLOCK_T, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def _gradients_of_part(
+    gradient_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+    gradient_stride_n, gradient_stride_t, gradient_stride_h,
+    A_START: tl.constexpr, B_START: tl.constexpr, WIDTH: tl.constexpr,
+    RANK: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, ROTATES: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """
+    The gradients of A and B of `TOKENS` tokens, of that of the heads, which is read once, some tokens before it is needed. They go
+    where A and B are in the rows of the product. Features are in three tiles: the two halves of those that RoPE mixes, and the rest.
+    """
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    BLOCK_R: tl.constexpr = 8 if RANK <= 8 else 16
+    DTYPE: tl.constexpr = product_ptr.dtype.element_ty
+    ranks, ranks_down = tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_R)[:, None]
+    features, others = tl.arange(0, BLOCK_HALF)[None, :], 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+    for i in tl.range(TOKENS, num_stages=STAGES):
+        token = tl.program_id(0) * TOKENS + i
+        exists = (token < num_tokens).to(tl.int32)  # a number, by which those of what is loaded are multiplied
+        sequence, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
+        factors_ptr = product_ptr + token.to(tl.int64) * WIDTH
+        factor_gradients_ptr = out_ptr + token.to(tl.int64) * WIDTH
+        token_ptr = gradient_ptr + sequence * gradient_stride_n + position * gradient_stride_t
+        places = B_START + ranks_down * HEAD_DIM
+        is_half, is_rest = features < HALF * exists, others < HEAD_DIM * exists
+        is_b, is_rest_of_b = is_half & (ranks_down < RANK), is_rest & (ranks_down < RANK)
+        left = tl.load(factors_ptr + places + features, mask=is_b, other=0.0)
+        right = tl.load(factors_ptr + places + HALF + features, mask=is_b, other=0.0)
+        if ROTATES:
+            angles = sequence * angles_stride_n + position * ROTARY_DIM
+            cos = tl.load(cos_ptr + angles + features, mask=is_half, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + angles + features, mask=is_half, other=0.0).to(tl.float32)
+            x, y = left.to(tl.float32), right.to(tl.float32)
+            left, right = (x * cos - y * sin).to(DTYPE), (y * cos + x * sin).to(DTYPE)
+        left_gradient = tl.zeros([BLOCK_HALF, BLOCK_R], tl.float32)
+        right_gradient = tl.zeros([BLOCK_HALF, BLOCK_R], tl.float32)
+        if HEAD_DIM > 2 * HALF:
+            rest = tl.load(factors_ptr + places + others, mask=is_rest_of_b, other=0.0)
+            rest_gradient = tl.zeros([BLOCK_REST, BLOCK_R], tl.float32)
+        for first_head in tl.static_range(0, NUM_HEADS, BLOCK_H):
+            heads = first_head + tl.arange(0, BLOCK_H)[:, None]
+            is_head, is_a = heads < NUM_HEADS, (heads < NUM_HEADS * exists) & (ranks < RANK)
+            head_ptr = token_ptr + heads.to(tl.int64) * gradient_stride_h
+            left_of_head = tl.load(head_ptr + features, mask=is_head & is_half, other=0.0)
+            right_of_head = tl.load(head_ptr + HALF + features, mask=is_head & is_half, other=0.0)
+            places_of_a = A_START + heads * RANK + ranks
+            a = tl.load(factors_ptr + places_of_a, mask=is_a, other=0.0)
+            a_gradient = tl.dot(left_of_head, tl.trans(left), input_precision="ieee")
+            a_gradient = tl.dot(right_of_head, tl.trans(right), a_gradient, input_precision="ieee")
+            left_gradient = tl.dot(tl.trans(left_of_head), a, left_gradient, input_precision="ieee")
+            right_gradient = tl.dot(tl.trans(right_of_head), a, right_gradient, input_precision="ieee")
+            if HEAD_DIM > 2 * HALF:
+                rest_of_head = tl.load(head_ptr + others, mask=is_head & is_rest, other=0.0)
+                a_gradient = tl.dot(rest_of_head, tl.trans(rest), a_gradient, input_precision="ieee")
+                rest_gradient = tl.dot(tl.trans(rest_of_head), a, rest_gradient, input_precision="ieee")
+            a_gradient = (a_gradient / RANK).to(DTYPE)
+            tl.store(factor_gradients_ptr + places_of_a, a_gradient, mask=is_a)
+        x, y = tl.trans(left_gradient) / RANK, tl.trans(right_gradient) / RANK
+        if ROTATES:
+            x, y = x * cos + y * sin, y * cos - x * sin
+        tl.store(factor_gradients_ptr + places + features, x.to(DTYPE), mask=is_b)
+        tl.store(factor_gradients_ptr + places + HALF + features, y.to(DTYPE), mask=is_b)
+        if HEAD_DIM > 2 * HALF:
+            rest_gradient = (tl.trans(rest_gradient) / RANK).to(DTYPE)
+            tl.store(factor_gradients_ptr + places + others, rest_gradient, mask=is_rest_of_b)
+
+
+@triton.jit
+def gradients_at_once_kernel(
+    q_ptr, k_ptr, v_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+    q_stride_n, q_stride_t, q_stride_h, k_stride_n, k_stride_t, k_stride_h, v_stride_n, v_stride_t, v_stride_h,
+    WIDTH: tl.constexpr, Q_RANK: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the rows that [`form_at_once_kernel`] reads, of those of Q, K and V; zeros where they have no factors."""
+    a_q: tl.constexpr = (Q_RANK + K_RANK + V_RANK) * HEAD_DIM
+    a_k: tl.constexpr = a_q + Q_RANK * NUM_HEADS
+    a_v: tl.constexpr = a_k + K_RANK * NUM_KV_HEADS
+    part = tl.program_id(1)
+    if part == 0:
+        _gradients_of_part(
+            q_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+            q_stride_n, q_stride_t, q_stride_h, a_q, 0, WIDTH,
+            Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, TOKENS, BLOCK_H, BLOCK_HALF, BLOCK_REST, STAGES,
+        )  # fmt: skip
+    elif part == 1:
+        _gradients_of_part(
+            k_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+            k_stride_n, k_stride_t, k_stride_h, a_k, Q_RANK * HEAD_DIM, WIDTH,
+            K_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, True, TOKENS, BLOCK_H, BLOCK_HALF, BLOCK_REST, STAGES,
+        )  # fmt: skip
+    else:
+        _gradients_of_part(
+            v_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+            v_stride_n, v_stride_t, v_stride_h, a_v, (Q_RANK + K_RANK) * HEAD_DIM, WIDTH,
+            V_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, False, TOKENS, BLOCK_H, BLOCK_HALF, BLOCK_REST, STAGES,
+        )  # fmt: skip
+        tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)[:, None]
+        columns = a_v + V_RANK * NUM_KV_HEADS + tl.arange(0, 8)[None, :]
+        zeros = tl.zeros([TOKENS, 8], out_ptr.dtype.element_ty)
+        tl.store(out_ptr + tokens * WIDTH + columns, zeros, mask=(tokens < num_tokens) & (columns < WIDTH))

@@ -43,6 +43,7 @@ from .configuration_t6 import T6Config
 from .factors_t6 import T6RMSNorm, TensorProductFactors
 from .flash_tpa_t6 import flash_tpa_attention_forward
 from .generation_t6 import T6GenerationMixin
+from .heads_at_once_t6 import project_at_once
 from .masks_t6 import create_attention_masks, key_positions, validate_cache, validate_inputs
 from .paged_t6 import PagedFactors
 from .stored_factors_t6 import store_decoded
@@ -161,7 +162,11 @@ class T6Attention(TensorProductFactors):
         elif attend is flash_tpa_attention_forward:
             factors = store_decoded(self, hidden_states, position_embeddings, cache)
         else:
-            factors = self.project(hidden_states, position_embeddings, key_position_embeddings)
+            factors = None
+            if cache is None and attend is heads_attention_forward:
+                factors = project_at_once(self, hidden_states, position_embeddings)
+            if factors is None:
+                factors = self.project(hidden_states, position_embeddings, key_position_embeddings)
             if cache is not None:
                 self.update_cache(factors, cache)
 

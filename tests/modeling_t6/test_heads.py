@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_t6 import heads_t6
+from modeling_t6 import heads_at_once_t6, heads_t6
 from modeling_t6.heads_t6 import form_all_heads
 
 from .common import DEVICE, random_ids, random_model, tiny_config
@@ -106,6 +106,7 @@ def test_gradients_of_gradients(launches):
 )
 def test_gradients_of_a_model(fields, launches, monkeypatch):
     """Weights' gradients with kernels are those without."""
+    monkeypatch.setattr(heads_at_once_t6, "AT_ONCE", False)
     model = random_model(tiny_config(num_hidden_layers=1, **fields)).train()
     ids, gradients = random_ids(model.config, 2, 5), []
     for kernels in (True, False):

@@ -13,6 +13,7 @@ from modeling_t6 import (
     T6ForTokenClassification,
     T6Model,
 )
+from modeling_t6.factors_t6 import T6RMSNorm
 
 from .common import cached, random_ids, random_model, tiny_config, train_step
 
@@ -278,3 +279,20 @@ def test_lora():
 def test_base_model_in_float64_stays_there():
     model = random_model(tiny_config(), cls=T6Model, dtype=torch.float64)
     assert model(random_ids(model.config, 1, 3)).last_hidden_state.dtype == torch.float64
+
+
+def test_norm_of_a_gpu(monkeypatch):
+    """One operator where weights and hidden states are of one dtype, with the values and gradients of the equation."""
+    calls, plain = [], nn.functional.rms_norm
+    monkeypatch.setattr(nn.functional, "rms_norm", lambda *args: calls.append(args[0].dtype) or plain(*args))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    norm, x = T6RMSNorm(33, eps=1e-3).double(), torch.randn(2, 3, 33, dtype=torch.float64, requires_grad=True)
+    nn.init.normal_(norm.weight)
+    expected = norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    gradients = [torch.autograd.grad(y.pow(3).sum(), (x, norm.weight)) for y in (norm(x), expected)]
+    torch.testing.assert_close(*gradients)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        torch.testing.assert_close(norm.to(dtype)(x.to(dtype)), expected.to(dtype), atol=1e-2, rtol=1e-2)
+    norm.float()(x.bfloat16())
+    torch.func.vmap(norm)(x.float())
+    assert calls == [torch.float64, torch.float32, torch.float16, torch.bfloat16]

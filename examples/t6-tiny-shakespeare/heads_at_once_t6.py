@@ -1,0 +1,1 @@
+../../modeling_t6/heads_at_once_t6.py

@@ -1,0 +1,228 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Queries, keys and values out of the one product of a layer's factors, and its gradient, without a pass between them"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .factor_product_t6 import is_exporting
+from .factors_t6 import apply_rotary_pos_emb, form_heads
+from .flash_tpa_t6 import DTYPES, MAX_HEAD_DIM, is_supported, operator_name, power_of_2
+
+
+try:
+    import triton
+
+    from .heads_kernels_t6 import form_at_once_kernel, gradients_at_once_kernel
+except ImportError:
+    triton = None
+
+
+# Whether kernels do it on GPUs that have them; a benchmark may switch it off.
+AT_ONCE = True
+# The kernel that forms heads keeps all rows of B in registers; that of gradients fills tiles up to this.
+MAX_RANK = 16
+# Sizes with which they are started, one warp each: numbers of a tile of heads; for gradients, the tokens of a program, one after
+# another, those that are read at a time, and heads of a tile.
+TILE = 256
+TOKENS = 8
+STAGES = 3
+HEADS = 16
+
+
+@dataclass
+class UnsplitFactors:
+    """
+    The factors of one layer that are still as their product left them.
+
+    Attributes:
+        product: [batch, seq, width], B_Q, B_K and B_V before RoPE, A_Q, A_K and A_V, and up to 7 columns of zeros, as
+            `FactorProduct` has them, without gaps.
+        rotation: cos and sin [batch or 1, seq, rotary_dim] of the tokens.
+        key_rows: `None`; there is no cache.
+    """
+
+    product: torch.Tensor
+    rotation: tuple[torch.Tensor, torch.Tensor]
+    key_rows: None = None
+
+
+def project_at_once(
+    module: nn.Module, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+) -> UnsplitFactors | None:
+    """
+    The factors of tokens that attend over heads, without a cache, if kernels take them from there to heads at once; else `None`, and
+    `TensorProductFactors.project` goes by way of [`Factors`], which every variant has.
+    """
+    if not (_has_plain_factors(module) and _has_kernels(hidden_states)):
+        return None
+    product = module.project_together(hidden_states)
+    return None if product is None else UnsplitFactors(product, position_embeddings)
+
+
+def _has_plain_factors(module: nn.Module) -> bool:
+    """Whether nothing but RoPE stands between the projections of a layer and its heads, and the kernels have room."""
+    return (
+        module.q_rank is not None
+        and not (module.noncontextual_a or module.noncontextual_b or module.shared_b)
+        and module.c_factor_dim is None
+        and module.head_factor_act is None
+        and not module.qk_norm
+        and max(module.q_rank, module.k_rank, module.v_rank) <= MAX_RANK
+        and module.head_dim <= MAX_HEAD_DIM
+    )
+
+
+def _has_kernels(hidden_states: torch.Tensor) -> bool:
+    """Whether kernels take the product of `hidden_states`: under autocast it is in the half precision of that."""
+    return (
+        AT_ONCE
+        and triton is not None
+        and hidden_states.is_cuda
+        and hidden_states.dtype in DTYPES
+        and hidden_states.numel() > 0
+        and type(hidden_states) is torch.Tensor
+        # `torch.func` gives no memory to read; torch.compile, which does, cannot ask.
+        and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
+        and not is_exporting()
+        and is_supported(hidden_states.device, False)
+    )
+
+
+def heads_at_once(module: nn.Module, factors: UnsplitFactors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Q [batch, seq, h, d], rotated, K, rotated, and V [batch, seq, h_kv, d]."""
+    ranks = module.q_rank, module.k_rank, module.v_rank
+    outputs = (getattr(module, f"{name}_a_proj").out_features for name in "qkv")
+    num_heads = tuple(size // rank for size, rank in zip(outputs, ranks))
+    return HeadsAtOnce.apply(factors.product, *factors.rotation, ranks, num_heads, module.head_dim)
+
+
+class HeadsAtOnce(torch.autograd.Function):
+    """The heads of a product [batch, seq, width] of factors, of `ranks` and `num_heads` for queries, keys and values."""
+
+    @staticmethod
+    def forward(ctx, product, cos, sin, ranks: tuple[int, ...], num_heads: tuple[int, ...], head_dim: int):
+        ctx.save_for_backward(product, cos, sin)
+        ctx.sizes = ranks, num_heads, head_dim
+        form = _form_op if torch.compiler.is_compiling() else _form
+        return tuple(form(product, cos, sin, ranks, num_heads, head_dim))
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor):
+        product, cos, sin = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            gradient = _gradient_op(*gradients, product, cos, sin, *ctx.sizes)
+        elif torch.is_grad_enabled():  # with `create_graph` it is differentiated again
+            heads = form_in_pytorch(product, cos, sin, *ctx.sizes)
+            (gradient,) = torch.autograd.grad(heads, product, gradients, create_graph=True)
+        else:
+            gradient = _gradient(*gradients, product, cos, sin, *ctx.sizes)
+        return gradient, None, None, None, None, None
+
+
+def form_in_pytorch(
+    product: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ranks: tuple, num_heads: tuple, head_dim: int
+) -> list[torch.Tensor]:
+    """What the kernels compute."""
+    b_sizes, a_sizes = [rank * head_dim for rank in ranks], [rank * heads for rank, heads in zip(ranks, num_heads)]
+    *factors, _ = product.split([*b_sizes, *a_sizes, product.shape[-1] - sum(b_sizes + a_sizes)], dim=-1)
+    b = [x.unflatten(-1, (-1, head_dim)) for x in factors[:3]]
+    a = [x.unflatten(-1, (-1, rank)).transpose(-1, -2) for x, rank in zip(factors[3:], ranks)]
+    b[:2] = [apply_rotary_pos_emb(x, cos, sin) for x in b[:2]]
+    return [form_heads(*pair) for pair in zip(a, b)]
+
+
+def _launch(
+    kernel,
+    tensors: tuple[torch.Tensor, ...],
+    shape: torch.Size,
+    angles_stride: int,
+    strides: list[int],
+    sizes: tuple[list[int], list[int], int],
+    tokens: int,
+    **constants: int,
+) -> None:
+    """Starts a kernel for a product of this shape: programs for so many `tokens` each, and for queries, keys and values."""
+    (batch_size, length, width), (ranks, num_heads, head_dim) = shape, sizes
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(-(-batch_size * length // tokens), 3)](
+            *tensors, batch_size * length, length, angles_stride, *strides,
+            WIDTH=width, Q_RANK=ranks[0], K_RANK=ranks[1], V_RANK=ranks[2],
+            NUM_HEADS=num_heads[0], NUM_KV_HEADS=num_heads[1], HEAD_DIM=head_dim, num_warps=1, **constants,
+        )  # fmt: skip
+
+
+def _angles(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Without gaps, and by how many numbers those of a sequence lie behind those of the one before."""
+    return cos.contiguous(), sin.contiguous(), cos[0].numel() if len(cos) > 1 else 0
+
+
+def _form(
+    product: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    ranks: list[int],
+    num_heads: list[int],
+    head_dim: int,
+) -> list[torch.Tensor]:
+    product, (cos, sin, angles_stride) = product.contiguous(), _angles(cos, sin)
+    heads = [product.new_empty(*product.shape[:2], number, head_dim) for number in num_heads]
+    block_d = power_of_2(head_dim, 16)
+    block_t = max(1, TILE // block_d)
+    _launch(
+        form_at_once_kernel, (product, cos, sin, *heads), product.shape, angles_stride, [], (ranks, num_heads, head_dim),
+        block_t, ROTARY_DIM=cos.shape[-1], BLOCK_T=block_t, BLOCK_D=block_d,
+    )  # fmt: skip
+    return heads
+
+
+def _gradient(
+    q_gradient: torch.Tensor,
+    k_gradient: torch.Tensor,
+    v_gradient: torch.Tensor,
+    product: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    ranks: list[int],
+    num_heads: list[int],
+    head_dim: int,
+) -> torch.Tensor:
+    product, (cos, sin, angles_stride) = product.contiguous(), _angles(cos, sin)
+    gradients = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_gradient, k_gradient, v_gradient)]
+    strides = [stride for gradient in gradients for stride in gradient.stride()[:3]]
+    result, rotary_dim = product.new_empty(product.shape), cos.shape[-1]
+    _launch(
+        gradients_at_once_kernel, (*gradients, product, cos, sin, result), product.shape, angles_stride, strides,
+        (ranks, num_heads, head_dim), TOKENS, ROTARY_DIM=rotary_dim, TOKENS=TOKENS, STAGES=STAGES, BLOCK_H=HEADS,
+        BLOCK_HALF=power_of_2(rotary_dim // 2, 16),
+        BLOCK_REST=power_of_2(max(1, head_dim - rotary_dim), 16),
+    )  # fmt: skip
+    return result
+
+
+# torch.compile takes the operators whole; without it the functions are called as they are, which costs the host less.
+_form_op = torch.library.custom_op(operator_name("heads_at_once"), _form, mutates_args=())
+_gradient_op = torch.library.custom_op(operator_name("heads_at_once_gradient"), _gradient, mutates_args=())
+
+
+@_form_op.register_fake
+def _(product, cos, sin, ranks, num_heads, head_dim):
+    return [product.new_empty(*product.shape[:2], heads, head_dim) for heads in num_heads]
+
+
+@_gradient_op.register_fake
+def _(q_gradient, k_gradient, v_gradient, product, cos, sin, ranks, num_heads, head_dim):
+    return product.new_empty(product.shape)

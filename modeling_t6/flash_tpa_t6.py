@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .cache_t6 import FactorLayout
 from .factors_t6 import Factors
 
 
@@ -179,12 +180,15 @@ def rows_of(
     gathered: bool = False,
     start_8: bool = False,
     groups: int = 1,
+    packed: bool = False,
 ) -> "Rows":
     """`Rows` of `width` numbers that are `stride` numbers apart, read by `step` ranks where that divides the rank."""
     step = step if rank % step == 0 else 1
     padded_heads, group_columns = width // rank - head_dim, columns_of_group(groups, constant_a)
+    if packed:
+        padded_heads = FactorLayout(rank, 0 if constant_a else num_heads // groups, head_dim).padded_heads
     return Rows(
-        rank, num_heads, head_dim, stride, padded_heads, constant_a, step, gathered, start_8, groups, group_columns
+        rank, num_heads, head_dim, stride, padded_heads, constant_a, step, gathered, start_8, groups, group_columns, packed
     )  # fmt: skip
 
 
@@ -224,6 +228,13 @@ def _rows_as_read(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     return rows, unit
 
 
+def _aligned_to_8(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of 4 bits, of which each starts on 8 bytes and the first on 16, as those of a cache do."""
+    if rows.stride(-1) == 1 and not (rows.stride(0) % 8 or rows.stride(2) % 8 or rows.data_ptr() % 16):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
 def _flash_tpa(
     query: torch.Tensor,
     key_rows: torch.Tensor,
@@ -244,10 +255,13 @@ def _flash_tpa(
     constant_a = key_a is not None
     if query.stride(-1) != 1:
         query = query.contiguous()
+    packed = key_rows.dtype == torch.uint8
+    if packed:
+        key_rows, value_rows = (_aligned_to_8(rows) for rows in (key_rows, value_rows))
     key_rows, key_unit = _rows_as_read(key_rows)
     value_rows, value_unit = _rows_as_read(value_rows)
     unit = min(key_unit, value_unit)
-    is_aligned = (
+    is_aligned = packed or (
         unit * key_rows.element_size() == 16
         and key_rows.stride(2) % unit == value_rows.stride(2) % unit == 0
         and key_rows.data_ptr() % 16 == value_rows.data_ptr() % 16 == 0
@@ -266,7 +280,8 @@ def _flash_tpa(
     )
     keys, values = (
         rows_of(
-            rank, num_heads, head_dim, rows.stride(2), rows.shape[-1], constant_a, launch.step, groups=groups
+            rank, num_heads, head_dim, rows.stride(2), rows.shape[-1], constant_a, launch.step, groups=groups,
+            packed=packed,
         )
         for rank, rows in ((k_rank, key_rows), (v_rank, value_rows))
     )  # fmt: skip
@@ -327,6 +342,7 @@ def _flash_tpa(
             BLOCK_S=COMBINED_SPLITS,
             MAX_SPLITS=MAX_SPLITS,
             OVERLAP=overlap,
+            ROTATED=packed,
             num_warps=COMBINE_WARPS,
             **({"launch_pdl": True} if overlap else {}),
         )

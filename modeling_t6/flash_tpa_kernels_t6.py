@@ -206,9 +206,18 @@ def _load_b(
     rows_ptr, offsets, is_b, tokens, is_token, rank, ROWS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """B from `rank` on, [step * BLOCK_N, BLOCK_D], in the dtype of the query."""
+    if ROWS.packed:
+        b = _load_packed_b(rows_ptr, offsets, is_b, tokens, is_token, rank, ROWS, DTYPE, BLOCK_D)
+    else:
+        b = tl.load(rows_ptr + (offsets + rank * ROWS.head_dim), mask=is_b, other=0.0).to(DTYPE)
+    return b
+
+
+@triton.jit
+def _load_packed_b(
+    rows_ptr, offsets, is_b, tokens, is_token, rank, ROWS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
     HEAD_DIM: tl.constexpr = ROWS.head_dim
-    if not ROWS.packed:
-        return tl.load(rows_ptr + (offsets + rank * HEAD_DIM), mask=is_b, other=0.0).to(DTYPE)
     N: tl.constexpr = offsets.shape[0]
     WORDS: tl.constexpr = BLOCK_D // 8
     GROUPS: tl.constexpr = (HEAD_DIM + 31) // 32
@@ -222,26 +231,13 @@ def _load_b(
         rows_ptr + (offsets[:, None] + groups[None, :]), mask=is_token[:, None] & (groups < GROUPS)[None, :], other=0
     )  # fmt: skip
     words = tl.reshape(words, [N, BLOCK_G, WORDS // BLOCK_G])
-    scale, zero = _halves(scales)
-    scale, zero = scale.to(DTYPE)[:, :, None], zero.to(DTYPE)[:, :, None]
-    # As the last digits of a float16 number between 1024 and 2048, 4 bits are that number.
-    pairs_0 = _features(words, scale, zero, DTYPE)
-    pairs_1 = _features(words >> 4, scale, zero, DTYPE)
-    pairs_2 = _features(words >> 8, scale, zero, DTYPE)
-    pairs_3 = _features(words >> 12, scale, zero, DTYPE)
+    scales = scales[:, :, None]
+    pairs_0 = _features(words, scales, DTYPE)
+    pairs_1 = _features(words >> 4, scales, DTYPE)
+    pairs_2 = _features(words >> 8, scales, DTYPE)
+    pairs_3 = _features(words >> 12, scales, DTYPE)
     b = tl.join(tl.join(pairs_0, pairs_2), tl.join(pairs_1, pairs_3))  # [N, groups, words, 2, 2 (i high), 2 (i low)]
     return tl.reshape(tl.permute(b, (0, 1, 2, 4, 5, 3)), [N, BLOCK_D])
-
-
-@triton.jit
-def _as_last_digits(words):
-    """The last 4 bits of both halves of 32, in float16 numbers from 1024 on. LLVM would take the halves apart again."""
-    if IS_INTERPRETED:
-        return (words & 0x000F000F) | 0x64006400
-    else:
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0x000F000F, 0x64006400, 0xEA;", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1
-        )
 
 
 @triton.jit
@@ -252,11 +248,32 @@ def _halves(words):
 
 
 @triton.jit
-def _features(words, scale, zero, DTYPE: tl.constexpr):
-    """Of the last 4 bits n of both halves of 32: n * scale + zero, [..., 2]"""
-    low, high = _halves(_as_last_digits(words))
-    low = (low - 1024.0).to(DTYPE) * scale + zero
-    high = (high - 1024.0).to(DTYPE) * scale + zero
+def _features(words, scales, DTYPE: tl.constexpr):
+    """
+    Of the last 4 bits n of both halves of 32 the features n * scale + zero, [..., 2]; `scales` holds both in 32 bits. As the
+    last digits of a float16 number from 1024 on, 4 bits are that number.
+    """
+    if DTYPE == tl.float16 and not IS_INTERPRETED:  # two at once; LLVM would take them apart
+        pairs = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 n, scale, zero, least;
+            mov.b32 least, 0x64006400;
+            lop3.b32 n, $1, 0x000F000F, least, 0xEA;
+            sub.rn.f16x2 n, n, least;
+            prmt.b32 scale, $2, $2, 0x1010;
+            prmt.b32 zero, $2, $2, 0x3232;
+            fma.rn.f16x2 $0, n, scale, zero;
+            }
+            """,
+            "=r,r,r", [words, scales], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+        low, high = _halves(pairs)
+    else:
+        scale, zero = _halves(scales)
+        low, high = _halves((words & 0x000F000F) | 0x64006400)
+        low = (low - 1024.0).to(DTYPE) * scale.to(DTYPE) + zero.to(DTYPE)
+        high = (high - 1024.0).to(DTYPE) * scale.to(DTYPE) + zero.to(DTYPE)
     return tl.join(low, high)
 
 

@@ -695,7 +695,9 @@ def decode_kernel(
             next_v_pages = _pages_of(table_ptr, start + v_tokens, end, PAGE_SIZE)
     else:
         key_b_offsets = (k_tokens * (KEYS.width // UNIT) + _rank_of(k_rows, KEYS.step) * NUM_B)[:, None] + columns
-        value_b_offsets = (v_tokens * (VALUES.width // UNIT) + _rank_of(v_rows, VALUES.step) * NUM_B)[:, None] + columns
+        value_b_offsets = (v_tokens * (VALUES.width // UNIT) + _rank_of(v_rows, VALUES.step) * NUM_B)[
+            :, None
+        ] + columns
     K_RANK: tl.constexpr = KEYS.rank
     V_RANK: tl.constexpr = VALUES.rank
     K_STEP: tl.constexpr = KEYS.step
@@ -795,14 +797,18 @@ def decode_kernel(
 
         if LAUNCH.unroll:
             for r in tl.static_range(0, V_RANK, V_STEP):
-                b = _load_b(value_rows, value_b_offsets, is_value_b, v_tokens, is_value, r, VALUES, query.dtype, BLOCK_D)
+                b = _load_b(
+                    value_rows, value_b_offsets, is_value_b, v_tokens, is_value, r, VALUES, query.dtype, BLOCK_D
+                )
                 output, rest_output = _add_output(
                     output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, num_rows, r,
                     VALUES, LAUNCH,
                 )  # fmt: skip
         else:
             for r in tl.range(0, V_RANK, V_STEP, num_stages=STAGES):
-                b = _load_b(value_rows, value_b_offsets, is_value_b, v_tokens, is_value, r, VALUES, query.dtype, BLOCK_D)
+                b = _load_b(
+                    value_rows, value_b_offsets, is_value_b, v_tokens, is_value, r, VALUES, query.dtype, BLOCK_D
+                )
                 output, rest_output = _add_output(
                     output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, num_rows, r,
                     VALUES, LAUNCH,

@@ -101,6 +101,7 @@ def choose_launch(
     shared_memory: int,
     is_aligned: bool = True,
     groups: int = 1,
+    packed: bool = False,
 ) -> Launch:
     """
     The sizes for one shape of model: those of the fastest settings of `benchmarks/flash_tpa_sweep.py` on an H200, by
@@ -112,6 +113,7 @@ def choose_launch(
         shared_memory: bytes that a program may have.
         is_aligned: whether rows start on 16 bytes (on pages, which tell the compiler, on 8).
         groups: heads that share one of A.
+        packed: whether rows are of 4 bits.
     """
     group_columns = columns_of_group(groups, constant_a)
     num_heads = columns_of_heads(num_heads, groups, constant_a)
@@ -139,7 +141,7 @@ def choose_launch(
     # Products go through two ranks at once, of 8-bit numbers in narrow tiles alone.
     unroll = itemsize < 4 and k_rank + v_rank <= 6
     is_even = not constant_a and k_rank % 2 == v_rank % 2 == 0
-    takes_two = unroll and is_even and (columns <= 32 or itemsize == 2)
+    takes_two = unroll and is_even and (columns <= 32 or itemsize == 2) and not packed
     step = 2 if takes_two and bytes_used(32, stages=2) <= shared_memory else 1
     if itemsize == 4:
         block_n = 16  # more spills
@@ -157,6 +159,8 @@ def choose_launch(
     stages = 3 if bytes_used(block_n, 3, ranks) <= most_bytes and is_full and not is_8_bit else 2
     programs_that_fit = (shared_memory + 1024) // (bytes_used(block_n, stages, ranks) + 1024)
     programs_per_sm = max(1, min(programs_that_fit, 4 if is_8_bit else 3 if itemsize == 1 and step == 2 else 2))
+    if packed:  # as many as there are registers for
+        programs_per_sm = 3 if block_n == 64 and columns <= 32 else 2
     warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
     # B that copies of 4 bytes do not reach goes through registers, and no load is in flight. Unrolled, Triton 3.6 miscompiles
     # some of that; and where the tensor cores read blocks of 64 tokens from the one place that remains, ptxas 12.8 loses it.
@@ -277,6 +281,7 @@ def _flash_tpa(
         shared_memory,
         is_aligned,
         groups,
+        packed,
     )
     keys, values = (
         rows_of(
@@ -391,7 +396,7 @@ def flash_tpa(
     Args:
         query: [batch, query_length, h, d], rotated; bfloat16, float16 or float32; at most 16 tokens, d at most 256.
         key_rows, value_rows: [batch, 1, key_length, width] as `FactorLayout` packs them, with any strides; the
-            query's dtype, or float8_e4m3fn.
+            query's dtype, or float8_e4m3fn; or uint8 as `QuantizedLayout` does, heads of a multiple of 8 numbers.
         key_a, value_a: constant A factors [R_K, h_kv] and [R_V, h_kv]; rows then hold B alone.
         mask: boolean (True: attend) or additive, [batch or 1, h or 1, query_length or 1, as many as the rows that count].
         scaling: of the scores, positive.
@@ -437,9 +442,9 @@ def flash_tpa_attention_forward(
 
 def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor, cache: Cache | None) -> bool:
     """
-    Whether the kernels run: few query tokens over a cache that is not one of 4 bits, no gradient, Triton and an NVIDIA GPU
-    from Ampere on (for a cache of float8 from Ada on), and no variant whose cached B factors are not yet those that K and V
-    are made of. There they are what `attn_implementation="sdpa"`, Transformers' default, decodes with; `"flash_tpa"` asks for
+    Whether the kernels run: few query tokens over a cache, no gradient, Triton and an NVIDIA GPU from Ampere on (for a cache
+    of float8 or of 4 bits from Ada on), and no variant whose cached B factors are not yet those that K and V are made of. There
+    they are what `attn_implementation="sdpa"`, Transformers' default, decodes with; `"flash_tpa"` asks for
     them by name. Depends on nothing that changes from one decoded token to the next.
     """
     implementations = ("flash_tpa", "sdpa") if hidden_states.is_cuda else ("flash_tpa",)
@@ -448,10 +453,11 @@ def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor,
     if config.rotates_on_read or config.c_factor_dim is not None:
         return False
     stored_dtypes = [getattr(layer, "stored_dtype", None) for layer in getattr(cache, "layers", ())]
-    if torch.uint8 in stored_dtypes:
+    if torch.uint8 in stored_dtypes and config.head_dim % 8:
         return False
     if hidden_states.is_cuda:
-        runs = is_supported(hidden_states.device, torch.float8_e4m3fn in stored_dtypes)
+        has_float8 = not {torch.float8_e4m3fn, torch.uint8}.isdisjoint(stored_dtypes)
+        runs = is_supported(hidden_states.device, has_float8)
     else:
         runs = IS_INTERPRETED
     return (

@@ -68,7 +68,9 @@ class QuantizedLayout:
             a = a.to(torch.float32)
             size = a.abs().amax(dim=-1, keepdim=True) / LARGEST_A
             b = b * size
-            a = nn.functional.pad(a / size.clamp(min=torch.finfo(a.dtype).tiny), (0, self.padded_heads - self.num_heads))
+            a = nn.functional.pad(
+                a / size.clamp(min=torch.finfo(a.dtype).tiny), (0, self.padded_heads - self.num_heads)
+            )
             stored_a = a.to(torch.float8_e4m3fn).view(torch.uint8)
         missing = self.groups * GROUP - self.head_dim  # of the last group, which may be smaller
         if missing:

@@ -79,7 +79,7 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
     heads, groups = heads if isinstance(heads, tuple) else (heads, 1)
     launch = choose_launch(
         queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability], aligned,
-        groups,
+        groups, cache_dtype == "u8",
     )  # fmt: skip
     layouts = [FactorLayout(rank, 0 if constant_a else heads // groups, head_dim) for rank in (k_rank, v_rank)]
     packed = cache_dtype == "u8"

@@ -58,6 +58,7 @@ class Rows(NamedTuple):
     groups: int = 1  # heads of queries that share one of A
     group_columns: int = 1  # columns that they take; 1 also where A is constant, and loaded for each of them
     packed: bool = False  # whether they are bytes as `QuantizedLayout` packs them; `width` is of bytes, too
+    unit: int = 1  # numbers of B that are loaded as one: 4 of float8 or 8 of 4 bits in 32 bits
 
 
 class Mask(NamedTuple):
@@ -197,8 +198,8 @@ def _prepare_query(query, scale, FITS_FLOAT16: tl.constexpr, ROWS: tl.constexpr,
 
 @triton.jit
 def _b_columns(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Of a row of B: the places of what is loaded of it, numbers or, of 4 bits, 8 features in 32 bits."""
-    return tl.arange(0, BLOCK_D // 8 if ROWS.packed else BLOCK_D)
+    """Of a row of B: the places of what is loaded of it, numbers or several in 32 bits."""
+    return tl.arange(0, BLOCK_D // ROWS.unit)
 
 
 @triton.jit
@@ -208,9 +209,39 @@ def _load_b(
     """B from `rank` on, [step * BLOCK_N, BLOCK_D], in the dtype of the query."""
     if ROWS.packed:
         b = _load_packed_b(rows_ptr, offsets, is_b, tokens, is_token, rank, ROWS, DTYPE, BLOCK_D)
+    elif ROWS.unit == 4:
+        N: tl.constexpr = offsets.shape[0]
+        rows_ptr = rows_ptr.to(tl.pointer_type(tl.int32))
+        words = tl.load(rows_ptr + (offsets + rank * (ROWS.head_dim // 4)), mask=is_b, other=0)
+        b = tl.reshape(_four_of_float8(words, DTYPE), [N, BLOCK_D])
     else:
         b = tl.load(rows_ptr + (offsets + rank * ROWS.head_dim), mask=is_b, other=0.0).to(DTYPE)
     return b
+
+
+@triton.jit
+def _four_of_float8(words, DTYPE: tl.constexpr):
+    """The numbers in each 32 bits: [..., 2, 2]"""
+    if DTYPE == tl.float16 and not IS_INTERPRETED:
+        first, last = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b16 low, high;
+            mov.b32 {low, high}, $2;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+            }
+            """,
+            "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        number_0, number_1 = _halves(first)
+        number_2, number_3 = _halves(last)
+    else:
+        number_0 = words.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        number_1 = (words >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        number_2 = (words >> 16).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        number_3 = (words >> 24).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+    return tl.join(tl.join(number_0, number_2), tl.join(number_1, number_3))
 
 
 @triton.jit
@@ -680,9 +711,8 @@ def decode_kernel(
         value_ptr += batch * value_stride_b * STRIDE_UNIT
         mask_ptr += batch * mask_stride_b
     columns = _b_columns(KEYS, BLOCK_D)
-    B_UNITS: tl.constexpr = 8 if KEYS.packed else 1  # features in what is loaded as one
-    NUM_B: tl.constexpr = HEAD_DIM // B_UNITS
-    UNIT: tl.constexpr = 4 if KEYS.packed else 1  # numbers, or bytes, in it
+    NUM_B: tl.constexpr = HEAD_DIM // KEYS.unit
+    UNIT: tl.constexpr = 4 if KEYS.unit > 1 else 1  # bytes in it
     k_rows = tl.arange(0, KEYS.step * BLOCK_N)
     v_rows = tl.arange(0, VALUES.step * BLOCK_N)
     k_tokens = _token_of(k_rows, KEYS.step)

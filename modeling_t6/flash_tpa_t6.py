@@ -101,7 +101,7 @@ def choose_launch(
     shared_memory: int,
     is_aligned: bool = True,
     groups: int = 1,
-    packed: bool = False,
+    unit: int = 1,
 ) -> Launch:
     """
     The sizes for one shape of model: those of the fastest settings of `benchmarks/flash_tpa_sweep.py` on an H200, by
@@ -113,7 +113,7 @@ def choose_launch(
         shared_memory: bytes that a program may have.
         is_aligned: whether rows start on 16 bytes (on pages, which tell the compiler, on 8).
         groups: heads that share one of A.
-        packed: whether rows are of 4 bits.
+        unit: numbers of B that are loaded as one, see `Rows`.
     """
     group_columns = columns_of_group(groups, constant_a)
     num_heads = columns_of_heads(num_heads, groups, constant_a)
@@ -141,7 +141,7 @@ def choose_launch(
     # Products go through two ranks at once, of 8-bit numbers in narrow tiles alone.
     unroll = itemsize < 4 and k_rank + v_rank <= 6
     is_even = not constant_a and k_rank % 2 == v_rank % 2 == 0
-    takes_two = unroll and is_even and (columns <= 32 or itemsize == 2) and not packed
+    takes_two = unroll and is_even and (columns <= 32 or itemsize == 2) and unit == 1
     step = 2 if takes_two and bytes_used(32, stages=2) <= shared_memory else 1
     if itemsize == 4:
         block_n = 16  # more spills
@@ -159,8 +159,8 @@ def choose_launch(
     stages = 3 if bytes_used(block_n, 3, ranks) <= most_bytes and is_full and not is_8_bit else 2
     programs_that_fit = (shared_memory + 1024) // (bytes_used(block_n, stages, ranks) + 1024)
     programs_per_sm = max(1, min(programs_that_fit, 4 if is_8_bit else 3 if itemsize == 1 and step == 2 else 2))
-    if packed:  # as many as there are registers for
-        programs_per_sm = 3 if block_n == 64 and columns <= 32 else 2
+    if unit > 1 and block_n == 64:  # as many as there are registers for
+        programs_per_sm = 3 if columns <= 32 and block_d <= 64 else 2
     warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
     # B that copies of 4 bytes do not reach goes through registers, and no load is in flight. Unrolled, Triton 3.6 miscompiles
     # some of that; and where the tensor cores read blocks of 64 tokens from the one place that remains, ptxas 12.8 loses it.
@@ -185,6 +185,7 @@ def rows_of(
     start_8: bool = False,
     groups: int = 1,
     packed: bool = False,
+    unit: int = 1,
 ) -> "Rows":
     """`Rows` of `width` numbers that are `stride` numbers apart, read by `step` ranks where that divides the rank."""
     step = step if rank % step == 0 else 1
@@ -192,7 +193,7 @@ def rows_of(
     if packed:
         padded_heads = FactorLayout(rank, 0 if constant_a else num_heads // groups, head_dim).padded_heads
     return Rows(
-        rank, num_heads, head_dim, stride, padded_heads, constant_a, step, gathered, start_8, groups, group_columns, packed
+        rank, num_heads, head_dim, stride, padded_heads, constant_a, step, gathered, start_8, groups, group_columns, packed, unit
     )  # fmt: skip
 
 
@@ -270,6 +271,8 @@ def _flash_tpa(
         and key_rows.stride(2) % unit == value_rows.stride(2) % unit == 0
         and key_rows.data_ptr() % 16 == value_rows.data_ptr() % 16 == 0
     )
+    # Where B may be loaded by 32 bits, more numbers than one.
+    b_unit = 8 if packed else 4 if key_rows.dtype == torch.float8_e4m3fn and is_aligned and head_dim % 4 == 0 else 1
     launch = choose_launch(
         num_queries,
         num_heads,
@@ -281,12 +284,12 @@ def _flash_tpa(
         shared_memory,
         is_aligned,
         groups,
-        packed,
+        b_unit,
     )
     keys, values = (
         rows_of(
             rank, num_heads, head_dim, rows.stride(2), rows.shape[-1], constant_a, launch.step, groups=groups,
-            packed=packed,
+            packed=packed, unit=b_unit,
         )
         for rank, rows in ((k_rank, key_rows), (v_rank, value_rows))
     )  # fmt: skip

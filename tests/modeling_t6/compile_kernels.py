@@ -77,17 +77,18 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
     """
     heads, head_dim, k_rank, v_rank, queries, constant_a, dtype, cache_dtype, mask, aligned = shape
     heads, groups = heads if isinstance(heads, tuple) else (heads, 1)
+    packed = cache_dtype == "u8"
+    unit = 8 if packed else 4 if cache_dtype == "fp8e4nv" and aligned and not page_size else 1
     launch = choose_launch(
         queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability], aligned,
-        groups, cache_dtype == "u8",
+        groups, unit,
     )  # fmt: skip
     layouts = [FactorLayout(rank, 0 if constant_a else heads // groups, head_dim) for rank in (k_rank, v_rank)]
-    packed = cache_dtype == "u8"
     widths = [layout.quantized.width if packed else layout.width for layout in layouts]
     strides = [sum(widths)] * 2 if page_size else [width + (not aligned) for width in widths]
     gathered = page_size % launch.block_n != 0
     rows = [
-        rows_of(rank, heads, head_dim, stride, width, constant_a, launch.step, gathered, groups=groups, packed=packed)
+        rows_of(rank, heads, head_dim, stride, width, constant_a, launch.step, gathered, groups=groups, packed=packed, unit=unit)
         for rank, width, stride in zip((k_rank, v_rank), widths, strides)
     ]
     visible = Mask(queries, heads, True, mask, mask == "additive", sliding=page_size > 0 and queries > 1)

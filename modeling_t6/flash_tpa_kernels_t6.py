@@ -189,7 +189,9 @@ def _prepare_query(query, scale, FITS_FLOAT16: tl.constexpr, ROWS: tl.constexpr,
         HEAD_DIM: tl.constexpr = ROWS.head_dim
         SIZE: tl.constexpr = HEAD_DIM & -HEAD_DIM
         hadamard = _hadamard(0, BLOCK_D, HEAD_DIM, BLOCK_D).to(query.dtype)
-        query = tl.dot(hadamard, query, input_precision="tf32x3")
+        # As a batch of one: ptxas 12.8 may lose where the query lies for the instructions of Hopper, which take no batches.
+        rotated = tl.dot(hadamard[None, :, :], query[None, :, :], input_precision="tf32x3")
+        query = tl.reshape(rotated, query.shape)
         scale *= SIZE**-0.5
     if FITS_FLOAT16:
         query, scale = _fit_float16(query, scale)

@@ -144,11 +144,12 @@ class QuantizedFactors:
         n * scale + zero of those `tokens` whose `b` it is, [batch, tokens, rank, padded_dim]: all low halves of the bytes,
         then all high halves. `QuantizedLayout.rotate` makes vectors whose products with them are those of the vectors.
         """
-        scales = self.scales[:, tokens].to(torch.float32)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        scales = self.scales[:, tokens].to(dtype)
         if self.layout.groups > 1:
             scales = scales.repeat_interleave(GROUP // 2, dim=-2)[..., : b.shape[-1], :]
         scale, zero = scales.unsqueeze(-3).unbind(-1)
-        n = torch.stack([b & 15, b >> 4], dim=-2).to(torch.float32)
+        n = torch.stack([b & 15, b >> 4], dim=-2).to(dtype)
         return torch.addcmul(zero, n, scale).flatten(-2).to(self.dtype)
 
 

@@ -406,12 +406,6 @@ def _hide(
 
 
 @triton.jit
-def _above(scores, scale, maximum):
-    """By how much each row's scores are above the running maximum at most."""
-    return tl.max(scores * scale - maximum[None, :], 1, keep_dims=True)
-
-
-@triton.jit
 def _raise(scores, scale, maximum, normalizer, output):
     """The running sums relative to a maximum over these scores, too."""
     new_maximum = tl.maximum(maximum, tl.max(scores, 0) * scale)
@@ -802,16 +796,16 @@ def decode_kernel(
             scores, mask_ptr, queries, heads, tokens, is_row, last_token, window, log2_e / scale,
             mask_stride_h, mask_stride_t, mask_stride_n, MASK,
         )  # fmt: skip
-        above = _above(scores, scale, maximum)
+        above = tl.max(scores * scale - maximum[None, :])
         if REST_H:
             rest_scores = _hide(
                 rest_scores, mask_ptr, rest_queries, rest_heads, tokens, is_row, last_token, window, log2_e / rest_scale,
                 mask_stride_h, mask_stride_t, mask_stride_n, MASK,
             )  # fmt: skip
-            above = tl.maximum(above, _above(rest_scores, rest_scale, rest_maximum))
+            above = tl.maximum(above, tl.max(rest_scores * rest_scale - rest_maximum[None, :]))
         # The maximum may lag by 2^8 before it is worth a reduction over tokens for each column: a power of 2 changes
         # no digit, and is undone at the end. By 2^7 for float8: times its largest number, 448, that is still a float16.
-        if tl.max(above) > LAG:
+        if above > LAG:
             maximum, normalizer, output = _raise(scores, scale, maximum, normalizer, output)
             if REST_H:
                 rest_maximum, rest_normalizer, rest_output = _raise(

@@ -102,6 +102,7 @@ def choose_launch(
     is_aligned: bool = True,
     groups: int = 1,
     unit: int = 1,
+    is_float32: bool = False,
 ) -> Launch:
     """
     The sizes for one shape of model: those of the fastest settings of `benchmarks/flash_tpa_sweep.py` on an H200, by
@@ -114,14 +115,16 @@ def choose_launch(
         is_aligned: whether rows start on 16 bytes (on pages, which tell the compiler, on 8).
         groups: heads that share one of A.
         unit: numbers of B that are loaded as one, see `Rows`.
+        is_float32: whether queries are, and so what rows become in registers.
     """
+    computed = 4 if is_float32 else max(2, itemsize)  # bytes of a number there
     group_columns = columns_of_group(groups, constant_a)
     num_heads = columns_of_heads(num_heads, groups, constant_a)
     block_d = power_of_2(head_dim, least=16)
     # Heads that fit the registers. Never 8 columns for a group of 4 warps: Triton 3.6 miscompiles products that narrow (its
     # issue 7830). So 8 warps run only where they share out features, and 16 columns are the fewest.
-    narrowest = 16 if block_d <= 64 and itemsize <= 2 else 32
-    widest = 64 if block_d == 64 and itemsize <= 2 else 32
+    narrowest = 16 if block_d <= 64 and computed == 2 else 32
+    widest = 64 if block_d == 64 and computed == 2 else 32
     block_h, rest_h = min(power_of_2(num_heads, narrowest), widest), 0
     if num_queries == 1:
         widths = [(width, 0) for width in (16, 32, 64) if narrowest <= width <= widest]
@@ -135,15 +138,17 @@ def choose_launch(
     def bytes_used(block_n: int, stages: int, ranks: int = k_rank + v_rank) -> int:
         """Shared memory of a program: B, A (of groups less) with one buffer less, the query, and the weights of a block."""
         a_columns = 0 if constant_a else block_h + rest_h
-        buffers = block_n * ranks * (stages * block_d + (stages - 1) * a_columns)
-        return (buffers + (max(64, block_n) + block_d) * columns) * itemsize
+        b_columns = block_d // 2 if unit == 8 else block_d
+        buffers = block_n * ranks * (stages * b_columns + (stages - 1) * a_columns) * itemsize
+        converted = block_n * block_d * computed if unit > 1 else 0  # on its way to the tensor cores' layout
+        return buffers + converted + (max(64, block_n) + block_d) * columns * (computed if unit > 1 else itemsize)
 
     # Products go through two ranks at once, of 8-bit numbers in narrow tiles alone.
-    unroll = itemsize < 4 and k_rank + v_rank <= 6
+    unroll = computed < 4 and k_rank + v_rank <= 6
     is_even = not constant_a and k_rank % 2 == v_rank % 2 == 0
     takes_two = unroll and is_even and (columns <= 32 or itemsize == 2) and unit == 1
     step = 2 if takes_two and bytes_used(32, stages=2) <= shared_memory else 1
-    if itemsize == 4:
+    if computed == 4:
         block_n = 16  # more spills
     elif step == 2:  # products of 64 rows or more
         block_n = 64 if itemsize == 2 and bytes_used(64, stages=3) <= 150_000 else 32
@@ -161,7 +166,7 @@ def choose_launch(
     programs_per_sm = max(1, min(programs_that_fit, 4 if is_8_bit else 3 if itemsize == 1 and step == 2 else 2))
     if unit > 1 and block_n == 64:  # as many as there are registers for
         programs_per_sm = 3 if columns <= 32 and block_d <= 64 else 2
-    warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
+    warps = 8 if computed == 4 or block_d >= 128 and not unroll else 4
     # B that copies of 4 bytes do not reach goes through registers, and no load is in flight. Unrolled, Triton 3.6 miscompiles
     # some of that; and where the tensor cores read blocks of 64 tokens from the one place that remains, ptxas 12.8 loses it.
     # Nor do they reach an A of few groups.
@@ -285,6 +290,7 @@ def _flash_tpa(
         is_aligned,
         groups,
         b_unit,
+        query.dtype == torch.float32,
     )
     keys, values = (
         rows_of(

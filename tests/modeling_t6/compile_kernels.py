@@ -81,7 +81,7 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
     unit = 8 if packed else 4 if cache_dtype == "fp8e4nv" and aligned and not page_size else 1
     launch = choose_launch(
         queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability], aligned,
-        groups, unit,
+        groups, unit, dtype == "fp32",
     )  # fmt: skip
     layouts = [FactorLayout(rank, 0 if constant_a else heads // groups, head_dim) for rank in (k_rank, v_rank)]
     widths = [layout.quantized.width if packed else layout.width for layout in layouts]

@@ -413,7 +413,7 @@ def test_a_cache_of_another_model_is_refused():
     model, other = random_model(tiny_config()), random_model(tiny_config(head_dim=64))
     cache, ids = T6Cache(config=other.config, dtype="int4"), random_ids(model.config, 1, 3)
     other(ids, **{CACHE_NAME: cache})
-    with pytest.raises(RuntimeError, match=r"must be rows \[batch, 1, seq, 48\] and \[batch, 1, seq, 24\] in layer 0"):
+    with pytest.raises(RuntimeError, match=r"must be rows \[batch, 1, seq, 40\] and \[batch, 1, seq, 24\] in layer 0"):
         model(ids, **{CACHE_NAME: cache})
 
 

@@ -778,6 +778,10 @@ def decode_kernel(
         if LAUNCH.unroll:
             for r in tl.static_range(0, K_RANK, K_STEP):
                 b = _load_b(key_rows, key_b_offsets, is_key_b, k_tokens, is_key, r, KEYS, query.dtype, BLOCK_D)
+                if r == 0 and VALUES.unit > 1:  # beside which others can be waited for
+                    value_b = _load_b(
+                        value_rows, value_b_offsets, is_value_b, v_tokens, is_value, 0, VALUES, query.dtype, BLOCK_D
+                    )
                 scores, rest_scores = _add_scores(
                     scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, num_rows, r,
                     KEYS, LAUNCH,
@@ -823,9 +827,12 @@ def decode_kernel(
 
         if LAUNCH.unroll:
             for r in tl.static_range(0, V_RANK, V_STEP):
-                b = _load_b(
-                    value_rows, value_b_offsets, is_value_b, v_tokens, is_value, r, VALUES, query.dtype, BLOCK_D
-                )
+                if r == 0 and VALUES.unit > 1:
+                    b = value_b
+                else:
+                    b = _load_b(
+                        value_rows, value_b_offsets, is_value_b, v_tokens, is_value, r, VALUES, query.dtype, BLOCK_D
+                    )
                 output, rest_output = _add_output(
                     output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, num_rows, r,
                     VALUES, LAUNCH,

@@ -164,8 +164,8 @@ def choose_launch(
     stages = 3 if bytes_used(block_n, 3, ranks) <= most_bytes and is_full and not is_8_bit else 2
     programs_that_fit = (shared_memory + 1024) // (bytes_used(block_n, stages, ranks) + 1024)
     programs_per_sm = max(1, min(programs_that_fit, 4 if is_8_bit else 3 if itemsize == 1 and step == 2 else 2))
-    if unit > 1 and block_n == 64:  # as many as there are registers for
-        programs_per_sm = 3 if columns <= 32 and block_d <= 64 else 2
+    if unit > 1:  # as many as there are registers for
+        programs_per_sm = 3 if block_n < 128 and columns <= 32 and block_d <= 64 else 2
     warps = 8 if computed == 4 or block_d >= 128 and not unroll else 4
     # B that copies of 4 bytes do not reach goes through registers, and no load is in flight. Unrolled, Triton 3.6 miscompiles
     # some of that; and where the tensor cores read blocks of 64 tokens from the one place that remains, ptxas 12.8 loses it.

@@ -88,7 +88,19 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
     strides = [sum(widths)] * 2 if page_size else [width + (not aligned) for width in widths]
     gathered = page_size % launch.block_n != 0
     rows = [
-        rows_of(rank, heads, head_dim, stride, width, constant_a, launch.step, gathered, groups=groups, packed=packed, unit=unit)
+        rows_of(
+            rank,
+            heads,
+            head_dim,
+            stride,
+            width,
+            constant_a,
+            launch.step,
+            gathered,
+            groups=groups,
+            packed=packed,
+            unit=unit,
+        )
         for rank, width, stride in zip((k_rank, v_rank), widths, strides)
     ]
     visible = Mask(queries, heads, True, mask, mask == "additive", sliding=page_size > 0 and queries > 1)

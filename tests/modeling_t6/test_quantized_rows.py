@@ -65,7 +65,9 @@ def reference_factors(
         packed = row[r * num_bytes :]
         b = np.zeros(head_dim)
         for i in range(head_dim):
-            place, is_high = {0: (0, 0), 4: (1, 0), 1: (2, 0), 5: (3, 0), 2: (0, 1), 6: (1, 1), 3: (2, 1), 7: (3, 1)}[i % 8]
+            place, is_high = {0: (0, 0), 4: (1, 0), 1: (2, 0), 5: (3, 0), 2: (0, 1), 6: (1, 1), 3: (2, 1), 7: (3, 1)}[
+                i % 8
+            ]
             n = int(packed[i // 8 * 4 + place]) // 16**is_high % 16
             b[i] = n * group_scales[i // 32, 0] + group_scales[i // 32, 1]
         start = rank * num_bytes + r * padded

@@ -4,7 +4,10 @@ The launch sizes of FlashTPA's kernels, tried one against another: what `choose_
     python benchmarks/flash_tpa_sweep.py --processes 15 --output sweep.json
 
 Prints, for each shape of model and cache, the time and the share of the copy bandwidth of the fastest settings and of
-the one that `choose_launch` takes.
+the one that `choose_launch` takes; for rows of 8 and of 4 bits also the part that this is of the time of bfloat16 rows of the
+same shape, where both are asked for. `--chosen` times nothing else: low-bit rows beside others by
+
+    python benchmarks/flash_tpa_sweep.py --chosen --match "x 128k, h 32, rank"
 """
 
 import argparse
@@ -33,6 +36,16 @@ SHAPES = {
     "8 x 128k, h 78, rank 2, fp8": CacheShape(8, 131072, 78, 64, 2, "float8_e4m3fn"),
     "8 x 128k, h 32, d 128, rank 1, fp8": CacheShape(8, 131072, 32, 128, 1, "float8_e4m3fn"),
     "8 x 128k, h 32, d 128, rank 2, fp8": CacheShape(8, 131072, 32, 128, 2, "float8_e4m3fn"),
+    "8 x 128k, h 32, rank 1, int4": CacheShape(8, 131072, 32, 64, 1, "int4"),
+    "8 x 128k, h 32, rank 2, int4": CacheShape(8, 131072, 32, 64, 2, "int4"),
+    "8 x 128k, h 78, rank 2, int4": CacheShape(8, 131072, 78, 64, 2, "int4"),
+    "8 x 128k, h 32, d 128, rank 2, int4": CacheShape(8, 131072, 32, 128, 2, "int4"),
+    "16 x 128k, h 32, rank 1": CacheShape(16, 131072, 32, 64, 1, "bfloat16"),
+    "16 x 128k, h 32, rank 2": CacheShape(16, 131072, 32, 64, 2, "bfloat16"),
+    "16 x 128k, h 32, rank 1, fp8": CacheShape(16, 131072, 32, 64, 1, "float8_e4m3fn"),
+    "16 x 128k, h 32, rank 2, fp8": CacheShape(16, 131072, 32, 64, 2, "float8_e4m3fn"),
+    "16 x 128k, h 32, rank 1, int4": CacheShape(16, 131072, 32, 64, 1, "int4"),
+    "16 x 128k, h 32, rank 2, int4": CacheShape(16, 131072, 32, 64, 2, "int4"),
     "1 x 4k, h 32, rank 2": CacheShape(1, 4096, 32, 64, 2, "bfloat16"),
 }
 
@@ -41,6 +54,8 @@ def parse_args() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only shapes whose name has it")
+    parser.add_argument("--chosen", action="store_true", help="only what choose_launch takes")
     parser.add_argument("--top", type=int, default=4)
     add_output(parser, plots=False)
     return parser.parse_args()
@@ -62,8 +77,9 @@ from modeling_t6.flash_tpa_t6 import Launch, choose_launch, flash_tpa
 
 def default_launch(shape: CacheShape) -> Launch:
     _, _, heads, head_dim, rank, dtype, _ = shape
-    itemsize = getattr(torch, dtype).itemsize
-    return choose_launch(1, heads, head_dim, rank, rank, False, itemsize, flash_tpa_t6.device_limits(device())[1])
+    shared_memory = flash_tpa_t6.device_limits(device())[1]
+    itemsize, unit = {"bfloat16": (2, 1), "float8_e4m3fn": (1, 4), "int4": (1, 8)}[dtype]
+    return choose_launch(1, heads, head_dim, rank, rank, False, itemsize, shared_memory, unit=unit)
 
 
 def device() -> torch.device:
@@ -76,16 +92,11 @@ def candidates(shape: CacheShape) -> list[Launch]:
     widths |= {(32, 16)} if 32 < heads <= 48 else {(64, 16)} if 64 < heads else set()
     found = []
     sizes = itertools.product((32, 64, 128), sorted(widths), (2, 3, 4), (1, 2), (4, 8), (1, 2, 3, 4))
-    # 8-bit numbers are to be converted: that needs warps rather than bytes in flight.
-    least = 50_000 if getattr(torch, shape.dtype).itemsize == 1 else 100_000
+    # Numbers that are to be converted need warps rather than bytes in flight.
+    least = {"bfloat16": 100_000, "float8_e4m3fn": 50_000, "int4": 30_000}[shape.dtype]
+    b_bytes, a_bytes = {"bfloat16": (2, 2), "float8_e4m3fn": (1, 1), "int4": (0.5, 1)}[shape.dtype]
     for n, (h, rest), stages, step, warps, programs in sizes:
-        used = (
-            n
-            * 2
-            * shape.rank
-            * (stages * base.block_d + (stages - 1) * (h + rest))
-            * getattr(torch, shape.dtype).itemsize
-        )
+        used = n * 2 * shape.rank * (stages * base.block_d * b_bytes + (stages - 1) * (h + rest) * a_bytes)
         # 8 warps must not share out a tile of 16 columns: see `choose_launch`.
         fits = least < programs * used <= 220_000 and (warps == 4 or n == 128 and not rest)
         if fits and shape.rank % step == 0 and n * step >= 64:  # rows of a product
@@ -112,22 +123,23 @@ def compiles(job: tuple) -> tuple:
 
 def main() -> None:
     args = parse_args()
-    shapes = {name: SHAPES[name] for name in args.shapes}
+    shapes = {name: SHAPES[name] for name in args.shapes if args.match in name}
+    settings = {name: candidates(shape)[: 1 if args.chosen else None] for name, shape in shapes.items()}
     # Neither the grid nor the size of the cache is part of what is compiled.
     one_program = lambda launch: launch._replace(programs_per_sm=1)  # noqa: E731
     compiled = lambda shape: shape._replace(batch=0, tokens=0)  # noqa: E731
-    jobs = {(compiled(shape), one_program(c)) for shape in shapes.values() for c in candidates(shape)}
+    jobs = {(compiled(shape), one_program(c)) for name, shape in shapes.items() for c in settings[name]}
     with torch.multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         fits = dict(pool.imap_unordered(compiles, jobs, chunksize=2))
     bandwidth = copy_bandwidth()
     print(f"{machine()}; copies move {bandwidth / 1e12:.2f} TB/s; {len(jobs)} settings compiled")
 
-    results = []
+    results, of_16_bits = [], {}
     for name, shape in shapes.items():
         rank, num_bytes = shape.rank, shape.num_bytes
         query, rows = random_cache(shape, copies_larger_than_l2(num_bytes))
         timed, expected = [], None
-        for launch in candidates(shape):
+        for launch in settings[name]:
             if not fits[compiled(shape), one_program(launch)]:
                 continue
             seconds = graph_seconds(
@@ -146,7 +158,13 @@ def main() -> None:
             expected = output if len(timed) == 1 else expected
             timed[-1]["difference"] = ((output - expected).norm() / expected.norm()).item()
         chosen, results = timed[0], results + timed
-        print(f"{name}: {num_bytes / 1e6:.0f} MB, {num_bytes / bandwidth * 1e6:.1f} us at the bandwidth of copies")
+        if shape.dtype == "bfloat16":
+            of_16_bits[shape] = chosen["seconds"]
+        plain = of_16_bits.get(shape._replace(dtype="bfloat16"))
+        part = "" if plain is None else f", {chosen['seconds'] / plain:.3f} of bfloat16's time"
+        print(
+            f"{name}: {num_bytes / 1e6:.0f} MB, {num_bytes / bandwidth * 1e6:.1f} us at the bandwidth of copies{part}"
+        )
         for row in [chosen, *sorted(timed, key=lambda row: row["seconds"])[: args.top]]:
             print(
                 f"  {row['seconds'] * 1e6:7.1f} us {row['share']:4.0%}  tokens {row['block_n']} heads {row['block_h']}+{row['rest_h']} "

@@ -21,11 +21,15 @@ def copies_larger_than_l2(num_bytes: int) -> int:
 def random_cache(shape: CacheShape, copies: int = 1) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """A query [batch, 1, heads, head_dim], and rows of keys and of values [batch, 1, tokens, width] for each copy."""
     batch, tokens, heads, head_dim, rank, dtype, groups = shape
-    width = FactorLayout(rank, heads // groups, head_dim).width
+    layout = FactorLayout(rank, heads // groups, head_dim)
+
+    def random(sequences: int) -> torch.Tensor:
+        return torch.randn(sequences, 1, tokens, layout.width, device="cuda", dtype=torch.bfloat16)
 
     def rows() -> torch.Tensor:
-        random = torch.randn(batch, 1, tokens, width, device="cuda", dtype=torch.bfloat16)
-        return random.to(getattr(torch, dtype))
+        if dtype == "int4":  # a sequence at a time, as what they are made of takes more room
+            return torch.cat([layout.quantized.pack(*layout.unpack(random(1))) for _ in range(batch)])
+        return random(batch).to(getattr(torch, dtype))
 
     query = torch.randn(batch, 1, heads, head_dim, device="cuda", dtype=torch.bfloat16)
     return query, [(rows(), rows()) for _ in range(copies)]

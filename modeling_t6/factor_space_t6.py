@@ -24,7 +24,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .factors_t6 import Factors, without_autocast
-from .quantized_rows_t6 import QuantizedFactors, rotate_features
+from .quantized_rows_t6 import QuantizedFactors
 
 
 # With this many query tokens or fewer, attention over the cache costs less in factor space than forming K and V.
@@ -81,11 +81,14 @@ def _attend_to_quantized_rows(
     output_attentions: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """B stays rotated: the query is rotated before, the output after, and a chunk of rows at a time becomes numbers."""
-    keys = QuantizedFactors(module.key_layout.quantized, factors.key_rows, factors.dtype)
-    values = QuantizedFactors(module.value_layout.quantized, factors.value_rows, factors.dtype)
+    layouts = module.key_layout.quantized, module.value_layout.quantized
+    keys, values = (
+        QuantizedFactors(layout, rows, factors.dtype)
+        for layout, rows in zip(layouts, (factors.key_rows, factors.value_rows))
+    )
     constant_a = module.config.noncontextual_a
     output, probabilities = factor_space_attention(
-        rotate_features(query),
+        layouts[0].rotate(query),
         (factors.a_k if constant_a else keys.a, keys.b),
         (factors.a_v if constant_a else values.a, values.b),
         attention_mask,
@@ -96,7 +99,7 @@ def _attend_to_quantized_rows(
         keys.heads,
         values.heads,
     )
-    return rotate_features(output), probabilities
+    return layouts[1].rotate_back(output), probabilities
 
 
 def factor_space_attention(

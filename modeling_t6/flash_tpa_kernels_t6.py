@@ -13,6 +13,7 @@
 # limitations under the License.
 """Triton kernels of FlashTPA: attention of a few query tokens over a cache of factors (paper, section 3.2)"""
 
+import os
 from typing import NamedTuple
 
 
@@ -22,6 +23,8 @@ try:  # the remote-code loader passes over packages that are imported here
 except ImportError:
     raise
 
+
+IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # A block of tokens is a tile's rows; its columns are pairs of a query token and a head, `BLOCK_T * BLOCK_H` of them.
 # Heads come last, as A lies in the cache: a score tile is weighted by A as it was loaded, and B's products are plain
@@ -54,6 +57,8 @@ class Rows(NamedTuple):
     start_8: bool = False  # whether rows start on 8 bytes, which their pointer, in the middle of 16, does not tell
     groups: int = 1  # heads of queries that share one of A
     group_columns: int = 1  # columns that they take; 1 also where A is constant, and loaded for each of them
+    packed: bool = False  # whether they are bytes as `QuantizedLayout` packs them; `width` is of bytes, too
+    unit: int = 1  # numbers of B that are loaded as one: 4 of float8 or 8 of 4 bits in 32 bits
 
 
 class Mask(NamedTuple):
@@ -150,6 +155,22 @@ def _load_query(
 
 
 @triton.jit
+def _hadamard(FIRST: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """
+    ROWS rows, from FIRST on, of what `rotate_features` multiplies HEAD_DIM features by, times the root of the matrix's size:
+    [ROWS, BLOCK_D] of -1, 0 and 1.
+    """
+    SIZE: tl.constexpr = HEAD_DIM & -HEAD_DIM
+    rows = (FIRST + tl.arange(0, ROWS))[:, None]
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    parity = rows & columns & (SIZE - 1)
+    parity ^= parity >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    return tl.where(rows // SIZE == columns // SIZE, 1.0 - 2.0 * (parity & 1), 0.0)
+
+
+@triton.jit
 def _fit_float16(query, scale):
     """
     The query [d, columns] in float16, each column divided by a power of 2 that leaves its largest number below 2^15, and
@@ -159,6 +180,134 @@ def _fit_float16(query, scale):
     exponents = tl.max(tl.abs(query), 0).to(tl.int32, bitcast=True) & 0x7F800000
     unit = tl.maximum(exponents.to(tl.float32, bitcast=True), 2.0**-60) * 2.0**-14
     return (query * (1.0 / unit)[None, :]).to(tl.float16), unit * scale
+
+
+@triton.jit
+def _prepare_query(query, scale, FITS_FLOAT16: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The query as B is multiplied by it, rotated where that is, and the scale that scores then have."""
+    if ROWS.packed:
+        HEAD_DIM: tl.constexpr = ROWS.head_dim
+        SIZE: tl.constexpr = HEAD_DIM & -HEAD_DIM
+        hadamard = _hadamard(0, BLOCK_D, HEAD_DIM, BLOCK_D).to(query.dtype)
+        # As a batch of one: ptxas 12.8 may lose where the query lies for the instructions of Hopper, which take no batches.
+        rotated = tl.dot(hadamard[None, :, :], query[None, :, :], input_precision="tf32x3")
+        query = tl.reshape(rotated, query.shape)
+        scale *= SIZE**-0.5
+    if FITS_FLOAT16:
+        query, scale = _fit_float16(query, scale)
+    return query, scale
+
+
+@triton.jit
+def _b_columns(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of a row of B: the places of what is loaded of it, numbers or several in 32 bits."""
+    return tl.arange(0, BLOCK_D // ROWS.unit)
+
+
+@triton.jit
+def _load_b(
+    rows_ptr, offsets, is_b, tokens, is_token, rank, ROWS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """B from `rank` on, [step * BLOCK_N, BLOCK_D], in the dtype of the query."""
+    if ROWS.packed:
+        b = _load_packed_b(rows_ptr, offsets, is_b, tokens, is_token, rank, ROWS, DTYPE, BLOCK_D)
+    elif ROWS.unit == 4:
+        N: tl.constexpr = offsets.shape[0]
+        rows_ptr = rows_ptr.to(tl.pointer_type(tl.int32))
+        words = tl.load(rows_ptr + (offsets + rank * (ROWS.head_dim // 4)), mask=is_b, other=0)
+        b = tl.reshape(_four_of_float8(words, DTYPE), [N, BLOCK_D])
+    else:
+        b = tl.load(rows_ptr + (offsets + rank * ROWS.head_dim), mask=is_b, other=0.0).to(DTYPE)
+    return b
+
+
+@triton.jit
+def _four_of_float8(words, DTYPE: tl.constexpr):
+    """The numbers in each 32 bits: [..., 2, 2]"""
+    if DTYPE == tl.float16 and not IS_INTERPRETED:
+        first, last = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b16 low, high;
+            mov.b32 {low, high}, $2;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+            }
+            """,
+            "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        number_0, number_1 = _halves(first)
+        number_2, number_3 = _halves(last)
+    else:
+        number_0 = words.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        number_1 = (words >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        number_2 = (words >> 16).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        number_3 = (words >> 24).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+    return tl.join(tl.join(number_0, number_2), tl.join(number_1, number_3))
+
+
+@triton.jit
+def _load_packed_b(
+    rows_ptr, offsets, is_b, tokens, is_token, rank, ROWS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    HEAD_DIM: tl.constexpr = ROWS.head_dim
+    N: tl.constexpr = offsets.shape[0]
+    WORDS: tl.constexpr = BLOCK_D // 8
+    GROUPS: tl.constexpr = (HEAD_DIM + 31) // 32
+    BLOCK_G: tl.constexpr = (BLOCK_D + 31) // 32
+    rows_ptr = rows_ptr.to(tl.pointer_type(tl.int32))
+    words = tl.load(rows_ptr + (offsets + rank * (HEAD_DIM // 8)), mask=is_b, other=0)
+    groups = tl.arange(0, BLOCK_G)
+    first: tl.constexpr = ROWS.rank * (HEAD_DIM // 2 + ROWS.padded_heads) // 4
+    offsets = tokens * (ROWS.width // 4) + (rank + _rank_of(tl.arange(0, N), ROWS.step)) * GROUPS + first
+    scales = tl.load(
+        rows_ptr + (offsets[:, None] + groups[None, :]), mask=is_token[:, None] & (groups < GROUPS)[None, :], other=0
+    )  # fmt: skip
+    words = tl.reshape(words, [N, BLOCK_G, WORDS // BLOCK_G])
+    scales = scales[:, :, None]
+    pairs_0 = _features(words, scales, DTYPE)
+    pairs_1 = _features(words >> 4, scales, DTYPE)
+    pairs_2 = _features(words >> 8, scales, DTYPE)
+    pairs_3 = _features(words >> 12, scales, DTYPE)
+    b = tl.join(tl.join(pairs_0, pairs_2), tl.join(pairs_1, pairs_3))  # [N, groups, words, 2, 2 (i high), 2 (i low)]
+    return tl.reshape(tl.permute(b, (0, 1, 2, 4, 5, 3)), [N, BLOCK_D])
+
+
+@triton.jit
+def _halves(words):
+    """The two float16 numbers in each 32 bits."""
+    low = words.to(tl.int16).to(tl.float16, bitcast=True)
+    return low, (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _features(words, scales, DTYPE: tl.constexpr):
+    """
+    Of the last 4 bits n of both halves of 32 the features n * scale + zero, [..., 2]; `scales` holds both in 32 bits. As the
+    last digits of a float16 number from 1024 on, 4 bits are that number.
+    """
+    if DTYPE == tl.float16 and not IS_INTERPRETED:  # two at once; LLVM would take them apart
+        pairs = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 n, scale, zero, least;
+            mov.b32 least, 0x64006400;
+            lop3.b32 n, $1, 0x000F000F, least, 0xEA;
+            sub.rn.f16x2 n, n, least;
+            prmt.b32 scale, $2, $2, 0x1010;
+            prmt.b32 zero, $2, $2, 0x3232;
+            fma.rn.f16x2 $0, n, scale, zero;
+            }
+            """,
+            "=r,r,r", [words, scales], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+        low, high = _halves(pairs)
+    else:
+        scale, zero = _halves(scales)
+        low, high = _halves((words & 0x000F000F) | 0x64006400)
+        low = (low - 1024.0).to(DTYPE) * scale.to(DTYPE) + zero.to(DTYPE)
+        high = (high - 1024.0).to(DTYPE) * scale.to(DTYPE) + zero.to(DTYPE)
+    return tl.join(low, high)
 
 
 @triton.jit
@@ -188,14 +337,17 @@ def _load_a(
         rows = tl.arange(0, STEP * BLOCK_N)
         tokens = _token_of(rows, STEP)
         columns = heads[None, :]
-        if A_HEADS % 16 == 8 and A_HEADS > 8:  # see `FactorLayout`
+        if A_HEADS % 16 == 8 and A_HEADS > 8 and not ROWS.packed:  # see `FactorLayout`
             columns = (columns + ((rank + _rank_of(rows, STEP)) % 2 * 8)[:, None]) % A_HEADS
         if ROWS.gathered:
             offsets = (_rank_of(rows, STEP) * A_HEADS)[:, None] + columns
         else:
             offsets = (tokens * ROWS.width + _rank_of(rows, STEP) * A_HEADS)[:, None] + columns
         is_a = (tokens < num_rows)[:, None] & (heads < A_HEADS)[None, :]
-        a = tl.load(rows_ptr + (offsets + ROWS.rank * ROWS.head_dim + rank * A_HEADS), mask=is_a, other=0.0)
+        B_WIDTH: tl.constexpr = ROWS.head_dim // 2 if ROWS.packed else ROWS.head_dim
+        if ROWS.packed:
+            rows_ptr = rows_ptr.to(tl.pointer_type(tl.float8e4nv))
+        a = tl.load(rows_ptr + (offsets + ROWS.rank * B_WIDTH + rank * A_HEADS), mask=is_a, other=0.0)
     return a
 
 
@@ -251,12 +403,6 @@ def _hide(
         else:
             scores += mask.to(tl.float32) * mask_scale
     return tl.where(visible, scores, -float("inf"))
-
-
-@triton.jit
-def _above(scores, scale, maximum):
-    """By how much each row's scores are above the running maximum at most."""
-    return tl.max(scores * scale - maximum[None, :], 1, keep_dims=True)
 
 
 @triton.jit
@@ -540,10 +686,12 @@ def decode_kernel(
         query_ptr, queries, heads, query_stride_t, query_stride_h, num_queries, NUM_HEADS, HEAD_DIM, BLOCK_D
     )  # fmt: skip
     # An instruction makes two float16 numbers of two in float8, and several one in bfloat16.
-    FITS_FLOAT16: tl.constexpr = key_ptr.dtype.element_ty == tl.float8e4nv and query.dtype == tl.bfloat16
+    IS_FLOAT8: tl.constexpr = key_ptr.dtype.element_ty == tl.float8e4nv or KEYS.packed
+    FITS_FLOAT16: tl.constexpr = (IS_FLOAT8 and query.dtype == tl.bfloat16) or (
+        KEYS.packed and query.dtype == tl.float16
+    )
     query_scale = scale
-    if FITS_FLOAT16:
-        query, scale = _fit_float16(query, query_scale)
+    query, scale = _prepare_query(query, query_scale, FITS_FLOAT16, KEYS, BLOCK_D)
     maximum, normalizer, output = _no_tokens(BLOCK_N, BLOCK_C, BLOCK_D)
     rest_query, rest_output, rest_scale = query, output, scale  # stand for a second tile where there is none
     if REST_H:
@@ -551,34 +699,35 @@ def decode_kernel(
         rest_query = _load_query(
             query_ptr, rest_queries, rest_heads, query_stride_t, query_stride_h, num_queries, NUM_HEADS, HEAD_DIM, BLOCK_D
         )  # fmt: skip
-        if FITS_FLOAT16:
-            rest_query, rest_scale = _fit_float16(rest_query, query_scale)
+        rest_query, rest_scale = _prepare_query(rest_query, query_scale, FITS_FLOAT16, KEYS, BLOCK_D)
         rest_maximum, rest_normalizer, rest_output = _no_tokens(BLOCK_N, BLOCK_T * REST_H, BLOCK_D)
 
     if not PAGE_SIZE:
         key_ptr += batch * key_stride_b * STRIDE_UNIT
         value_ptr += batch * value_stride_b * STRIDE_UNIT
         mask_ptr += batch * mask_stride_b
-    features = tl.arange(0, BLOCK_D)
+    columns = _b_columns(KEYS, BLOCK_D)
+    NUM_B: tl.constexpr = HEAD_DIM // KEYS.unit
+    UNIT: tl.constexpr = 4 if KEYS.unit > 1 else 1  # bytes in it
     k_rows = tl.arange(0, KEYS.step * BLOCK_N)
     v_rows = tl.arange(0, VALUES.step * BLOCK_N)
     k_tokens = _token_of(k_rows, KEYS.step)
     v_tokens = _token_of(v_rows, VALUES.step)
     if KEYS.gathered:
-        key_b_offsets = (_rank_of(k_rows, KEYS.step) * HEAD_DIM)[:, None] + features[None, :]
-        value_b_offsets = (_rank_of(v_rows, VALUES.step) * HEAD_DIM)[:, None] + features[None, :]
+        key_b_offsets = (_rank_of(k_rows, KEYS.step) * HEAD_DIM)[:, None] + columns[None, :]
+        value_b_offsets = (_rank_of(v_rows, VALUES.step) * HEAD_DIM)[:, None] + columns[None, :]
         next_k_pages = _pages_of(table_ptr, start + k_tokens, end, PAGE_SIZE)
         if VALUES.step != KEYS.step:
             next_v_pages = _pages_of(table_ptr, start + v_tokens, end, PAGE_SIZE)
     else:
-        key_b_offsets = (k_tokens * KEYS.width + _rank_of(k_rows, KEYS.step) * HEAD_DIM)[:, None] + features[None, :]
-        value_b_offsets = (v_tokens * VALUES.width + _rank_of(v_rows, VALUES.step) * HEAD_DIM)[:, None] + features[
-            None, :
-        ]
+        key_b_offsets = (k_tokens * (KEYS.width // UNIT) + _rank_of(k_rows, KEYS.step) * NUM_B)[:, None] + columns
+        value_b_offsets = (v_tokens * (VALUES.width // UNIT) + _rank_of(v_rows, VALUES.step) * NUM_B)[
+            :, None
+        ] + columns
     K_RANK: tl.constexpr = KEYS.rank
     V_RANK: tl.constexpr = VALUES.rank
     K_STEP: tl.constexpr = KEYS.step
-    LAG: tl.constexpr = 7.0 if key_ptr.dtype.element_ty == tl.float8e4nv else 8.0
+    LAG: tl.constexpr = 7.0 if IS_FLOAT8 else 8.0
     V_STEP: tl.constexpr = VALUES.step
     for first in tl.range(first_tile, end, BLOCK_N, num_stages=STAGES if LAUNCH.unroll else 1):
         if PAGE_SIZE:
@@ -616,8 +765,9 @@ def decode_kernel(
             tokens = first + tl.arange(0, BLOCK_N)
             is_row = tokens < end
             num_rows = end - first
-        is_key_b = (k_tokens < num_rows)[:, None] & (features < HEAD_DIM)[None, :]
-        is_value_b = (v_tokens < num_rows)[:, None] & (features < HEAD_DIM)[None, :]
+        is_key, is_value = k_tokens < num_rows, v_tokens < num_rows
+        is_key_b = is_key[:, None] & (columns < NUM_B)[None, :]
+        is_value_b = is_value[:, None] & (columns < NUM_B)[None, :]
 
         # Loads of every rank are in flight at once if there is room for them, else those of a few ranks.
         no_scores = tl.where(is_row, 0.0, -float("inf"))[:, None]
@@ -627,14 +777,18 @@ def decode_kernel(
             rest_scores = tl.broadcast_to(no_scores, [BLOCK_N, BLOCK_T * REST_H])
         if LAUNCH.unroll:
             for r in tl.static_range(0, K_RANK, K_STEP):
-                b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_key_b, other=0.0).to(query.dtype)
+                b = _load_b(key_rows, key_b_offsets, is_key_b, k_tokens, is_key, r, KEYS, query.dtype, BLOCK_D)
+                if r == 0 and VALUES.unit > 1:  # beside which others can be waited for
+                    value_b = _load_b(
+                        value_rows, value_b_offsets, is_value_b, v_tokens, is_value, 0, VALUES, query.dtype, BLOCK_D
+                    )
                 scores, rest_scores = _add_scores(
                     scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, num_rows, r,
                     KEYS, LAUNCH,
                 )  # fmt: skip
         else:
             for r in tl.range(0, K_RANK, K_STEP, num_stages=STAGES):
-                b = tl.load(key_rows + (key_b_offsets + r * HEAD_DIM), mask=is_key_b, other=0.0).to(query.dtype)
+                b = _load_b(key_rows, key_b_offsets, is_key_b, k_tokens, is_key, r, KEYS, query.dtype, BLOCK_D)
                 scores, rest_scores = _add_scores(
                     scores, rest_scores, query, rest_query, b, key_rows, key_a_ptr, first_head, num_rows, r,
                     KEYS, LAUNCH,
@@ -646,16 +800,16 @@ def decode_kernel(
             scores, mask_ptr, queries, heads, tokens, is_row, last_token, window, log2_e / scale,
             mask_stride_h, mask_stride_t, mask_stride_n, MASK,
         )  # fmt: skip
-        above = _above(scores, scale, maximum)
+        above = tl.max(scores * scale - maximum[None, :])
         if REST_H:
             rest_scores = _hide(
                 rest_scores, mask_ptr, rest_queries, rest_heads, tokens, is_row, last_token, window, log2_e / rest_scale,
                 mask_stride_h, mask_stride_t, mask_stride_n, MASK,
             )  # fmt: skip
-            above = tl.maximum(above, _above(rest_scores, rest_scale, rest_maximum))
+            above = tl.maximum(above, tl.max(rest_scores * rest_scale - rest_maximum[None, :]))
         # The maximum may lag by 2^8 before it is worth a reduction over tokens for each column: a power of 2 changes
         # no digit, and is undone at the end. By 2^7 for float8: times its largest number, 448, that is still a float16.
-        if tl.max(above) > LAG:
+        if above > LAG:
             maximum, normalizer, output = _raise(scores, scale, maximum, normalizer, output)
             if REST_H:
                 rest_maximum, rest_normalizer, rest_output = _raise(
@@ -673,14 +827,21 @@ def decode_kernel(
 
         if LAUNCH.unroll:
             for r in tl.static_range(0, V_RANK, V_STEP):
-                b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_value_b, other=0.0).to(query.dtype)
+                if r == 0 and VALUES.unit > 1:
+                    b = value_b
+                else:
+                    b = _load_b(
+                        value_rows, value_b_offsets, is_value_b, v_tokens, is_value, r, VALUES, query.dtype, BLOCK_D
+                    )
                 output, rest_output = _add_output(
                     output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, num_rows, r,
                     VALUES, LAUNCH,
                 )  # fmt: skip
         else:
             for r in tl.range(0, V_RANK, V_STEP, num_stages=STAGES):
-                b = tl.load(value_rows + (value_b_offsets + r * HEAD_DIM), mask=is_value_b, other=0.0).to(query.dtype)
+                b = _load_b(
+                    value_rows, value_b_offsets, is_value_b, v_tokens, is_value, r, VALUES, query.dtype, BLOCK_D
+                )
                 output, rest_output = _add_output(
                     output, rest_output, weights, rest_weights, b, value_rows, value_a_ptr, first_head, num_rows, r,
                     VALUES, LAUNCH,
@@ -770,8 +931,9 @@ def combine_kernel(
     BLOCK_S: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    ROTATED: tl.constexpr,
 ):
-    """The pieces of one column (a query token's head) into its output."""
+    """The pieces of one column (a query token's head) into its output; `ROTATED` features are rotated back."""
     if OVERLAP:  # started early: until the decode kernel is complete, and what it wrote is visible
         tl.extra.cuda.gdc_wait()
     column = tl.program_id(0)
@@ -780,8 +942,17 @@ def combine_kernel(
     output = _combine(
         partial_ptr, lse_ptr, first, num_splits, COLUMNS, HEAD_DIM, V_RANK, BLOCK_D, BLOCK_S, MAX_SPLITS
     )  # fmt: skip
-    features = tl.arange(0, BLOCK_D)
-    tl.store(out_ptr + (batch * COLUMNS + column) * HEAD_DIM + features, output, mask=features < HEAD_DIM)
+    out_ptr += (batch * COLUMNS + column) * HEAD_DIM
+    if ROTATED:
+        SIZE: tl.constexpr = HEAD_DIM & -HEAD_DIM
+        PART: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64
+        for first in tl.static_range(0, BLOCK_D, PART):
+            part = tl.sum(_hadamard(first, PART, HEAD_DIM, BLOCK_D) * output[None, :], 1) * SIZE**-0.5
+            features = first + tl.arange(0, PART)
+            tl.store(out_ptr + features, part, mask=features < HEAD_DIM)
+    else:
+        features = tl.arange(0, BLOCK_D)
+        tl.store(out_ptr + features, output, mask=features < HEAD_DIM)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .cache_t6 import FactorLayout
 from .factors_t6 import Factors
 
 
@@ -100,6 +101,8 @@ def choose_launch(
     shared_memory: int,
     is_aligned: bool = True,
     groups: int = 1,
+    unit: int = 1,
+    is_float32: bool = False,
 ) -> Launch:
     """
     The sizes for one shape of model: those of the fastest settings of `benchmarks/flash_tpa_sweep.py` on an H200, by
@@ -111,14 +114,17 @@ def choose_launch(
         shared_memory: bytes that a program may have.
         is_aligned: whether rows start on 16 bytes (on pages, which tell the compiler, on 8).
         groups: heads that share one of A.
+        unit: numbers of B that are loaded as one, see `Rows`.
+        is_float32: whether queries are, and so what rows become in registers.
     """
+    computed = 4 if is_float32 else max(2, itemsize)  # bytes of a number there
     group_columns = columns_of_group(groups, constant_a)
     num_heads = columns_of_heads(num_heads, groups, constant_a)
     block_d = power_of_2(head_dim, least=16)
     # Heads that fit the registers. Never 8 columns for a group of 4 warps: Triton 3.6 miscompiles products that narrow (its
     # issue 7830). So 8 warps run only where they share out features, and 16 columns are the fewest.
-    narrowest = 16 if block_d <= 64 and itemsize <= 2 else 32
-    widest = 64 if block_d == 64 and itemsize <= 2 else 32
+    narrowest = 16 if block_d <= 64 and computed == 2 else 32
+    widest = 64 if block_d == 64 and computed == 2 else 32
     block_h, rest_h = min(power_of_2(num_heads, narrowest), widest), 0
     if num_queries == 1:
         widths = [(width, 0) for width in (16, 32, 64) if narrowest <= width <= widest]
@@ -132,15 +138,17 @@ def choose_launch(
     def bytes_used(block_n: int, stages: int, ranks: int = k_rank + v_rank) -> int:
         """Shared memory of a program: B, A (of groups less) with one buffer less, the query, and the weights of a block."""
         a_columns = 0 if constant_a else block_h + rest_h
-        buffers = block_n * ranks * (stages * block_d + (stages - 1) * a_columns)
-        return (buffers + (max(64, block_n) + block_d) * columns) * itemsize
+        b_columns = block_d // 2 if unit == 8 else block_d
+        buffers = block_n * ranks * (stages * b_columns + (stages - 1) * a_columns) * itemsize
+        converted = block_n * block_d * computed if unit > 1 else 0  # on its way to the tensor cores' layout
+        return buffers + converted + (max(64, block_n) + block_d) * columns * (computed if unit > 1 else itemsize)
 
     # Products go through two ranks at once, of 8-bit numbers in narrow tiles alone.
-    unroll = itemsize < 4 and k_rank + v_rank <= 6
+    unroll = computed < 4 and k_rank + v_rank <= 6
     is_even = not constant_a and k_rank % 2 == v_rank % 2 == 0
-    takes_two = unroll and is_even and (columns <= 32 or itemsize == 2)
+    takes_two = unroll and is_even and (columns <= 32 or itemsize == 2) and unit == 1
     step = 2 if takes_two and bytes_used(32, stages=2) <= shared_memory else 1
-    if itemsize == 4:
+    if computed == 4:
         block_n = 16  # more spills
     elif step == 2:  # products of 64 rows or more
         block_n = 64 if itemsize == 2 and bytes_used(64, stages=3) <= 150_000 else 32
@@ -156,7 +164,9 @@ def choose_launch(
     stages = 3 if bytes_used(block_n, 3, ranks) <= most_bytes and is_full and not is_8_bit else 2
     programs_that_fit = (shared_memory + 1024) // (bytes_used(block_n, stages, ranks) + 1024)
     programs_per_sm = max(1, min(programs_that_fit, 4 if is_8_bit else 3 if itemsize == 1 and step == 2 else 2))
-    warps = 8 if itemsize == 4 or block_d >= 128 and not unroll else 4
+    if unit > 1:  # as many as there are registers for
+        programs_per_sm = 3 if block_n < 128 and columns <= 32 and block_d <= 64 else 2
+    warps = 8 if computed == 4 or block_d >= 128 and not unroll else 4
     # B that copies of 4 bytes do not reach goes through registers, and no load is in flight. Unrolled, Triton 3.6 miscompiles
     # some of that; and where the tensor cores read blocks of 64 tokens from the one place that remains, ptxas 12.8 loses it.
     # Nor do they reach an A of few groups.
@@ -179,12 +189,16 @@ def rows_of(
     gathered: bool = False,
     start_8: bool = False,
     groups: int = 1,
+    packed: bool = False,
+    unit: int = 1,
 ) -> "Rows":
     """`Rows` of `width` numbers that are `stride` numbers apart, read by `step` ranks where that divides the rank."""
     step = step if rank % step == 0 else 1
     padded_heads, group_columns = width // rank - head_dim, columns_of_group(groups, constant_a)
+    if packed:
+        padded_heads = FactorLayout(rank, 0 if constant_a else num_heads // groups, head_dim).padded_heads
     return Rows(
-        rank, num_heads, head_dim, stride, padded_heads, constant_a, step, gathered, start_8, groups, group_columns
+        rank, num_heads, head_dim, stride, padded_heads, constant_a, step, gathered, start_8, groups, group_columns, packed, unit
     )  # fmt: skip
 
 
@@ -224,6 +238,13 @@ def _rows_as_read(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     return rows, unit
 
 
+def _aligned_to_8(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of 4 bits, of which each starts on 8 bytes and the first on 16, as those of a cache do."""
+    if rows.stride(-1) == 1 and not (rows.stride(0) % 8 or rows.stride(2) % 8 or rows.data_ptr() % 16):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
 def _flash_tpa(
     query: torch.Tensor,
     key_rows: torch.Tensor,
@@ -244,14 +265,19 @@ def _flash_tpa(
     constant_a = key_a is not None
     if query.stride(-1) != 1:
         query = query.contiguous()
+    packed = key_rows.dtype == torch.uint8
+    if packed:
+        key_rows, value_rows = (_aligned_to_8(rows) for rows in (key_rows, value_rows))
     key_rows, key_unit = _rows_as_read(key_rows)
     value_rows, value_unit = _rows_as_read(value_rows)
     unit = min(key_unit, value_unit)
-    is_aligned = (
+    is_aligned = packed or (
         unit * key_rows.element_size() == 16
         and key_rows.stride(2) % unit == value_rows.stride(2) % unit == 0
         and key_rows.data_ptr() % 16 == value_rows.data_ptr() % 16 == 0
     )
+    # Where B may be loaded by 32 bits, more numbers than one.
+    b_unit = 8 if packed else 4 if key_rows.dtype == torch.float8_e4m3fn and is_aligned and head_dim % 4 == 0 else 1
     launch = choose_launch(
         num_queries,
         num_heads,
@@ -263,10 +289,13 @@ def _flash_tpa(
         shared_memory,
         is_aligned,
         groups,
+        b_unit,
+        query.dtype == torch.float32,
     )
     keys, values = (
         rows_of(
-            rank, num_heads, head_dim, rows.stride(2), rows.shape[-1], constant_a, launch.step, groups=groups
+            rank, num_heads, head_dim, rows.stride(2), rows.shape[-1], constant_a, launch.step, groups=groups,
+            packed=packed, unit=b_unit,
         )
         for rank, rows in ((k_rank, key_rows), (v_rank, value_rows))
     )  # fmt: skip
@@ -327,6 +356,7 @@ def _flash_tpa(
             BLOCK_S=COMBINED_SPLITS,
             MAX_SPLITS=MAX_SPLITS,
             OVERLAP=overlap,
+            ROTATED=packed,
             num_warps=COMBINE_WARPS,
             **({"launch_pdl": True} if overlap else {}),
         )
@@ -375,7 +405,7 @@ def flash_tpa(
     Args:
         query: [batch, query_length, h, d], rotated; bfloat16, float16 or float32; at most 16 tokens, d at most 256.
         key_rows, value_rows: [batch, 1, key_length, width] as `FactorLayout` packs them, with any strides; the
-            query's dtype, or float8_e4m3fn.
+            query's dtype, or float8_e4m3fn; or uint8 as `QuantizedLayout` does, heads of a multiple of 8 numbers.
         key_a, value_a: constant A factors [R_K, h_kv] and [R_V, h_kv]; rows then hold B alone.
         mask: boolean (True: attend) or additive, [batch or 1, h or 1, query_length or 1, as many as the rows that count].
         scaling: of the scores, positive.
@@ -421,9 +451,9 @@ def flash_tpa_attention_forward(
 
 def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor, cache: Cache | None) -> bool:
     """
-    Whether the kernels run: few query tokens over a cache that is not one of 4 bits, no gradient, Triton and an NVIDIA GPU
-    from Ampere on (for a cache of float8 from Ada on), and no variant whose cached B factors are not yet those that K and V
-    are made of. There they are what `attn_implementation="sdpa"`, Transformers' default, decodes with; `"flash_tpa"` asks for
+    Whether the kernels run: few query tokens over a cache, no gradient, Triton and an NVIDIA GPU from Ampere on (for a cache
+    of float8 or of 4 bits from Ada on), and no variant whose cached B factors are not yet those that K and V are made of. There
+    they are what `attn_implementation="sdpa"`, Transformers' default, decodes with; `"flash_tpa"` asks for
     them by name. Depends on nothing that changes from one decoded token to the next.
     """
     implementations = ("flash_tpa", "sdpa") if hidden_states.is_cuda else ("flash_tpa",)
@@ -432,10 +462,11 @@ def decode_with_flash_tpa(config: PreTrainedConfig, hidden_states: torch.Tensor,
     if config.rotates_on_read or config.c_factor_dim is not None:
         return False
     stored_dtypes = [getattr(layer, "stored_dtype", None) for layer in getattr(cache, "layers", ())]
-    if torch.uint8 in stored_dtypes:
+    if torch.uint8 in stored_dtypes and config.head_dim % 8:
         return False
     if hidden_states.is_cuda:
-        runs = is_supported(hidden_states.device, torch.float8_e4m3fn in stored_dtypes)
+        has_float8 = not {torch.float8_e4m3fn, torch.uint8}.isdisjoint(stored_dtypes)
+        runs = is_supported(hidden_states.device, has_float8)
     else:
         runs = IS_INTERPRETED
     return (

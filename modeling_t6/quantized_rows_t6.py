@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Rows of factors in 4 bits: B rotated and quantised, A in 8 bits, one scale for each rank"""
+"""Rows of factors in 4 bits: B rotated and quantised with a scale and a zero point for each 32 features, A in 8 bits"""
 
 import functools
 import math
@@ -20,39 +20,41 @@ import torch
 from torch import nn
 
 
-# The step of a row of B is this part of its largest number / 7.5. Of 64 normally distributed numbers it leaves an error of
-# 9.7% of their norm, of 128 10.4%; the best of 30 steps for each row leaves 9.4% and 9.9%, and the whole range 10.1% and 11%.
-CLIP = 0.94
-# What the largest number of a row of A becomes: below float8_e4m3fn's 448 by more than the scale's rounding.
-LARGEST_A = 256.0
+GROUP = 32  # features that share a scale and a zero point
+# Of each 8 features, the order in which 4 bytes hold them: first those of the low halves, then those of the high halves. Of a
+# 32-bit number shifted by 0, 4, 8 and 12 bits, the last 4 bits of both its halves are then features 0 and 1, 2 and 3, and so on.
+ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+# What the largest number of a row of A becomes: within the range of float8_e4m3fn, and of float16 with what it is multiplied by.
+LARGEST_A = 16.0
 SMALLEST_SCALE = 2.0**-24  # float16's smallest number
+LARGEST_NUMBER = 65504.0  # and its largest
 
 
 class QuantizedLayout:
     """
     How the factors of one token, A [rank, num_heads] and B [rank, head_dim], lie in one row of `width` bytes:
 
-        rank * head_dim / 2      B, 4 bits a feature: byte j of a row of B has feature j in its low half, and feature
-                                 j + head_dim / 2 in its high half
+        rank * head_dim / 2      B, 4 bits a feature, rounded up to whole groups of 8: their 4 bytes hold features 0, 4, 1 and 5
+                                 in the low halves, 2, 6, 3 and 7 in the high halves
         rank * padded_heads      A, float8_e4m3fn, each row padded by zeros as in `FactorLayout`
-        rank * 2                 the scales, float16
-        up to 15                 zeros, to a multiple of 16 bytes
+        rank * 4 * groups        a scale and a zero point, float16, for each 32 features of each rank
+        up to 7                  zeros, to a multiple of 8 bytes
 
-    B's features are rotated first, by `rotate_features`: after that none stands out, and they are close to normally
-    distributed. The 4 bits n of a feature stand for n - 7.5. The scale of a rank is that of its A times that of its B: a
-    head's product with them needs no other,
+    B's features are rotated first, by `rotate_features`: after that none stands out. The 4 bits n of a feature stand for
+    n * scale + zero. A rank's A is divided by what makes its largest number 16, and B multiplied by it:
 
-        B[r] H = (n[r] - 7.5) step[r],    A[r] = a[r] scale[r] / step[r],    A[r] B[r] = scale[r] a[r] ((n[r] - 7.5) H).
+        A[r] = a[r] size[r],    B[r] H = (n[r] scale[r] + zero[r]) / size[r],    A[r] B[r] = a[r] ((n[r] scale[r] + zero[r]) H).
 
-    With constant A factors (`num_heads` 0) it is the step of B, and a row holds B and scales alone.
+    With constant A factors (`num_heads` 0) the size is 1, and a row holds no A.
     """
 
     def __init__(self, rank: int, num_heads: int, padded_heads: int, head_dim: int):
         if head_dim % 2 or head_dim == 0:
             raise ValueError(f"Rows of 4 bits need an even number of features, got `head_dim`={head_dim}.")
         self.rank, self.num_heads, self.padded_heads, self.head_dim = rank, num_heads, padded_heads, head_dim
-        self.sizes = (rank * head_dim // 2, rank * padded_heads, 2 * rank)
-        self.width = math.ceil(sum(self.sizes) / 16) * 16
+        self.padded_dim, self.groups = math.ceil(head_dim / 8) * 8, math.ceil(head_dim / GROUP)
+        self.sizes = (rank * self.padded_dim // 2, rank * padded_heads, rank * 4 * self.groups)
+        self.width = math.ceil(sum(self.sizes) / 8) * 8
 
     def pack(self, a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
         """
@@ -60,32 +62,53 @@ class QuantizedLayout:
         [batch, 1, seq, width]. A is not looked at if `num_heads` is 0.
         """
         b = rotate_features(b.to(torch.float32))
-        step = b.abs().amax(dim=-1, keepdim=True) * (CLIP / 7.5)
         if self.num_heads == 0:
-            scale = step.clamp(min=SMALLEST_SCALE).to(torch.float16)
-            step = scale.to(torch.float32)  # B is rounded to what will be read
             stored_a = torch.zeros(*b.shape[:-1], self.padded_heads, dtype=torch.uint8, device=b.device)
         else:
             a = a.to(torch.float32)
-            scale = (step * a.abs().amax(dim=-1, keepdim=True) / LARGEST_A).clamp(min=SMALLEST_SCALE).to(torch.float16)
-            # What rounding changes of the scale, A makes up for.
-            a = (a * (step / scale.to(torch.float32))).clamp(-448, 448)
-            stored_a = nn.functional.pad(a, (0, self.padded_heads - self.num_heads))
-            stored_a = stored_a.to(torch.float8_e4m3fn).view(torch.uint8)
-        step = step.clamp(min=torch.finfo(step.dtype).tiny)  # of zeros
-        low, high = (b / step + 7.5).round().clamp(0, 15).to(torch.uint8).chunk(2, dim=-1)
-        parts = [(low | (high << 4)).flatten(-2), stored_a.flatten(-2), scale.flatten(-2).view(torch.uint8)]
+            size = a.abs().amax(dim=-1, keepdim=True) / LARGEST_A
+            b = b * size
+            a = nn.functional.pad(
+                a / size.clamp(min=torch.finfo(a.dtype).tiny), (0, self.padded_heads - self.num_heads)
+            )
+            stored_a = a.to(torch.float8_e4m3fn).view(torch.uint8)
+        missing = self.groups * GROUP - self.head_dim  # of the last group, which may be smaller
+        if missing:
+            b = torch.cat([b, b[..., -1:].expand(*b.shape[:-1], missing)], dim=-1)
+        b = b.clamp(-LARGEST_NUMBER, LARGEST_NUMBER).unflatten(-1, (self.groups, GROUP))
+        zero, largest = b.amin(dim=-1, keepdim=True), b.amax(dim=-1, keepdim=True)
+        scale = ((largest - zero) / 15).clamp(min=SMALLEST_SCALE).to(torch.float16)
+        zero = zero.to(torch.float16)
+        n = ((b - zero.to(b.dtype)) / scale.to(b.dtype)).round().clamp(0, 15).to(torch.uint8)
+        n = n.flatten(-2)[..., : self.padded_dim].unflatten(-1, (-1, 8))
+        low, high = torch.stack([n[..., i] for i in ORDER], dim=-1).chunk(2, dim=-1)
+        scales = torch.cat([scale, zero], dim=-1).flatten(-3).view(torch.uint8)
+        parts = [(low | (high << 4)).flatten(-3), stored_a.flatten(-2), scales]
         return nn.functional.pad(torch.cat(parts, dim=-1), (0, self.width - sum(self.sizes))).unsqueeze(1)
 
     def unpack(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Factors of `rows`, uint8 [batch, 1, seq, width], in `dtype`: A times the scale [batch, seq, rank, num_heads], and
-        n - 7.5 [batch, seq, rank, head_dim], which is B rotated, in units of its step. With constant A factors the scale
-        is in B.
+        Factors of `rows`, uint8 [batch, 1, seq, width], in `dtype`: a [batch, seq, rank, num_heads], of no size with constant
+        A factors, and n * scale + zero [batch, seq, rank, head_dim], which is B rotated, times the size of A.
         """
         parts = QuantizedFactors(self, rows, dtype)
         every = slice(None)
-        return parts.heads(parts.a, every), parts.features(parts.b, every)
+        b = parts.features(parts.b, every)
+        feature = torch.arange(self.head_dim, device=b.device)
+        byte = feature // 8 * 4 + feature % 2 * 2 + feature // 4 % 2
+        return parts.heads(parts.a, every), b[..., byte + feature // 2 % 2 * (self.padded_dim // 2)]
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., head_dim] rotated, in the order of `QuantizedFactors.features`: [..., padded_dim]"""
+        return x @ self._rotation(x)
+
+    def rotate_back(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., padded_dim] in the order of `QuantizedFactors.features` as features: [..., head_dim]"""
+        return x @ self._rotation(x).T
+
+    def _rotation(self, x: torch.Tensor) -> torch.Tensor:
+        make = rotation_matrix if torch.compiler.is_compiling() else _cached_rotation_matrix
+        return make(self.head_dim, self.padded_dim, x.dtype, x.device)
 
 
 class QuantizedFactors:
@@ -94,32 +117,40 @@ class QuantizedFactors:
 
     Attributes:
         a: float8_e4m3fn [batch, seq, rank, num_heads], a view.
-        b: uint8 [batch, seq, rank, head_dim / 2], a view.
-        scale: float16 [batch, seq, rank, 1], a copy, as they need not lie on even bytes.
+        b: uint8 [batch, seq, rank, padded_dim / 2], a view.
+        scales: float16 [batch, seq, rank, groups, 2], scale and zero point, a copy, as they need not lie on even bytes.
     """
 
     def __init__(self, layout: QuantizedLayout, rows: torch.Tensor, dtype: torch.dtype):
         self.layout, self.dtype = layout, dtype
-        b, a, scale, _ = rows.squeeze(1).split([*layout.sizes, layout.width - sum(layout.sizes)], dim=-1)
+        b, a, scales, _ = rows.squeeze(1).split([*layout.sizes, layout.width - sum(layout.sizes)], dim=-1)
         a = a.unflatten(-1, (layout.rank, layout.padded_heads))[..., : layout.num_heads]
         self.a = a.view(torch.float8_e4m3fn)
-        self.b = b.unflatten(-1, (layout.rank, layout.head_dim // 2))
-        self.scale = scale.clone(memory_format=torch.contiguous_format).view(torch.float16).unsqueeze(-1)
+        self.b = b.unflatten(-1, (layout.rank, layout.padded_dim // 2))
+        scales = scales.clone(memory_format=torch.contiguous_format).view(torch.float16)
+        self.scales = scales.unflatten(-1, (layout.rank, layout.groups, 2))
 
     def heads(self, a: torch.Tensor, tokens: slice) -> torch.Tensor:
-        """A times the scale of those `tokens` whose `a` it is, [batch, tokens, rank, num_heads]."""
-        # In float32, where no product of the two is too small.
-        scale = self.scale[:, tokens].to(torch.float32)
-        if a.is_cpu:
-            # PyTorch converts float8 one number after another there. As float16, which has a bit of exponent more and another
-            # bias, the same bits are A / 2^8; NaN, which they would not stay, is in the scale as well.
-            a, scale = ((a.view(torch.int8).to(torch.int16) << 7) & ~0x4000).view(torch.float16), scale * 2**8
-        return (a.to(torch.float32) * scale).to(self.dtype)
+        """A of those `tokens` whose `a` it is, [batch, tokens, rank, num_heads], in units of its size."""
+        if not a.is_cpu:
+            return a.to(self.dtype)
+        # PyTorch converts float8 one number after another there. As float16, which has a bit of exponent more and another
+        # bias, the same bits are A / 2^8, none of them beyond the range.
+        a = ((a.view(torch.int8).to(torch.int16) << 7) & ~0x4000).view(torch.float16)
+        return a.to(torch.float32).mul_(2**8).to(self.dtype)
 
     def features(self, b: torch.Tensor, tokens: slice) -> torch.Tensor:
-        """n - 7.5 of those `tokens` whose `b` it is, [batch, tokens, rank, head_dim]; times the scale if A is constant."""
-        b = torch.cat([b & 15, b >> 4], dim=-1).to(self.dtype) - 7.5
-        return (b * self.scale[:, tokens].to(torch.float32)).to(self.dtype) if self.layout.num_heads == 0 else b
+        """
+        n * scale + zero of those `tokens` whose `b` it is, [batch, tokens, rank, padded_dim]: all low halves of the bytes,
+        then all high halves. `QuantizedLayout.rotate` makes vectors whose products with them are those of the vectors.
+        """
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        scales = self.scales[:, tokens].to(dtype)
+        if self.layout.groups > 1:
+            scales = scales.repeat_interleave(GROUP // 2, dim=-2)[..., : b.shape[-1], :]
+        scale, zero = scales.unsqueeze(-3).unbind(-1)
+        n = torch.stack([b & 15, b >> 4], dim=-2).to(dtype)
+        return torch.addcmul(zero, n, scale).flatten(-2).to(self.dtype)
 
 
 def rotate_features(x: torch.Tensor) -> torch.Tensor:
@@ -145,3 +176,18 @@ def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> torc
 def _cached_hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # what it makes could not be used where gradients are wanted
         return hadamard_matrix(size, dtype, device)
+
+
+def rotation_matrix(head_dim: int, padded_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`rotate_features` as a matrix [head_dim, padded_dim] whose columns are in the order of `QuantizedFactors.features`."""
+    place = torch.arange(padded_dim, device=device)
+    byte, is_high = place % (padded_dim // 2), place // (padded_dim // 2)
+    feature = byte // 4 * 8 + byte // 2 % 2 + byte % 2 * 4 + is_high * 2
+    matrix = rotate_features(torch.eye(head_dim, dtype=torch.float32, device=device))
+    return nn.functional.pad(matrix, (0, padded_dim - head_dim))[:, feature].to(dtype)
+
+
+@functools.cache
+def _cached_rotation_matrix(head_dim: int, padded_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return rotation_matrix(head_dim, padded_dim, dtype, device)

@@ -30,6 +30,10 @@ from modeling_t6.flash_tpa_t6 import (
 
 SHAPES = [  # heads (and groups), head_dim, k_rank, v_rank, queries, constant A, dtype, dtype of the cache, mask, aligned rows
     (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),
+    (32, 64, 1, 1, 1, False, "bf16", "u8", "none", True),
+    (32, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
+    (78, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
+    (9, 96, 3, 3, 1, True, "fp16", "u8", "none", True),
     (34, 64, 2, 2, 1, False, "bf16", "bf16", "boolean", True),
     (78, 64, 2, 2, 1, False, "bf16", "bf16", "none", True),
     (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
@@ -51,7 +55,7 @@ PAGED_SHAPES = {  # by tokens of a page: whole tiles, parts of one
     64: (5, 64, 2, 3, 16, False, "bf16", "bf16", "none", True),
     32: ((48, 4), 128, 4, 4, 1, False, "bf16", "bf16", "none", True),
 }
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1}
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1, "u8": 1}
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
@@ -73,21 +77,36 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
     """
     heads, head_dim, k_rank, v_rank, queries, constant_a, dtype, cache_dtype, mask, aligned = shape
     heads, groups = heads if isinstance(heads, tuple) else (heads, 1)
+    packed = cache_dtype == "u8"
+    unit = 8 if packed else 4 if cache_dtype == "fp8e4nv" and aligned and not page_size else 1
     launch = choose_launch(
         queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability], aligned,
-        groups,
+        groups, unit, dtype == "fp32",
     )  # fmt: skip
-    widths = [FactorLayout(rank, 0 if constant_a else heads // groups, head_dim).width for rank in (k_rank, v_rank)]
+    layouts = [FactorLayout(rank, 0 if constant_a else heads // groups, head_dim) for rank in (k_rank, v_rank)]
+    widths = [layout.quantized.width if packed else layout.width for layout in layouts]
     strides = [sum(widths)] * 2 if page_size else [width + (not aligned) for width in widths]
     gathered = page_size % launch.block_n != 0
     rows = [
-        rows_of(rank, heads, head_dim, stride, width, constant_a, launch.step, gathered, groups=groups)
+        rows_of(
+            rank,
+            heads,
+            head_dim,
+            stride,
+            width,
+            constant_a,
+            launch.step,
+            gathered,
+            groups=groups,
+            packed=packed,
+            unit=unit,
+        )
         for rank, width, stride in zip((k_rank, v_rank), widths, strides)
     ]
     visible = Mask(queries, heads, True, mask, mask == "additive", sliding=page_size > 0 and queries > 1)
     constants = {
         "KEYS": rows[0], "VALUES": rows[1], "MASK": visible, "LAUNCH": launch, "HAS_LENGTHS": True,
-        "STRIDE_UNIT": 16 // BYTES[cache_dtype] if aligned else 1, "OVERLAP": capability >= 90,
+        "STRIDE_UNIT": 8 if packed else 16 // BYTES[cache_dtype] if aligned else 1, "OVERLAP": capability >= 90,
     }  # fmt: skip
     constants |= {"PAGE_SIZE": page_size} if page_size else WITHOUT_PAGES
     types = dict.fromkeys(("query_ptr", "key_a_ptr", "value_a_ptr", "out_ptr"), f"*{dtype}")
@@ -105,7 +124,7 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
     if page_size:
         kernel, constants = combine_pages_kernel, constants | {"NUM_QUERIES": queries, "NUM_HEADS": heads}
     else:
-        kernel, constants = combine_kernel, constants | {"COLUMNS": queries * heads}
+        kernel, constants = combine_kernel, constants | {"COLUMNS": queries * heads, "ROTATED": packed}
     return launch, decode, compile_kernel(kernel, types, constants, COMBINE_WARPS, capability)
 
 
@@ -155,7 +174,7 @@ def main() -> None:
     """Fails for a kernel that does not fit the GPU, spills much, or is known to be miscompiled."""
     shapes = [*((0, shape) for shape in SHAPES), *PAGED_SHAPES.items()]
     for capability, (page_size, shape) in itertools.product(map(int, sys.argv[1:]), shapes):
-        if "fp8e4nv" in shape and capability < 89:
+        if {"fp8e4nv", "u8"} & set(shape) and capability < 89:
             continue
         launch, decode, _ = compile_shape(shape, capability, page_size)
         shape += (f"pages of {page_size}",) if page_size else ()

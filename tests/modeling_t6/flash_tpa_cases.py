@@ -12,6 +12,7 @@ import torch
 
 from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.flash_tpa_t6 import flash_tpa
+from modeling_t6.quantized_rows_t6 import rotate_features
 
 
 # float16 has 11 significant bits and bfloat16 8: the products' weights are rounded to them, and the sum averages that.
@@ -37,6 +38,7 @@ def random_case(seed: int, **fixed) -> dict:
         "wide_rows": choose.random() < 0.3,
         "heads_first": choose.random() < 0.3,
         "groups": choose.choice((1, 1, 1, 2, 3, 4, 8, 34)),
+        "rows": choose.choice(("model", "model", "float8_e4m3fn", "int4", "int4")),
         "seed": seed,
     }
     if case["constant_a"]:
@@ -70,16 +72,23 @@ def relative_error(case: dict, device: str) -> float:
         layout = FactorLayout(rank, 0 if case["constant_a"] else kv_heads, head_dim)
         a = torch.randn(rank, kv_heads) if case["constant_a"] else torch.randn(batch, room, rank, kv_heads)
         a, b = a.to(dtype), torch.randn(batch, room, rank, head_dim).to(dtype)
+        rows, not_a_number = layout.pack(None if case["constant_a"] else a, b), math.nan
+        if case["rows"] == "int4":  # whose bytes of ones are NaN in float8 and, two of them, in float16
+            rows, not_a_number = layout.quantized.pack(None if case["constant_a"] else a, b), 255
+            read_a, b = layout.quantized.unpack(rows, torch.float64)
+            a, b = a if case["constant_a"] else read_a, rotate_features(b)
+        elif case["rows"] != "model":
+            rows = rows.to(torch.float8_e4m3fn)
+            read_a, b = layout.unpack(rows.double())
+            a = a if case["constant_a"] else read_a
         states.append(torch.einsum("...rh,bnrd->bhnd" if a.dim() == 2 else "bnrh,bnrd->bhnd", a.double(), b.double()))
-        rows = layout.pack(None if case["constant_a"] else a, b)
         for i, length in enumerate(lengths):
-            rows[i, :, length:] = math.nan
+            rows[i, :, length:] = not_a_number
         if case["wide_rows"]:
-            buffer = rows.new_full(
-                (batch, 1, room + 3, layout.width + choose.choice((0, 5, 8))), math.nan, device=device
-            )
-            buffer[:, :, :room, : layout.width] = rows.to(device)
-            rows = buffer[:, :, :room, : layout.width]
+            width = rows.shape[-1] + choose.choice((0, 5, 8))
+            buffer = torch.full((batch, 1, room + 3, width), not_a_number, dtype=rows.dtype, device=device)
+            buffer[:, :, :room, : rows.shape[-1]] = rows.to(device)
+            rows = buffer[:, :, :room, : rows.shape[-1]]
         all_rows.append(rows.to(device))
         constants.append(a.to(device) if case["constant_a"] else None)
 

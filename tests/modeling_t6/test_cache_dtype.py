@@ -208,19 +208,20 @@ def test_decoding_makes_numbers_of_a_chunk_at_a_time(monkeypatch):
     cache.crop(-1)
     with LargestResult() as largest:
         model(ids[:, 800:], **{CACHE_NAME: cache})
-    assert (
-        largest.numel <= 801 * 2 * 2
-    )  # the bytes of the scales: not B, which has 8 for each rank and becomes 16 numbers
+    # The bytes of the scales and zero points: not B, which has 8 for each rank and becomes 16 numbers.
+    assert largest.numel <= 801 * 2 * 4
 
 
 @pytest.mark.parametrize("fields", [{}, {"num_attention_heads": 17, "head_dim": 24}, {"noncontextual_a": True}])
 @torch.no_grad()
 def test_bytes(fields):
-    """B in 4 bits, A in 8 and its padding, 2 bytes of scale for each rank, to a multiple of 16; of a static cache likewise."""
+    """
+    B in 4 bits, A in 8 and its padding, 4 bytes for each 32 features of a rank, to a multiple of 8; of a static cache likewise.
+    """
     model = random_model(tiny_config(**fields), dtype=torch.bfloat16)
     config = model.config
     heads = 0 if config.noncontextual_a else math.ceil(config.num_attention_heads / 8) * 8
-    sizes = [math.ceil(rank * (config.head_dim / 2 + heads + 2) / 16) * 16 for rank in config.ranks(0)]
+    sizes = [math.ceil(rank * (config.head_dim / 2 + heads + 4) / 8) * 8 for rank in config.ranks(0)]
     output = generate(model, random_ids(config, 3, 6), cache_dtype="int4", return_dict_in_generate=True)
     tokens = cached(output).get_seq_length()
     assert cached(output).nbytes == 2 * 3 * tokens * sum(sizes)
@@ -289,7 +290,7 @@ def test_rows_that_others_assign():
 @pytest.mark.skipif(flash_tpa_t6.triton is None, reason="Triton is for Linux")
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_kernels(implementation, monkeypatch):
-    """They write and read rows of float8, in both kinds of cache; rows of 4 bits go through PyTorch."""
+    """They write and read rows of float8, in both kinds of cache; rows of 4 bits they read."""
     interpreter.round_float8(monkeypatch)
     launches, store, attend = [], factor_pages_t6._store_in_triton, flash_tpa_t6._flash_tpa
     monkeypatch.setattr(factor_pages_t6, "_store_in_triton", lambda *args: launches.append("store") or store(*args))
@@ -298,7 +299,7 @@ def test_kernels(implementation, monkeypatch):
     model = random_model(tiny_config(attn_implementation="flash_tpa", **fields))
     other, ids = random_model(tiny_config(**fields)), random_ids(model.config, 2, 18)
     kwargs = {"cache_implementation": implementation, "max_new_tokens": 3}
-    for dtype, expected in (("float8_e4m3fn", ["store", "attend"] * 2), ("int4", [])):
+    for dtype, expected in (("float8_e4m3fn", ["store", "attend"] * 2), ("int4", ["attend"] * 2)):
         launches.clear()
         output = generate(model, ids, cache_dtype=dtype, **kwargs)
         assert launches == expected
@@ -412,7 +413,7 @@ def test_a_cache_of_another_model_is_refused():
     model, other = random_model(tiny_config()), random_model(tiny_config(head_dim=64))
     cache, ids = T6Cache(config=other.config, dtype="int4"), random_ids(model.config, 1, 3)
     other(ids, **{CACHE_NAME: cache})
-    with pytest.raises(RuntimeError, match=r"must be rows \[batch, 1, seq, 48\] and \[batch, 1, seq, 32\] in layer 0"):
+    with pytest.raises(RuntimeError, match=r"must be rows \[batch, 1, seq, 40\] and \[batch, 1, seq, 24\] in layer 0"):
         model(ids, **{CACHE_NAME: cache})
 
 

@@ -38,7 +38,7 @@ from transformers.cache_utils import DynamicCache
 
 from modeling_t6 import T6Cache, T6Config
 from modeling_t6.cache_t6 import factor_layouts
-from modeling_t6.factor_space_t6 import factor_space_attention
+from modeling_t6.factor_space_t6 import chunks_of_rows, dtype_of_products, factor_space_attention
 from modeling_t6.factors_t6 import form_heads
 
 
@@ -68,32 +68,35 @@ def attention_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.
     def heads_from_factors(factors) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(form_heads(a, b).transpose(1, 2) for a, b in factors)
 
-    def factor_space(factors) -> torch.Tensor:
-        return factor_space_attention(query, *factors, None, scaling)[0]
+    def factor_space(rows) -> torch.Tensor:
+        return factor_space_attention(query, *chunks_of_rows(layouts, rows, dtype_of_products(query)), None, scaling)[
+            0
+        ]
 
     def sdpa(heads: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *heads, scale=scaling).transpose(1, 2)
 
-    layers_of_factors, layers_of_heads = [], []
+    layers_of_rows, layers_of_heads = [], []
     for _ in range(num_layers):
-        factors = tuple(layout.unpack(torch.randn(1, 1, seq_length, layout.width).to(dtype)) for layout in layouts)
-        layers_of_factors.append(factors)
+        rows = tuple(torch.randn(1, 1, seq_length, layout.width).to(dtype) for layout in layouts)
+        factors = tuple(layout.unpack(x) for layout, x in zip(layouts, rows))
+        layers_of_rows.append(rows)
         # A cached MHA holds [batch, heads, seq, head_dim], contiguous.
         layers_of_heads.append(tuple(states.contiguous() for states in heads_from_factors(factors)))
     expected = sdpa(layers_of_heads[0])
-    error = (factor_space(layers_of_factors[0]) - expected).abs().max() / expected.abs().max()
+    error = (factor_space(layers_of_rows[0]) - expected).abs().max() / expected.abs().max()
     assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"the paths disagree: relative error {error:.1e}"
 
     times = medians(
         {
-            "factor space": lambda: [factor_space(factors) for factors in layers_of_factors],
+            "factor space": lambda: [factor_space(rows) for rows in layers_of_rows],
             "cached MHA": lambda: [sdpa(heads) for heads in layers_of_heads],
         },
         repeats,
     )
     times = {name: seconds / num_layers for name, seconds in times.items()}
     # Apart from the others: handing its large temporaries back to the system would slow down whatever comes next.
-    return times | medians({"rebuilt K, V": lambda: sdpa(heads_from_factors(layers_of_factors[0]))}, repeats)
+    return times | medians({"rebuilt K, V": lambda: sdpa(heads_from_factors(factors))}, repeats)
 
 
 def append_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:

@@ -89,7 +89,7 @@ class Layer:
         sizes = [n * m for n, m in parts]
         product = random(tokens, -(-sum(sizes) // 8) * 8)
         views = [
-            view_factors(part, size[0]) for part, size in zip(product[:, : sum(sizes)].split(sizes, dim=-1), parts)
+            view_factors(product, start, *part) for start, part in zip(itertools.accumulate(sizes, initial=0), parts)
         ]
         (b_q, b_k, b_v), (a_q, a_k, a_v) = views[:3], views[3:] or (None, None, None)
         cos, sin = torch.rand(2, tokens, head_dim // 2, device="cuda")

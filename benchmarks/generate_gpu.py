@@ -41,6 +41,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--skip-generate", action="store_true", help="leave out the times of generate()")
     parser.add_argument("--short", action="store_true", help="short contexts alone, fused and not")
+    parser.add_argument(
+        "--skip-unfused", action="store_true", help="with --short, leave out T6 without its fused ways"
+    )
     add_output(parser)
     return parser.parse_args()
 
@@ -48,8 +51,11 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
+import multiprocessing
 import statistics
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -58,6 +64,7 @@ from gpu import copy_bandwidth, machine, release_memory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
+from turns import Turns
 
 from configuration.make_configs import DIRECTORY
 from modeling_t6 import T6Cache, T6Config, factor_product_t6, stored_factors_t6
@@ -228,10 +235,17 @@ def largest_context(model, fastest: str | None) -> dict:
 
 def generate_step(model, batch: int, tokens: int, static: bool = False, new: int = 24) -> float:
     """Seconds a token of `generate()`, from the times of a short and a long run."""
-    config, times = model.config, []
+    return next(generate_steps(model, batch, tokens, static, new, warm=2))
+
+
+def generate_steps(model, batch: int, tokens: int, static: bool, new: int, warm: int) -> Iterator[float]:
+    """After `warm` short runs, at the first of which Transformers compiles: seconds a token, as often as they are asked for."""
+    config = model.config
     ids = torch.randint(0, config.vocab_size, (batch, tokens + 1), device="cuda")
     cache = static_cache(config, batch, tokens) if static else None
-    for count in (4, 4, 4 + new):
+
+    def seconds(count: int) -> float:
+        nonlocal cache
         if static:
             for layer in cache.layers:
                 layer.cumulative_length.fill_(tokens)
@@ -243,10 +257,13 @@ def generate_step(model, batch: int, tokens: int, static: bool = False, new: int
         start = time.perf_counter()
         model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, **{CACHE_NAME: cache})
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        if not static:
-            del cache
-    return (times[2] - times[1]) / new
+        return time.perf_counter() - start
+
+    for _ in range(warm - 1):
+        seconds(4)
+    while True:
+        short = seconds(4)
+        yield (seconds(4 + new) - short) / new
 
 
 def build(name: str):
@@ -396,21 +413,37 @@ def measure(names: list[str], skip_generate: bool, output: Path | None) -> None:
         release_memory()
 
 
-def measure_short(names: list[str], skip_generate: bool, output: Path | None) -> None:
+def short_steps(turns: Turns, name: str, fused: bool | None, skip_generate: bool) -> list[list[float]]:
+    """Seconds of a graph and of a token of `generate()`, for each of `SHORT_RUNS`. The models compile at the same time."""
+    stored_factors_t6.FUSED = factor_product_t6.PACK = fused is not False
+    torch._dynamo.config.automatic_dynamic_shapes = False  # each run with a compilation of its own
+    model = build(name)
+    steps = [] if skip_generate else [generate_steps(model, *run, static=True, new=120, warm=2) for run in SHORT_RUNS]
+    for step in steps:
+        next(step)
+    with turns.mine():
+        times = [[graph_step(model, *run)["seconds"]] for run in SHORT_RUNS]
+        for row, step in zip(times, steps):
+            row.append(next(step))
+    return times
+
+
+def measure_short(names: list[str], skip_generate: bool, skip_unfused: bool, output: Path | None) -> None:
     """References first, whatever the order of `names`, so that each line shows its ratios."""
     data, seconds = {"machine": machine(), "short": []}, {}
+    ways = (True,) if skip_unfused else (True, False)
+    jobs = [
+        (name, fused)
+        for name in sorted(names, key=lambda name: REFERENCES[name] != name)
+        for fused in (ways if isinstance(MODELS[name](), T6Config) else (None,))
+    ]
     print(f"{machine()}; bfloat16; ratios are of times")
     print(f"{'model':20}{'fused':>6}{'batch x context':>16}{'graph':>11}{'ratio':>7}{'static':>12}{'ratio':>7}")
-    for name in sorted(names, key=lambda name: REFERENCES[name] != name):
-        for fused in (True, False) if isinstance(MODELS[name](), T6Config) else (None,):
-            stored_factors_t6.FUSED = factor_product_t6.PACK = fused is not False
-            model = build(name)
-            for batch, tokens in SHORT_RUNS:
-                torch._dynamo.reset()  # each run with a compilation of its own, of the path that it is to time
-                release_memory()
-                times = [graph_step(model, batch, tokens)["seconds"]]
-                if not skip_generate:
-                    times.append(generate_step(model, batch, tokens, static=True, new=120))
+    with multiprocessing.Manager() as manager, ThreadPoolExecutor(len(jobs)) as threads:
+        turns = Turns(manager, len(jobs))
+        running = [threads.submit(turns.alone, short_steps, *job, skip_generate) for job in jobs]
+        for (name, fused), result in zip(jobs, running):
+            for (batch, tokens), times in zip(SHORT_RUNS, result.result()):
                 seconds[name, batch, tokens] = times
                 row = {"model": name, "fused": fused, "batch": batch, "context": tokens}
                 data["short"].append(row | dict(zip(("seconds", "generate_static_seconds"), times)))
@@ -420,14 +453,12 @@ def measure_short(names: list[str], skip_generate: bool, output: Path | None) ->
                 for own, other in zip(times, reference or (None, None)):
                     line += f"{own * 1e3:8.3f} ms" + (f"{own / other:7.3f}" if other else f"{'':7}")
                 print(line, flush=True)
-            del model
-            release_memory()
 
 
 def main() -> None:
     args = parse_args()
     if args.short:
-        return measure_short(args.models, args.skip_generate, args.output)
+        return measure_short(args.models, args.skip_generate, args.skip_unfused, args.output)
     if args.plot:
         draw(plot, args.plot, (10, 2.9))
     else:

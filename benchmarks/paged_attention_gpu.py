@@ -131,7 +131,7 @@ class Requests:
 def variant(names: dict, fields: dict):
     """The kernels on pages with other settings."""
     choose = flash_tpa_pages_t6.choose_launch
-    names = names | {"choose_launch": lambda *args: choose(*args)._replace(**fields)}
+    names = names | {"choose_launch": lambda *args, **kwargs: choose(*args, **kwargs)._replace(**fields)}
     plain = {name: getattr(flash_tpa_pages_t6, name) for name in names}
     for name, value in names.items():
         setattr(flash_tpa_pages_t6, name, value)

@@ -61,7 +61,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from serve_vllm import alone
+from turns import alone
 from vllm_server import machine, model_folders
 
 
@@ -92,9 +92,9 @@ def answer(folder: Path, settings: dict[str, dict], prompts: list[list[int]], ar
     for name, setting in settings.items():
         setting = {"enforce_eager": name in EAGER, **setting}
         vllm_t6.prefill.WORKSPACE_ROWS = setting.pop("workspace", workspace)
-        llm = LLM(
-            str(folder), dtype=args.dtype, skip_tokenizer_init=True, gpu_memory_utilization=0.2, seed=0, **setting
-        )
+        # vLLM does not give all of its memory back: little enough for all settings.
+        setting |= {"kv_cache_memory_bytes": 2**32, "gpu_memory_utilization": 0.1}
+        llm = LLM(str(folder), dtype=args.dtype, skip_tokenizer_init=True, seed=0, **setting)
         for _ in range(2):  # the second finds the prompts in the cache
             requests = [{"prompt_token_ids": prompt} for prompt in prompts]
             outputs = llm.generate(requests, sampling, use_tqdm=False)
@@ -109,19 +109,27 @@ def answer(folder: Path, settings: dict[str, dict], prompts: list[list[int]], ar
 
 
 @torch.no_grad()
-def log_probabilities(folder: Path, dtype: str, texts: list[tuple[list[int], list[int]]], overrides: dict) -> list:
-    """Of each text, a prompt and what follows: the log-probabilities of what follows, and whether each was the likeliest."""
+def log_probabilities(
+    folder: Path, dtypes: list[str], answers: dict[str, list], prompts: list[list[int]], settings: dict[str, dict]
+) -> dict[tuple[str, str], list]:
+    """Of each setting and dtype, for each prompt: log-probabilities of the chosen tokens, and whether each was the likeliest."""
     from transformers import AutoModelForCausalLM
 
     import modeling_t6  # noqa: F401
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **overrides).cuda().eval()
-    rows = []
-    for prompt, tokens in texts:
-        logits = model(torch.tensor([prompt + tokens], device="cuda")).logits[0, len(prompt) - 1 : -1]
-        chosen = logits.float().log_softmax(-1).gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]
-        rows.append((chosen.tolist(), (logits.argmax(-1).cpu() == torch.tensor(tokens)).tolist()))
-    return rows
+    results = {}
+    for setting, given in answers.items():
+        for dtype in dtypes:
+            overrides = settings[setting].get("hf_overrides", {})
+            model = (
+                AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **overrides).cuda().eval()
+            )
+            rows = results[setting, dtype] = []
+            for prompt, (tokens, _) in zip(prompts, given):
+                logits = model(torch.tensor([prompt + tokens], device="cuda")).logits[0, len(prompt) - 1 : -1]
+                chosen = logits.float().log_softmax(-1).gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]
+                rows.append((chosen.tolist(), (logits.argmax(-1).cpu() == torch.tensor(tokens)).tolist()))
+    return results
 
 
 def measure(args: argparse.Namespace, directory: Path) -> dict:
@@ -143,11 +151,9 @@ def measure(args: argparse.Namespace, directory: Path) -> dict:
             prompt += prompt[:100] * 2
         prompts = [prompt[: 1023 - args.new_tokens] for prompt in prompts]
         answers = alone(answer, folder, SETTINGS[name], prompts, args)
+        computed = alone(log_probabilities, folder, ["float32", args.dtype], answers, prompts, SETTINGS[name])
         for setting, given in answers.items():
-            overrides = SETTINGS[name][setting].get("hf_overrides", {})
-            texts = [(prompt, tokens) for prompt, (tokens, _) in zip(prompts, given)]
-            exact = alone(log_probabilities, folder, "float32", texts, overrides)
-            rounded = alone(log_probabilities, folder, args.dtype, texts, overrides)
+            exact, rounded = computed[setting, "float32"], computed[setting, args.dtype]
             reference = torch.tensor([x for row, _ in exact for x in row])
             row = {}
             for of, values in (

@@ -84,6 +84,15 @@ def _as_stored(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _padded(a, is_head, DTYPE: tl.constexpr):
+    """
+    A as it is stored, zero where there is no head. Zeros are not converted to float8: of two equal pairs that are known
+    when compiling, ptxas 12.8 converts one, and takes whatever is in a register for the other.
+    """
+    return tl.where(is_head, _as_stored(a, DTYPE), 0.0)
+
+
+@triton.jit
 def _load_projected_a(
     a_ptr, heads, rank,
     NUM_HEADS: tl.constexpr, RANK: tl.constexpr, CONSTANT_A: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -168,12 +177,12 @@ def _store_normed_a(
     scale = tl.rsqrt(tl.sum(key * key, 1) / HEAD_DIM + eps)
     for r in tl.static_range(RANK):
         a = _load_projected_a(a_ptr, heads, r, ROWS.num_heads, RANK, False, ACTIVATION, ALL_HEADS)
-        a = tl.where(heads < ROWS.num_heads, a * scale, 0.0)
         columns = heads
         if ROWS.rotates and r % 2 == 1:
             columns = (heads + 8) % A_HEADS
         offsets = ROWS.rank * ROWS.head_dim + r * A_HEADS + columns
-        tl.store(row_ptr + offsets, _as_stored(a, row_ptr.dtype.element_ty), mask=heads < A_HEADS)
+        a = _padded(a * scale, heads < ROWS.num_heads, row_ptr.dtype.element_ty)
+        tl.store(row_ptr + offsets, a, mask=heads < A_HEADS)
 
 
 @triton.jit
@@ -224,9 +233,9 @@ def _store_a(
         is_row = (ranks < RANK) & (columns < A_HEADS)
         is_head = is_row & (heads < ROWS.num_heads) & (ROWS.kind == "cached")
         a = tl.load(a_ptr + heads * RANK + ranks, mask=is_head, other=0.0).to(tl.float32)
-        a = tl.where(is_head, _activate(a, is_head, ACTIVATION), 0.0)
+        a = _padded(_activate(a, is_head, ACTIVATION), is_head, row_ptr.dtype.element_ty)
         offsets = ROWS.rank * ROWS.head_dim + ranks * A_HEADS + columns
-        tl.store(row_ptr + offsets, _as_stored(a, row_ptr.dtype.element_ty), mask=is_row)
+        tl.store(row_ptr + offsets, a, mask=is_row)
 
 
 @triton.jit

@@ -102,13 +102,12 @@ def rows_at(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return numbers[slots // pages.shape[1], slots % pages.shape[1]].view(pages.dtype)
 
 
-def view_factors(part: torch.Tensor, n: int) -> torch.Tensor:
+def view_factors(product: torch.Tensor, start: int, n: int, m: int) -> torch.Tensor:
     """
-    [tokens, n * m], some columns of a product, as [tokens, n, m]. `unflatten` would forget the stride of a single token, for
-    which the kernel would be compiled once more.
+    The n * m columns of a product [tokens, columns] from `start` on, as [tokens, n, m]. `unflatten` would forget the stride
+    of a single token, for which the kernel would be compiled once more.
     """
-    m = part.shape[1] // n
-    return part.as_strided((part.shape[0], n, m), (part.stride(0), m, 1))
+    return product.as_strided((product.shape[0], n, m), (product.stride(0), m, 1), product.storage_offset() + start)
 
 
 def store_factors(
@@ -312,12 +311,10 @@ def _form_in_torch(key_pages, value_pages, slots, key, value, key_a, value_a, ke
 # In Triton.
 
 
+@functools.lru_cache(4096)
 def _unit(itemsize: int, *strides: int) -> int:
     """The largest power of 2 that divides all strides, to 16 bytes."""
-    unit = 16 // itemsize
-    while any(stride % unit for stride in strides):
-        unit //= 2
-    return unit
+    return math.gcd(16 // itemsize, *strides)
 
 
 def _page_constants(
@@ -325,10 +322,14 @@ def _page_constants(
 ) -> tuple[tuple[int, ...], dict]:
     """Strides of blocks and rows, of keys and of values, and in which unit; pages without gaps are as those of one row."""
     page_size = key_pages.shape[1] if has_slots else 0
-    strides = key_pages.stride(0), key_pages.stride(1), value_pages.stride(0), value_pages.stride(1)
-    if has_slots and strides[0] == page_size * strides[1] and strides[2] == page_size * strides[3]:
+    return _page_units(key_pages.element_size(), page_size, *key_pages.stride()[:2], *value_pages.stride()[:2])
+
+
+@functools.lru_cache(4096)
+def _page_units(itemsize: int, page_size: int, *strides: int) -> tuple[tuple[int, ...], dict]:
+    if page_size and strides[0] == page_size * strides[1] and strides[2] == page_size * strides[3]:
         page_size, strides = 1, (strides[1], 0, strides[3], 0)
-    unit = _unit(key_pages.element_size(), *strides)
+    unit = _unit(itemsize, *strides)
     return tuple(stride // unit for stride in strides), {"PAGE_UNIT": unit, "PAGE_SIZE": page_size}
 
 
@@ -359,12 +360,13 @@ def _token_stride(name: str, x: torch.Tensor | None, is_constant: bool = False) 
     """Numbers from a token to the next, of factors whose other numbers are contiguous."""
     if x is None or is_constant:
         return 0
-    if x.dim() != 3 or x.stride()[1:] != (x.shape[2], 1):
+    strides = x.stride()
+    if len(strides) != 3 or strides[1:] != (x.shape[2], 1):
         raise ValueError(
             f"`{name}` must be [tokens, n, m] with contiguous numbers of one token, got size {list(x.shape)} with strides "
-            f"{list(x.stride())}."
+            f"{list(strides)}."
         )
-    return x.stride(0)
+    return strides[0]
 
 
 def _store_in_triton(

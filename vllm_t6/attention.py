@@ -14,6 +14,7 @@
 """How the tokens of a step attend: rows into pages, requests that decode from the factors, prompts to heads"""
 
 import functools
+import itertools
 
 import torch
 from torch import nn
@@ -62,6 +63,15 @@ class FactorImpl(AttentionImpl):
         self.sliding_window = layer.sliding_window
         self.kv_cache_dtype = layer.kv_cache_dtype
         self.projection_sizes = layer.projection_sizes
+        parts = {"q_proj": self.num_heads, "q_a_proj": self.num_heads, "q_b_proj": self.q_rank}
+        parts |= {"k_a_proj": self.num_kv_heads, "k_b_proj": self.k_rank}
+        parts |= {"v_a_proj": self.num_kv_heads, "v_b_proj": self.v_rank}
+        starts = itertools.accumulate(self.projection_sizes.values(), initial=0)
+        self._parts = {  # first column of the projections, and how many rows and columns of them are a token's
+            name: (start, parts[name], size // parts[name])
+            for start, (name, size) in zip(starts, self.projection_sizes.items())
+        }
+        self._pages: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.stored_dtype = layer.stored_dtype
         vllm_config = get_current_vllm_config()
         self.dtype, self.room = vllm_config.model_config.dtype, workspace_rows(vllm_config)
@@ -97,9 +107,11 @@ class FactorImpl(AttentionImpl):
 
     def pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key rows [blocks, block_size, key width] and value rows, in the dtype of the numbers that they hold."""
-        pages = kv_cache.squeeze(1)
-        pages = pages.view(torch.float8_e4m3fn) if pages.dtype == torch.uint8 else pages
-        return pages.split([self.key_layout.width, self.value_layout.width], dim=-1)
+        if self._pages is None or self._pages[0] is not kv_cache:  # vLLM gives a layer the same tensor at each step
+            pages = kv_cache.squeeze(1)
+            pages = pages.view(torch.float8_e4m3fn) if pages.dtype == torch.uint8 else pages
+            self._pages = kv_cache, pages.split([self.key_layout.width, self.value_layout.width], dim=-1)
+        return self._pages[1]
 
     def store(
         self,
@@ -112,17 +124,12 @@ class FactorImpl(AttentionImpl):
         kernels: bool | None = None,
     ) -> torch.Tensor:
         """Writes the rows of a step's tokens; returns their queries [tokens, h, d]. See `store_factors` of `kernels`."""
-        sizes = [*self.projection_sizes.values()]
-        parts = dict(zip(self.projection_sizes, projections[:, : sum(sizes)].split(sizes, dim=-1)))
-        b_q = view_factors(
-            *((parts["q_proj"], self.num_heads) if self.q_rank is None else (parts["q_b_proj"], self.q_rank))
-        )
-        b_k, b_v = view_factors(parts["k_b_proj"], self.k_rank), view_factors(parts["v_b_proj"], self.v_rank)
+        parts = {name: view_factors(projections, *part) for name, part in self._parts.items()}
+        b_q, b_k, b_v = parts["q_proj" if self.q_rank is None else "q_b_proj"], parts["k_b_proj"], parts["v_b_proj"]
         if self.constant_a:
             a_q, a_k, a_v = self.constants()[0], None, None  # rows hold B alone
         else:
-            a_q = None if self.q_rank is None else view_factors(parts["q_a_proj"], self.num_heads)
-            a_k, a_v = (view_factors(parts[name], self.num_kv_heads) for name in ("k_a_proj", "v_a_proj"))
+            a_q, a_k, a_v = parts.get("q_a_proj"), parts["k_a_proj"], parts["v_a_proj"]
         norms = (self.owner.q_norm.weight, self.owner.k_norm.weight) if self.qk_norm else (None, None)
         return store_factors(
             a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, *norms,
@@ -235,6 +242,8 @@ class FactorImpl(AttentionImpl):
 
     def constants(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """A_Q [R, h], A_K and A_V [R, h_kv], as far as they are constants."""
+        if not self.constant_a:
+            return None, None, None
         return tuple(getattr(self.owner, f"{name}_a", None) for name in "qkv")
 
     def _workspace(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:

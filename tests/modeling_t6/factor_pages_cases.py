@@ -171,7 +171,7 @@ def check_store(case: dict, device: str, store=store_factors) -> None:
     pages = random_pages(case, blocks, tuple(layout.width for layout in layouts), device)
 
     product = product.to(device)
-    views = {name: view_factors(product[:, part], shapes[name][0]) for name, part in parts.items()}
+    views = {name: view_factors(product, part.start, *shapes[name]) for name, part in parts.items()}
     a_q = layer.q_a.to(device, dtype) if constant_a and layer.q_rank is not None else views.get("q_a_proj")
     norms = (
         [norm.weight.to(device, dtype) for norm in (layer.q_norm, layer.k_norm)] if case["qk_norm"] else (None, None)

@@ -1,7 +1,7 @@
 """
 Attention of one decoding step on the CPU: factor space, K and V rebuilt from the factors, and SDPA over a cached MHA.
 
-    python benchmarks/decode_attention.py --threads 2
+    python benchmarks/decode_attention.py --threads 2 --output cpu.json
 
 All three get the same query and as many layers of cache as no processor cache holds, like the layers of a model.
 Factor space and cached MHA are timed in turns, so that their ratio holds whatever else the machine does. A second table
@@ -10,7 +10,7 @@ times appending one token to each cache.
 
 import argparse
 
-from options import describe
+from options import add_output, describe, save
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,6 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seq-lengths", type=int, nargs="+", default=(2048, 8192, 32768, 131072))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_output(parser, plots=False)
     return parser.parse_args()
 
 
@@ -126,9 +127,13 @@ def main() -> None:
         f"d={args.head_dim}, ranks {tuple(args.ranks)}; medians of {args.repeats}"
     )
     print("cached tokens  factor space   cached MHA (SDPA)    rebuilt K, V")
+    data = {name: value for name, value in vars(args).items() if name != "output"}
+    data |= {"device": "cpu", "versions": f"torch {torch.__version__}", "attention": [], "append": []}
     with torch.inference_mode():
         for seq_length in args.seq_lengths:
             row = attention_row(config, seq_length, args.repeats, dtype)
+            data["attention"].append({"tokens": seq_length} | row)
+            save(data, args.output)
             fast = row["factor space"]
             print(
                 f"{seq_length:13,}  {fast * 1e3:9.3f} ms"
@@ -137,6 +142,8 @@ def main() -> None:
         print("\ncached tokens  append to T6Cache   to DynamicCache")
         for seq_length in args.seq_lengths:
             row = append_row(config, seq_length, args.repeats * 10, dtype)
+            data["append"].append({"tokens": seq_length} | row)
+            save(data, args.output)
             print(f"{seq_length:13,}  {row['T6Cache'] * 1e6:14.1f} us  {row['DynamicCache'] * 1e6:12.1f} us")
 
 

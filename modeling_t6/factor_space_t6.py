@@ -100,9 +100,9 @@ def chunks_of_rows(
 
     def chunks(layout: FactorLayout, rows: torch.Tensor) -> FactorChunks:
         def read(at: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            chunk = rows[:, :, at]
             if place is None:
-                return layout.unpack(chunk.to(dtype))
+                return layout.unpack((rows if at.start == 0 and at.stop >= length else rows[:, :, at]).to(dtype))
+            chunk = rows[:, :, at]
             return layout.unpack(place[: chunk.numel()].view(chunk.shape).copy_(chunk))
 
         return FactorChunks(length, layout.rank, read)
@@ -225,60 +225,70 @@ def factor_space_attention(
         attention_mask = torch.ones(query_length, key_length, dtype=torch.bool, device=query.device)
         attention_mask = attention_mask.tril(key_length - query_length)[None, None]
 
-    # Keys come first, heads last: the layout of A in the cache. The softmax is one of powers of 2, which are faster.
-    flat_query = query.to(dtype) * (LOG2_E * scaling / keys.rank)
+    chunk_length = FACTOR_SPACE_CHUNK if query.is_cpu else FACTOR_SPACE_CHUNK * CHUNKS_AT_ONCE_ON_A_GPU
+    chunk_length = key_length if output_attentions else min(chunk_length, key_length)
+    # What pays in long caches, but not under torch.compile, where lengths below 8, below 16 and above would each take a graph: all
+    # chunks use the same memory for scores, as what is allocated anew comes from the system, page by page; and a sum over
+    # the tokens of one sequence is that of blocks side by side.
+    is_long = key_length >= MIN_TOKENS_IN_BLOCKS and not torch.compiler.is_compiling()
+    # Of few tokens operators take as long as they are many, and a softmax is one. Of more, one of powers of 2 is faster.
+    is_short = key_length < MIN_TOKENS_IN_BLOCKS and chunk_length == key_length and not torch.compiler.is_compiling()
+    base = 1.0 if is_short else LOG2_E
+
+    # Keys come first, heads last: the layout of A in the cache.
+    flat_query = query.to(dtype) * (base * scaling / keys.rank)
     if constant_a:
         flat_query = torch.einsum("bqhd,rh->bqhrd", flat_query, constant_a_k.to(dtype)).flatten(3)
     flat_query = flat_query.flatten(1, 2).transpose(1, 2)  # [batch, d or R_K * d, query_length * h]
-    chunk_length = FACTOR_SPACE_CHUNK if query.is_cpu else FACTOR_SPACE_CHUNK * CHUNKS_AT_ONCE_ON_A_GPU
-    chunk_length = key_length if output_attentions else min(chunk_length, key_length)
-    # All chunks use the same memory for scores: what is allocated anew comes from the system, page by page.
-    num_products = 1 if constant_a else max(keys.rank, values.rank)
-    room = query.new_empty((num_products, batch_size, chunk_length, query_length * num_heads), dtype=dtype)
-    # Under torch.compile lengths below 8, below 16 and above would each take a graph.
-    in_blocks = batch_size == 1 and key_length >= MIN_TOKENS_IN_BLOCKS and not torch.compiler.is_compiling()
+    room, in_blocks = None, is_long and batch_size == 1
+    if is_long and not constant_a:
+        room = (max(keys.rank, values.rank), batch_size, chunk_length, query_length * num_heads)
+        room = query.new_empty(room, dtype=dtype)
     maximum = output = normalizer = probabilities = None
     start = 0
     while start < key_length:  # `range` would have torch.compile make a graph for each length
         chunk = slice(start, start + chunk_length)
         a, b = keys.read(chunk)
-        b = b.to(dtype).expand(batch_size, -1, -1, -1)
+        b = _converted(b, dtype).expand(batch_size, -1, -1, -1)
         shape = (batch_size, b.shape[1], query_length, num_heads)
-        products = room[:, :, : b.shape[1]]
+        products = None if room is None else room[:, :, : b.shape[1]]
         if constant_a:
-            scores = products[0].baddbmm_(b.flatten(2), flat_query, beta=0).view(shape)
+            scores = torch.bmm(b.flatten(2), flat_query).view(shape)
         else:
-            scores = _weighted_scores(products[: keys.rank], b, flat_query, _of_each_head(a.to(dtype), num_heads))
+            scores = _weighted_scores(b, flat_query, _of_each_head(_converted(a, dtype), num_heads), products)
         if attention_mask is not None:
             mask = attention_mask[..., start : start + chunk_length].permute(0, 3, 2, 1)
             if mask.dtype == torch.bool:
                 scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
             else:
-                scores.add_((mask.to(dtype) * LOG2_E).clamp(min=torch.finfo(dtype).min))
+                scores.add_((mask.to(dtype) * base).clamp(min=torch.finfo(dtype).min))
 
-        weights = scores.to(softmax_dtype)
-        previous, maximum = maximum, weights.amax(dim=1, keepdim=True)
-        if previous is not None:
-            maximum = torch.maximum(previous, maximum)
-        weights = weights.sub_(maximum).exp2_()
-        chunk_normalizer = weights.sum(dim=1, keepdim=True)
+        weights = _converted(scores, softmax_dtype)
+        previous, chunk_normalizer = maximum, None
+        if is_short:
+            weights = torch.softmax(weights, dim=1)
+        else:
+            maximum = weights.amax(dim=1, keepdim=True)
+            if previous is not None:
+                maximum = torch.maximum(previous, maximum)
+            weights = weights.sub_(maximum).exp2_()
+            chunk_normalizer = weights.sum(dim=1, keepdim=True)
         if output_attentions:  # before their memory is that of the products below
-            probabilities = (weights / chunk_normalizer).permute(0, 3, 2, 1).to(query.dtype)
+            probabilities = weights if is_short else weights / chunk_normalizer
+            probabilities = probabilities.permute(0, 3, 2, 1).to(query.dtype)
         a, b = values.read(chunk)
         if constant_a:
-            chunk_output = _sum_over_tokens(weights.flatten(2).to(dtype), b.to(dtype).flatten(2), in_blocks)
+            weights, b = weights.flatten(2).to(dtype).unsqueeze(0), b.to(dtype).flatten(2).unsqueeze(2)
+            chunk_output = _sums_over_tokens(weights, b, in_blocks)
         elif constant_b:
             a = _of_each_head(a, num_heads).unsqueeze(3)
             sums = [weights.mul(a.select(2, rank)).sum(dim=1).flatten(1) for rank in range(values.rank)]
             chunk_output = torch.stack(sums, dim=-1)  # [batch, query_length * h, R_V]
         else:
-            a, b = _of_each_head(a.to(dtype), num_heads).unsqueeze(3), b.to(dtype)
-            chunk_output = None
-            for rank in reversed(range(values.rank)):  # the weights may be the first of the products
-                weighted = torch.mul(weights, a.select(2, rank), out=products[rank].view(shape)).flatten(2)
-                chunk_output = _sum_over_tokens(weighted, b.select(2, rank), in_blocks, chunk_output)
+            weighted = _weighted(weights, _of_each_head(_converted(a, dtype), num_heads), products)
+            chunk_output = _sums_over_tokens(weighted, _converted(b, dtype), in_blocks)
         if previous is None:
-            normalizer, output = chunk_normalizer, chunk_output.to(softmax_dtype)
+            normalizer, output = chunk_normalizer, _converted(chunk_output, softmax_dtype)
         else:
             decay = (previous - maximum).exp2_()
             normalizer = normalizer.mul_(decay).add_(chunk_normalizer)
@@ -287,7 +297,9 @@ def factor_space_attention(
 
     if in_blocks:
         output = output.sum(dim=0, keepdim=True)
-    output = output.div_(normalizer.mul_(values.rank).view(batch_size, -1, 1)).to(query.dtype)
+    if normalizer is not None:
+        output = output.div_(normalizer.view(batch_size, -1, 1))
+    output = (output / values.rank).to(query.dtype)
     if constant_a:
         output = output.view(batch_size, query_length, num_heads, values.rank, -1)
         output = torch.einsum("bqhrd,rh->bqhd", output, constant_a_v).flatten(1, 2)
@@ -296,46 +308,73 @@ def factor_space_attention(
     return output.unflatten(1, (query_length, num_heads)), probabilities
 
 
+def _converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # Of few tokens, an operator that does nothing takes as long as one that does something.
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _of_each_head(a: torch.Tensor | None, num_heads: int) -> torch.Tensor | None:
     """A [..., R, h_kv] as [..., R, h]."""
     groups = 1 if a is None else num_heads // a.shape[-1]
     return a if groups == 1 else a.repeat_interleave(groups, dim=-1)
 
 
-def _weighted_scores(products: torch.Tensor, b: torch.Tensor, query: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """
-    The sum over ranks of A times B Q: B [batch, seq, R, d], Q [batch, d, query_length * h] and A [batch, seq, R, h] to
-    [batch, seq, query_length, h]. `products` [R, batch, seq, query_length * h] is what they are computed in.
-    """
-    rank = len(products)
-    a = a.permute(2, 0, 1, 3).unsqueeze(3)
-    if len(b) == 1:
-        products[:, 0].baddbmm_(b[0].transpose(0, 1), query.expand(rank, -1, -1), beta=0)
-    else:
-        for r in range(rank):
-            products[r].baddbmm_(b.select(2, r), query, beta=0)
-    products = products.unflatten(3, (-1, a.shape[-1])).mul_(a)
-    for r in range(1, rank):
-        products[0].add_(products[r])
-    return products[0]
+def _ranks_first(a: torch.Tensor) -> torch.Tensor:
+    """A [batch, seq, R, h] as [R, batch, seq, 1, h]."""
+    return a.permute(2, 0, 1, 3).unsqueeze(3)
 
 
-def _sum_over_tokens(
-    weights: torch.Tensor, features: torch.Tensor, in_blocks: bool, total: torch.Tensor | None = None
+def _weighted_scores(
+    b: torch.Tensor, query: torch.Tensor, a: torch.Tensor, products: torch.Tensor | None
 ) -> torch.Tensor:
     """
-    `total` and weights^T features, [batch, seq, n] and [batch, seq, d] to [batch, n, d]; `in_blocks` for one sequence those of
-    `BLOCKS` blocks of its tokens [BLOCKS, n, d].
+    The sum over ranks of A times B Q: B [batch, seq, R, d], Q [batch, d, query_length * h] and A [batch, seq, R, h] to
+    [batch, seq, query_length, h]; computed in `products` [R or more, batch, seq, query_length * h] if it is given.
     """
-    if not in_blocks:
-        weights = weights.transpose(1, 2)
-        return torch.bmm(weights, features) if total is None else total.baddbmm_(weights, features)
-    if total is None:
-        total = weights.new_zeros(BLOCKS, weights.shape[2], features.shape[2])
-    whole = features.shape[1] // BLOCKS * BLOCKS
-    if whole:
-        block_weights, block_features = (x[0, :whole].unflatten(0, (BLOCKS, -1)) for x in (weights, features))
-        total.baddbmm_(block_weights.transpose(1, 2), block_features)
-    if whole < features.shape[1]:
-        total[:1].baddbmm_(weights[:, whole:].transpose(1, 2), features[:, whole:])
+    rank, out = b.shape[2], None if products is None else products[: b.shape[2]]
+    if len(b) == 1:
+        out = torch.bmm(b[0].transpose(0, 1), query.expand(rank, -1, -1), out=None if out is None else out[:, 0])
+        out = out.unsqueeze(1)
+    else:
+        out = query.new_empty(rank, *b.shape[:2], query.shape[2]) if out is None else out
+        for r in range(rank):
+            out[r].baddbmm_(b.select(2, r), query, beta=0)
+    out = out.unflatten(3, (-1, a.shape[3])).mul_(_ranks_first(a))
+    scores, *others = out.unbind(0)
+    for other in others:
+        scores = scores.add_(other)
+    return scores
+
+
+def _weighted(weights: torch.Tensor, a: torch.Tensor, products: torch.Tensor | None) -> torch.Tensor:
+    """
+    Weights [batch, seq, query_length, h] times A [batch, seq, R, h]: [R, batch, seq, query_length * h]; in `products` if they are
+    given, of which the first may be the weights.
+    """
+    if products is None:
+        return (weights * _ranks_first(a)).to(a.dtype).flatten(3)
+    products = products[: a.shape[2]]
+    for r in reversed(range(len(products))):
+        torch.mul(weights, a.select(2, r).unsqueeze(2), out=products[r].view(weights.shape))
+    return products
+
+
+def _sums_over_tokens(weights: torch.Tensor, features: torch.Tensor, in_blocks: bool) -> torch.Tensor:
+    """
+    The sum over ranks of weights^T features, [R, batch, seq, n] and [batch, seq, R, d] to [batch, n, d]; `in_blocks` for one
+    sequence those of `BLOCKS` blocks of its tokens [BLOCKS, n, d].
+    """
+    rank, batch_size, length, _ = weights.shape
+    if batch_size == 1 and not in_blocks:
+        return torch.bmm(weights[:, 0].transpose(1, 2), features[0].transpose(0, 1)).sum(dim=0, keepdim=True)
+    total = weights.new_zeros(BLOCKS if in_blocks else batch_size, weights.shape[3], features.shape[3])
+    whole = length // BLOCKS * BLOCKS if in_blocks else 0
+    for r in range(rank):
+        rank_weights, rank_features = weights[r], features.select(2, r)
+        if whole:
+            blocks, block_features = (x[0, :whole].unflatten(0, (BLOCKS, -1)) for x in (rank_weights, rank_features))
+            total.baddbmm_(blocks.transpose(1, 2), block_features)
+        if whole < length:
+            rest = rank_weights[:, whole:].transpose(1, 2), rank_features[:, whole:]
+            total[:batch_size].baddbmm_(*rest)
     return total

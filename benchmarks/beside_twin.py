@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6, help="of the models of --prefill")
     parser.add_argument("--rounds", type=int, default=8, help="in which both take their turn")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--profile", action="store_true", help="list the kernels of a step")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a step, and write them")
     add_output(parser, plots=False)
     return parser.parse_args()
 
@@ -105,6 +105,8 @@ def compare(title: str, calls: dict[str, Callable], args) -> dict:
     }
     sums["all but attention"] = {name: sums["kernels"][name] - sums["attention"][name] for name in calls}
     result["sums"] = sums
+    if not args.profile:
+        del result["kernels"]
     for part, times in sums.items():
         t6, twin = (times[name] for name in NAMES)
         ratio = f"{t6 / twin:6.2f}" if twin else ""

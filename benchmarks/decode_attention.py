@@ -1,7 +1,7 @@
 """
 Attention of one decoding step on the CPU: factor space, K and V rebuilt from the factors, and SDPA over a cached MHA.
 
-    python benchmarks/decode_attention.py --threads 2
+    python benchmarks/decode_attention.py --threads 2 --output cpu.json
 
 All three get the same query and as many layers of cache as no processor cache holds, like the layers of a model.
 Factor space and cached MHA are timed in turns, so that their ratio holds whatever else the machine does. A second table
@@ -10,7 +10,7 @@ times appending one token to each cache.
 
 import argparse
 
-from options import describe
+from options import add_output, describe, save
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,6 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seq-lengths", type=int, nargs="+", default=(2048, 8192, 32768, 131072))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add_output(parser, plots=False)
     return parser.parse_args()
 
 
@@ -38,7 +39,7 @@ from transformers.cache_utils import DynamicCache
 
 from modeling_t6 import T6Cache, T6Config
 from modeling_t6.cache_t6 import factor_layouts
-from modeling_t6.factor_space_t6 import factor_space_attention
+from modeling_t6.factor_space_t6 import chunks_of_rows, dtype_of_products, factor_space_attention
 from modeling_t6.factors_t6 import form_heads
 
 
@@ -68,32 +69,35 @@ def attention_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.
     def heads_from_factors(factors) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(form_heads(a, b).transpose(1, 2) for a, b in factors)
 
-    def factor_space(factors) -> torch.Tensor:
-        return factor_space_attention(query, *factors, None, scaling)[0]
+    def factor_space(rows) -> torch.Tensor:
+        return factor_space_attention(query, *chunks_of_rows(layouts, rows, dtype_of_products(query)), None, scaling)[
+            0
+        ]
 
     def sdpa(heads: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *heads, scale=scaling).transpose(1, 2)
 
-    layers_of_factors, layers_of_heads = [], []
+    layers_of_rows, layers_of_heads = [], []
     for _ in range(num_layers):
-        factors = tuple(layout.unpack(torch.randn(1, 1, seq_length, layout.width).to(dtype)) for layout in layouts)
-        layers_of_factors.append(factors)
+        rows = tuple(torch.randn(1, 1, seq_length, layout.width).to(dtype) for layout in layouts)
+        factors = tuple(layout.unpack(x) for layout, x in zip(layouts, rows))
+        layers_of_rows.append(rows)
         # A cached MHA holds [batch, heads, seq, head_dim], contiguous.
         layers_of_heads.append(tuple(states.contiguous() for states in heads_from_factors(factors)))
     expected = sdpa(layers_of_heads[0])
-    error = (factor_space(layers_of_factors[0]) - expected).abs().max() / expected.abs().max()
+    error = (factor_space(layers_of_rows[0]) - expected).abs().max() / expected.abs().max()
     assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"the paths disagree: relative error {error:.1e}"
 
     times = medians(
         {
-            "factor space": lambda: [factor_space(factors) for factors in layers_of_factors],
+            "factor space": lambda: [factor_space(rows) for rows in layers_of_rows],
             "cached MHA": lambda: [sdpa(heads) for heads in layers_of_heads],
         },
         repeats,
     )
     times = {name: seconds / num_layers for name, seconds in times.items()}
     # Apart from the others: handing its large temporaries back to the system would slow down whatever comes next.
-    return times | medians({"rebuilt K, V": lambda: sdpa(heads_from_factors(layers_of_factors[0]))}, repeats)
+    return times | medians({"rebuilt K, V": lambda: sdpa(heads_from_factors(factors))}, repeats)
 
 
 def append_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:
@@ -123,9 +127,13 @@ def main() -> None:
         f"d={args.head_dim}, ranks {tuple(args.ranks)}; medians of {args.repeats}"
     )
     print("cached tokens  factor space   cached MHA (SDPA)    rebuilt K, V")
+    data = {name: value for name, value in vars(args).items() if name != "output"}
+    data |= {"device": "cpu", "versions": f"torch {torch.__version__}", "attention": [], "append": []}
     with torch.inference_mode():
         for seq_length in args.seq_lengths:
             row = attention_row(config, seq_length, args.repeats, dtype)
+            data["attention"].append({"tokens": seq_length} | row)
+            save(data, args.output)
             fast = row["factor space"]
             print(
                 f"{seq_length:13,}  {fast * 1e3:9.3f} ms"
@@ -134,6 +142,8 @@ def main() -> None:
         print("\ncached tokens  append to T6Cache   to DynamicCache")
         for seq_length in args.seq_lengths:
             row = append_row(config, seq_length, args.repeats * 10, dtype)
+            data["append"].append({"tokens": seq_length} | row)
+            save(data, args.output)
             print(f"{seq_length:13,}  {row['T6Cache'] * 1e6:14.1f} us  {row['DynamicCache'] * 1e6:12.1f} us")
 
 

@@ -36,6 +36,11 @@ MODELS = {
 }
 
 
+def batch_and_context(text: str) -> tuple[int, int]:
+    batch, tokens = text.split("x")
+    return int(batch), int(tokens)
+
+
 def parse_args() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
@@ -43,6 +48,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="short contexts alone, fused and not")
     parser.add_argument(
         "--skip-unfused", action="store_true", help="with --short, leave out T6 without its fused ways"
+    )
+    parser.add_argument(
+        "--runs",
+        type=batch_and_context,
+        nargs="+",
+        metavar="BxN",
+        help="of --short: others than 1x1024 32x1024 1x8192",
     )
     add_output(parser)
     return parser.parse_args()
@@ -413,22 +425,29 @@ def measure(names: list[str], skip_generate: bool, output: Path | None) -> None:
         release_memory()
 
 
-def short_steps(turns: Turns, name: str, fused: bool | None, skip_generate: bool) -> list[list[float]]:
-    """Seconds of a graph and of a token of `generate()`, for each of `SHORT_RUNS`. The models compile at the same time."""
+def short_steps(
+    turns: Turns, name: str, fused: bool | None, runs: list[tuple[int, int]], skip_generate: bool
+) -> list[list[float]]:
+    """Seconds of a graph and of a token of `generate()`, for each of `runs`. The models compile at the same time."""
     stored_factors_t6.FUSED = factor_product_t6.PACK = fused is not False
     torch._dynamo.config.automatic_dynamic_shapes = False  # each run with a compilation of its own
     model = build(name)
-    steps = [] if skip_generate else [generate_steps(model, *run, static=True, new=120, warm=2) for run in SHORT_RUNS]
+    steps = [] if skip_generate else [generate_steps(model, *run, static=True, new=120, warm=2) for run in runs]
     for step in steps:
         next(step)
     with turns.mine():
-        times = [[graph_step(model, *run)["seconds"]] for run in SHORT_RUNS]
+        times = []
+        for run in runs:
+            release_memory()
+            times.append([graph_step(model, *run)["seconds"]])
         for row, step in zip(times, steps):
             row.append(next(step))
     return times
 
 
-def measure_short(names: list[str], skip_generate: bool, skip_unfused: bool, output: Path | None) -> None:
+def measure_short(
+    names: list[str], runs: list[tuple[int, int]], skip_generate: bool, skip_unfused: bool, output: Path | None
+) -> None:
     """References first, whatever the order of `names`, so that each line shows its ratios."""
     data, seconds = {"machine": machine(), "short": []}, {}
     ways = (True,) if skip_unfused else (True, False)
@@ -441,9 +460,9 @@ def measure_short(names: list[str], skip_generate: bool, skip_unfused: bool, out
     print(f"{'model':20}{'fused':>6}{'batch x context':>16}{'graph':>11}{'ratio':>7}{'static':>12}{'ratio':>7}")
     with multiprocessing.Manager() as manager, ThreadPoolExecutor(len(jobs)) as threads:
         turns = Turns(manager, len(jobs))
-        running = [threads.submit(turns.alone, short_steps, *job, skip_generate) for job in jobs]
+        running = [threads.submit(turns.alone, short_steps, *job, runs, skip_generate) for job in jobs]
         for (name, fused), result in zip(jobs, running):
-            for (batch, tokens), times in zip(SHORT_RUNS, result.result()):
+            for (batch, tokens), times in zip(runs, result.result()):
                 seconds[name, batch, tokens] = times
                 row = {"model": name, "fused": fused, "batch": batch, "context": tokens}
                 data["short"].append(row | dict(zip(("seconds", "generate_static_seconds"), times)))
@@ -458,7 +477,7 @@ def measure_short(names: list[str], skip_generate: bool, skip_unfused: bool, out
 def main() -> None:
     args = parse_args()
     if args.short:
-        return measure_short(args.models, args.skip_generate, args.skip_unfused, args.output)
+        return measure_short(args.models, args.runs or SHORT_RUNS, args.skip_generate, args.skip_unfused, args.output)
     if args.plot:
         draw(plot, args.plot, (10, 2.9))
     else:

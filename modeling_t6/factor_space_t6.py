@@ -16,6 +16,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,17 +24,90 @@ from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .cache_t6 import FactorLayout
 from .factors_t6 import Factors, without_autocast
 from .quantized_rows_t6 import QuantizedFactors
 
 
 # With this many query tokens or fewer, attention over the cache costs less in factor space than forming K and V.
 MAX_FACTOR_SPACE_QUERIES = 8
-# Cached tokens in one step of the online softmax: enough to amortise a dozen operations, few enough to stay in cache.
-FACTOR_SPACE_CHUNK = 8192
-# Sums over fewer tokens are one product.
+# Cached tokens in one step of the online softmax: enough to amortise a dozen operations, few enough to stay in a core's cache.
+FACTOR_SPACE_CHUNK = 4096
+# A GPU has no such caches, and its steps cost the host as much as a CPU.
+CHUNKS_AT_ONCE_ON_A_GPU = 2
+# Sums over fewer tokens are one product; so many rows lie in a core's cache as they are.
 MIN_TOKENS_IN_BLOCKS = 1024
+# Blocks of tokens that are summed side by side: the sum over a long cache is a small matrix, and would leave cores idle.
+BLOCKS = 8
 LOG2_E = 1 / math.log(2)
+
+
+class FactorChunks(NamedTuple):
+    """
+    The factors of keys, or of values, of all tokens, read some tokens at a time.
+
+    Attributes:
+        length: number of tokens.
+        rank: R.
+        read: A [batch, rows, R, h_kv] and B [batch or 1, rows, R, d] of these rows, B_K rotated, in any dtype. What is constant
+            is not looked at. Valid until the next call, of that of the values, too.
+        constant_a, constant_b: [R, h_kv] and [R, d], or `None`. A constant B_K that is rotated is read like any other.
+    """
+
+    length: int
+    rank: int
+    read: Callable[[slice], tuple[torch.Tensor, torch.Tensor]]
+    constant_a: torch.Tensor | None = None
+    constant_b: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        features: Callable[[torch.Tensor, slice], torch.Tensor] = lambda b, rows: b,
+    ) -> "FactorChunks":
+        """
+        Of tensors: A [batch, length, R, h_kv] or constant [R, h_kv], and B [batch, length, R, d] or constant [R, d].
+        `features` makes what heads are made of out of the B factors of these rows (constants get all of themselves): called for
+        one chunk at a time, so that it is not formed for the whole cache.
+        """
+        constant_a, constant_b = a.dim() == 2, b.dim() == 2
+
+        def read(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            return a if constant_a else a[:, rows], features(b if constant_b else b[:, rows], rows)
+
+        length = (b if constant_a else a).shape[1]
+        return cls(length, a.shape[-2], read, a if constant_a else None, b if constant_b else None)
+
+
+def chunks_of_rows(
+    layouts: tuple[FactorLayout, FactorLayout],
+    rows: tuple[torch.Tensor, torch.Tensor],
+    dtype: torch.dtype,
+    all_at_once: bool = False,
+) -> tuple[FactorChunks, FactorChunks]:
+    """
+    The factors of keys and of values, converted to `dtype`, of rows [batch, 1, length, width] that hold both factors as heads are
+    made of them. `all_at_once`: whether they are read as one chunk.
+    """
+    place, length = None, rows[0].shape[2]
+    if rows[0].is_cpu and length >= MIN_TOKENS_IN_BLOCKS and not torch.compiler.is_compiling():
+        # The products read the numbers of one rank, then those of the next. Memory gives out whole rows faster, one after the
+        # other: they are copied to a core's cache first, and always to the same place there.
+        count = length if all_at_once else min(FACTOR_SPACE_CHUNK, length)
+        place = rows[0].new_empty(len(rows[0]) * count * max(x.shape[-1] for x in rows), dtype=dtype)
+
+    def chunks(layout: FactorLayout, rows: torch.Tensor) -> FactorChunks:
+        def read(at: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            if place is None:
+                return layout.unpack((rows if at.start == 0 and at.stop >= length else rows[:, :, at]).to(dtype))
+            chunk = rows[:, :, at]
+            return layout.unpack(place[: chunk.numel()].view(chunk.shape).copy_(chunk))
+
+        return FactorChunks(length, layout.rank, read)
+
+    return chunks(layouts[0], rows[0]), chunks(layouts[1], rows[1])
 
 
 def attend_in_factor_space(query_length: int, cache: Cache | None) -> bool:
@@ -55,21 +129,29 @@ def factor_space_attention_forward(
     """[`factor_space_attention`] over the factors of a cache; probabilities where the eager implementation is asked for."""
     query = module.queries(factors).to(factors.dtype)
     output_attentions = implementation == "eager"
-    if factors.key_rows.dtype == torch.uint8:
-        with without_autocast(query.device):
-            return _attend_to_quantized_rows(module, factors, query, attention_mask, scaling, output_attentions)
-    a_k, b_k, a_v, b_v = module.unpack(factors, factors.key_rows, factors.value_rows)
     with without_autocast(query.device):
-        return factor_space_attention(
-            query,
-            (a_k, b_k),
-            (a_v, b_v),
-            attention_mask,
-            scaling=scaling,
-            output_attentions=output_attentions,
-            key_features=functools.partial(module.features, rotation=factors.key_rotation),
-            value_features=module.features,
-        )
+        if factors.key_rows.dtype == torch.uint8:
+            return _attend_to_quantized_rows(module, factors, query, attention_mask, scaling, output_attentions)
+        chunks = _factors_in_chunks(module, factors, dtype_of_products(query), output_attentions)
+        return factor_space_attention(query, *chunks, attention_mask, scaling, output_attentions)
+
+
+def dtype_of_products(query: torch.Tensor) -> torch.dtype:
+    # A CPU's products in half precision are slow where it has no instructions for them, and where it has, code is made for each
+    # length of a cache anew, which takes longer than the products.
+    return torch.promote_types(query.dtype, torch.float32) if query.device.type == "cpu" else query.dtype
+
+
+def _factors_in_chunks(
+    module: nn.Module, factors: Factors, dtype: torch.dtype, all_at_once: bool
+) -> tuple[FactorChunks, FactorChunks]:
+    """Those of the keys and of the values in a cache."""
+    rows, layouts = (factors.key_rows, factors.value_rows), (module.key_layout, module.value_layout)
+    if module.caches_what_forms_heads:
+        return chunks_of_rows(layouts, rows, dtype, all_at_once)
+    a_k, b_k, a_v, b_v = module.unpack(factors, *rows)
+    key_features = functools.partial(module.features, rotation=factors.key_rotation)
+    return FactorChunks.of(a_k, b_k, key_features), FactorChunks.of(a_v, b_v, module.features)
 
 
 def _attend_to_quantized_rows(
@@ -81,160 +163,218 @@ def _attend_to_quantized_rows(
     output_attentions: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """B stays rotated: the query is rotated before, the output after, and a chunk of rows at a time becomes numbers."""
-    layouts = module.key_layout.quantized, module.value_layout.quantized
-    keys, values = (
-        QuantizedFactors(layout, rows, factors.dtype)
-        for layout, rows in zip(layouts, (factors.key_rows, factors.value_rows))
-    )
-    constant_a = module.config.noncontextual_a
+
+    def in_chunks(layout: FactorLayout, rows: torch.Tensor, a: torch.Tensor) -> FactorChunks:
+        packed, constant_a = QuantizedFactors(layout.quantized, rows, factors.dtype), module.config.noncontextual_a
+
+        def read(at: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            chunk_a = a if constant_a else packed.heads(packed.a[:, at], at)
+            return chunk_a, packed.features(packed.b[:, at], at)
+
+        return FactorChunks(rows.shape[2], layout.rank, read, a if constant_a else None)
+
     output, probabilities = factor_space_attention(
-        layouts[0].rotate(query),
-        (factors.a_k if constant_a else keys.a, keys.b),
-        (factors.a_v if constant_a else values.a, values.b),
+        module.key_layout.quantized.rotate(query),
+        in_chunks(module.key_layout, factors.key_rows, factors.a_k),
+        in_chunks(module.value_layout, factors.value_rows, factors.a_v),
         attention_mask,
         scaling,
         output_attentions,
-        keys.features,
-        values.features,
-        keys.heads,
-        values.heads,
     )
-    return layouts[1].rotate_back(output), probabilities
+    return module.value_layout.quantized.rotate_back(output), probabilities
 
 
 def factor_space_attention(
     query: torch.Tensor,
-    key_factors: tuple[torch.Tensor, torch.Tensor],
-    value_factors: tuple[torch.Tensor, torch.Tensor],
+    keys: FactorChunks | tuple[torch.Tensor, torch.Tensor],
+    values: FactorChunks | tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None,
     scaling: float,
     output_attentions: bool = False,
-    key_features: Callable[[torch.Tensor, slice], torch.Tensor] = lambda b, rows: b,
-    value_features: Callable[[torch.Tensor, slice], torch.Tensor] = lambda b, rows: b,
-    key_heads: Callable[[torch.Tensor, slice], torch.Tensor] = lambda a, rows: a,
-    value_heads: Callable[[torch.Tensor, slice], torch.Tensor] = lambda a, rows: a,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     softmax(Q K^T * scaling) V without K and V: a head's score with a token is Q_i . B_K[s] weighted by A_K[s, i],
     summed over the rank; its output is the sum of B_V[u] weighted by p_i A_V[u, i]. No gradient: works in place.
 
-    Goes through the cache in chunks with an online softmax: nothing larger than [batch, FACTOR_SPACE_CHUNK,
-    query_length, h], or than a chunk's B, is formed, and the products with B are plain matrix products over the rows as
+    Goes through the cache in chunks with an online softmax: nothing larger than [R, batch, FACTOR_SPACE_CHUNK,
+    query_length, h], or than a chunk's rows, is formed, and the products with B are plain matrix products over the rows as
     they lie.
 
     Args:
         query: [batch, query_length, h, d], rotated.
-        key_factors: A_K [batch, key_length, R_K, h_kv] and B_K [batch, key_length, R_K, d], rotated. h_kv divides h: the
-            heads of a group have one A.
-        value_factors: A_V [batch, key_length, R_V, h_kv] and B_V [batch, key_length, R_V, d]. Constant A factors are
-            [R, h_kv]: those of the keys then act on the query, those of the values on the output, once for all tokens.
-            Constant B factors are [R, d]: those of the values then act on the output, too.
+        keys, values: A and B as [`FactorChunks`] reads them, or as tensors that `FactorChunks.of` takes. h_kv divides h: the
+            heads of a group have one A. Constant A factors of the keys act on the query, those of the values on the output,
+            once for all tokens; so do constant B factors of the values.
         attention_mask: boolean (True: attend) or additive, broadcastable to [batch, h, query_length, key_length].
             `None` is causal, the last query being aligned with the last key.
         scaling: the factor of Q K^T, usually 1 / sqrt(d).
         output_attentions: whether to return the probabilities, which takes one chunk as long as the cache.
-        key_features, value_features: what makes B_K and B_V [batch or 1, rows, R, d] of the given B factors of these
-            rows, where they are not yet those (constants get all of themselves). By default nothing. Called for one
-            chunk at a time, so that no B is formed for the whole cache.
-        key_heads, value_heads: likewise what makes A_K and A_V of the given A factors of these rows; not called for constants.
 
     Returns:
         Output [batch, query_length, h, d], and probabilities [batch, h, query_length, key_length] or `None`.
     """
     batch_size, query_length, num_heads, head_dim = query.shape
-    (all_a_k, all_b_k), (all_a_v, all_b_v) = key_factors, value_factors
-    constant_a, constant_b = all_a_k.dim() == 2, all_b_k.dim() == 2
-    key_length = (all_b_k if constant_a else all_a_k).shape[1]
-    k_rank, v_rank = all_a_k.shape[-2], all_a_v.shape[-2]
-    groups = num_heads // all_a_k.shape[-1]
-    if constant_a and groups > 1:
-        all_a_k, all_a_v = (a.repeat_interleave(groups, dim=-1) for a in (all_a_k, all_a_v))
+    keys, values = (x if isinstance(x, FactorChunks) else FactorChunks.of(*x) for x in (keys, values))
+    key_length = keys.length
+    constant_a_k, constant_a_v = (_of_each_head(x.constant_a, num_heads) for x in (keys, values))
+    constant_a, constant_b = constant_a_k is not None, values.constant_b is not None
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
-    # A CPU's products in half precision are slow where it has no instructions for them, and where it has, code is made for each
-    # length of a cache anew, which takes longer than the products.
-    dtype = softmax_dtype if query.device.type == "cpu" else query.dtype
+    dtype = dtype_of_products(query)
 
     if attention_mask is None and query_length > 1:
         attention_mask = torch.ones(query_length, key_length, dtype=torch.bool, device=query.device)
         attention_mask = attention_mask.tril(key_length - query_length)[None, None]
 
-    # Keys come first, heads last: the layout of A in the cache. The softmax is one of powers of 2, which are faster.
-    flat_query = query.to(dtype) * (LOG2_E * scaling / k_rank)
+    chunk_length = FACTOR_SPACE_CHUNK if query.is_cpu else FACTOR_SPACE_CHUNK * CHUNKS_AT_ONCE_ON_A_GPU
+    chunk_length = key_length if output_attentions else min(chunk_length, key_length)
+    # What pays in long caches, but not under torch.compile, where lengths below 8, below 16 and above would each take a graph: all
+    # chunks use the same memory for scores, as what is allocated anew comes from the system, page by page; and a sum over
+    # the tokens of one sequence is that of blocks side by side.
+    is_long = key_length >= MIN_TOKENS_IN_BLOCKS and not torch.compiler.is_compiling()
+    # Of few tokens operators take as long as they are many, and a softmax is one. Of more, one of powers of 2 is faster.
+    is_short = key_length < MIN_TOKENS_IN_BLOCKS and chunk_length == key_length and not torch.compiler.is_compiling()
+    base = 1.0 if is_short else LOG2_E
+
+    # Keys come first, heads last: the layout of A in the cache.
+    flat_query = query.to(dtype) * (base * scaling / keys.rank)
     if constant_a:
-        flat_query = torch.einsum("bqhd,rh->bqhrd", flat_query, all_a_k.to(dtype)).flatten(3)
+        flat_query = torch.einsum("bqhd,rh->bqhrd", flat_query, constant_a_k.to(dtype)).flatten(3)
     flat_query = flat_query.flatten(1, 2).transpose(1, 2)  # [batch, d or R_K * d, query_length * h]
-    chunk_length = key_length if output_attentions else min(FACTOR_SPACE_CHUNK, key_length)
-    maximum = output = normalizer = None
+    room, in_blocks = None, is_long and batch_size == 1
+    if is_long and not constant_a:
+        room = (max(keys.rank, values.rank), batch_size, chunk_length, query_length * num_heads)
+        room = query.new_empty(room, dtype=dtype)
+    maximum = output = normalizer = probabilities = None
     start = 0
     while start < key_length:  # `range` would have torch.compile make a graph for each length
         chunk = slice(start, start + chunk_length)
-        b_k = key_features(all_b_k if constant_b else all_b_k[:, chunk], chunk).to(dtype)
-        if constant_b:
-            b_k = b_k.expand(batch_size, -1, -1, -1)
-        else:
-            b_v = value_features(all_b_v[:, chunk], chunk).to(dtype)
-        shape = (batch_size, b_k.shape[1], query_length, num_heads)
+        a, b = keys.read(chunk)
+        b = _converted(b, dtype).expand(batch_size, -1, -1, -1)
+        shape = (batch_size, b.shape[1], query_length, num_heads)
+        products = None if room is None else room[:, :, : b.shape[1]]
         if constant_a:
-            scores = torch.bmm(b_k.flatten(2), flat_query).view(shape)
+            scores = torch.bmm(b.flatten(2), flat_query).view(shape)
         else:
-            a_k, a_v = key_heads(all_a_k[:, chunk], chunk).to(dtype), value_heads(all_a_v[:, chunk], chunk).to(dtype)
-            if groups > 1:
-                a_k, a_v = a_k.repeat_interleave(groups, dim=-1), a_v.repeat_interleave(groups, dim=-1)
-            a_k, a_v = a_k.unsqueeze(3), a_v.unsqueeze(3)
-            scores = torch.bmm(b_k.select(2, 0), flat_query).view(shape).mul_(a_k.select(2, 0))
-            for rank in range(1, k_rank):  # `addcmul_` takes twice as long over strides
-                products = torch.bmm(b_k.select(2, rank), flat_query).view(shape)
-                scores.add_(products.mul_(a_k.select(2, rank)))
+            scores = _weighted_scores(b, flat_query, _of_each_head(_converted(a, dtype), num_heads), products)
         if attention_mask is not None:
             mask = attention_mask[..., start : start + chunk_length].permute(0, 3, 2, 1)
             if mask.dtype == torch.bool:
                 scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
             else:
-                scores.add_((mask.to(dtype) * LOG2_E).clamp(min=torch.finfo(dtype).min))
+                scores.add_((mask.to(dtype) * base).clamp(min=torch.finfo(dtype).min))
 
-        weights = scores.to(softmax_dtype)
-        previous, maximum = maximum, weights.amax(dim=1, keepdim=True)
-        if previous is not None:
-            maximum = torch.maximum(previous, maximum)
-        weights = weights.sub_(maximum).exp2_()
-        chunk_normalizer = weights.sum(dim=1, keepdim=True)
+        weights = _converted(scores, softmax_dtype)
+        previous, chunk_normalizer = maximum, None
+        if is_short:
+            weights = torch.softmax(weights, dim=1)
+        else:
+            maximum = weights.amax(dim=1, keepdim=True)
+            if previous is not None:
+                maximum = torch.maximum(previous, maximum)
+            weights = weights.sub_(maximum).exp2_()
+            chunk_normalizer = weights.sum(dim=1, keepdim=True)
+        if output_attentions:  # before their memory is that of the products below
+            probabilities = weights if is_short else weights / chunk_normalizer
+            probabilities = probabilities.permute(0, 3, 2, 1).to(query.dtype)
+        a, b = values.read(chunk)
         if constant_a:
-            chunk_output = _sum_over_tokens(weights.flatten(2).to(dtype), b_v.flatten(2))
+            weights, b = weights.flatten(2).to(dtype).unsqueeze(0), b.to(dtype).flatten(2).unsqueeze(2)
+            chunk_output = _sums_over_tokens(weights, b, in_blocks)
         elif constant_b:
-            sums = [weights.mul(a_v.select(2, rank)).sum(dim=1).flatten(1) for rank in range(v_rank)]
+            a = _of_each_head(a, num_heads).unsqueeze(3)
+            sums = [weights.mul(a.select(2, rank)).sum(dim=1).flatten(1) for rank in range(values.rank)]
             chunk_output = torch.stack(sums, dim=-1)  # [batch, query_length * h, R_V]
         else:
-            chunk_output = _sum_over_tokens((weights * a_v.select(2, 0)).flatten(2).to(dtype), b_v.select(2, 0))
-            for rank in range(1, v_rank):
-                weighted = (weights * a_v.select(2, rank)).flatten(2).to(dtype)
-                chunk_output = chunk_output.add_(_sum_over_tokens(weighted, b_v.select(2, rank)))
+            weighted = _weighted(weights, _of_each_head(_converted(a, dtype), num_heads), products)
+            chunk_output = _sums_over_tokens(weighted, _converted(b, dtype), in_blocks)
         if previous is None:
-            normalizer, output = chunk_normalizer, chunk_output.to(softmax_dtype)
+            normalizer, output = chunk_normalizer, _converted(chunk_output, softmax_dtype)
         else:
-            decay = (previous - maximum).exp2()
-            normalizer = normalizer * decay + chunk_normalizer
-            output = output * decay.view(batch_size, -1, 1) + chunk_output
+            decay = (previous - maximum).exp2_()
+            normalizer = normalizer.mul_(decay).add_(chunk_normalizer)
+            output = output.mul_(decay.view(batch_size, -1, 1)).add_(chunk_output)
         start += chunk_length
 
-    output = (output / (normalizer.view(batch_size, -1, 1) * v_rank)).to(query.dtype)
+    if in_blocks:
+        output = output.sum(dim=0, keepdim=True)
+    if normalizer is not None:
+        output = output.div_(normalizer.view(batch_size, -1, 1))
+    output = (output / values.rank).to(query.dtype)
     if constant_a:
-        output = torch.einsum("bqhrd,rh->bqhd", output.view(batch_size, query_length, num_heads, v_rank, -1), all_a_v)
-        output = output.flatten(1, 2)
+        output = output.view(batch_size, query_length, num_heads, values.rank, -1)
+        output = torch.einsum("bqhrd,rh->bqhd", output, constant_a_v).flatten(1, 2)
     elif constant_b:
-        output = torch.matmul(output, all_b_v)
-    probabilities = None
-    if output_attentions:
-        probabilities = (weights / normalizer).permute(0, 3, 2, 1).to(query.dtype)
+        output = torch.matmul(output, values.constant_b)
     return output.unflatten(1, (query_length, num_heads)), probabilities
 
 
-def _sum_over_tokens(weights: torch.Tensor, features: torch.Tensor, blocks: int = 8) -> torch.Tensor:
-    """weights^T features: [batch, seq, n] and [batch, seq, d] to [batch, n, d]."""
-    if features.shape[0] > 1 or features.shape[1] < MIN_TOKENS_IN_BLOCKS or torch.compiler.is_compiling():
-        return torch.bmm(weights.transpose(1, 2), features)
-    # A long sum of a small matrix leaves cores idle: sum blocks of tokens side by side, then the blocks. Under
-    # torch.compile lengths below 8, below 16 and above would each take a graph.
-    whole = features.shape[1] // blocks * blocks
-    block_weights, block_features = (x[0, :whole].unflatten(0, (blocks, -1)) for x in (weights, features))
-    total = torch.bmm(block_weights.transpose(1, 2), block_features).sum(dim=0, keepdim=True)
-    return total.baddbmm_(weights[:, whole:].transpose(1, 2), features[:, whole:])
+def _converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # Of few tokens, an operator that does nothing takes as long as one that does something.
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _of_each_head(a: torch.Tensor | None, num_heads: int) -> torch.Tensor | None:
+    """A [..., R, h_kv] as [..., R, h]."""
+    groups = 1 if a is None else num_heads // a.shape[-1]
+    return a if groups == 1 else a.repeat_interleave(groups, dim=-1)
+
+
+def _ranks_first(a: torch.Tensor) -> torch.Tensor:
+    """A [batch, seq, R, h] as [R, batch, seq, 1, h]."""
+    return a.permute(2, 0, 1, 3).unsqueeze(3)
+
+
+def _weighted_scores(
+    b: torch.Tensor, query: torch.Tensor, a: torch.Tensor, products: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    The sum over ranks of A times B Q: B [batch, seq, R, d], Q [batch, d, query_length * h] and A [batch, seq, R, h] to
+    [batch, seq, query_length, h]; computed in `products` [R or more, batch, seq, query_length * h] if it is given.
+    """
+    rank, out = b.shape[2], None if products is None else products[: b.shape[2]]
+    if len(b) == 1:
+        out = torch.bmm(b[0].transpose(0, 1), query.expand(rank, -1, -1), out=None if out is None else out[:, 0])
+        out = out.unsqueeze(1)
+    else:
+        out = query.new_empty(rank, *b.shape[:2], query.shape[2]) if out is None else out
+        for r in range(rank):
+            out[r].baddbmm_(b.select(2, r), query, beta=0)
+    out = out.unflatten(3, (-1, a.shape[3])).mul_(_ranks_first(a))
+    scores, *others = out.unbind(0)
+    for other in others:
+        scores = scores.add_(other)
+    return scores
+
+
+def _weighted(weights: torch.Tensor, a: torch.Tensor, products: torch.Tensor | None) -> torch.Tensor:
+    """
+    Weights [batch, seq, query_length, h] times A [batch, seq, R, h]: [R, batch, seq, query_length * h]; in `products` if they are
+    given, of which the first may be the weights.
+    """
+    if products is None:
+        return (weights * _ranks_first(a)).to(a.dtype).flatten(3)
+    products = products[: a.shape[2]]
+    for r in reversed(range(len(products))):
+        torch.mul(weights, a.select(2, r).unsqueeze(2), out=products[r].view(weights.shape))
+    return products
+
+
+def _sums_over_tokens(weights: torch.Tensor, features: torch.Tensor, in_blocks: bool) -> torch.Tensor:
+    """
+    The sum over ranks of weights^T features, [R, batch, seq, n] and [batch, seq, R, d] to [batch, n, d]; `in_blocks` for one
+    sequence those of `BLOCKS` blocks of its tokens [BLOCKS, n, d].
+    """
+    rank, batch_size, length, _ = weights.shape
+    if batch_size == 1 and not in_blocks:
+        return torch.bmm(weights[:, 0].transpose(1, 2), features[0].transpose(0, 1)).sum(dim=0, keepdim=True)
+    total = weights.new_zeros(BLOCKS if in_blocks else batch_size, weights.shape[3], features.shape[3])
+    whole = length // BLOCKS * BLOCKS if in_blocks else 0
+    for r in range(rank):
+        rank_weights, rank_features = weights[r], features.select(2, r)
+        if whole:
+            blocks, block_features = (x[0, :whole].unflatten(0, (BLOCKS, -1)) for x in (rank_weights, rank_features))
+            total.baddbmm_(blocks.transpose(1, 2), block_features)
+        if whole < length:
+            rest = rank_weights[:, whole:].transpose(1, 2), rank_features[:, whole:]
+            total[:batch_size].baddbmm_(*rest)
+    return total

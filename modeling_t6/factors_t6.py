@@ -93,8 +93,7 @@ class T6KeyHeadRMSNorm(T6RMSNorm):
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
     """Rotates half the hidden dims of the input."""
-    x1 = x[..., : x.shape[-1] // 2]
-    x2 = x[..., x.shape[-1] // 2 :]
+    x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((-x2, x1), dim=-1)
 
 
@@ -191,6 +190,9 @@ class TensorProductFactors(FactorProjections):
         self.noncontextual_a, self.noncontextual_b = config.noncontextual_a, config.noncontextual_b
         self.shared_b, self.rotates_on_read = config.shared_b, config.rotates_on_read
         self.head_factor_act, self.qk_norm = config.head_factor_act, config.qk_norm
+        self.caches_what_forms_heads = not (  # A and B as they are multiplied, both in each row
+            config.noncontextual_a or config.noncontextual_b or config.shared_b or config.c_factor_dim
+        )
         self.q_rank = config.q_rank
         self.k_rank, self.v_rank = config.ranks(layer_idx)
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)

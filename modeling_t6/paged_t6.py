@@ -31,7 +31,7 @@ from transformers.utils import TransformersKwargs, logging
 from .cache_t6 import factor_layouts
 from .configuration_t6 import ConfigView
 from .engine_pages_t6 import EnginePages, PageGroup, join_halves
-from .factor_space_t6 import factor_space_attention
+from .factor_space_t6 import FactorChunks, factor_space_attention
 from .factors_t6 import Factors, form_heads, without_autocast
 from .flash_tpa_pages_t6 import Pieces, paged_flash_tpa, schedule_pieces
 from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, MAX_HEAD_DIM, is_supported, triton
@@ -492,10 +492,9 @@ def paged_attention_forward(
 
         group = query[queries]
         if group.shape[1] == 1:
+            chunks = FactorChunks.of(a_k, b_k, key_features), FactorChunks.of(a_v, b_v, module.features)
             with without_autocast(group.device):
-                output[queries], _ = factor_space_attention(
-                    group, (a_k, b_k), (a_v, b_v), mask, scaling, False, key_features, module.features
-                )
+                output[queries], _ = factor_space_attention(group, *chunks, mask, scaling)
             continue
         key = form_heads(a_k, key_features(b_k)).transpose(1, 2)
         value = form_heads(a_v, module.features(b_v)).transpose(1, 2)

@@ -56,6 +56,7 @@ def test_help_and_mistakes_are_answered_at_once():
         "serve",
         "shapes",
         "throughput",
+        "turns",
         "vllm_server",
     }
     assert {path.stem for path in files if str(path) not in commands} == others | {"training"}

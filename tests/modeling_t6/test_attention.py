@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_t6 import T6Cache, factor_space_t6
-from modeling_t6.factor_space_t6 import attend_in_factor_space, factor_space_attention
+from modeling_t6.cache_t6 import FactorLayout
+from modeling_t6.factor_space_t6 import attend_in_factor_space, chunks_of_rows, factor_space_attention
 
 from .common import random_ids, random_model, tiny_config
 
@@ -31,9 +32,11 @@ def naive(query, key_factors, value_factors, visible, bias=0.0, scaling=0.3):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("queries", [1, 2, 8])
 @pytest.mark.parametrize("keys", [8, 15, 33, 100])
-@pytest.mark.parametrize("chunk", [16, 8192])
-def test_causal(monkeypatch, batch, queries, keys, chunk):
+@pytest.mark.parametrize("chunk,long", [(16, 1000), (8192, 1000), (16, 15), (8192, 15)])
+def test_causal(monkeypatch, batch, queries, keys, chunk, long):
+    """In one chunk and in several; `long`: from so many tokens on as in long caches."""
     monkeypatch.setattr(factor_space_t6, "FACTOR_SPACE_CHUNK", chunk)
+    monkeypatch.setattr(factor_space_t6, "MIN_TOKENS_IN_BLOCKS", long)
     inputs = random_inputs(batch, queries, keys)
     visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     output, probabilities = factor_space_attention(*inputs, None, 0.3)
@@ -100,11 +103,35 @@ def test_probabilities(monkeypatch):
     torch.testing.assert_close(output, expected_output, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("long", [1000, 10])
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("k_rank,v_rank", [(1, 1), (2, 2), (4, 1), (1, 4)])
-def test_ranks(k_rank, v_rank):
-    inputs = random_inputs(2, 1, 21, k_rank=k_rank, v_rank=v_rank)
+def test_ranks(monkeypatch, k_rank, v_rank, batch, long):
+    monkeypatch.setattr(factor_space_t6, "MIN_TOKENS_IN_BLOCKS", long)
+    inputs = random_inputs(batch, 1, 21, k_rank=k_rank, v_rank=v_rank)
     expected, _ = naive(*inputs, torch.ones(1, 21, dtype=torch.bool))
     torch.testing.assert_close(factor_space_attention(*inputs, None, 0.3)[0], expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("all_at_once", [False, True])
+@pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch,long", [(1, 30), (2, 30), (2, 1000)])
+def test_rows_of_a_cache(monkeypatch, batch, long, stored, all_at_once):
+    """Padded and rotated rows, with more tokens behind them, are read as the factors that they were packed of."""
+    monkeypatch.setattr(factor_space_t6, "FACTOR_SPACE_CHUNK", 16)
+    monkeypatch.setattr(factor_space_t6, "MIN_TOKENS_IN_BLOCKS", long)
+    query, *factors = random_inputs(batch, 1, 45, heads=20, k_rank=3)
+    layouts = tuple(FactorLayout(a.shape[2], 20, 8) for a, _ in factors)
+    assert all(layout.rotates and layout.padded_heads > 20 for layout in layouts)
+    storage = [torch.full((batch, 1, 60, layout.width), torch.nan, dtype=stored) for layout in layouts]
+    rows = tuple(x[:, :, :45].copy_(layout.pack(*each)) for x, layout, each in zip(storage, layouts, factors))
+    chunks = chunks_of_rows(layouts, rows, torch.float64, all_at_once)
+    output, probabilities = factor_space_attention(query, *chunks, None, 0.3, output_attentions=all_at_once)
+    rounded = [tuple(x.to(stored).double() for x in each) for each in factors]
+    expected = naive(query, *rounded, torch.tensor(True))
+    torch.testing.assert_close(output, expected[0], atol=1e-12, rtol=1e-12)
+    if all_at_once:
+        torch.testing.assert_close(probabilities, expected[1], atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ WINDOW = 1024
 HEALED_PART = 0.05
 RUNS = [(method, ratio) for ratio in (4, 2, 8) for method in ("fit", "mean-pool")]
 CONTROL = ("fit", 1)  # the whole cache: what the loss on the text does to the source itself
+FINAL_RATE = 0.1  # of the highest
 TRIES = 3  # several processes on a GPU met faults of it in Muon's steps; a conversion goes on from its checkpoint
 
 
@@ -160,10 +161,11 @@ class Deadline(TrainerCallback):
 
     Args:
         end: of the training, as `time.time()` counts.
+        final: the part of the learning rate that the last step has.
     """
 
-    def __init__(self, end: float):
-        self.end, self.start = end, 0.0
+    def __init__(self, end: float, final: float = FINAL_RATE):
+        self.end, self.final, self.start = end, final, 0.0
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         if state.global_step in (10, 30) and torch.cuda.is_available():
@@ -177,19 +179,20 @@ class Deadline(TrainerCallback):
         if args.world_size > 1:
             torch.distributed.broadcast_object_list(steps)  # as the first process counts them
         state.max_steps = max(31, min(state.max_steps, steps[0]))
-        lr_scheduler.lr_lambdas = [schedule(state.max_steps)] * len(lr_scheduler.lr_lambdas)
+        lr_scheduler.lr_lambdas = [schedule(state.max_steps, self.final)] * len(lr_scheduler.lr_lambdas)
         if state.is_world_process_zero:
             print(f"{(now - self.start) / 20:.3f} s a step: {state.max_steps} steps", flush=True)
 
 
-def schedule(steps: int):
-    """Of the learning rate: a twentieth of the steps of warm-up, then half a cosine, down to a tenth."""
+def schedule(steps: int, final: float = FINAL_RATE):
+    """Of the learning rate: a twentieth of the steps of warm-up, then half a cosine, down to a part of it."""
     warmup = max(1, steps // 20)
 
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
-        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
 
     return factor
 

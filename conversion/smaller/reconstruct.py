@@ -16,15 +16,18 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from modeling_t6 import T6ForCausalLM
+from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.factors_t6 import apply_rotary_pos_emb
 from modeling_t6.modeling_t6 import T6Attention
 
 from .moments import attention_hooks
 from .questions import Questions
 from .stages import stage
+from .straight_through import as_read
 
 
 STEP = 0.02  # the longest, as a part of the root mean square of the weights that it changes
+ROUNDED = 0.25  # part of it for layers whose ranks are the source's: there is but rounding to learn
 MOMENTUM = 0.95
 ORTHOGONAL = (3.4445, -4.7750, 2.0315), 5  # coefficients and iterations of Muon's polynomial
 WINDOWS = 2  # of text in a step: many small steps are worth more than few large ones
@@ -56,15 +59,21 @@ class Weights(nn.Module):
 
 class Attentions(nn.Module):
     """
-    The attentions of some layers, with constant A, as one: of states [layers, batch, seq, hidden] it makes outputs of that
-    shape. Layers of a lower rank than others are filled up with zeros, which stay.
+    The attentions of some layers, made of `sources`, with constant A, as one: of states [layers, batch, seq, hidden] it makes outputs of that
+    shape. Layers of a lower rank than others are filled up with zeros, which stay. Keys and values are read as rows of the model's
+    `cache_dtype` hold them.
     """
 
-    def __init__(self, attentions: list[T6Attention], dtype: torch.dtype):
+    def __init__(self, attentions: list[T6Attention], sources: list[T6Attention], dtype: torch.dtype):
         super().__init__()
+        whole = [(new.k_rank, new.v_rank) == (old.k_rank, old.v_rank) for new, old in zip(attentions, sources)]
+        rates = torch.where(torch.tensor(whole), ROUNDED, 1.0)
+        self.register_buffer("rates", rates.to(attentions[0].k_a)[:, None, None], persistent=False)
         first = self.first = attentions[0]
-        self.ranks = [(attention.k_rank, attention.v_rank) for attention in attentions]
         self.head_dim, self.scaling = first.head_dim, first.scaling
+        self.cache_dtype = first.config.cache_dtype
+        ranks = [max(sides) for sides in zip(*((attention.k_rank, attention.v_rank) for attention in attentions))]
+        self.layouts = tuple(FactorLayout(rank, 0, self.head_dim) for rank in ranks)
         self.weights = nn.ModuleDict()
         for name, tensor in first.state_dict().items():
             all_tensors = [attention.state_dict()[name].to(dtype) for attention in attentions]
@@ -103,6 +112,11 @@ class Attentions(nn.Module):
         if hasattr(self, "q_norm_weight"):
             query, key = self._norm("q_norm", query), self._norm("k_norm", key)
         query, key = (apply_rotary_pos_emb(x, *rotation) for x in (query, key))
+        if self.cache_dtype is not None:
+            key, value = (
+                as_read(b.flatten(0, 1), self.layouts, index, self.cache_dtype).unflatten(0, states.shape[:2])
+                for index, b in enumerate((key, value))
+            )
         key, value = (torch.einsum("lrh,lbsrd->lbhsd", a, b) for a, b in ((self.k_a, key), (self.v_a, value)))
         query, key, value = (x.flatten(0, 1) for x in (query.transpose(2, 3), key, value))
         mask = None if mask is None else mask.expand(-1, states.shape[1], -1, -1, -1).flatten(0, 1)
@@ -141,10 +155,9 @@ class Steps:
     """Muon for matrices, AdamW for biases, in steps that are the same part of all weights."""
 
     def __init__(self, students: list[Attentions], count: int):
-        parameters = [parameter for student in students for parameter in student.parameters()]
-        self.matrices = [parameter for parameter in parameters if parameter.dim() == 3]
-        self.momenta = [torch.zeros_like(parameter) for parameter in self.matrices]
-        biases = [parameter for parameter in parameters if parameter.dim() == 2]
+        parameters = [(parameter, student.rates) for student in students for parameter in student.parameters()]
+        self.matrices = [(*pair, torch.zeros_like(pair[0])) for pair in parameters if pair[0].dim() == 3]
+        biases = [parameter for parameter, _ in parameters if parameter.dim() == 2]
         self.adam = torch.optim.AdamW(biases, betas=(0.9, 0.95), weight_decay=0.0) if biases else None
         self.done, self.count = 0, count
 
@@ -158,10 +171,10 @@ class Steps:
 
     @torch.no_grad()
     def step(self) -> None:
-        for parameter, momentum in zip(self.matrices, self.momenta):
+        for parameter, rates, momentum in self.matrices:
             momentum.lerp_(parameter.grad, 1 - MOMENTUM)
             update = orthogonal(parameter.grad.lerp(momentum, MOMENTUM))
-            parameter.sub_(update, alpha=self.size * max(parameter.shape[1:]) ** 0.5)
+            parameter.addcmul_(update, rates, value=-self.size * max(parameter.shape[1:]) ** 0.5)
             parameter.grad = None
         if self.adam is not None:
             self.adam.param_groups[0]["lr"] = self.size
@@ -229,7 +242,10 @@ def reconstruct(
     tokens = WINDOWS * ids.shape[1]
     count = max(1, TOGETHER // (tokens * 6 * model.config.hidden_size))
     groups = [range(start, min(start + count, len(attentions))) for start in range(0, len(attentions), count)]
-    students = [Attentions([attentions[layer] for layer in group], dtype) for group in groups]
+    whole = [layer.self_attn for layer in source.model.layers]
+    students = [
+        Attentions(attentions[group.start : group.stop], whole[group.start : group.stop], dtype) for group in groups
+    ]
 
     def visit(batch: torch.Tensor, weights: torch.Tensor, learn: bool) -> torch.Tensor:
         """The error of each layer; with `learn`, its gradients are in the weights afterwards."""

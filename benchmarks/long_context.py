@@ -420,7 +420,10 @@ def side_by_side(args: argparse.Namespace) -> None:
 
 def print_table(args: argparse.Namespace) -> None:
     found = {step: json.loads(result_of(args, step).read_text()) for step in STEPS if result_of(args, step).exists()}
-    rows = sorted((x["row"] for x in found.values() if "row" in x), key=lambda row: -row["cache_bytes_per_token"])
+    rows = [
+        x["row"] for x in found.values() if "row" in x and {s["length"] for s in x["row"]["scores"]} == {*args.lengths}
+    ]
+    rows.sort(key=lambda row: -row["cache_bytes_per_token"])
     save({"model": args.model.name, "rows": rows, "steps": found}, args.work / "results.json")
     if not rows:
         return

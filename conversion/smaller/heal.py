@@ -13,6 +13,7 @@ from modeling_t6 import T6ForCausalLM
 
 from ..files.errors import ConversionError
 from ..files.folders import last_checkpoint
+from .muon import Muon
 from .straight_through import rounded_rows
 
 
@@ -83,7 +84,7 @@ def join_optimizers(adamw: list[dict], muon: list[dict], fused: bool = False) ->
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.0, fused=fused))
     if muon:
-        optimizers.append(torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(muon))
     return optimizers[0] if len(optimizers) == 1 else Together(*optimizers)
 
 

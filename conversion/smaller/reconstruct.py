@@ -21,6 +21,7 @@ from modeling_t6.factors_t6 import apply_rotary_pos_emb
 from modeling_t6.modeling_t6 import T6Attention
 
 from .moments import attention_hooks
+from .muon import MOMENTUM, orthogonal
 from .questions import Questions
 from .stages import stage
 from .straight_through import as_read
@@ -28,8 +29,6 @@ from .straight_through import as_read
 
 STEP = 0.02  # the longest, as a part of the root mean square of the weights that it changes
 ROUNDED = 0.25  # part of it for layers whose ranks are the source's: there is but rounding to learn
-MOMENTUM = 0.95
-ORTHOGONAL = (3.4445, -4.7750, 2.0315), 5  # coefficients and iterations of Muon's polynomial
 WINDOWS = 2  # of text in a step: many small steps are worth more than few large ones
 LEAST = 1e-4  # error below which there is nothing to learn: bfloat16 leaves a tenth of it
 CHECKED = 10  # every tenth window is not learnt from, and says whether a layer is better than before
@@ -135,20 +134,6 @@ class Attentions(nn.Module):
         for name, parameter in attention.named_parameters():
             if (key := name.replace(".", "_")) in self.weights:
                 parameter.data.copy_(self.weights[key]()[index][: len(parameter)])
-
-
-@torch.no_grad()
-def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """About U V^T of matrices U S V^T [..., m, n], all at once (arXiv 2502.16982)."""
-    wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if wide else matrices.mT
-    x = x.bfloat16() if x.is_cuda else x
-    x = x / x.float().norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30).to(x.dtype)
-    (a, b, c), iterations = ORTHOGONAL
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.mT).to(matrices.dtype)
 
 
 class Steps:

@@ -30,6 +30,7 @@ from .straight_through import as_read
 STEP = 0.02  # the longest, as a part of the root mean square of the weights that it changes
 ROUNDED = 0.25  # part of it for layers whose ranks are the source's: there is but rounding to learn
 WINDOWS = 2  # of text in a step: many small steps are worth more than few large ones
+AHEAD = 4  # steps whose windows the source reads at once: a GPU is busy with two no longer than with eight
 LEAST = 1e-4  # error below which there is nothing to learn: bfloat16 leaves a tenth of it
 CHECKED = 10  # every tenth window is not learnt from, and says whether a layer is better than before
 TOGETHER = 2**29  # numbers in the states of the layers that learn side by side
@@ -232,8 +233,8 @@ def reconstruct(
         Attentions(attentions[group.start : group.stop], whole[group.start : group.stop], dtype) for group in groups
     ]
 
-    def visit(batch: torch.Tensor, weights: torch.Tensor, learn: bool) -> torch.Tensor:
-        """The error of each layer; with `learn`, its gradients are in the weights afterwards."""
+    def look(batch: torch.Tensor) -> list[tuple]:
+        """Of each group, what its attentions read, [layers, batch, seq, hidden], and make of it in the source, rotation and mask."""
         states, outputs, masks, rotations = [], [], [], []
 
         def hook(attention, args, kwargs, output) -> None:
@@ -244,14 +245,21 @@ def reconstruct(
 
         with torch.no_grad(), attention_hooks(source, hook), torch.autocast("cuda", low, enabled=on_gpu):
             source.model(batch, use_cache=False)
+        return [
+            (torch.stack(states[part]), torch.stack(outputs[part]), rotations[part.start], one_mask(masks[part]))
+            for part in (slice(group.start, group.stop) for group in groups)
+        ]
+
+    def visit(looked: list[tuple], weights: torch.Tensor, learn: bool, some: slice = slice(None)) -> torch.Tensor:
+        """The error of each layer for `some` windows; with `learn`, its gradients are in the weights afterwards."""
         found = []
-        for group, student in zip(groups, students):
-            part = slice(group.start, group.stop)
-            mask = one_mask(masks[part])
+        for (states, outputs, rotation, mask), student in zip(looked, students):
+            rotation = [x if len(x) == 1 else x[some] for x in rotation]
+            mask = mask if mask is None or mask.shape[1] == 1 else mask[:, some]
             with torch.set_grad_enabled(learn), torch.autocast(source.device.type, low, enabled=half or on_gpu):
-                new = student(torch.stack(states[part]), rotations[group.start], mask)
+                new = student(states[:, some], rotation, mask)
             with torch.set_grad_enabled(learn):
-                expected = torch.stack(outputs[part]).to(dtype)
+                expected = outputs[:, some].to(dtype)
                 power = (weights * expected.square().mean(-1)).sum((1, 2)).clamp(min=torch.finfo(dtype).tiny)
                 error = (weights * (new.to(dtype) - expected).square().mean(-1)).sum((1, 2)) / power
                 if learn:
@@ -268,17 +276,25 @@ def reconstruct(
 
     def errors() -> list[float]:
         total = sum(batch.numel() for batch, _ in checked)
-        return (sum(batch.numel() * visit(batch, weights, learn=False) for batch, weights in checked) / total).tolist()
+        found = (batch.numel() * visit(look(batch), weights, learn=False) for batch, weights in checked)
+        return (sum(found) / total).tolist()
 
     before = errors()
     optimizer = Steps(students, steps)
     generator = torch.Generator().manual_seed(seed)
     orders = [Shuffled(len(text), max(1, tokens // text.shape[1]), generator) for text, _ in learnt]
+    waiting: list[list[tuple]] = [[] for _ in learnt]
     with stage("reconstructing", quiet):
         for index in tqdm(range(steps), desc="reconstructing", unit="step", disable=quiet):
-            (text, weights), order = learnt[index % len(learnt)], orders[index % len(learnt)]
-            some = order.next()
-            visit(text[some], weights[some], learn=True)
+            kind = index % len(learnt)
+            if not waiting[kind]:
+                some = [orders[kind].next() for _ in range(AHEAD)]
+                places, (text, weights) = torch.cat(some).to(ids.device), learnt[kind]
+                looked, weights, end = look(text[places]), weights[places], 0
+                for one in some:
+                    start, end = end, end + len(one)
+                    waiting[kind].append((looked, weights[start:end], True, slice(start, end)))
+            visit(*waiting[kind].pop(0))
             optimizer.step()
     after = errors()
     with torch.no_grad():

@@ -16,7 +16,8 @@ Steps, and about how many minutes each takes by itself for SmolLM2-135M on an H2
     healed-R                                                        0.7, and --heal-minutes: new-R, healed
     old-2, rows16-2, fit-only-2, float8-4                           1.5: parts of the method left out
     mean-pool-3, mean-pool-8                                        0.7: one mean of all heads, rows of 16 and of 4 bits
-    svd-R, R of 2, 4, 8                                             0.5: projections of keys and of values of a lower rank
+    svd-R, pca-R, R of 2, 4, 8                                      0.5: projections of keys and of values of a lower rank, by their
+                                                                    singular values, and by what they make of the text
     window-R, R of 2, 4, 8                                          0.5: all heads of the most recent tokens alone
     heads, sensitivity                                              0.2, 4: which heads and layers find facts
 """
@@ -30,7 +31,7 @@ from options import describe
 RATIOS = (2, 3, 4, 8)
 STEPS = (
     "source", "new-4", "healed-4", "source in 4 bits", "exact in int4", "new-2", "healed-2", "source in 8 bits", "exact in float8",
-    "new-8", "healed-8", "source in 2 bits", "new-3", "healed-3", "mean-pool-3", "mean-pool-8", "svd-2", "svd-4", "svd-8",
+    "new-8", "healed-8", "source in 2 bits", "new-3", "healed-3", "mean-pool-3", "mean-pool-8", "svd-2", "svd-4", "svd-8", "pca-2", "pca-4", "pca-8",
     "window-2", "window-4", "window-8", "old-2", "heads", "float8-4", "rows16-2", "fit-only-2", "sensitivity",
 )  # fmt: skip
 
@@ -42,7 +43,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heal-text", type=Path, nargs="*", default=[], help="files, for healing beside --text")
     parser.add_argument("--held-out", type=Path, required=True, help="for perplexity, and between facts")
     parser.add_argument("--work", type=Path, default=Path("runs/long_context"))
-    parser.add_argument("--steps", nargs="*", choices=STEPS, action="append", metavar="STEP", help="(all, one by one)")
+    parser.add_argument(
+        "--steps", nargs="*", action="append", metavar="STEP", help="(all, one by one; none: the table)"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 3000])
     parser.add_argument("--samples", type=int, default=24, help="of the needle; of other tasks a sixth")
     parser.add_argument("--windows", type=int, default=64, help="of 1024 tokens, for perplexity")
@@ -56,7 +59,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--minutes", type=float, default=7.5, help="after which no step begins")
     parser.add_argument("--device", help="(cuda if there is one, else cpu)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for step in sum(args.steps or [], []):
+        if step not in STEPS:
+            parser.error(f"--steps {step}: expected some of {', '.join(STEPS)}")
+    return args
 
 
 if __name__ == "__main__":
@@ -158,10 +165,13 @@ class Study:
         self.took("preparing", start)
 
     def took(self, name: str, start: float) -> None:
+        memory = ""
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
+            self.found["peak_bytes"] = torch.cuda.max_memory_allocated()
+            memory = f", at most {self.found['peak_bytes'] / 2**30:.1f} GiB"
         self.found["seconds"][name] = time.time() - start
-        print(f"== {name}: {time.time() - start:.1f} s, {time.time() - self.start:.0f} s in all", flush=True)
+        print(f"== {name}: {time.time() - start:.1f} s, {time.time() - self.start:.0f} s in all{memory}", flush=True)
 
     def t6(self, folder: Path | None = None) -> T6ForCausalLM:
         model = T6ForCausalLM.from_pretrained(folder or self.exact, dtype=torch.float32)
@@ -240,18 +250,30 @@ class Study:
 
 
 @torch.no_grad()
-def of_low_rank(model: PreTrainedModel, ratio: float) -> tuple[PreTrainedModel, float]:
+def of_low_rank(model: PreTrainedModel, ratio: float, ids: torch.Tensor | None) -> tuple[PreTrainedModel, float]:
     """
-    A copy of a Llama whose projections to keys and to values have a rank `ratio` times below their outputs, by their singular
-    values, and the bytes in 16 bits of what would be cached of each token.
+    A copy of a Llama whose projections to keys, before RoPE, and to values have a rank `ratio` times below their outputs, and the
+    bytes in 16 bits of what would be cached of each token. They lose what has the smallest singular values or, with `ids`
+    [n, seq], the least power in keys and values of that text.
     """
-    model, size = copy.deepcopy(model), 0
-    for layer in model.model.layers:
-        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
-            rank = int(projection.out_features / ratio)
-            u, s, v = torch.linalg.svd(projection.weight.double(), full_matrices=False)
-            projection.weight.copy_((u[:, :rank] * s[:rank]) @ v[:rank])
-            size += 2 * rank
+    model, size, moments = copy.deepcopy(model), 0, {}
+    projections = [getattr(layer.self_attn, name) for layer in model.model.layers for name in ("k_proj", "v_proj")]
+
+    def hook(projection, args, output) -> None:
+        flat = output.flatten(0, 1).double()
+        moments[projection] = moments.get(projection, 0) + flat.mT @ flat
+
+    if ids is not None:
+        hooks = [projection.register_forward_hook(hook) for projection in projections]
+        for batch in ids.split(8):
+            model.model(batch, use_cache=False)
+        for handle in hooks:
+            handle.remove()
+    for projection in projections:
+        rank, weight = int(projection.out_features / ratio), projection.weight.double()
+        u = torch.linalg.svd(weight if ids is None else moments[projection])[0][:, :rank]
+        projection.weight.copy_(u @ (u.mT @ weight))
+        size += 2 * rank
     return model, size
 
 
@@ -385,8 +407,8 @@ def run(study: Study, step: str) -> None:
     elif method == "mean-pool":
         rows = {"3": (None,), "8": ("int4",)}[ratio]
         smaller(method="mean-pool", k_ranks=[1], v_ranks=[1], cache_dtypes=rows, steps=0)
-    elif method == "svd":
-        model, size = of_low_rank(study.source, float(ratio))
+    elif method in ("svd", "pca"):
+        model, size = of_low_rank(study.source, float(ratio), study.calibration if method == "pca" else None)
         study.measure(model, "model", step, size)
     elif method == "window":
         windowed(study, step, float(ratio))
@@ -440,13 +462,15 @@ def print_table(args: argparse.Namespace) -> None:
 
 def main() -> None:
     start, args = time.time(), parse_args()
-    prepare(args)
-    result_of(args, "").parent.mkdir(exist_ok=True)
+    result_of(args, "").parent.mkdir(parents=True, exist_ok=True)
+    lists = args.steps or [list(STEPS)]
+    if any(not result_of(args, step).exists() for steps in lists for step in steps):
+        prepare(args)
     if args.steps is not None and len(args.steps) > 1:
         side_by_side(args)
         print_table(args)
         return
-    waiting = [step for step in (args.steps[0] if args.steps else STEPS) if not result_of(args, step).exists()]
+    waiting = [step for step in lists[0] if not result_of(args, step).exists()]
     study = Study(args, start) if waiting else None
     for step in waiting:
         if time.time() - start > 60 * args.minutes:

@@ -20,8 +20,10 @@ GROUP = 32  # features of rows of 4 bits that are rounded in steps of one size
 
 def ranges(x: torch.Tensor) -> torch.Tensor:
     """Of each number of x [..., n], the greatest less the least of its `GROUP` neighbours, [..., n]."""
-    groups = x.split(GROUP, dim=-1)
-    return torch.cat([torch.sub(*group.aminmax(dim=-1, keepdim=True)[::-1]).expand_as(group) for group in groups], -1)
+    sizes = [
+        (group.amax(-1, keepdim=True) - group.amin(-1, keepdim=True)).expand_as(group) for group in x.split(GROUP, -1)
+    ]
+    return torch.cat(sizes, -1)
 
 
 def as_read(b: torch.Tensor, layouts: tuple[FactorLayout, FactorLayout], index: int, cache_dtype: str) -> torch.Tensor:

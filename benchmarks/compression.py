@@ -6,7 +6,18 @@ What a smaller cache costs: a Llama trained from scratch, converted to smaller c
     python benchmarks/compression.py convert WORK                            every method and size, side by side on the GPUs
     python benchmarks/compression.py report WORK [--output DIR]              table, JSON and picture
 
-Each conversion is a call of `python -m conversion hf`, healed on at most a twentieth of the tokens of the training.
+Each conversion is a call of `python -m conversion hf`, healed on at most a twentieth of the tokens of the training. A run is called
+METHOD-RATIO: `fit-4` may have rows of 16, 8 or 4 bits, `rows16-4` and `rows8-8` have those.
+
+A model that finds what it has read needs texts that ask for it: `prepare --retrieval-windows`, and parts of the training for these
+and for repeated text. About 66M parameters, 400M tokens, in sittings of some minutes, each the same command; one H200 trains on
+about 0.7M tokens a second:
+
+    python benchmarks/compression.py prepare WORK --sources DIR --retrieval-windows 40000 --passes 2
+    python benchmarks/compression.py train WORK --hidden-size 768 --layers 9 --heads 12 --learning-rate 1e-3 --steps 6100 \\
+        --retrieval-part 0.25 --repeated-part 0.15 --sitting-minutes 8
+    python benchmarks/compression.py convert WORK --processes 4 --runs rows16-4 rows8-8 mean-pool-4 --options --heal-optimizer muon \\
+        --heal-learning-rate 4e-4 --retrieval-samples 24
 """
 
 import argparse
@@ -31,6 +42,9 @@ def parse_args() -> argparse.Namespace:
             command.add_argument("--vocab-size", type=int, default=4096)
             command.add_argument("--passes", type=float, default=3, help="over the text that `train` will make")
             command.add_argument("--held-out-characters", type=int, default=2_000_000)
+            command.add_argument(
+                "--retrieval-windows", type=int, default=0, help="of tasks that ask for what was read"
+            )
         if name == "train":
             command.add_argument("--hidden-size", type=int, default=512)
             command.add_argument("--layers", type=int, default=8)
@@ -39,6 +53,11 @@ def parse_args() -> argparse.Namespace:
             command.add_argument("--max-minutes", type=float, help="fewer steps if these do not fit")
             command.add_argument("--batch-size", type=int, default=64, help="windows of 1024 tokens a device")
             command.add_argument("--learning-rate", type=float, default=1e-3)
+            command.add_argument("--retrieval-part", type=float, default=0.0, help="of the windows, of those that ask")
+            command.add_argument("--repeated-part", type=float, default=0.0, help="of the windows, of repeated text")
+            command.add_argument(
+                "--sitting-minutes", type=float, help="a checkpoint then, from which the same command goes on"
+            )
         if name == "convert":
             command.add_argument("--runs", nargs="+", type=run_name, metavar="METHOD-RATIO")
             command.add_argument("--processes", type=int, default=1, help="at a time on each GPU")
@@ -64,6 +83,7 @@ if __name__ == "__main__":
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -71,6 +91,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -86,13 +107,59 @@ from transformers import (
     TrainingArguments,
 )
 
+from conversion.evaluate.tasks import TASKS, make_samples
+from conversion.files.folders import last_checkpoint
+from conversion.smaller.languages import Sentences
+from conversion.smaller.questions import make_questions
+
 
 SUFFIXES = (".py", ".pyi", ".txt", ".md", ".rst")
 WINDOW = 1024
+REPEATED = (32, 512)  # tokens of text that is repeated
+SAMPLE_LENGTHS = (300, 400, 500, 1000)  # of tasks in training
+PORTION, FILLER = 500, 4_000_000  # windows that a process makes at a time, characters of the text between facts
+STOPPED = 75  # exit code of a training that has more to do: EX_TEMPFAIL of sysexits.h
 HEALED_PART = 0.05
+ROWS = {"fit": [], "rows16": ["--cache-dtype", "model"], "rows8": ["--cache-dtype", "float8_e4m3fn"]}
 RUNS = [(method, ratio) for ratio in (4, 2, 8) for method in ("fit", "mean-pool")]
 CONTROL = ("fit", 1)  # the whole cache: what the loss on the text does to the source itself
+FINAL_RATE = 0.1  # of the highest
 TRIES = 3  # several processes on a GPU met faults of it in Muon's steps; a conversion goes on from its checkpoint
+
+
+def retrieval_windows(tokenizer: Path, text: str, count: int, seed: int) -> np.ndarray:
+    """
+    Windows [count, WINDOW] of token ids: every other one of questions for made-up facts, the rest of tasks of the evaluation, in
+    short texts one after the other. Values are random: what is asked later was not seen.
+    """
+    language = Sentences(PreTrainedTokenizerFast.from_pretrained(tokenizer), text)
+    generator, windows = random.Random(seed), []
+    for index in range(count):
+        if index % 2:
+            windows.append(make_questions(language, WINDOW, 1, seed * count + index).ids[0].tolist())
+            continue
+        ids: list[int] = []
+        while len(ids) < WINDOW:
+            task, length = generator.choice(sorted(TASKS)), generator.choice(SAMPLE_LENGTHS)
+            (sample,) = make_samples(language, task, length, 1, generator.randrange(2**40))
+            ids += sample.prompt + sample.answer + [0]
+        windows.append(ids[:WINDOW])
+    return np.array(windows, dtype=np.uint16)
+
+
+def prepare_retrieval(args: argparse.Namespace, text: str) -> None:
+    """In processes of their own: tokenising many short texts takes one of them minutes."""
+    count = max(1, args.retrieval_windows // PORTION)
+    threads = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(count, len(os.sched_getaffinity(0))), context) as pool:
+        parts = [pool.submit(retrieval_windows, args.work / "tokenizer", text, PORTION, seed) for seed in range(count)]
+        with open(args.work / "retrieval.bin", "wb") as file:
+            for part in tqdm(parts, desc="retrieval", unit="portion"):
+                file.write(part.result().tobytes())
+    if threads is None:
+        del os.environ["TOKENIZERS_PARALLELISM"]
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -128,6 +195,8 @@ def prepare(args: argparse.Namespace) -> None:
         for start in tqdm(range(0, len(training), 1000), desc="tokens", unit="thousand files"):
             for encoding in tokenizer.encode_batch(training[start : start + 1000]):
                 file.write(np.array([0, *encoding.ids], dtype=np.uint16).tobytes())
+    if args.retrieval_windows:
+        prepare_retrieval(args, "\n".join(training)[:FILLER])
     count = (args.work / "train.bin").stat().st_size // 2
     size = sum(map(len, training))
     healing = training[: max(1, int(1.2 * HEALED_PART * args.passes * len(training)))]
@@ -139,18 +208,47 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 class SampledWindows(Dataset):
-    """Windows at random places of the tokens; which, the index says."""
+    """
+    Windows at random places of the tokens in a folder of `prepare`; which, the index says.
 
-    def __init__(self, path: Path, count: int):
-        self.tokens, self.count = np.memmap(path, dtype=np.uint16, mode="r"), count
+    Args:
+        retrieval: the part of the windows that are of those that ask for what was read.
+        repeated: the part of the windows of a short text said again and again.
+    """
+
+    def __init__(self, work: Path, count: int, retrieval: float = 0.0, repeated: float = 0.0):
+        self.tokens, self.count = np.memmap(work / "train.bin", dtype=np.uint16, mode="r"), count
+        self.parts = retrieval, repeated
+        self.asking = None
+        if retrieval:
+            self.asking = np.memmap(work / "retrieval.bin", dtype=np.uint16, mode="r").reshape(-1, WINDOW)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        start = random.Random(index).randrange(len(self.tokens) - WINDOW)
-        ids = torch.from_numpy(self.tokens[start : start + WINDOW].astype(np.int64))
+        generator, (retrieval, repeated) = random.Random(index), self.parts
+        kind = generator.random()
+        if kind < retrieval:
+            ids = self.asking[generator.randrange(len(self.asking))]
+        else:
+            start = generator.randrange(len(self.tokens) - WINDOW)
+            ids = self.tokens[start : start + WINDOW]
+            if kind < retrieval + repeated:
+                ids = np.resize(ids[: generator.randint(*REPEATED)], WINDOW)
+        ids = torch.from_numpy(ids.astype(np.int64))
         return {"input_ids": ids, "labels": ids}
+
+
+class Sitting(TrainerCallback):
+    """Ends a training with a checkpoint when its time is over."""
+
+    def __init__(self, end: float):
+        self.end = end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.time() > self.end and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
 
 
 class Deadline(TrainerCallback):
@@ -160,10 +258,11 @@ class Deadline(TrainerCallback):
 
     Args:
         end: of the training, as `time.time()` counts.
+        final: the part of the learning rate that the last step has.
     """
 
-    def __init__(self, end: float):
-        self.end, self.start = end, 0.0
+    def __init__(self, end: float, final: float = FINAL_RATE):
+        self.end, self.final, self.start = end, final, 0.0
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         if state.global_step in (10, 30) and torch.cuda.is_available():
@@ -177,19 +276,20 @@ class Deadline(TrainerCallback):
         if args.world_size > 1:
             torch.distributed.broadcast_object_list(steps)  # as the first process counts them
         state.max_steps = max(31, min(state.max_steps, steps[0]))
-        lr_scheduler.lr_lambdas = [schedule(state.max_steps)] * len(lr_scheduler.lr_lambdas)
+        lr_scheduler.lr_lambdas = [schedule(state.max_steps, self.final)] * len(lr_scheduler.lr_lambdas)
         if state.is_world_process_zero:
             print(f"{(now - self.start) / 20:.3f} s a step: {state.max_steps} steps", flush=True)
 
 
-def schedule(steps: int):
-    """Of the learning rate: a twentieth of the steps of warm-up, then half a cosine, down to a tenth."""
+def schedule(steps: int, final: float = FINAL_RATE):
+    """Of the learning rate: a twentieth of the steps of warm-up, then half a cosine, down to a part of it."""
     warmup = max(1, steps // 20)
 
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
-        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
 
     return factor
 
@@ -222,13 +322,20 @@ def train(args: argparse.Namespace) -> None:
         tf32=on_gpu or None, use_cpu=not on_gpu, ddp_find_unused_parameters=False,
     )  # fmt: skip
     world = training.world_size
-    data = SampledWindows(args.work / "train.bin", args.steps * args.batch_size * world)
+    count = args.steps * args.batch_size * world
+    data = SampledWindows(args.work, count, args.retrieval_part, args.repeated_part)
     trainer = ScheduledTrainer(model=model, args=training, train_dataset=data)
     start = time.time()
     if args.max_minutes is not None:
         trainer.add_callback(Deadline(start + 60 * args.max_minutes))
-    trainer.train()
+    if args.sitting_minutes is not None:
+        trainer.add_callback(Sitting(start + 60 * args.sitting_minutes))
+    checkpoint = last_checkpoint(args.work / "trainer") if args.sitting_minutes is not None else None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     steps = trainer.state.global_step
+    if args.sitting_minutes is not None and steps < args.steps:
+        print(f"{steps} of {args.steps} steps: the same command goes on from there", flush=True)
+        sys.exit(STOPPED)
     if trainer.is_world_process_zero():
         seconds = time.time() - start
         tokens = steps * args.batch_size * world * WINDOW
@@ -260,14 +367,14 @@ def convert(args: argparse.Namespace) -> None:
         while waiting and free:
             method, ratio = waiting.pop(0)
             rank = max(1, round(config["num_key_value_heads"] / ratio))
-            ranks = (
-                ["--cache-ratio", str(ratio)] if method == "fit" else ["--k-rank", str(rank), "--v-rank", str(rank)]
-            )
+            ranks = ["--k-rank", str(rank), "--v-rank", str(rank), "--method", method]
+            if method in ROWS:
+                ranks = ["--cache-ratio", str(ratio), *ROWS[method]]
             place, target = free.pop(0), args.work / f"{method}-{ratio}"
             command = [
                 sys.executable, "-m", "conversion", "hf", str(args.work / "llama"), str(target),
                 *["--overwrite"] * target.exists(),  # which begins anew: a run that failed goes on without
-                "--method", method, *ranks, "--calibration", str(args.work / "heal.txt"),
+                *ranks, "--calibration", str(args.work / "heal.txt"),
                 "--held-out", str(args.work / "held_out.txt"), "--heal", str(args.work / "heal.txt"),
                 "--heal-tokens", str(tokens), "--heal-steps", str(steps), "--batch-size", str(args.heal_windows),
                 "--heal-cross-entropy", str(args.cross_entropy), *args.options,
@@ -302,7 +409,8 @@ def stage_times(log: Path) -> str:
 def report(args: argparse.Namespace) -> None:
     facts = json.loads((args.work / "training.json").read_text())
     results = {}
-    for method, ratio in [*RUNS, CONTROL]:
+    names = sorted({*RUNS, *((method, ratio) for method in ROWS for ratio in (2, 4, 8))})
+    for method, ratio in [*names, CONTROL]:
         path = args.work / f"{method}-{ratio}" / "conversion.json"
         if path.exists():
             results[f"{method}-{ratio}"] = json.loads(path.read_text())
@@ -318,7 +426,8 @@ def report(args: argparse.Namespace) -> None:
         return 100 * (perplexity / base - 1)
 
     print(json.dumps(facts))
-    print(f"{'':<14}{'bytes per token':>16}{'compressed':>22}{'healed':>22}")
+    found = {name: [row["found"] for row in result.get("retrieval", ())] for name, result in results.items()}
+    print(f"{'':<14}{'bytes per token':>16}{'compressed':>22}{'healed':>22}{'found, of the source':>30}")
     print(f"{'source':<14}{source['cache_bytes_per_token']:>16,.0f}{base:>13.4f}")
     sizes = sorted({row["compressed"]["cache_bytes_per_token"] for row in rows.values()})
     control = rows.pop("{}-{}".format(*CONTROL), {}).get("healed")
@@ -330,7 +439,8 @@ def report(args: argparse.Namespace) -> None:
             f"{row[stage]['perplexity']:>13.4f} {above(row[stage]['perplexity']):>+7.2f}%"
             for stage in ("compressed", "healed")
         )
-        print(f"{name:<14}{row['compressed']['cache_bytes_per_token']:>16,.0f}{columns}")
+        parts = f"{found[name][1]:>22.1%} of {found[name][0]:.1%}" if found[name] else ""
+        print(f"{name:<14}{row['compressed']['cache_bytes_per_token']:>16,.0f}{columns}{parts}")
     args.output.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"training": facts, "conversions": results}, indent=2)
     (args.output / "compression.json").write_text(content + "\n", encoding="utf-8")

@@ -1,11 +1,25 @@
 """
 What a smaller cache leaves of long contexts, on a real model: which heads look facts up, what each layer's keys are worth to
-them, and the retrieval and perplexity of smaller caches beside the source's own in 16, 8 and 4 bits.
+them, and the retrieval and perplexity of smaller caches beside the source's own in 16, 8, 4 and 2 bits and beside plainer ways.
 
     python benchmarks/long_context.py MODEL --text CALIBRATION --held-out TEXT --work runs/long_context
 
-MODEL is a GGUF file or a folder. The figures go into WORK/results.json after every step: where `--minutes` end the run, those
-that are missing are the last. A second run goes on with the models that WORK holds.
+MODEL is a GGUF file or a folder. Each step leaves WORK/results/STEP.json, and is not done again while that is there; where `--minutes`
+end the run, those that are missing are the last. Steps of several `--steps` run side by side, each list in a process of its own
+that writes WORK/LIST.log: much of what a step does leaves a GPU waiting. The table is of all results in WORK.
+
+Steps, and about how many minutes each takes by itself for SmolLM2-135M on an H200:
+
+    source, source in 8 bits, source in 4 bits, source in 2 bits    0.4 each, measuring alone
+    exact in float8, exact in int4                                  0.6 each, measuring alone
+    new-R, R of 2, 3, 4, 8                                          1.5: the method as it is, R times smaller than 16 bits
+    healed-R                                                        0.7, and --heal-minutes: new-R, healed
+    old-2, rows16-2, fit-only-2, float8-4                           1.5: parts of the method left out
+    mean-pool-3, mean-pool-8                                        0.7: one mean of all heads, rows of 16 and of 4 bits
+    svd-R, pca-R, R of 2, 4, 8                                      0.5: projections of keys and of values of a lower rank, by their
+                                                                    singular values, and by what they make of the text
+    window-R, R of 2, 4, 8                                          0.5: all heads of the most recent tokens alone
+    heads, sensitivity                                              0.2, 4: which heads and layers find facts
 """
 
 import argparse
@@ -14,9 +28,11 @@ from pathlib import Path
 from options import describe
 
 
+RATIOS = (2, 3, 4, 8)
 STEPS = (
-    "source", "new-4", "old-2", "new-2", "healed-4", "source in 4 bits", "exact in int4", "heads", "float8-4", "rows16-2",
-    "fit-only-2", "sensitivity", "new-8", "new-3", "exact in float8", "source in 8 bits",
+    "source", "new-4", "healed-4", "source in 4 bits", "exact in int4", "new-2", "healed-2", "source in 8 bits", "exact in float8",
+    "new-8", "healed-8", "source in 2 bits", "new-3", "healed-3", "mean-pool-3", "mean-pool-8", "svd-2", "svd-4", "svd-8", "pca-2", "pca-4", "pca-8",
+    "window-2", "window-4", "window-8", "old-2", "heads", "float8-4", "rows16-2", "fit-only-2", "sensitivity",
 )  # fmt: skip
 
 
@@ -24,30 +40,45 @@ def parse_args() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("--text", type=Path, required=True, help="for calibration and healing")
+    parser.add_argument("--heal-text", type=Path, nargs="*", default=[], help="files, for healing beside --text")
     parser.add_argument("--held-out", type=Path, required=True, help="for perplexity, and between facts")
     parser.add_argument("--work", type=Path, default=Path("runs/long_context"))
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument(
+        "--steps", nargs="*", action="append", metavar="STEP", help="(all, one by one; none: the table)"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 3000])
     parser.add_argument("--samples", type=int, default=24, help="of the needle; of other tasks a sixth")
     parser.add_argument("--windows", type=int, default=64, help="of 1024 tokens, for perplexity")
     parser.add_argument("--calibration-tokens", type=int, default=131072)
     parser.add_argument("--reconstruct-steps", type=int, default=500)
-    parser.add_argument("--heal-steps", type=int, default=400)
+    parser.add_argument("--heal-minutes", type=float, default=2.0, help="as many steps as fit into them")
+    parser.add_argument("--heal-steps", type=int, help="so many, whatever time they take")
+    parser.add_argument("--heal-windows", type=int, default=4, help="in a step")
+    parser.add_argument("--heal-window", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--heal-learning-rate", type=float, default=3e-4)
     parser.add_argument("--batch-size", type=int, default=12)
-    parser.add_argument("--minutes", type=float, default=7.5)
+    parser.add_argument("--minutes", type=float, default=7.5, help="after which no step begins")
     parser.add_argument("--device", help="(cuda if there is one, else cpu)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for step in sum(args.steps or [], []):
+        if step not in STEPS:
+            parser.error(f"--steps {step}: expected some of {', '.join(STEPS)}")
+    return args
 
 
 if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
+import copy
+import json
+import math
 import shutil
 import subprocess
 import sys
 import time
 
 import torch
+from compression import Deadline
 from options import ROOT, save
 from transformers import PreTrainedModel
 
@@ -63,9 +94,11 @@ from conversion.smaller.fits import HeadFits
 from conversion.smaller.heal import heal
 from conversion.smaller.languages import Sentences
 from conversion.smaller.moments import attention_hooks, collect_moments
+from conversion.smaller.order import changes
 from conversion.smaller.probe import Probe
 from conversion.smaller.questions import make_questions
 from conversion.smaller.reconstruct import reconstruct
+from conversion.smaller.stages import fast_products
 from conversion.smaller.weights import compressed_attention
 from conversion.sources.gguf import GgufFile, is_gguf
 from modeling_t6 import T6ForCausalLM
@@ -73,21 +106,44 @@ from modeling_t6.factors_t6 import apply_rotary_pos_emb, form_heads
 
 
 POWER = 1e6  # of whole keys beside keys less their mean: the fit by power, as it was before
+HEALED_TOKENS = 20_000_000  # at most
+CACHE_DTYPES = (None, "float8_e4m3fn", "int4")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Makes WORK/source of a GGUF file, and WORK/exact."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    source, exact = source_of(args), args.work / "exact"
+    if not source.exists():
+        file = GgufFile(args.model)
+        unfinished = args.work / "source.unfinished"
+        file.write_config(unfinished)
+        file.write_weights(unfinished, 2**40)
+        file.write_tokenizer(args.work / "tokenizer")
+        for path in (args.work / "tokenizer").iterdir():
+            path.replace(unfinished / path.name)
+        unfinished.replace(source)
+    if not exact.exists():
+        words = ["hf", str(source.resolve()), str(exact.resolve()), "--no-verify", "--dtype", "bfloat16"]
+        subprocess.run([sys.executable, "-m", "conversion", *words], check=True, cwd=ROOT)
+
+
+def source_of(args: argparse.Namespace) -> Path:
+    return args.work / "source" if is_gguf(args.model) else args.model
+
+
+def result_of(args: argparse.Namespace, step: str) -> Path:
+    return args.work / "results" / f"{step}.json"
 
 
 class Study:
-    """The models and texts that all steps share, and what they have found so far."""
+    """The models and texts that all steps share, and what one step has found so far."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.start = args, time.time()
+    def __init__(self, args: argparse.Namespace, start: float):
+        self.args, self.start = args, start
         self.device = find_device(args.device)
-        args.work.mkdir(parents=True, exist_ok=True)
-        self.results = {"model": args.model.name, "rows": [], "seconds": {}}
-        self.source = self.make_source().resolve()
-        self.exact = args.work.resolve() / "exact"
-        if not self.exact.exists():
-            words = ["hf", str(self.source), str(self.exact), "--no-verify", "--dtype", "bfloat16"]
-            subprocess.run([sys.executable, "-m", "conversion", *words], check=True, cwd=ROOT)
+        self.found: dict = {"seconds": {}}
+        self.exact = args.work / "exact"
         tokenizer = load_tokenizer(self.exact)
         self.language = Sentences(tokenizer, args.held_out.read_text(encoding="utf-8"))
         count = {task: args.samples if task == "needle" else max(1, args.samples // 6) for task in TASKS}
@@ -99,74 +155,148 @@ class Study:
         held_out = texts.windows(tokenizer, args.held_out.read_text(encoding="utf-8"), 1024, "held-out")
         self.windows = held_out[torch.linspace(0, len(held_out) - 1, min(len(held_out), args.windows)).long()]
         calibration = args.text.read_text(encoding="utf-8")
-        self.text = texts.windows(tokenizer, calibration, 1024, "calibration")
-        some = torch.linspace(0, len(self.text) - 1, max(1, args.calibration_tokens // 1024)).long()
-        self.calibration = self.text[some].to(self.device)
+        text = texts.windows(tokenizer, calibration, 1024, "calibration")
+        some = torch.linspace(0, len(text) - 1, max(1, args.calibration_tokens // 1024)).long()
+        self.calibration = text[some].to(self.device)
         self.calibration_language = Sentences(tokenizer, calibration)
         count = max(2, args.calibration_tokens // 4 // 2048)
         self.questions = make_questions(self.calibration_language, 2048, count).to(self.device)
-        self.took("preparing", self.start)
-
-    def make_source(self) -> Path:
-        if not is_gguf(self.args.model):
-            return self.args.model
-        folder = self.args.work / "source"
-        if not folder.exists():
-            file = GgufFile(self.args.model)
-            unfinished = self.args.work / "source.unfinished"
-            file.write_config(unfinished)
-            file.write_weights(unfinished, 2**40)
-            file.write_tokenizer(self.args.work / "tokenizer")
-            for path in (self.args.work / "tokenizer").iterdir():
-                path.replace(unfinished / path.name)
-            unfinished.replace(folder)
-        return folder
+        self.source, _ = evaluation.load_model(source_of(args), torch.float32, self.device)
+        self.took("preparing", start)
 
     def took(self, name: str, start: float) -> None:
+        memory = ""
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
-        self.results["seconds"][name] = time.time() - start
-        print(f"== {name}: {time.time() - start:.1f} s, {time.time() - self.start:.0f} s in all", flush=True)
-        save(self.results, self.args.work / "results.json")
+            self.found["peak_bytes"] = torch.cuda.max_memory_allocated()
+            memory = f", at most {self.found['peak_bytes'] / 2**30:.1f} GiB"
+        self.found["seconds"][name] = time.time() - start
+        print(f"== {name}: {time.time() - start:.1f} s, {time.time() - self.start:.0f} s in all{memory}", flush=True)
 
     def t6(self, folder: Path | None = None) -> T6ForCausalLM:
         model = T6ForCausalLM.from_pretrained(folder or self.exact, dtype=torch.float32)
         return model.eval().to(self.device).requires_grad_(False)
 
-    def measure(self, model: PreTrainedModel, kind: str, name: str, source: PreTrainedModel) -> None:
-        """A row of the table, its bytes those of a model in 16 bits."""
-        start = time.time()
-        row = evaluation.score_all(model, kind, name, self.language, self.samples, self.args.batch_size)
-        row["cache_bytes_per_token"] = evaluation.bytes_per_token(model, kind, torch.bfloat16)
-        row |= evaluation.measure_windows(model, kind, name, self.windows, self.args.batch_size, source)
-        self.results["rows"].append(row)
-        for length in self.args.lengths:
-            needle = next(s for s in row["scores"] if s["task"] == "needle" and s["length"] == length)
-            print(f"{name}: {needle['exact'] * needle['count']:.0f} of {needle['count']} needles at {length} tokens")
-        print(report.table(self.results["rows"]), flush=True)
+    def measure(self, model: PreTrainedModel, kind: str, name: str, size: float | None = None) -> None:
+        """A row of the table, its bytes those of a model in 16 bits, or `size`."""
+        start, batch_size = time.time(), self.args.batch_size
+        row = evaluation.score_all(model, kind, name, self.language, self.samples, batch_size)
+        row["cache_bytes_per_token"] = size or evaluation.bytes_per_token(model, kind, torch.bfloat16)
+        row |= evaluation.measure_windows(model, kind, name, self.windows, batch_size, self.source)
+        self.add(row)
         self.took(f"measuring {name}", start)
 
-    def smaller(self, name: str, ratio: float, new: bool, steps: int, cache_dtypes: list[str | None]) -> T6ForCausalLM:
-        """A smaller cache by the method as it is, or without questions, rows of 8 bits and keys less their mean."""
-        start, model = time.time(), self.t6()
+    def add(self, row: dict) -> None:
+        self.found["row"] = row
+        for length in self.args.lengths:
+            needle = next(s for s in row["scores"] if s["task"] == "needle" and s["length"] == length)
+            found = needle["exact"] * needle["count"]
+            print(f"{row['model']}: {found:.0f} of {needle['count']} needles at {length} tokens")
+        print(report.table([row]), flush=True)
+
+    def smaller(
+        self,
+        name: str,
+        new: bool = True,
+        steps: int | None = None,
+        cache_dtypes: tuple[str | None, ...] = CACHE_DTYPES,
+        **options,
+    ) -> T6ForCausalLM:
+        """A smaller cache by the method as it is, or without questions and keys less their mean."""
+        start, model, steps = time.time(), self.t6(), self.args.reconstruct_steps if steps is None else steps
         old, moments.WHOLE_KEYS = moments.WHOLE_KEYS, moments.WHOLE_KEYS if new else POWER
         questions = self.questions if new else None
-        result = compress(
-            model, self.calibration, cache_ratio=ratio, questions=questions, cache_dtypes=cache_dtypes
-        )  # fmt: skip
-        moments.WHOLE_KEYS = old
-        if steps and (result.config.k_rank, result.config.v_rank) != (model.config.k_rank, model.config.v_rank):
-            errors = reconstruct(result, model, self.calibration, steps, questions=questions)
-            self.results[f"errors {name}"] = errors
-            print("errors of attentions: " + ", ".join(f"{old:.1%} to {new:.1%}" for old, new in errors))
+        with fast_products():
+            result = compress(model, self.calibration, questions=questions, cache_dtypes=cache_dtypes, **options)
+            moments.WHOLE_KEYS = old
+            self.took("compressing", start)
+            if steps and changes(result.config, model.config):
+                start = time.time()
+                errors = reconstruct(result, model, self.calibration, steps, questions=questions)
+                self.found["errors"] = errors
+                print("errors of attentions: " + ", ".join(f"{old:.1%} to {new:.1%}" for old, new in errors))
+                self.took("reconstructing", start)
         config = result.config
-        ranks = {"keys": config.k_rank, "values": config.v_rank, "cache_dtype": config.cache_dtype}
-        self.results[f"ranks {name}"] = ranks
-        print(f"{name}: {ranks}")
+        self.found |= {"k_rank": config.k_rank, "v_rank": config.v_rank, "cache_dtype": config.cache_dtype}
+        print(f"{name}: keys {config.k_rank}, values {config.v_rank}, rows {config.cache_dtype}")
         result.bfloat16().save_pretrained(self.args.work / name)
-        shutil.rmtree(self.args.work / "checkpoints", ignore_errors=True)  # of what was healed before
-        self.took(f"compressing {name}", start)
+        shutil.rmtree(self.args.work / f"checkpoints-{name}", ignore_errors=True)  # of what was healed before
         return self.t6(self.args.work / name)
+
+    def healed(self, name: str) -> T6ForCausalLM:
+        """The model WORK/`name`, healed on text and questions."""
+        args, start = self.args, time.time()
+        length, tokens = args.heal_window, args.heal_windows * args.heal_window
+        steps = args.heal_steps or HEALED_TOKENS // tokens
+        count = steps * args.heal_windows
+        tokenizer = load_tokenizer(self.exact)
+        read = [path.read_text(encoding="utf-8") for path in (args.text, *args.heal_text)]
+        found = [texts.windows(tokenizer, text, length, "healing") for text in read]
+        found = [found[0], torch.cat(found[1:])] if len(found) > 1 else found  # as much of the first as of all others
+        each = math.ceil(count * 7 / 8 / len(found))
+        kept = [ids.repeat(math.ceil(each / len(ids)), 1)[:each] for ids in found]
+        kept.append(make_questions(self.calibration_language, length, max(1, min(count // 8, 1024)), seed=1).ids)
+        ids = torch.cat(kept)
+        model = self.t6(args.work / name).requires_grad_(True)
+        deadline = Deadline(time.time() + 60 * args.heal_minutes, final=0.0)
+        done = heal(
+            model, self.source, ids, args.work / f"checkpoints-{name}", steps, args.heal_windows, 1, "muon",
+            args.heal_learning_rate, 0.0, 0, self.device, [] if args.heal_steps else [deadline],
+        )  # fmt: skip
+        self.found |= {"steps": done, "tokens": done * tokens}
+        print(f"healed {name}: {done} steps, {done * tokens:,} tokens", flush=True)
+        self.took("healing", start)
+        return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def of_low_rank(model: PreTrainedModel, ratio: float, ids: torch.Tensor | None) -> tuple[PreTrainedModel, float]:
+    """
+    A copy of a Llama whose projections to keys, before RoPE, and to values have a rank `ratio` times below their outputs, and the
+    bytes in 16 bits of what would be cached of each token. They lose what has the smallest singular values or, with `ids`
+    [n, seq], the least power in keys and values of that text.
+    """
+    model, size, moments = copy.deepcopy(model), 0, {}
+    projections = [getattr(layer.self_attn, name) for layer in model.model.layers for name in ("k_proj", "v_proj")]
+
+    def hook(projection, args, output) -> None:
+        flat = output.flatten(0, 1).double()
+        moments[projection] = moments.get(projection, 0) + flat.mT @ flat
+
+    if ids is not None:
+        hooks = [projection.register_forward_hook(hook) for projection in projections]
+        for batch in ids.split(8):
+            model.model(batch, use_cache=False)
+        for handle in hooks:
+            handle.remove()
+    for projection in projections:
+        rank, weight = int(projection.out_features / ratio), projection.weight.double()
+        u = torch.linalg.svd(weight if ids is None else moments[projection])[0][:, :rank]
+        projection.weight.copy_(u @ (u.mT @ weight))
+        size += 2 * rank
+    return model, size
+
+
+def windowed(study: Study, name: str, ratio: float) -> None:
+    """All heads of the last tokens alone, 1 / `ratio` of each length: of perplexity, those of 1024 tokens."""
+    args, start = study.args, time.time()
+
+    def model(length: int) -> T6ForCausalLM:
+        result = T6ForCausalLM.from_pretrained(study.exact, dtype=torch.float32, sliding_window=int(length / ratio))
+        return result.eval().to(study.device)
+
+    row: dict = {"scores": []}
+    for length in args.lengths:
+        some = {key: samples for key, samples in study.samples.items() if key[1] == length}
+        found = evaluation.score_all(model(length), "model", name, study.language, some, args.batch_size)
+        row["scores"] += found["scores"]
+    row |= {key: report.mean(row["scores"], key) for key in ("found", "exact", "log_probability")}
+    size = evaluation.bytes_per_token(study.t6(), "model", torch.bfloat16) / ratio
+    row |= {"model": name, "cache_bytes_per_token": size}
+    windows = study.windows.shape[1]
+    row |= evaluation.measure_windows(model(windows), "model", name, study.windows, args.batch_size, study.source)
+    study.add(row)
+    study.took(f"measuring {name}", start)
 
 
 @torch.no_grad()
@@ -245,65 +375,112 @@ def sensitivity(study: Study) -> list[dict]:
     return rows
 
 
-def healed(study: Study, source: PreTrainedModel, folder: Path) -> T6ForCausalLM:
-    """The model in `folder`, healed on the calibration text and questions, windows of 1024 tokens."""
-    args, start = study.args, time.time()
-    wanted = 8 * args.heal_steps
-    text = study.text.repeat(1 + wanted // len(study.text), 1)[: wanted * 7 // 8]
-    ids = torch.cat([text, make_questions(study.calibration_language, 1024, wanted - len(text), seed=1).ids])
-    model = study.t6(folder).requires_grad_(True)
-    heal(
-        model, source, ids, args.work / "checkpoints", args.heal_steps, 8, 1, "muon", 3e-4, 0.0, 0, study.device
-    )  # fmt: skip
-    study.took("healing", start)
-    return model.requires_grad_(False)
+def run(study: Study, step: str) -> None:
+    """Does one step."""
+    method, _, ratio = step.rpartition("-")
+
+    def smaller(**options) -> None:
+        study.measure(study.smaller(step, **options), "model", step)
+
+    if step == "heads":
+        heads(study)
+    elif step == "sensitivity":
+        study.found["sensitivity"] = sensitivity(study)
+    elif step.startswith("source"):
+        kind = step.removeprefix("source").removeprefix(" in ").removesuffix(" bits")
+        study.measure(study.source, kind or "model", step)
+    elif step.startswith("exact in "):
+        kind = {"float8": "float8_e4m3fn", "int4": "int4"}[step.removeprefix("exact in ")]
+        study.measure(study.t6(), kind, step)
+    elif method == "healed":
+        study.measure(study.healed(f"new-{ratio}"), "model", step)
+    elif method == "new":
+        smaller(cache_ratio=float(ratio))
+    elif method == "old":
+        smaller(cache_ratio=float(ratio), new=False, cache_dtypes=(None,))
+    elif method == "rows16":
+        smaller(cache_ratio=float(ratio), cache_dtypes=(None,))
+    elif method == "float8":
+        smaller(cache_ratio=float(ratio), cache_dtypes=("float8_e4m3fn",))
+    elif method == "fit-only":
+        smaller(cache_ratio=float(ratio), cache_dtypes=(None,), steps=0)
+    elif method == "mean-pool":
+        rows = {"3": (None,), "8": ("int4",)}[ratio]
+        smaller(method="mean-pool", k_ranks=[1], v_ranks=[1], cache_dtypes=rows, steps=0)
+    elif method in ("svd", "pca"):
+        model, size = of_low_rank(study.source, float(ratio), study.calibration if method == "pca" else None)
+        study.measure(model, "model", step, size)
+    elif method == "window":
+        windowed(study, step, float(ratio))
+
+
+def heads(study: Study) -> None:
+    for task in ("needle", "copying"):
+        length = study.args.lengths[0]
+        scores = head_scores(study.t6(), study.samples[task, length][: study.args.batch_size])
+        study.found[task] = scores
+        best = sorted(
+            ((s, layer, head) for layer, row in enumerate(scores) for head, s in enumerate(row)), reverse=True
+        )
+        print(f"{task}: " + ", ".join(f"layer {layer} head {head} {s:.2f}" for s, layer, head in best[:16]))
+
+
+def side_by_side(args: argparse.Namespace) -> None:
+    """A process for each list of steps."""
+    words = sys.argv[1:]
+    if "--steps" in words:  # those of argparse's abbreviations, too, are said in full by whoever gives several
+        words = [word for word in words if word not in STEPS and word != "--steps"]
+    processes = []
+    for steps in args.steps:
+        log = open(args.work / f"{steps[0]}.log", "w")  # noqa: SIM115  the process writes to it
+        command = [sys.executable, __file__, *words, "--steps", *steps]
+        processes.append((steps, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
+    for steps, process in processes:
+        if process.wait():
+            print(f"== {steps[0]}: exit code {process.returncode}, see {args.work / f'{steps[0]}.log'}", flush=True)
+
+
+def print_table(args: argparse.Namespace) -> None:
+    found = {step: json.loads(result_of(args, step).read_text()) for step in STEPS if result_of(args, step).exists()}
+    rows = [
+        x["row"] for x in found.values() if "row" in x and {s["length"] for s in x["row"]["scores"]} == {*args.lengths}
+    ]
+    rows.sort(key=lambda row: -row["cache_bytes_per_token"])
+    save({"model": args.model.name, "rows": rows, "steps": found}, args.work / "results.json")
+    if not rows:
+        return
+    first = found.get("source", {}).get("row", rows[0])
+    print(report.table(rows))
+    lengths = args.lengths
+    print(f"\n{'':<18}{'bytes':>8}{'perplexity':>12}{'found':>9}" + "".join(f"{f'at {n:,}':>10}" for n in lengths))
+    for row in rows:
+        needles = [next(s for s in row["scores"] if (s["task"], s["length"]) == ("needle", n)) for n in lengths]
+        cells = "".join(f"{s['exact'] * s['count']:>5.0f} of {s['count']:<2}" for s in needles)
+        more, part = row["perplexity"] / first["perplexity"] - 1, row["found"] / max(first["found"], 1e-9)
+        print(f"{row['model']:<18}{row['cache_bytes_per_token']:>8,.0f}{more:>+12.2%}{part:>9.1%}{cells}")
 
 
 def main() -> None:
-    args = parse_args()
-    torch.set_float32_matmul_precision("high")
-    study = Study(args)
-    source, _ = evaluation.load_model(study.source, torch.float32, study.device)
-
-    def heads() -> None:
-        for task in ("needle", "copying"):
-            length = args.lengths[0]
-            scores = head_scores(study.t6(), study.samples[task, length][: args.batch_size])
-            study.results[f"heads {task}"] = scores
-            best = sorted(
-                ((s, layer, head) for layer, row in enumerate(scores) for head, s in enumerate(row)), reverse=True
-            )
-            print(f"{task}: " + ", ".join(f"layer {layer} head {head} {s:.2f}" for s, layer, head in best[:16]))
-
-    def smaller(name, ratio, new=True, steps=args.reconstruct_steps, cache_dtypes=(None, "float8_e4m3fn", "int4")):
-        model = study.smaller(name, ratio, new, steps, cache_dtypes)
-        study.measure(model, "model", name, source)
-
-    actions = {
-        "source": lambda: study.measure(source, "model", "source", source),
-        "source in 8 bits": lambda: study.measure(source, "8", "source in 8 bits", source),
-        "source in 4 bits": lambda: study.measure(source, "4", "source in 4 bits", source),
-        "exact in float8": lambda: study.measure(study.t6(), "float8_e4m3fn", "exact in float8", source),
-        "exact in int4": lambda: study.measure(study.t6(), "int4", "exact in int4", source),
-        "heads": heads,
-        "new-4": lambda: smaller("new-4", 4),
-        "healed-4": lambda: study.measure(healed(study, source, args.work / "new-4"), "model", "healed-4", source),
-        "float8-4": lambda: smaller("float8-4", 4, cache_dtypes=["float8_e4m3fn"]),
-        "sensitivity": lambda: study.results.update(sensitivity=sensitivity(study)),
-        "new-8": lambda: smaller("new-8", 8),
-        "new-3": lambda: smaller("new-3", 3),
-        "new-2": lambda: smaller("new-2", 2),
-        "rows16-2": lambda: smaller("rows16-2", 2, cache_dtypes=[None]),
-        "old-2": lambda: smaller("old-2", 2, new=False, cache_dtypes=[None]),
-        "fit-only-2": lambda: smaller("fit-only-2", 2, steps=0, cache_dtypes=[None]),
-    }
-    for name in args.steps:
-        if time.time() - study.start > 60 * args.minutes:
-            print(f"== no time for {name}", flush=True)
+    start, args = time.time(), parse_args()
+    result_of(args, "").parent.mkdir(parents=True, exist_ok=True)
+    lists = args.steps or [list(STEPS)]
+    if any(not result_of(args, step).exists() for steps in lists for step in steps):
+        prepare(args)
+    if args.steps is not None and len(args.steps) > 1:
+        side_by_side(args)
+        print_table(args)
+        return
+    waiting = [step for step in lists[0] if not result_of(args, step).exists()]
+    study = Study(args, start) if waiting else None
+    for step in waiting:
+        if time.time() - start > 60 * args.minutes:
+            print(f"== no time for {step}", flush=True)
             continue
-        start = time.time()
-        actions[name]()
-        study.took(name, start)
+        study.found, begun = {"seconds": {}}, time.time()
+        run(study, step)
+        study.took(step, begun)
+        save(study.found, result_of(args, step))
+    print_table(args)
 
 
 if __name__ == "__main__":

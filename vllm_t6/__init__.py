@@ -23,5 +23,9 @@ def register() -> None:
 
     import modeling_t6  # noqa: F401  registers T6's classes with Transformers' Auto classes
 
+    from .cache_dtype import follow_cache_dtype
+
+    follow_cache_dtype()
+
     # By name: vLLM looks at the class in a process of its own, so that nothing here touches a GPU.
     ModelRegistry.register_model("T6ForCausalLM", "vllm_t6.model:T6ForCausalLM")

@@ -71,10 +71,10 @@ def make_cache(model: PreTrainedModel, kind: str = "model") -> Cache:
     An empty cache.
 
     Args:
-        kind: `"model"` for what the model makes, in its dtype; `"8"` or `"4"` for keys and values in as many bits;
+        kind: `"model"` for what the model makes, in its dtype; `"8"`, `"4"` or `"2"` for keys and values in as many bits;
             `"float8_e4m3fn"` or `"int4"` for rows of a T6 in that dtype.
     """
-    if kind in ("8", "4"):
+    if kind in ("8", "4", "2"):
         return RoundedCache(model.config, int(kind))
     if isinstance(model, T6ForCausalLM):
         return T6Cache(config=model.config, dtype=None if kind == "model" else kind)

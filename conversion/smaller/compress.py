@@ -118,14 +118,14 @@ def compress(
                     pair = (fitted, None) if side == "k" else (None, fitted)
                     module = model.model.layers[layer]
                     module.self_attn = compressed_attention(attentions[layer], *pair)
-                    costs[place][rank] = probe.divergence(model)
+                    costs[place][rank] = probe.divergence(model, first=layer)
                     module.self_attn = attentions[layer]
                 progress.update()
     costs = [{rank: float(cost) for rank, cost in part.items()} for part in costs]
 
     whole = build(full, None)  # balanced, as rounding will meet it
 
-    def choose(cache_dtype: str | None) -> tuple[float, list[int], str | None]:
+    def choose(cache_dtype: str | None, whole: T6ForCausalLM) -> tuple[float, list[int], str | None]:
         """What the best ranks of rows of a dtype cost, if costs add up, and these."""
         size = functools.partial(
             row_bytes, head_dim=model.config.head_dim, itemsize=dtype.itemsize, cache_dtype=cache_dtype
@@ -137,7 +137,8 @@ def compress(
         rounding = 0.0 if cache_dtype is None else probe.divergence(whole, cache_dtype).item()
         return rounding + sum(cost[rank] for cost, rank in zip(costs, ranks)), ranks, cache_dtype
 
-    cost, ranks, cache_dtype = min((choose(name) for name in cache_dtypes), key=lambda found: found[0])
+    cost, ranks, cache_dtype = min((choose(name, whole) for name in cache_dtypes), key=lambda found: found[0])
+    del whole  # as large as the model
     if cost == math.inf:
         raise ConversionError(f"--cache-ratio {cache_ratio:g}: no ranks are small enough for this model")
     trials, each = [ranks], sum(ranks) // len(parts)

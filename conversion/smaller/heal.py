@@ -1,6 +1,7 @@
 """Healing: a compressed model learns its source's predictions and hidden states (knowledge distillation)."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,8 +9,12 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from modeling_t6 import T6ForCausalLM
+
 from ..files.errors import ConversionError
 from ..files.folders import last_checkpoint
+from .muon import Muon
+from .straight_through import rounded_rows
 
 
 class Windows(Dataset):
@@ -79,7 +84,7 @@ def join_optimizers(adamw: list[dict], muon: list[dict], fused: bool = False) ->
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.0, fused=fused))
     if muon:
-        optimizers.append(torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(muon))
     return optimizers[0] if len(optimizers) == 1 else Together(*optimizers)
 
 
@@ -114,7 +119,7 @@ class FiniteLoss(TrainerCallback):
 
 
 def heal(
-    model: PreTrainedModel,
+    model: T6ForCausalLM,
     teacher: PreTrainedModel,
     ids: torch.Tensor,
     folder: Path,
@@ -126,9 +131,11 @@ def heal(
     cross_entropy: float,
     seed: int,
     device: str,
-) -> None:
+    callbacks: Sequence[TrainerCallback] = (),
+) -> int:
     """
-    Trains all weights of `model` in place, from the last checkpoint in `folder` if there is one.
+    Trains all weights of `model` in place, from the last checkpoint in `folder` if there is one. It reads its keys and values as
+    rows of its `cache_dtype` hold them.
 
     Args:
         ids: token ids [n, length], in passes of random order.
@@ -137,6 +144,10 @@ def heal(
         optimizer, learning_rate: see `make_optimizer`. The rate is the highest, after a warm-up of a twentieth of the
             steps; a cosine leads to zero.
         cross_entropy: the weight of the loss on the text beside that of the teacher's predictions.
+        callbacks: of `Trainer`, which may end it sooner.
+
+    Returns:
+        The number of the last step.
     """
     on_gpu = torch.device(device).type == "cuda"
     args = TrainingArguments(
@@ -167,12 +178,14 @@ def heal(
         train_dataset=Windows(ids),
         teacher=teacher,
         cross_entropy=cross_entropy,
-        callbacks=[FiniteLoss()],
+        callbacks=[FiniteLoss(), *callbacks],
         optimizers=(make_optimizer(model, optimizer, learning_rate, fused=on_gpu), None),
     )
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         print(f"healing goes on from {checkpoint.name}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with rounded_rows(model):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache  # Trainer turns it off
     model.eval()
+    return trainer.state.global_step

@@ -32,6 +32,7 @@ def from_complex(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
 # probabilities. Of these, those of a text know little of what a question would look for, and so all keys count a little.
 ALL_KEYS = 0.25  # part at which all tokens of a window count alike
 WHOLE_KEYS = 0.01  # part at which keys count with their mean: nothing of it is to become large
+TOGETHER = 2**28  # probabilities, or values that heads read, of the sequences that are looked at side by side
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Moments:
 
 
 def attention_probabilities(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Of scores [h, seq, seq] and a mask [1, seq, seq], bool or to be added; `None` is that of a text."""
+    """Of scores [batch, h, seq, seq] and a mask [batch, 1, seq, seq], bool or to be added; `None` is that of a text."""
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     return (scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask).softmax(-1)
@@ -71,20 +72,24 @@ def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_
     query, key = (apply_rotary_pos_emb(x, *position_embeddings) for x in (query, key))
     complex_key = to_complex(key.double(), rotary_dim).permute(0, 3, 2, 1)  # [batch, F, G, seq]
     query, heads = query.transpose(1, 2), form_heads(attention.k_a, key).transpose(1, 2)
-    masks = [None] * len(query) if mask is None else mask.expand(len(query), -1, -1, -1)
+    mask = None if mask is None else mask.expand(len(query), -1, -1, -1)
+    num_heads, seq = query.shape[1:3]
+    count = max(1, TOGETHER // (num_heads * seq * max(seq, value.shape[-1])))
     keys = values = 0
-    for one_query, one_heads, one_key, one_value, one_mask in zip(query, heads, complex_key, value, masks):
-        probabilities = attention_probabilities(
-            one_query @ one_heads.mT * attention.scaling, one_mask
-        )  # [h, seq, seq]
+    for start in range(0, len(query), count):
+        some = slice(start, start + count)
+        scores = query[some] @ heads[some].mT * attention.scaling
+        probabilities = attention_probabilities(scores, None if mask is None else mask[some])
         # Every head reads the values of all groups, to see what the others' values would be to it. Sums of products in
         # float32 are positive definite to its rounding only.
-        values = values + sum(row.mT @ row for row in (probabilities @ one_value).double())
-        read = probabilities.mean(0).to(complex_key.dtype)
+        read_values = (probabilities.flatten(1, 2) @ value[some]).double().flatten(0, 1)
+        values = values + read_values.mT @ read_values
+        read = probabilities.mean(1).to(complex_key.dtype)  # [batch, seq, seq]
+        one_key = complex_key[some]
         centred = one_key - one_key.mean(-1, keepdim=True)
-        means = one_key @ read.T
-        keys = keys + (one_key * (read.sum(0) + WHOLE_KEYS)) @ one_key.mH - means @ means.mH
-        keys = keys + ALL_KEYS * centred @ centred.mH
+        means = (one_key.flatten(1, 2) @ read.mT).view_as(one_key)
+        whole = (one_key * (read.sum(-2)[:, None, None] + WHOLE_KEYS)) @ one_key.mH
+        keys = keys + (whole - means @ means.mH + ALL_KEYS * centred @ centred.mH).sum(0)
     return Moments(keys, powers, values)
 
 

@@ -97,6 +97,11 @@ def check_equal(rows: list[Row], rounded: bool) -> None:
         )
 
 
+def changes(config: T6Config, source: T6Config) -> bool:
+    """Whether a model reads other keys and values than the one that it was made of."""
+    return any(getattr(config, name) != getattr(source, name) for name in ("k_rank", "v_rank", "cache_dtype"))
+
+
 def smaller_model(
     args: argparse.Namespace, exact_model: T6ForCausalLM, texts: Texts, dtype: torch.dtype, device: str
 ) -> T6ForCausalLM:
@@ -110,8 +115,7 @@ def smaller_model(
         exact_model, calibration, args.k_rank, args.v_rank, args.cache_ratio, args.method, args.batch_size,
         questions=questions, dtype=dtype, cache_dtypes=[None if name == "model" else name for name in cache_dtypes],
     )  # fmt: skip
-    old, new = exact_model.config, model.config
-    if args.reconstruct_steps > 0 and (new.k_rank, new.v_rank) != (old.k_rank, old.v_rank):
+    if args.reconstruct_steps > 0 and changes(model.config, exact_model.config):
         errors = reconstruct(model, exact_model, calibration, args.reconstruct_steps, args.seed, questions=questions)
         text = ", ".join(f"{before:.2%} to {after:.2%}" for before, after in errors)
         print(f"error of each attention's output, of its power: {text}")

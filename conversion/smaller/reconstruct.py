@@ -16,18 +16,21 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from modeling_t6 import T6ForCausalLM
+from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.factors_t6 import apply_rotary_pos_emb
 from modeling_t6.modeling_t6 import T6Attention
 
 from .moments import attention_hooks
+from .muon import MOMENTUM, orthogonal
 from .questions import Questions
 from .stages import stage
+from .straight_through import as_read
 
 
 STEP = 0.02  # the longest, as a part of the root mean square of the weights that it changes
-MOMENTUM = 0.95
-ORTHOGONAL = (3.4445, -4.7750, 2.0315), 5  # coefficients and iterations of Muon's polynomial
+ROUNDED = 0.25  # part of it for layers whose ranks are the source's: there is but rounding to learn
 WINDOWS = 2  # of text in a step: many small steps are worth more than few large ones
+AHEAD = 4  # steps whose windows the source reads at once: a GPU is busy with two no longer than with eight
 LEAST = 1e-4  # error below which there is nothing to learn: bfloat16 leaves a tenth of it
 CHECKED = 10  # every tenth window is not learnt from, and says whether a layer is better than before
 TOGETHER = 2**29  # numbers in the states of the layers that learn side by side
@@ -56,15 +59,21 @@ class Weights(nn.Module):
 
 class Attentions(nn.Module):
     """
-    The attentions of some layers, with constant A, as one: of states [layers, batch, seq, hidden] it makes outputs of that
-    shape. Layers of a lower rank than others are filled up with zeros, which stay.
+    The attentions of some layers, made of `sources`, with constant A, as one: of states [layers, batch, seq, hidden] it makes outputs of that
+    shape. Layers of a lower rank than others are filled up with zeros, which stay. Keys and values are read as rows of the model's
+    `cache_dtype` hold them.
     """
 
-    def __init__(self, attentions: list[T6Attention], dtype: torch.dtype):
+    def __init__(self, attentions: list[T6Attention], sources: list[T6Attention], dtype: torch.dtype):
         super().__init__()
+        whole = [(new.k_rank, new.v_rank) == (old.k_rank, old.v_rank) for new, old in zip(attentions, sources)]
+        rates = torch.where(torch.tensor(whole), ROUNDED, 1.0)
+        self.register_buffer("rates", rates.to(attentions[0].k_a)[:, None, None], persistent=False)
         first = self.first = attentions[0]
-        self.ranks = [(attention.k_rank, attention.v_rank) for attention in attentions]
         self.head_dim, self.scaling = first.head_dim, first.scaling
+        self.cache_dtype = first.config.cache_dtype
+        ranks = [max(sides) for sides in zip(*((attention.k_rank, attention.v_rank) for attention in attentions))]
+        self.layouts = tuple(FactorLayout(rank, 0, self.head_dim) for rank in ranks)
         self.weights = nn.ModuleDict()
         for name, tensor in first.state_dict().items():
             all_tensors = [attention.state_dict()[name].to(dtype) for attention in attentions]
@@ -103,6 +112,11 @@ class Attentions(nn.Module):
         if hasattr(self, "q_norm_weight"):
             query, key = self._norm("q_norm", query), self._norm("k_norm", key)
         query, key = (apply_rotary_pos_emb(x, *rotation) for x in (query, key))
+        if self.cache_dtype is not None:
+            key, value = (
+                as_read(b.flatten(0, 1), self.layouts, index, self.cache_dtype).unflatten(0, states.shape[:2])
+                for index, b in enumerate((key, value))
+            )
         key, value = (torch.einsum("lrh,lbsrd->lbhsd", a, b) for a, b in ((self.k_a, key), (self.v_a, value)))
         query, key, value = (x.flatten(0, 1) for x in (query.transpose(2, 3), key, value))
         mask = None if mask is None else mask.expand(-1, states.shape[1], -1, -1, -1).flatten(0, 1)
@@ -123,28 +137,13 @@ class Attentions(nn.Module):
                 parameter.data.copy_(self.weights[key]()[index][: len(parameter)])
 
 
-@torch.no_grad()
-def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """About U V^T of matrices U S V^T [..., m, n], all at once (arXiv 2502.16982)."""
-    wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if wide else matrices.mT
-    x = x.bfloat16() if x.is_cuda else x
-    x = x / x.float().norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30).to(x.dtype)
-    (a, b, c), iterations = ORTHOGONAL
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.mT).to(matrices.dtype)
-
-
 class Steps:
     """Muon for matrices, AdamW for biases, in steps that are the same part of all weights."""
 
     def __init__(self, students: list[Attentions], count: int):
-        parameters = [parameter for student in students for parameter in student.parameters()]
-        self.matrices = [parameter for parameter in parameters if parameter.dim() == 3]
-        self.momenta = [torch.zeros_like(parameter) for parameter in self.matrices]
-        biases = [parameter for parameter in parameters if parameter.dim() == 2]
+        parameters = [(parameter, student.rates) for student in students for parameter in student.parameters()]
+        self.matrices = [(*pair, torch.zeros_like(pair[0])) for pair in parameters if pair[0].dim() == 3]
+        biases = [parameter for parameter, _ in parameters if parameter.dim() == 2]
         self.adam = torch.optim.AdamW(biases, betas=(0.9, 0.95), weight_decay=0.0) if biases else None
         self.done, self.count = 0, count
 
@@ -158,10 +157,10 @@ class Steps:
 
     @torch.no_grad()
     def step(self) -> None:
-        for parameter, momentum in zip(self.matrices, self.momenta):
+        for parameter, rates, momentum in self.matrices:
             momentum.lerp_(parameter.grad, 1 - MOMENTUM)
             update = orthogonal(parameter.grad.lerp(momentum, MOMENTUM))
-            parameter.sub_(update, alpha=self.size * max(parameter.shape[1:]) ** 0.5)
+            parameter.addcmul_(update, rates, value=-self.size * max(parameter.shape[1:]) ** 0.5)
             parameter.grad = None
         if self.adam is not None:
             self.adam.param_groups[0]["lr"] = self.size
@@ -229,10 +228,13 @@ def reconstruct(
     tokens = WINDOWS * ids.shape[1]
     count = max(1, TOGETHER // (tokens * 6 * model.config.hidden_size))
     groups = [range(start, min(start + count, len(attentions))) for start in range(0, len(attentions), count)]
-    students = [Attentions([attentions[layer] for layer in group], dtype) for group in groups]
+    whole = [layer.self_attn for layer in source.model.layers]
+    students = [
+        Attentions(attentions[group.start : group.stop], whole[group.start : group.stop], dtype) for group in groups
+    ]
 
-    def visit(batch: torch.Tensor, weights: torch.Tensor, learn: bool) -> torch.Tensor:
-        """The error of each layer; with `learn`, its gradients are in the weights afterwards."""
+    def look(batch: torch.Tensor) -> list[tuple]:
+        """Of each group, what its attentions read, [layers, batch, seq, hidden], and make of it in the source, rotation and mask."""
         states, outputs, masks, rotations = [], [], [], []
 
         def hook(attention, args, kwargs, output) -> None:
@@ -243,14 +245,21 @@ def reconstruct(
 
         with torch.no_grad(), attention_hooks(source, hook), torch.autocast("cuda", low, enabled=on_gpu):
             source.model(batch, use_cache=False)
+        return [
+            (torch.stack(states[part]), torch.stack(outputs[part]), rotations[part.start], one_mask(masks[part]))
+            for part in (slice(group.start, group.stop) for group in groups)
+        ]
+
+    def visit(looked: list[tuple], weights: torch.Tensor, learn: bool, some: slice = slice(None)) -> torch.Tensor:
+        """The error of each layer for `some` windows; with `learn`, its gradients are in the weights afterwards."""
         found = []
-        for group, student in zip(groups, students):
-            part = slice(group.start, group.stop)
-            mask = one_mask(masks[part])
+        for (states, outputs, rotation, mask), student in zip(looked, students):
+            rotation = [x if len(x) == 1 else x[some] for x in rotation]
+            mask = mask if mask is None or mask.shape[1] == 1 else mask[:, some]
             with torch.set_grad_enabled(learn), torch.autocast(source.device.type, low, enabled=half or on_gpu):
-                new = student(torch.stack(states[part]), rotations[group.start], mask)
+                new = student(states[:, some], rotation, mask)
             with torch.set_grad_enabled(learn):
-                expected = torch.stack(outputs[part]).to(dtype)
+                expected = outputs[:, some].to(dtype)
                 power = (weights * expected.square().mean(-1)).sum((1, 2)).clamp(min=torch.finfo(dtype).tiny)
                 error = (weights * (new.to(dtype) - expected).square().mean(-1)).sum((1, 2)) / power
                 if learn:
@@ -267,17 +276,25 @@ def reconstruct(
 
     def errors() -> list[float]:
         total = sum(batch.numel() for batch, _ in checked)
-        return (sum(batch.numel() * visit(batch, weights, learn=False) for batch, weights in checked) / total).tolist()
+        found = (batch.numel() * visit(look(batch), weights, learn=False) for batch, weights in checked)
+        return (sum(found) / total).tolist()
 
     before = errors()
     optimizer = Steps(students, steps)
     generator = torch.Generator().manual_seed(seed)
     orders = [Shuffled(len(text), max(1, tokens // text.shape[1]), generator) for text, _ in learnt]
+    waiting: list[list[tuple]] = [[] for _ in learnt]
     with stage("reconstructing", quiet):
         for index in tqdm(range(steps), desc="reconstructing", unit="step", disable=quiet):
-            (text, weights), order = learnt[index % len(learnt)], orders[index % len(learnt)]
-            some = order.next()
-            visit(text[some], weights[some], learn=True)
+            kind = index % len(learnt)
+            if not waiting[kind]:
+                some = [orders[kind].next() for _ in range(AHEAD)]
+                places, (text, weights) = torch.cat(some).to(ids.device), learnt[kind]
+                looked, weights, end = look(text[places]), weights[places], 0
+                for one in some:
+                    start, end = end, end + len(one)
+                    waiting[kind].append((looked, weights[start:end], True, slice(start, end)))
+            visit(*waiting[kind].pop(0))
             optimizer.step()
     after = errors()
     with torch.no_grad():

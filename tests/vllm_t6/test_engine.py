@@ -106,6 +106,15 @@ def test_float8_rows(name, tmp_path):
         assert_same(ask(llm, prompts), expected, tie=2e-2, few=12)
 
 
+def test_rows_are_what_the_configuration_says(tmp_path):
+    """Without a `kv_cache_dtype`, those of the folder; with one, those."""
+    random_model(tiny_config(cache_dtype="float8_e4m3fn")).save_pretrained(tmp_path)
+    for settings, expected in (({}, "fp8"), ({"kv_cache_dtype": "bfloat16", "dtype": "bfloat16"}, "bfloat16")):
+        with engine(tmp_path, **settings) as llm:
+            assert llm.llm_engine.vllm_config.cache_config.cache_dtype == expected
+            assert len(ask(llm, random_prompts(), new_tokens=2)) == sum(map(len, random_prompts()))
+
+
 def serve_elsewhere(folder: Path, prompts: list[torch.Tensor], new_tokens: int, **settings) -> tuple[list, float]:
     """Outputs, and how many tokens that were proposed have been accepted."""
     with engine(folder, **settings) as llm:

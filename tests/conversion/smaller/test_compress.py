@@ -15,6 +15,7 @@ from conversion.smaller.measure import cache_bytes_per_token, divergence, log_pr
 from conversion.smaller.moments import Moments, collect_moments, from_complex, to_complex
 from conversion.smaller.options import METHODS
 from conversion.smaller.probe import Probe
+from conversion.smaller.questions import Questions
 from conversion.smaller.ranks import choose_ranks
 from conversion.smaller.value_fits import ValueFit, ValueProblem
 from conversion.smaller.weights import balance, compressed_attention, compressed_model
@@ -333,6 +334,18 @@ def test_rows_in_which_least_is_lost(ratio):
         losses[name] = probe.divergence(small, name).item()
     chosen = compress(model, ids, cache_ratio=ratio, quiet=True, cache_dtypes=names)
     assert losses[chosen.config.cache_dtype] == min(losses.values())
+
+
+@torch.no_grad()
+def test_probe_begins_where_a_model_has_changed():
+    model, ids = exact_model("mistral-sliding", "gqa"), random_ids(6, 60)
+    probe = Probe(model, ids[:4], Questions(ids[4:], torch.rand(2, 60) < 0.3))
+    for layer in reversed(range(3)):
+        model.model.layers[layer].self_attn.v_b_proj.weight.mul_(1.3)
+        whole = probe.divergence(model)
+        assert whole > 0
+        torch.testing.assert_close(probe.divergence(model, first=layer), whole)
+    assert [type(layer).__name__ for layer in model.model.layers] == ["T6DecoderLayer"] * 3
 
 
 def test_choose_ranks_against_all_choices():

@@ -62,9 +62,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="do the runs that the results lack")
     run.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder of prepare.py")
-    run.add_argument("--variants", nargs="+", metavar="NAME", help="of ablations.py, NAME@RATE for a rate of its own (all)")
+    run.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="of ablations.py, NAME@RATE for a rate of its own (all)"
+    )
     run.add_argument("--seeds", nargs="+", type=number(int, 0), default=[0, 1], metavar="N", help="(0 1)")
-    run.add_argument("--learning-rate", type=number(float, 1e-9), default=LEARNING_RATE, metavar="X", help="(%(default)s)")
+    run.add_argument(
+        "--learning-rate", type=number(float, 1e-9), default=LEARNING_RATE, metavar="X", help="(%(default)s)"
+    )
     run.add_argument("--parallel", type=count, default=1, metavar="N", help="processes on the GPU (%(default)s)")
     run.add_argument("--minutes", type=number(float, 0), default=1e6, metavar="X", help="start no run that ends later")
     run.add_argument("--no-graphs", action="store_true", help="do not capture a step as a CUDA graph")
@@ -72,7 +76,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, default in SETTINGS.items():
         run.add_argument(f"--{name.replace('_', '-')}", type=count, default=default, help="(%(default)s)")
     report = commands.add_parser("report", help="a table")
-    report.add_argument("--first", default="MHA", metavar="NAME", help="which the others are compared with (%(default)s)")
+    report.add_argument(
+        "--first", default="MHA", metavar="NAME", help="which the others are compared with (%(default)s)"
+    )
     for command in (run, report):
         command.add_argument("--results", type=Path, required=True, metavar="JSON")
     return parser.parse_args(argv)
@@ -84,11 +90,11 @@ if __name__ == "__main__":
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import ablations
-from configuration.make_configs import cache_numbers, count_parameters
+from configuration.make_configs import cache_numbers
 from pretraining_data import open_prepared
 
 
@@ -396,8 +402,7 @@ def run_all(args: argparse.Namespace) -> None:
     for run in [*todo, *[None] * number]:
         queue.put(run)
     processes = [
-        context.Process(target=work, args=(args, settings, queue, done, deadline), daemon=True)
-        for _ in range(number)
+        context.Process(target=work, args=(args, settings, queue, done, deadline), daemon=True) for _ in range(number)
     ]
     for process in processes:
         process.start()
@@ -415,7 +420,8 @@ def run_all(args: argparse.Namespace) -> None:
             results["runs"][run.key] = result
             write_json(args.results, results, indent=None)
             print(
-                f"{run.key}: {result['loss']:.4f}, {result['seconds']:.1f} s, {result['ms_per_step']:.2f} ms a step", flush=True
+                f"{run.key}: {result['loss']:.4f}, {result['seconds']:.1f} s, {result['ms_per_step']:.2f} ms a step",
+                flush=True,
             )
         elif error == "no time":
             late.append(run)

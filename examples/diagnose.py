@@ -28,10 +28,12 @@ entropies of attention, and how many directions keys and values use.
 import argparse
 import json
 import os
+import queue
 import statistics
 import sys
 import time
 import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
+import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import nn
@@ -321,8 +324,6 @@ class Training:
 
 
 def read_tokens(folder: Path, device: torch.device) -> tuple[object, dict[str, torch.Tensor]]:
-    import numpy as np
-
     tokenizer, facts = open_prepared(folder)
     tokens = {}
     for name in ("train", "held_out"):
@@ -331,19 +332,22 @@ def read_tokens(folder: Path, device: torch.device) -> tuple[object, dict[str, t
     return tokenizer, tokens
 
 
-def work(args: argparse.Namespace, settings: dict, todo, done, deadline: float) -> None:
-    """A process: does runs until none is left, or none would end in time."""
+Outcome = tuple[Run, dict | None, str | None]  # the result, or why there is none: NO_TIME or a traceback
+NO_TIME = "no time"
+
+
+def do_runs(args: argparse.Namespace, settings: dict, runs: Iterable[Run], deadline: float) -> Iterator[Outcome]:
+    """Does runs on one device, but none that would not end in time if it took as long as the longest before it."""
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = True
     tokenizer, tokens = read_tokens(args.data, device)
     configurations = ablations.Configurations(settings, tokenizer)
     graphs, longest = device.type == "cuda" and not args.no_graphs, 0.0
-    while (run := todo.get()) is not None:
-        if time.time() + longest > deadline:
-            done.put((run, None, "no time"))
-            continue
+    for run in runs:
         start = time.time()
+        if start + longest > deadline:
+            yield run, None, NO_TIME
+            continue
         try:
             try:
                 result = Training(run, configurations, tokens, device).train(graphs)
@@ -354,12 +358,44 @@ def work(args: argparse.Namespace, settings: dict, todo, done, deadline: float) 
                 graphs = False
                 torch.cuda.synchronize()
                 result = Training(run, configurations, tokens, device).train(False)
-            done.put((run, result, None))
+            yield run, result, None
         except Exception:  # the others go on
-            done.put((run, None, traceback.format_exc()))
+            yield run, None, traceback.format_exc()
         longest = max(longest, time.time() - start)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def work(args: argparse.Namespace, settings: dict, todo, done, deadline: float) -> None:
+    """A process of several: takes runs from one queue until it finds `None`, and puts outcomes into another."""
+    for outcome in do_runs(args, settings, iter(todo.get, None), deadline):
+        done.put(outcome)
+
+
+def do_runs_in_parallel(
+    args: argparse.Namespace, settings: dict, runs: list[Run], deadline: float
+) -> Iterator[Outcome]:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    context = multiprocessing.get_context("spawn")
+    todo, done = context.Queue(), context.Queue()
+    number = min(args.parallel, len(runs))
+    for run in [*runs, *[None] * number]:
+        todo.put(run)
+    processes = [
+        context.Process(target=work, args=(args, settings, todo, done, deadline), daemon=True) for _ in range(number)
+    ]
+    for process in processes:
+        process.start()
+    for _ in runs:
+        while True:
+            try:
+                yield done.get(timeout=1.0)
+                break
+            except queue.Empty:
+                if not any(process.is_alive() for process in processes) and done.empty():
+                    raise InputError("the processes ended before their runs") from None
+    for process in processes:
+        process.join()
 
 
 def read_results(path: Path) -> dict:
@@ -395,27 +431,9 @@ def run_all(args: argparse.Namespace) -> None:
     todo = [run for run in planned(args) if run.key not in results["runs"]]
     print(f"{len(todo)} runs to do", flush=True)
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    context = multiprocessing.get_context("spawn")
-    queue, done = context.Queue(), context.Queue()
-    number = min(args.parallel, len(todo))
-    for run in [*todo, *[None] * number]:
-        queue.put(run)
-    processes = [
-        context.Process(target=work, args=(args, settings, queue, done, deadline), daemon=True) for _ in range(number)
-    ]
-    for process in processes:
-        process.start()
+    do = do_runs if min(args.parallel, len(todo)) < 2 else do_runs_in_parallel
     failures, late = [], []
-    for _ in todo:
-        while done.empty() and any(process.is_alive() for process in processes):
-            time.sleep(0.05)
-        if done.empty():
-            time.sleep(1.0)
-            if done.empty():
-                failures.append("a process ended before its runs")
-                break
-        run, result, error = done.get()
+    for run, result, error in do(args, settings, todo, deadline):
         if result is not None:
             results["runs"][run.key] = result
             write_json(args.results, results, indent=None)
@@ -423,13 +441,11 @@ def run_all(args: argparse.Namespace) -> None:
                 f"{run.key}: {result['loss']:.4f}, {result['seconds']:.1f} s, {result['ms_per_step']:.2f} ms a step",
                 flush=True,
             )
-        elif error == "no time":
+        elif error == NO_TIME:
             late.append(run)
         else:
             failures.append(f"{run.key}: {error}")
             print(failures[-1], file=sys.stderr, flush=True)
-    for process in processes:
-        process.join(5.0)
     print(f"{len(results['runs'])} runs done, {len(late)} left for another call, {len(failures)} failed")
     if failures:
         raise InputError(f"{len(failures)} runs failed: {failures[0].splitlines()[-1]}")

@@ -8,7 +8,8 @@ held-out documents of each kind follow each other, so that losses can be told by
 
     python examples/prepare.py --text code=src prose=books docs=manual --suffix .py .txt .md --output-dir runs/tokens
 
-Documents of equal content count once; a share of them, chosen by their content, is held out. Left out are documents of which half
+A line of a file that ends in .jsonl or .jsonl.xz is a document, {"text": ...}, as `gather.py` writes them, which may have a
+"kind". Documents of equal content count once; a share of them, chosen by their content, is held out. Left out are documents of which half
 of the lines or more stand in the training documents: of training documents in those before them, of held-out ones in all. A
 byte-level BPE tokenizer is trained, unless one is given. The same files give the same folder.
 """
@@ -19,24 +20,30 @@ import functools
 import hashlib
 import itertools
 import json
+import lzma
 import multiprocessing
 import os
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from command_line import TOKENIZER, InputError, Kind, input_errors, new_folder, number, read_text
+from command_line import (
+    TOKENIZER,
+    InputError,
+    Kind,
+    input_errors,
+    kind_and_path,
+    new_folder,
+    number,
+    one_line,
+    read_text,
+)
 
 
 # What --overwrite replaces.
 DATA = Kind("tokens of this command", (("data.json",), ("train.bin",)), (*TOKENIZER, "held_out.bin"))
-
-
-def kind_and_path(text: str) -> tuple[str, Path]:
-    """An argparse type: KIND=PATH, or PATH for text of no kind of its own."""
-    kind, separator, path = text.partition("=")
-    return (kind, Path(path)) if separator and not Path(text).exists() else ("text", Path(text))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,6 +92,7 @@ from language_modeling import encode, load_tokenizer, text_size, train_tokenizer
 
 
 BATCH = 2**20  # characters of a process's portion
+JSON_LINES = re.compile(r"\.jsonl(\.xz)?$")
 MIN_LINE = 24  # characters: shorter lines are alike in documents that have nothing else in common
 
 
@@ -109,16 +117,29 @@ def read_documents(paths: list[tuple[str, Path]], suffixes: list[str]) -> tuple[
     files = list(find_files(paths, suffixes))
     for kind, path, is_found in tqdm(files, desc="reading", unit="file", disable=None):
         try:
-            text = read_text(path)
+            read = list(read_lines(kind, path)) if JSON_LINES.search(path.name) else [Document(kind, read_text(path))]
         except InputError:
-            if not is_found:
+            if not is_found or JSON_LINES.search(path.name):
                 raise
-            text = ""  # a folder may hold anything
-        if text.strip():
-            documents.setdefault(hashlib.sha256(text.encode()).digest(), Document(kind, text))
-        else:
-            left_out += 1
+            read = []  # a folder may hold anything
+        read = [document for document in read if document.text.strip()]
+        left_out += not read
+        for document in read:
+            documents.setdefault(hashlib.sha256(document.text.encode()).digest(), document)
     return dict(sorted(documents.items())), left_out
+
+
+def read_lines(kind: str, path: Path) -> Iterator[Document]:
+    """The documents of a file of JSON lines, {"text": ..., "kind": ...}; a kind that was given goes before theirs."""
+    try:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise InputError(f'{path}, line {number}: expected {{"text": ...}}')
+                yield Document(row.get("kind", kind) if kind == "text" else kind, row["text"])
+    except (json.JSONDecodeError, UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+        raise InputError(f"{path} is no file of JSON lines: {one_line(error)}") from error
 
 
 def line_hashes(texts: list[str]) -> list[np.ndarray]:

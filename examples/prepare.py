@@ -210,6 +210,7 @@ def write(args: argparse.Namespace, folder: Path) -> dict:
     if not training:
         raise InputError("there is no training text: all of it is held out")
 
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None  # a mistake is told before the work
     with contextlib.ExitStack() as stack:
         parallel = map
         if args.num_processes > 1:
@@ -233,7 +234,8 @@ def write(args: argparse.Namespace, folder: Path) -> dict:
                 f"{'a larger --held-out-fraction' if len(documents) > 1 else 'more documents'}, or --held-out PATH"
             )
 
-        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else train_on_a_share(args, training)
+        if tokenizer is None:
+            tokenizer = train_on_a_share(args, training)
         for chosen in (training, kept):
             chosen.sort(key=lambda document: document.kind)
         tokenizer.save_pretrained(folder)

@@ -35,6 +35,7 @@ from muon import Muon
 from twins import add_extras
 
 
+EXTRAS = ("qk_norm", "output_gate")  # which twins have by `twins.py`
 FACTORS = tuple(f"{factor}_{name}" for name in "qkv" for factor in "ab")
 
 
@@ -67,7 +68,7 @@ class Ablation:
 
 def part_of(name: str) -> str:
     """The part that a parameter is of, by its name."""
-    if match := re.search(r"\.([qkv])_([abc])_proj\.", name):
+    if match := re.search(r"\.([qkv])_([abc])(_proj\.|$)", name):
         return f"{match[2]}_{match[1]}"
     for pattern, part in (
         (r"\.gate\.|o_gate_proj", "gate"), ("norm", "norm"), (r"\.mlp\.", "mlp"), (r"\.o_proj\.", "o"),
@@ -126,6 +127,27 @@ def outputs_as_llama(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith((".o_proj.weight", ".down_proj.weight")):
             parameter.normal_(std=model.config.initializer_range)
+
+
+def constants_in_a(contextual: float = 0.0) -> Callable[[PreTrainedModel], None]:
+    """
+    A factors start as constants of every head and rank, the biases of their projections, of the size that projected ones have;
+    the projections at `contextual` times their size. At 0 a new T6 is one with non-contextual A: heads are linear in the token.
+    """
+
+    @torch.no_grad()
+    def prepare(model: PreTrainedModel) -> None:
+        for layer in _attention_layers(model):
+            for name in "qkv":
+                if (projection := getattr(layer, f"{name}_a_proj", None)) is not None:
+                    size = model.config.hidden_size**0.5 * projection.weight.square().mean().sqrt().item()
+                    projection.bias.normal_(std=size)
+                    projection.weight.mul_(contextual)
+
+    return prepare
+
+
+BIASES = {"attention_bias": True, "attention_out_bias": False}
 
 
 def without_scaling(ranks: dict[str, int]) -> Ablation:
@@ -191,6 +213,25 @@ def ablations() -> dict[str, Ablation]:
         "TPA, warm-up / 4": replace(tpa, warmup=0.25),
         "TPA, Muon": replace(tpa, optimizer="muon"),
         "TPA, Muon of blocks": replace(tpa, optimizer="muon of blocks"),
+        # What of A does not depend on the token.
+        "TPA, biases": replace(tpa, fields=BIASES),
+        "TPA, A starts constant": replace(tpa, fields=BIASES, prepare=constants_in_a()),
+        "TPA, A starts half constant": replace(tpa, fields=BIASES, prepare=constants_in_a(1.0)),
+        "TPA, A constant": replace(tpa, fields={"noncontextual_a": True}),
+        "TPA, sigmoid of A": replace(tpa, fields={"head_factor_act": "sigmoid"}),
+        "TPA, softmax of A": replace(tpa, fields={"head_factor_act": "softmax"}),
+        "TPA, QK norm of heads, A starts constant": replace(
+            tpa, fields=BIASES | {"qk_norm": "heads"}, prepare=constants_in_a()
+        ),
+        "TPA, QK norm of heads, sigmoid of A": replace(tpa, fields={"qk_norm": "heads", "head_factor_act": "sigmoid"}),
+        "TPA, 4 to a KV head, QK norm, A starts constant": replace(
+            tpa, fields=BIASES | {"qk_norm": "heads"}, prepare=constants_in_a(), groups=4
+        ),
+        "TPA-KVonly, A starts constant": Ablation("TPA-KVonly", BIASES, prepare=constants_in_a()),
+        "TPA-KVonly, QK norm, A starts constant": Ablation(
+            "TPA-KVonly", BIASES | {"qk_norm": "heads"}, prepare=constants_in_a()
+        ),
+        "MHA, biases": Ablation("MHA", {"attention_bias": True}),
         # Its architecture.
         "TPA, QK norm of rows": replace(tpa, fields={"qk_norm": True}),
         "TPA, QK norm of heads": replace(tpa, fields={"qk_norm": "heads"}),
@@ -198,6 +239,7 @@ def ablations() -> dict[str, Ablation]:
         "TPA, head norm": replace(tpa, fields={"head_norm": True}),
         "TPA, 2 to a KV head": replace(tpa, groups=2),
         "TPA, 4 to a KV head": replace(tpa, groups=4),
+        "TPA, 4 to a KV head, QK norm": replace(tpa, fields={"qk_norm": "heads"}, groups=4),
         "TPA, rank 1": replace(tpa, fields={"k_rank": 1, "v_rank": 1}),
         "TPA, rank 4": replace(tpa, fields={"k_rank": 4, "v_rank": 4}),
         "TPA, Q of rank 12": replace(tpa, fields={"q_rank": 12}),
@@ -229,14 +271,16 @@ class Configurations:
         return pretrain.make_config(options, self.tokenizer)
 
     def _with_heads(self, ablation: Ablation, heads: int) -> PreTrainedConfig:
-        base = self.named[ablation.base]
+        base, is_t6 = self.named[ablation.base], ablation.base.startswith("TPA")
         folder, fields = base.folder, base.overrides | {"num_attention_heads": heads}
-        if ablation.base.startswith("TPA"):
-            fields |= ablation.fields | {"num_key_value_heads": heads // ablation.groups}
+        fields |= {name: value for name, value in ablation.fields.items() if is_t6 or name not in EXTRAS}
+        if is_t6:
+            fields["num_key_value_heads"] = heads // ablation.groups
         elif ablation.base in ("MHA", "MLA"):
             fields["num_key_value_heads"] = heads
-        # LlamaConfig refuses heads whose number does not divide the hidden size; Mistral is the same model.
-        return self._config("llama-gqa-small" if ablation.base == "MHA" else folder, fields)
+        if ablation.base == "MHA" and self.settings["hidden_size"] % heads:
+            folder = "llama-gqa-small"  # LlamaConfig refuses such heads; Mistral is the same model
+        return self._config(folder, fields)
 
     def _parameters(self, ablation: Ablation, heads: int) -> int:
         """Gates of twins included."""
@@ -265,57 +309,45 @@ def make_model(ablation: Ablation, config: PreTrainedConfig, attention: str) -> 
     return model
 
 
-def make_optimizers(
+def make_optimizer(
     ablation: Ablation, model: PreTrainedModel, learning_rate: float, weight_decay: float
-) -> list[torch.optim.Optimizer]:
-    """Optimizers whose groups say by `base_lr` what they learn with when the schedule is at its highest."""
+) -> torch.optim.Optimizer:
+    """An optimizer whose groups say by `base_lr` what they learn with when the schedule is at its highest."""
     groups = {}
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        is_matrix = parameter.ndim == 2 and part not in ("embedding", "norm")
-        use_muon = is_matrix and ablation.optimizer != "adamw"
-        rank = None
-        if use_muon and ablation.optimizer == "muon of blocks" and part in FACTORS:
-            layer = model.get_submodule(name.rsplit(".", 2)[0])
-            rank = getattr(layer, f"{part[-1]}_rank")
-        group = groups.setdefault((part, use_muon, rank), [])
-        group.append(parameter)
-    adamw, muon = [], []
+        is_matrix = ablation.optimizer != "adamw" and part not in ("embedding", "norm") and parameter.ndim == 2
+        matrices = int(is_matrix)
+        if is_matrix and ablation.optimizer == "muon of blocks" and part in FACTORS:
+            matrices = getattr(model.get_submodule(name.rsplit(".", 2)[0]), f"{part[-1]}_rank")
+        is_decayed = part != "norm" and not name.endswith(".bias")  # as `Trainer`: the embedding, too
+        groups.setdefault((part, matrices, is_decayed), []).append(parameter)
     device = next(model.parameters()).device
-    for (part, use_muon, rank), parameters in groups.items():
+    made = []
+    for (part, matrices, is_decayed), parameters in groups.items():
         rate = learning_rate * ablation.rates.get(part, 1.0)
-        group = {
-            "params": parameters,
-            # A captured CUDA graph reads the rate where it lies.
-            "lr": torch.tensor(rate, device=device) if device.type == "cuda" else rate,
-            "base_lr": rate,
-            # As `Trainer`: no decay of norms, but of the embedding.
-            "weight_decay": 0.0 if part == "norm" else weight_decay * ablation.decays.get(part, 1.0),
-        }
-        if not use_muon:
-            adamw.append(group)
-            continue
-        split = None
-        if rank is not None:  # A is [h, R], B [R, d], each times hidden_size
-            is_a = part.startswith("a")
-
-            def split(x: torch.Tensor, rank: int = rank, is_a: bool = is_a) -> torch.Tensor:
-                return x.unflatten(0, (-1, rank)).transpose(0, 1) if is_a else x.unflatten(0, (rank, -1))
-
-        muon.append(group | {"split": split})
+        made.append(
+            {
+                "params": parameters,
+                # A captured CUDA graph reads the rate where it lies.
+                "lr": torch.tensor(rate, device=device) if device.type == "cuda" else rate,
+                "base_lr": rate,
+                "weight_decay": weight_decay * ablation.decays.get(part, 1.0) * is_decayed,
+                "matrices": matrices,
+                "interleaved": part.startswith("a_"),  # A is head-major, [h, R], B is [R, d]
+            }
+        )
     options = {"fused": True, "capturable": True} if device.type == "cuda" else {}
-    optimizers = [torch.optim.AdamW(adamw, lr=learning_rate, betas=(0.9, 0.95), **options)]
-    return optimizers + ([Muon(muon, lr=learning_rate)] if muon else [])
+    return Muon(made, lr=learning_rate, betas=(0.9, 0.95), **options)
 
 
-def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Sets all learning rates to `factor` times their highest."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(factor * group["base_lr"])
-            else:
-                group["lr"] = factor * group["base_lr"]
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(factor * group["base_lr"])
+        else:
+            group["lr"] = factor * group["base_lr"]
 
 
 def schedule(step: int, warmup: int, steps: int, end: float = 0.1) -> float:

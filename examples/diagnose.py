@@ -193,7 +193,7 @@ class Training:
         torch.manual_seed(run.seed)
         self.model = ablations.make_model(ablation, self.config, "measured").to(device)
         self.model.config.use_cache = False
-        self.optimizers = ablations.make_optimizers(ablation, self.model, run.learning_rate, WEIGHT_DECAY)
+        self.optimizer = ablations.make_optimizer(ablation, self.model, run.learning_rate, WEIGHT_DECAY)
         self.warmup = max(1, round(settings["warmup_steps"] * ablation.warmup))
         length = settings["block_length"]
         starts = batch_starts(len(tokens["train"]), settings, 0)
@@ -225,8 +225,7 @@ class Training:
         loss.backward()
         self.loss.copy_(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.optimizer.step()
 
     def captured(self) -> torch.cuda.CUDAGraph:
         """`step` as a CUDA graph; the steps that warm it up leave nothing."""
@@ -247,10 +246,9 @@ class Training:
         with torch.no_grad():
             for parameter, weight in zip(self.model.parameters(), weights):
                 parameter.copy_(weight)
-            for optimizer in self.optimizers:
-                for state in optimizer.state.values():
-                    for value in state.values():
-                        value.zero_()
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
         return graph
 
     @torch.no_grad()
@@ -289,7 +287,7 @@ class Training:
                 looks.append({"step": index, **self.measure()})
                 before = {part: [x.detach().clone() for x in of] for part, of in self.parts.items()}
             self.batch.copy_(self.tokens[self.windows[index][:, None] + self.places])
-            ablations.set_rates(self.optimizers, ablations.schedule(index, self.warmup, settings["max_steps"]))
+            ablations.set_rates(self.optimizer, ablations.schedule(index, self.warmup, settings["max_steps"]))
             step()
             if is_measured:
                 moved = {p: [x.detach() - y for x, y in zip(self.parts[p], of)] for p, of in before.items()}

@@ -16,7 +16,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import AdamW
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the page above: singular values come near to 1, fast
@@ -37,47 +37,57 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     return (x.mT if is_tall else x).to(matrices.dtype)
 
 
-class Muon(Optimizer):
+class Muon(AdamW):
     """
+    Muon of the groups of matrices, AdamW of the others: one optimizer, as `Trainer` and its checkpoints want it.
+
+    A group may have two fields more than AdamW's. `matrices`: how many matrices [rows, columns] a parameter of it holds,
+    0 (AdamW) where it is not given. `interleaved`: whether the rows of those take turns, or else follow each other. Updates have
+    the root mean square of AdamW's, so that both take one learning rate, `float`, or a tensor that a captured CUDA graph reads.
+
     Args:
-        parameters: matrices, or groups of them, as every optimizer takes them.
-        lr: `float`, or a tensor that a captured CUDA graph reads. Updates have the root mean square of AdamW's.
-        split: what makes of a parameter [rows, columns] the matrices [n, rows, columns] that it holds, a view; whole if `None`.
+        momentum: of matrices, Nesterov's.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable,
-        lr: float | torch.Tensor,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        split: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "split": split})
+    def __init__(self, parameters: Iterable, momentum: float = 0.95, **kwargs):
+        self.momentum = momentum
+        super().__init__(parameters, **kwargs)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            by_shape = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for parameters in by_shape.values():
-                self._step_alike(parameters, group)
+    def step(self, closure: Callable | None = None):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("matrices")]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        with torch.no_grad():
+            for group in groups:
+                if group.get("matrices"):
+                    self._step_of_matrices(group)
+        return loss
 
-    def _step_alike(self, parameters: list[torch.Tensor], group: dict) -> None:
-        """Parameters of one shape, together."""
-        momentum, updates = group["momentum"], []
-        for parameter in parameters:
-            if not (state := self.state[parameter]):
-                state["momentum"] = torch.zeros_like(parameter)
-            buffer = state["momentum"]
-            buffer.lerp_(parameter.grad, 1 - momentum)
-            update = parameter.grad.lerp(buffer, momentum)  # Nesterov's
-            updates.append(update[None] if group["split"] is None else group["split"](update))
-        matrices = torch.cat(updates)
-        moves = orthogonalize(matrices) * (ADAM_RMS * max(matrices.shape[-2:]) ** 0.5 * group["lr"])
-        for parameter, move in zip(parameters, moves.split([len(update) for update in updates])):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            target = parameter[None] if group["split"] is None else group["split"](parameter)
-            target.sub_(move)
+    def _step_of_matrices(self, group: dict) -> None:
+        by_shape = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape.setdefault(parameter.shape, []).append(parameter)
+        for parameters in by_shape.values():  # those of one shape together
+            updates = []
+            for parameter in parameters:
+                if not (state := self.state[parameter]):
+                    state["step"] = torch.zeros(())  # unused, but AdamW looks for it when it is loaded
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
+                updates.append(_matrices(parameter.grad.lerp(state["momentum"], self.momentum), group))
+            orthogonal = orthogonalize(torch.cat(updates))
+            moves = orthogonal * (ADAM_RMS * max(orthogonal.shape[-2:]) ** 0.5 * group["lr"])
+            for parameter, move in zip(parameters, moves.split(group["matrices"])):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                _matrices(parameter, group).sub_(move)
+
+
+def _matrices(parameter: torch.Tensor, group: dict) -> torch.Tensor:
+    """The matrices [n, rows, columns] of a parameter, a view."""
+    if group.get("interleaved"):
+        return parameter.unflatten(0, (-1, group["matrices"])).transpose(0, 1)
+    return parameter.unflatten(0, (group["matrices"], -1))

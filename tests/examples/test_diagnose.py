@@ -100,15 +100,14 @@ def test_first_weights(configurations):
     assert model.model.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int = 4) -> torch.Tensor:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> torch.Tensor:
     ids = torch.arange(2, 42).view(2, 20)
-    ablations.set_rates(optimizers, 0.5)
+    ablations.set_rates(optimizer, 0.5)
     for _ in range(steps):
         model.zero_grad()
         loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
     return loss.detach()
 
 
@@ -116,37 +115,35 @@ def test_without_scaling(configurations, monkeypatch):
     """Rates, decays and first weights of B in place of 1/R: the same losses as a T6 that does not divide by R."""
     scaled = ablations.ablations()["TPA, no 1/R"]
     model = new_model(configurations, scaled)
-    loss = train(model, ablations.make_optimizers(scaled, model, 1e-2, 0.1))
+    loss = train(model, ablations.make_optimizer(scaled, model, 1e-2, 0.1))
     other = new_model(configurations, ablations.Ablation("TPA"))
     assert not loss.isclose(
-        train(other, ablations.make_optimizers(ablations.Ablation("TPA"), other, 1e-2, 0.1)), rtol=1e-3
+        train(other, ablations.make_optimizer(ablations.Ablation("TPA"), other, 1e-2, 0.1)), rtol=1e-3
     )
 
     undivided = new_model(configurations, ablations.Ablation("TPA"))
     monkeypatch.setattr(heads_t6, "form_heads", lambda a, b: factors_t6.form_heads(a, b) * a.shape[-2])
-    optimizers = ablations.make_optimizers(ablations.Ablation("TPA"), undivided, 1e-2, 0.1)
+    optimizers = ablations.make_optimizer(ablations.Ablation("TPA"), undivided, 1e-2, 0.1)
     assert loss.isclose(train(undivided, optimizers), rtol=1e-4)
 
 
 def test_rates_and_decays(configurations):
     ablation = ablations.Ablation("TPA", rates={"a_q": 2.0}, decays={"b_v": 0.0}, optimizer="muon of blocks")
     model = new_model(configurations, ablation)
-    optimizers = ablations.make_optimizers(ablation, model, 1e-3, 0.1)
-    ablations.set_rates(optimizers, 0.5)
+    optimizer = ablations.make_optimizer(ablation, model, 1e-3, 0.1)
+    ablations.set_rates(optimizer, 0.5)
     seen = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = names.pop(id(parameter))
-                seen[name] = type(optimizer), group["lr"], group["weight_decay"]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            seen[names.pop(id(parameter))] = group["matrices"], group["lr"], group["weight_decay"]
     assert not names
     layer = "model.layers.1.self_attn"
-    assert seen[f"{layer}.q_a_proj.weight"] == (muon.Muon, 1e-3, 0.1)
-    assert seen[f"{layer}.v_b_proj.weight"] == (muon.Muon, 5e-4, 0.0)
-    assert seen["model.layers.0.mlp.up_proj.weight"] == (muon.Muon, 5e-4, 0.1)
-    assert seen["model.embed_tokens.weight"] == (torch.optim.AdamW, 5e-4, 0.1)
-    assert seen["model.norm.weight"] == (torch.optim.AdamW, 5e-4, 0.0)
+    assert seen[f"{layer}.q_a_proj.weight"] == (6, 1e-3, 0.1)
+    assert seen[f"{layer}.v_b_proj.weight"] == (2, 5e-4, 0.0)
+    assert seen["model.layers.0.mlp.up_proj.weight"] == (1, 5e-4, 0.1)
+    assert seen["model.embed_tokens.weight"] == (0, 5e-4, 0.1)
+    assert seen["model.norm.weight"] == (0, 5e-4, 0.0)
 
 
 def test_schedule():
@@ -171,23 +168,61 @@ def test_orthogonalize(shape):
     assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-3
 
 
-def test_muon_of_blocks():
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_muon_of_blocks(interleaved):
     """A step of a parameter that holds three matrices is a step of each of them alone."""
     torch.manual_seed(0)
+
+    def blocks_of(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x.unflatten(0, (-1, 3)).unbind(1) if interleaved else x.chunk(3)
+
     whole = nn.Parameter(torch.randn(12, 8))
-    blocks = [nn.Parameter(block.clone()) for block in whole.detach().unflatten(0, (-1, 3)).unbind(1)]
-    one = muon.Muon([whole], lr=0.1, weight_decay=0.5, split=lambda x: x.unflatten(0, (-1, 3)).transpose(0, 1))
-    other = muon.Muon(blocks, lr=0.1, weight_decay=0.5)
+    blocks = [nn.Parameter(block.clone()) for block in blocks_of(whole.detach())]
+    one = muon.Muon([{"params": [whole], "matrices": 3, "interleaved": interleaved}], lr=0.1, weight_decay=0.5)
+    other = muon.Muon([{"params": blocks, "matrices": 1}], lr=0.1, weight_decay=0.5)
     for _ in range(3):
         whole.grad = torch.randn(12, 8)
-        for index, block in enumerate(blocks):
-            block.grad = whole.grad.unflatten(0, (-1, 3))[:, index].clone()
+        for block, gradient in zip(blocks, blocks_of(whole.grad)):
+            block.grad = gradient.clone()
         before = whole.detach().clone()
         one.step()
         other.step()
-        torch.testing.assert_close(whole.detach().unflatten(0, (-1, 3)), torch.stack([*blocks], 1).detach())
+        torch.testing.assert_close(list(blocks_of(whole.detach())), [block.detach() for block in blocks])
         moved = whole.detach() - 0.95 * before
         assert moved.square().mean().sqrt().item() == pytest.approx(0.1 * 0.2, rel=0.3)  # as AdamW's would
+
+
+def test_muon_saves_and_loads(tmp_path):
+    """With AdamW's of the other parameters: a run that goes on takes the same steps."""
+    torch.manual_seed(0)
+    gradients = [(torch.randn(6, 4), torch.randn(5)) for _ in range(4)]
+
+    def new() -> tuple[list[nn.Parameter], muon.Muon]:
+        parameters = [nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(5))]
+        return parameters, muon.Muon([{"params": parameters[:1], "matrices": 1}, {"params": parameters[1:]}], lr=0.1)
+
+    def take(parameters: list[nn.Parameter], optimizer: muon.Muon, chosen: list) -> None:
+        for of_step in chosen:
+            for parameter, gradient in zip(parameters, of_step):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+
+    parameters, optimizer = new()
+    take(parameters, optimizer, gradients)
+    halfway, first = new()
+    take(halfway, first, gradients[:2])
+    torch.save(first.state_dict(), tmp_path / "optimizer.pt")
+    _, second = new()
+    second.param_groups[0]["params"], second.param_groups[1]["params"] = halfway[:1], halfway[1:]
+    second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    take(halfway, second, gradients[2:])
+    assert all(one.equal(other) for one, other in zip(parameters, halfway))
+    adamw = nn.Parameter(torch.ones(5))
+    plain = torch.optim.AdamW([adamw], lr=0.1)
+    for _, gradient in gradients:
+        adamw.grad = gradient.clone()
+        plain.step()
+    assert adamw.equal(parameters[1])
 
 
 # Twins

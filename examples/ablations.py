@@ -35,7 +35,7 @@ from muon import Muon
 from twins import add_extras
 
 
-EXTRAS = ("qk_norm", "output_gate")  # which twins have by `twins.py`
+EXTRAS = ("attention_bias", "qk_norm", "output_gate")  # which twins have by `twins.py`
 FACTORS = tuple(f"{factor}_{name}" for name in "qkv" for factor in "ab")
 
 
@@ -44,7 +44,7 @@ class Ablation:
     """
     Attributes:
         base: an architecture of `compare.architectures`. Its heads are counted anew, for MHA's parameters with the `fields`.
-        fields: of its configuration, replaced; of a twin, `qk_norm` and `output_gate` are those of `twins.py`.
+        fields: of its configuration, replaced; of a twin, `EXTRAS` are those of `twins.py`.
         groups: query heads to a head of keys and values, of T6.
         heads: how many, where parameters may differ from MHA's.
         prepare: what is done to the weights of a new model.
@@ -147,7 +147,16 @@ def constants_in_a(contextual: float = 0.0) -> Callable[[PreTrainedModel], None]
     return prepare
 
 
+def one_after_the_other(*steps: Callable[[PreTrainedModel], None]) -> Callable[[PreTrainedModel], None]:
+    def prepare(model: PreTrainedModel) -> None:
+        for step in steps:
+            step(model)
+
+    return prepare
+
+
 BIASES = {"attention_bias": True, "attention_out_bias": False}
+NORM = {"qk_norm": "heads"}
 
 
 def without_scaling(ranks: dict[str, int]) -> Ablation:
@@ -170,6 +179,8 @@ def without_scaling(ranks: dict[str, int]) -> Ablation:
 def ablations() -> dict[str, Ablation]:
     """Every ablation by its name in the results."""
     tpa, a, b = Ablation("TPA"), FACTORS[::2], FACTORS[1::2]
+    constant = replace(tpa, fields=BIASES, prepare=constants_in_a())
+    constant_as_llama = one_after_the_other(heads_as_llama(), constants_in_a())
 
     def rates(factor: float, *parts: str) -> Ablation:
         return replace(tpa, rates=dict.fromkeys(parts, factor))
@@ -215,23 +226,44 @@ def ablations() -> dict[str, Ablation]:
         "TPA, Muon of blocks": replace(tpa, optimizer="muon of blocks"),
         # What of A does not depend on the token.
         "TPA, biases": replace(tpa, fields=BIASES),
-        "TPA, A starts constant": replace(tpa, fields=BIASES, prepare=constants_in_a()),
-        "TPA, A starts half constant": replace(tpa, fields=BIASES, prepare=constants_in_a(1.0)),
+        "TPA, A starts constant": constant,
+        "TPA, A starts half constant": replace(constant, prepare=constants_in_a(1.0)),
+        "TPA, A starts constant, QKV as Llama's": replace(constant, prepare=constant_as_llama),
+        "TPA, A starts constant, rate of A x 2": replace(constant, rates=dict.fromkeys(a, 2.0)),
+        "TPA, A starts constant, QK norm": replace(constant, fields=NORM | BIASES),
+        "TPA, A starts constant, QK norm, V as Llama's": replace(
+            constant, fields=NORM | BIASES, prepare=constant_as_llama
+        ),
+        "TPA, A starts constant, QK norm, gate": replace(constant, fields=NORM | BIASES | {"output_gate": True}),
+        "TPA, A starts constant, 4 to a KV head": replace(constant, groups=4),
+        "TPA, A starts constant, QK norm, 4 to a KV head": replace(constant, fields=NORM | BIASES, groups=4),
+        "TPA, A starts constant, QK norm, V as Llama's, 4 to a KV head": replace(
+            constant, fields=NORM | BIASES, prepare=constant_as_llama, groups=4
+        ),
+        "TPA, A starts constant, heads of MHA": replace(constant, heads=8),
         "TPA, A constant": replace(tpa, fields={"noncontextual_a": True}),
         "TPA, sigmoid of A": replace(tpa, fields={"head_factor_act": "sigmoid"}),
         "TPA, softmax of A": replace(tpa, fields={"head_factor_act": "softmax"}),
-        "TPA, QK norm of heads, A starts constant": replace(
-            tpa, fields=BIASES | {"qk_norm": "heads"}, prepare=constants_in_a()
-        ),
-        "TPA, QK norm of heads, sigmoid of A": replace(tpa, fields={"qk_norm": "heads", "head_factor_act": "sigmoid"}),
-        "TPA, 4 to a KV head, QK norm, A starts constant": replace(
-            tpa, fields=BIASES | {"qk_norm": "heads"}, prepare=constants_in_a(), groups=4
-        ),
         "TPA-KVonly, A starts constant": Ablation("TPA-KVonly", BIASES, prepare=constants_in_a()),
-        "TPA-KVonly, QK norm, A starts constant": Ablation(
-            "TPA-KVonly", BIASES | {"qk_norm": "heads"}, prepare=constants_in_a()
+        "TPA-KVonly, A starts constant, QK norm": Ablation("TPA-KVonly", NORM | BIASES, prepare=constants_in_a()),
+        "TPA-KVonly, A starts constant, QK norm, 4 to a KV head": Ablation(
+            "TPA-KVonly", NORM | BIASES, prepare=constants_in_a(), groups=4
         ),
+        "TPA, biases, QK norm": replace(tpa, fields=NORM | BIASES),
+        "TPA, biases, QK norm, rate of A x 2": replace(tpa, fields=NORM | BIASES, rates=dict.fromkeys(a, 2.0)),
+        "TPA, biases, QK norm, gate": replace(tpa, fields=NORM | BIASES | {"output_gate": True}),
+        "TPA, biases, 4 to a KV head": replace(tpa, fields=BIASES, groups=4),
+        "TPA, biases, QK norm, 4 to a KV head": replace(tpa, fields=NORM | BIASES, groups=4),
+        "TPA-KVonly, biases": Ablation("TPA-KVonly", BIASES),
+        "TPA-KVonly, biases, QK norm": Ablation("TPA-KVonly", NORM | BIASES),
+        "TPA-KVonly, biases, QK norm, 4 to a KV head": Ablation("TPA-KVonly", NORM | BIASES, groups=4),
         "MHA, biases": Ablation("MHA", {"attention_bias": True}),
+        "MHA, biases, QK norm": Ablation("MHA", {"attention_bias": True, "qk_norm": True}),
+        "GQA, biases": Ablation("GQA", {"attention_bias": True}),
+        "GQA, biases, QK norm": Ablation("GQA", {"attention_bias": True, "qk_norm": True}),
+        "MQA, biases, QK norm": Ablation("MQA", {"attention_bias": True, "qk_norm": True}),
+        "TPA, QK norm of heads, rate of A x 4": replace(tpa, fields=NORM, rates=dict.fromkeys(a, 4.0)),
+        "TPA, 4 to a KV head, rate of A x 4": replace(tpa, rates=dict.fromkeys(a, 4.0), groups=4),
         # Its architecture.
         "TPA, QK norm of rows": replace(tpa, fields={"qk_norm": True}),
         "TPA, QK norm of heads": replace(tpa, fields={"qk_norm": "heads"}),
@@ -303,7 +335,7 @@ class Configurations:
 def make_model(ablation: Ablation, config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     model = pretrain.make_model(config, attention)
     if not ablation.base.startswith("TPA"):
-        add_extras(model, ablation.fields.get("qk_norm", False), ablation.fields.get("output_gate", False))
+        add_extras(model, **{name: ablation.fields.get(name, False) for name in EXTRAS})
     if ablation.prepare is not None:
         ablation.prepare(model)
     return model

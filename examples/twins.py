@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""QK norm and output gates for Llama, Mistral and MLA: a T6 that has them is compared with twins that have them, too."""
+"""
+Biases, QK norm and output gates for Llama and Mistral, output gates for MLA: a T6 that has them is compared with twins that have
+them, too.
+"""
 
 import torch
 from torch import nn
@@ -57,10 +60,18 @@ class GatedOutput(nn.Linear):
         return super().forward(heads * torch.sigmoid(self.gate(self.layer_input)))
 
 
-def add_extras(model: PreTrainedModel, qk_norm: bool, output_gate: bool) -> None:
-    """Gives every attention layer of a new model the norm of queries' and keys' heads, and the gate."""
+def add_extras(
+    model: PreTrainedModel, attention_bias: bool = False, qk_norm: bool = False, output_gate: bool = False
+) -> None:
+    """
+    Gives every attention layer of a new model biases of queries, keys and values (Qwen2's, which start at zero), the norm of
+    queries' and keys' heads, and the gate.
+    """
     for layer in model.model.layers:
         attention = layer.self_attn
+        if attention_bias:
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+                projection.bias = nn.Parameter(projection.weight.new_zeros(projection.out_features))
         if qk_norm:
             for name in ("q_proj", "k_proj"):
                 old = getattr(attention, name)

@@ -96,6 +96,13 @@ def test_first_weights(configurations):
             assert heads.std().item() == pytest.approx(expected, rel=0.2)
             if balanced:
                 assert a.weight.square().mean().item() == pytest.approx(b.weight.square().mean().item(), rel=1e-3)
+    named = ablations.ablations()
+    model = new_model(configurations, named["TPA, A starts constant, QKV as Llama's"])
+    layer = model.model.layers[1].self_attn
+    a = layer.k_a_proj(inputs).unflatten(-1, (-1, 2))
+    assert a.equal(a[:1].expand_as(a)) and a.std().item() == pytest.approx(1.0, rel=0.5)  # of few numbers
+    other = new_model(configurations, ablations.Ablation("TPA", ablations.BIASES, prepare=ablations.heads_as_llama()))
+    assert layer.k_b_proj.weight.equal(other.model.layers[1].self_attn.k_b_proj.weight)
     model = new_model(configurations, ablations.Ablation("MHA", prepare=ablations.outputs_as_llama))
     assert model.model.layers[0].mlp.down_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
@@ -228,8 +235,9 @@ def test_muon_saves_and_loads(tmp_path):
 # Twins
 
 
-def test_normed_twin_is_qwen3(configurations):
-    ablation = ablations.Ablation("MHA", {"qk_norm": True})
+@pytest.mark.parametrize("bias", [False, True], ids=["no biases", "biases"])
+def test_normed_twin_is_qwen3(configurations, bias):
+    ablation = ablations.Ablation("MHA", {"qk_norm": True, "attention_bias": bias})
     model = new_model(configurations, ablation).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -237,14 +245,15 @@ def test_normed_twin_is_qwen3(configurations):
     fields = {
         name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")
     }
-    qwen = Qwen3ForCausalLM(Qwen3Config(**fields)).eval()
-    rename = {"q_proj.norm": "q_norm", "k_proj.norm": "k_norm"}
+    qwen = Qwen3ForCausalLM(Qwen3Config(**fields | {"attention_bias": bias})).eval()
     weights = {}
     for name, value in model.state_dict().items():
-        for old, new in rename.items():
-            name = name.replace(old, new)
-        weights[name] = value
-    assert not any(qwen.load_state_dict(weights, strict=True))
+        weights[name.replace("q_proj.norm", "q_norm").replace("k_proj.norm", "k_norm")] = value
+    missing, unexpected = qwen.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.endswith("o_proj.bias") for name in missing)
+    with torch.no_grad():
+        for layer in qwen.model.layers if bias else ():
+            layer.self_attn.o_proj.bias.zero_()
     ids = torch.randint(280, (2, 20))
     torch.testing.assert_close(model(ids).logits, qwen(ids).logits, rtol=1e-4, atol=1e-4)
 
@@ -260,7 +269,7 @@ def test_gated_twin(configurations):
     attention.o_proj.register_forward_pre_hook(lambda _, args: seen.update(heads=args[0]))
     ids = torch.arange(2, 22)[None]
     model(ids)
-    twins.add_extras(model, qk_norm=False, output_gate=True)
+    twins.add_extras(model, output_gate=True)
     gate = attention.o_proj.gate
     expected = (seen["heads"] * torch.sigmoid(seen["hidden_states"] @ gate.weight.T)) @ attention.o_proj.weight.T
     outputs = []

@@ -349,8 +349,8 @@ def do_runs(args: argparse.Namespace, settings: dict, runs: Iterable[Run], deadl
         try:
             try:
                 result = Training(run, configurations, tokens, device).train(graphs)
-            except RuntimeError:
-                if not graphs:
+            except RuntimeError as error:
+                if not graphs or isinstance(error, torch.OutOfMemoryError):
                     raise
                 print(f"{run.key}: no CUDA graph\n{traceback.format_exc()}", file=sys.stderr, flush=True)
                 graphs = False

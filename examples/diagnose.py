@@ -19,9 +19,9 @@ Why a T6 learns late what its twins learn early: many small runs, each with one 
     python examples/diagnose.py report --results runs/diagnosis.json
 
 Runs of one seed see the same batches in the same order. `run` does those that the results lack, the first seed's first, several
-side by side on one GPU, and starts none that would not end in time; `--variants` and `--rates` choose among those of
+side by side, and starts none that would not end in time; `--variants` and `--rates` choose among those of
 `ablations.py`. Each run logs held-out loss; how well text of random tokens is copied that has been there before, which takes
-heads that look for the token after the last one like this (induction heads); gradients, updates and weights by part;
+heads that look for the token after the last one like this (induction heads), and those need heads that look at the token before; gradients, updates and weights by part;
 entropies of attention, and how many directions keys and values use.
 """
 
@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument(
         "--learning-rate", type=number(float, 1e-9), default=LEARNING_RATE, metavar="X", help="(%(default)s)"
     )
-    run.add_argument("--parallel", type=count, default=1, metavar="N", help="processes on the GPU (%(default)s)")
+    run.add_argument("--parallel", type=count, default=1, metavar="N", help="processes, on all GPUs (%(default)s)")
     run.add_argument("--minutes", type=number(float, 0), default=1e6, metavar="X", help="start no run that ends later")
     run.add_argument("--no-graphs", action="store_true", help="do not capture a step as a CUDA graph")
     run.add_argument("--cpu", action="store_true", help="do not use a GPU")
@@ -80,6 +80,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     report = commands.add_parser("report", help="a table")
     report.add_argument(
         "--first", default="MHA", metavar="NAME", help="which the others are compared with (%(default)s)"
+    )
+    report.add_argument(
+        "--level", type=number(float, 0), default=4.0, metavar="X", help="a loss that the fall passes (%(default)s)"
     )
     for command in (run, report):
         command.add_argument("--results", type=Path, required=True, metavar="JSON")
@@ -334,10 +337,15 @@ Outcome = tuple[Run, dict | None, str | None]  # the result, or why there is non
 NO_TIME = "no time"
 
 
-def do_runs(args: argparse.Namespace, settings: dict, runs: Iterable[Run], deadline: float) -> Iterator[Outcome]:
+def do_runs(
+    args: argparse.Namespace, settings: dict, runs: Iterable[Run], deadline: float, index: int = 0
+) -> Iterator[Outcome]:
     """Does runs on one device, but none that would not end in time if it took as long as the longest before it."""
     torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and not args.cpu:
+        device = torch.device("cuda", index % torch.cuda.device_count())
+        torch.cuda.set_device(device)
     tokenizer, tokens = read_tokens(args.data, device)
     configurations = ablations.Configurations(settings, tokenizer)
     graphs, longest = device.type == "cuda" and not args.no_graphs, 0.0
@@ -364,9 +372,9 @@ def do_runs(args: argparse.Namespace, settings: dict, runs: Iterable[Run], deadl
             torch.cuda.empty_cache()
 
 
-def work(args: argparse.Namespace, settings: dict, todo, done, deadline: float) -> None:
+def work(args: argparse.Namespace, settings: dict, todo, done, deadline: float, index: int) -> None:
     """A process of several: takes runs from one queue until it finds `None`, and puts outcomes into another."""
-    for outcome in do_runs(args, settings, iter(todo.get, None), deadline):
+    for outcome in do_runs(args, settings, iter(todo.get, None), deadline, index):
         done.put(outcome)
 
 
@@ -380,7 +388,8 @@ def do_runs_in_parallel(
     for run in [*runs, *[None] * number]:
         todo.put(run)
     processes = [
-        context.Process(target=work, args=(args, settings, todo, done, deadline), daemon=True) for _ in range(number)
+        context.Process(target=work, args=(args, settings, todo, done, deadline, index), daemon=True)
+        for index in range(number)
     ]
     for process in processes:
         process.start()
@@ -452,11 +461,11 @@ def run_all(args: argparse.Namespace) -> None:
 # Report
 
 
-def fall(run: dict, field: str, level: float) -> float:
-    """The step at which a curve goes below a level, between two evaluations by a straight line; infinity if it never does."""
+def fall(run: dict, level: float) -> float:
+    """The step at which the loss goes below a level, between two evaluations by a straight line; infinity if it never does."""
     for before, after in zip(run["curve"], run["curve"][1:]):
-        if after[field] < level <= before[field]:
-            part = (before[field] - level) / (before[field] - after[field])
+        if after["loss"] < level <= before["loss"]:
+            part = (before["loss"] - level) / (before["loss"] - after["loss"])
             return before["step"] + part * (after["step"] - before["step"])
     return float("inf")
 
@@ -470,19 +479,23 @@ def report(args: argparse.Namespace) -> str:
         raise InputError(f"{args.results} has no run of {args.first}")
     base = {run["seed"]: run["loss"] for run in min(first, key=lambda runs: statistics.mean(r["loss"] for r in runs))}
     lines = [
-        "| variant | rate | heads (KV) | cache, bytes | runs | held-out loss | against the first | half copied at step | ms per step |",
-        f"| --- |{' --: |' * 8}",
+        f"| variant | rate | heads (KV) | cache, bytes | runs | held-out loss | against {args.first} "
+        f"| {args.level:g} nats at step | to the token before | to what is copied |",
+        f"| --- |{' --: |' * 9}",
     ]
     for (name, rate), runs in rows.items():
         losses = [run["loss"] for run in runs]
         differences = [run["loss"] - base[run["seed"]] for run in runs if run["seed"] in base]
         half = (max(losses) - min(losses)) / 2
-        steps = [fall(run, "copied", run["curve"][0]["copied"] / 2) for run in runs]
+        steps = statistics.mean(fall(run, args.level) for run in runs)
+        # The first half way, where some are late and others are not; the second, which needs it, at the end.
+        previous = statistics.mean(max(run["looks"][len(run["looks"]) // 2]["to_previous"]) for run in runs)
+        copied = statistics.mean(max(run["looks"][-1]["to_copied"]) for run in runs)
         kv = runs[0]["key_value_heads"]
         lines.append(
             f"| {name} | {rate:g} | {runs[0]['heads']} ({kv}) | {runs[0]['cache_bytes_per_token']:,} | {len(runs)} "
             f"| {statistics.mean(losses):.4f} ± {half:.4f} | {statistics.mean(differences or [float('nan')]):+.4f} "
-            f"| {statistics.mean(steps):.0f} | {statistics.median(run['ms_per_step'] for run in runs):.2f} |"
+            f"| {'never' if steps == float('inf') else format(steps, '.0f')} | {previous:.2f} | {copied:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

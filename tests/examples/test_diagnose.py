@@ -337,6 +337,6 @@ def test_runs_go_on(data, tmp_path, capsys, monkeypatch):
 
 
 def test_fall():
-    run = {"curve": [{"step": 0, "copied": 8.0}, {"step": 50, "copied": 6.0}, {"step": 100, "copied": 2.0}]}
-    assert diagnose.fall(run, "copied", 4.0) == 75
-    assert diagnose.fall(run, "copied", 1.0) == float("inf")
+    run = {"curve": [{"step": 0, "loss": 8.0}, {"step": 50, "loss": 6.0}, {"step": 100, "loss": 2.0}]}
+    assert diagnose.fall(run, 4.0) == 75
+    assert diagnose.fall(run, 1.0) == float("inf")

@@ -41,7 +41,7 @@ from conversion.files.targets import TOKENIZER, Kind, check_target
 
 __all__ = [
     "TOKENIZER", "InputError", "Kind", "add_folder_arguments", "check_folders", "check_target", "complete_folders",
-    "field_and_value", "input_errors", "inputs", "last_checkpoint", "loading", "new_folder", "number", "one_line", "read_text",
+    "field_and_value", "input_errors", "inputs", "kind_and_path", "last_checkpoint", "loading", "new_folder", "number", "one_line", "read_text",
     "remove_checkpoints", "replace_folder", "temporary_folder", "write_json",
 ]  # fmt: skip
 
@@ -86,6 +86,12 @@ def field_and_value(text: str) -> tuple[str, object]:
         return field, json.loads(value)
     except json.JSONDecodeError:
         return field, value
+
+
+def kind_and_path(text: str) -> tuple[str, Path]:
+    """An argparse type: KIND=PATH, or PATH for text of no kind of its own."""
+    kind, separator, path = text.partition("=")
+    return (kind, Path(path)) if separator and not Path(text).exists() else ("text", Path(text))
 
 
 def add_folder_arguments(parser: argparse._ArgumentGroup) -> None:

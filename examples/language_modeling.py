@@ -172,3 +172,23 @@ def total_loss(
             piece, targets = targets[:, : logits.shape[1]], targets[:, logits.shape[1] :]
             nats += token_losses(logits, piece).double().sum().item()
     return nats
+
+
+@torch.inference_mode()
+def position_losses(
+    model: nn.Module, windows: list[torch.Tensor], batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of the tokens at each place of the windows but the first, float64 [length - 1], and how many tokens those are."""
+    model.eval()
+    nats = torch.zeros(len(windows[0]) - 1, dtype=torch.float64)
+    counts = torch.zeros_like(nats, dtype=torch.long)
+    for batch in DataLoader(windows, batch_size=batch_size, collate_fn=collate):
+        ids, targets = batch["input_ids"].to(model.device)[:, :-1], batch["labels"].to(model.device)[:, 1:]
+        start = 0
+        for logits in logits_in_pieces(model, ids):
+            end = start + logits.shape[1]
+            piece = targets[:, start:end]
+            nats[start:end] += token_losses(logits, piece).double().sum(0).cpu()
+            counts[start:end] += (piece != IGNORED).sum(0).cpu()
+            start = end
+    return nats, counts

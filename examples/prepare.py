@@ -3,23 +3,43 @@ Turns text files into a folder of tokens that `pretrain.py` reads.
 
     python examples/prepare.py --text docs/ books/*.txt --output-dir runs/tokens
 
-A folder stands for its files with one of the suffixes. Each file is one document. Documents of equal content count
-once; a share of them, chosen by their content, is held out, except those of which the training documents hold half of
-the lines or more. A byte-level BPE tokenizer is trained, unless one is given. The same files give the same folder.
+A folder stands for its files with one of the suffixes. Each file is one document. `KIND=PATH` names the kind of text, and the
+held-out documents of each kind follow each other, so that losses can be told by kind:
+
+    python examples/prepare.py --text code=src prose=books docs=manual --suffix .py .txt .md --output-dir runs/tokens
+
+A line of a file that ends in .jsonl or .jsonl.xz is a document, {"text": ...}, as `gather.py` writes them, which may have a
+"kind". Documents of equal content count once; a share of them, chosen by their content, is held out. Left out are documents of which half
+of the lines or more stand in the training documents: of training documents in those before them, of held-out ones in all. A
+byte-level BPE tokenizer is trained, unless one is given. The same files give the same folder.
 """
 
 import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
+import lzma
 import multiprocessing
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from command_line import TOKENIZER, InputError, Kind, input_errors, new_folder, number, read_text
+from command_line import (
+    TOKENIZER,
+    InputError,
+    Kind,
+    input_errors,
+    kind_and_path,
+    new_folder,
+    number,
+    one_line,
+    read_text,
+)
 
 
 # What --overwrite replaces.
@@ -28,11 +48,15 @@ DATA = Kind("tokens of this command", (("data.json",), ("train.bin",)), (*TOKENI
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="PATH", help="files and folders")
+    parser.add_argument(
+        "--text", nargs="+", type=kind_and_path, required=True, metavar="[KIND=]PATH", help="files and folders"
+    )
     parser.add_argument(
         "--suffix", nargs="+", default=[".txt", ".md"], metavar="S", help="of the files of folders (%(default)s)"
     )
-    parser.add_argument("--held-out", nargs="+", type=Path, metavar="PATH", help="held-out text, in place of a share")
+    parser.add_argument(
+        "--held-out", nargs="+", type=kind_and_path, metavar="[KIND=]PATH", help="held-out text, in place of a share"
+    )
     parser.add_argument(
         "--held-out-fraction",
         type=number(float, 0, 0.5),
@@ -62,56 +86,81 @@ if __name__ == "__main__":
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from language_modeling import encode, load_tokenizer, text_size, train_tokenizer
 
 
 BATCH = 2**20  # characters of a process's portion
+JSON_LINES = re.compile(r"\.jsonl(\.xz)?$")
 MIN_LINE = 24  # characters: shorter lines are alike in documents that have nothing else in common
 
 
-def find_files(paths: list[Path], suffixes: list[str]) -> tuple[list[Path], set[Path]]:
-    """The files, and those of them that were found in folders."""
-    files, found = [], set()
-    for path in paths:
+class Document(NamedTuple):
+    kind: str
+    text: str
+
+
+def find_files(paths: list[tuple[str, Path]], suffixes: list[str]) -> Iterator[tuple[str, Path, bool]]:
+    """The kinds and files, and whether they were found in folders."""
+    for kind, path in paths:
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
-            found.update(inside)
-            files += inside
+            yield from ((kind, file, True) for file in inside)
         else:
-            files.append(path)
-    return files, found
+            yield kind, path, False
 
 
-def read_documents(paths: list[Path], suffixes: list[str]) -> tuple[dict[bytes, str], int]:
-    """Texts by the hash of their content, in the order of the hashes, and how many files were left out."""
-    files, found = find_files(paths, suffixes)
+def read_documents(paths: list[tuple[str, Path]], suffixes: list[str]) -> tuple[dict[bytes, Document], int]:
+    """Documents by the hash of their content, in the order of the hashes, and how many files were left out."""
     documents, left_out = {}, 0
-    for path in tqdm(files, desc="reading", unit="file", disable=None):
+    files = list(find_files(paths, suffixes))
+    for kind, path, is_found in tqdm(files, desc="reading", unit="file", disable=None):
         try:
-            text = read_text(path)
+            read = list(read_lines(kind, path)) if JSON_LINES.search(path.name) else [Document(kind, read_text(path))]
         except InputError:
-            if path not in found:
+            if not is_found or JSON_LINES.search(path.name):
                 raise
-            text = ""  # a folder may hold anything
-        if text.strip():
-            documents[hashlib.sha256(text.encode()).digest()] = text
-        else:
-            left_out += 1
+            read = []  # a folder may hold anything
+        read = [document for document in read if document.text.strip()]
+        left_out += not read
+        for document in read:
+            documents.setdefault(hashlib.sha256(document.text.encode()).digest(), document)
     return dict(sorted(documents.items())), left_out
 
 
-def line_hashes(text: str) -> set[int]:
-    lines = {line.strip() for line in text.splitlines()}
-    return {
-        int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest())
-        for line in lines
-        if len(line) >= MIN_LINE
-    }
+def read_lines(kind: str, path: Path) -> Iterator[Document]:
+    """The documents of a file of JSON lines, {"text": ..., "kind": ...}; a kind that was given goes before theirs."""
+    try:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise InputError(f'{path}, line {number}: expected {{"text": ...}}')
+                yield Document(row.get("kind", kind) if kind == "text" else kind, row["text"])
+    except (json.JSONDecodeError, UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+        raise InputError(f"{path} is no file of JSON lines: {one_line(error)}") from error
 
 
-def common_lines(texts: list[str], hashes: set[int]) -> set[int]:
-    return {line for text in texts for line in line_hashes(text)} & hashes
+def line_hashes(texts: list[str]) -> list[np.ndarray]:
+    """The hashes of each document's lines, each once."""
+    hashes = []
+    for text in texts:
+        lines = {stripped for line in text.splitlines() if len(stripped := line.strip()) >= MIN_LINE}
+        digests = b"".join(hashlib.blake2b(line.encode(), digest_size=8).digest() for line in lines)
+        hashes.append(np.frombuffer(digests, dtype="uint64"))
+    return hashes
+
+
+def near_copies(hashes: Iterable[np.ndarray], seen: set[int], adds: bool) -> list[bool]:
+    """Whether half of each document's lines or more are in `seen`, to which it `adds` its own."""
+    near = []
+    for lines in hashes:
+        numbers = lines.tolist()
+        near.append(bool(numbers) and 2 * sum(number in seen for number in numbers) >= len(numbers))
+        if adds:
+            seen.update(numbers)
+    return near
 
 
 cached_tokenizer = functools.cache(load_tokenizer)
@@ -136,7 +185,7 @@ def batches(texts: list[str]) -> Iterator[list[str]]:
 
 def prepare(args: argparse.Namespace) -> dict:
     """Writes the folder; returns what its `data.json` says."""
-    texts = {f"--text {path}": path for path in (*args.text, *(args.held_out or ())) if path.is_file()}
+    texts = {f"--text {path}": path for _, path in (*args.text, *(args.held_out or ())) if path.is_file()}
     with new_folder(args.output_dir, args.overwrite, texts, DATA) as folder:
         facts = write(args, folder)
     print(json.dumps(facts, indent=2))
@@ -147,78 +196,103 @@ def write(args: argparse.Namespace, folder: Path) -> dict:
     documents, left_out = read_documents(args.text, args.suffix)
     if not documents:
         raise InputError(
-            f"there is no text in {', '.join(map(str, args.text))}: expected files of UTF-8, or folders of such files that "
+            f"there is no text in {', '.join(str(path) for _, path in args.text)}: expected files of UTF-8, or folders of such files that "
             f"end in {', '.join(args.suffix)}"
         )
     if args.held_out:
         held_out, _ = read_documents(args.held_out, args.suffix)
     else:
         limit = args.held_out_fraction * 2**32
-        held_out = {key: text for key, text in documents.items() if int.from_bytes(key[:4]) < limit}
+        held_out = {key: document for key, document in documents.items() if int.from_bytes(key[:4]) < limit}
         if not held_out and args.held_out_fraction and len(documents) > 1:  # a share of few documents is one of them
             held_out = dict([next(iter(documents.items()))])
-    training = [text for key, text in documents.items() if key not in held_out]
+    training = [document for key, document in documents.items() if key not in held_out]
     if not training:
         raise InputError("there is no training text: all of it is held out")
 
-    if args.tokenizer:
-        tokenizer = load_tokenizer(args.tokenizer)
-    else:
-        size, sample = 0, []
-        for text in training:
-            if size < 1e6 * args.tokenizer_megabytes:
-                sample.append(text)
-                size += len(text.encode())
-        tokenizer = train_tokenizer(sample, args.vocab_size)
-    tokenizer.save_pretrained(folder)
-
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None  # a mistake is told before the work
     with contextlib.ExitStack() as stack:
         parallel = map
         if args.num_processes > 1:
             # Not forked: this process has threads, of the tokenizers.
             context = multiprocessing.get_context("spawn")
             parallel = stack.enter_context(ProcessPoolExecutor(args.num_processes, context)).map
-        lines = {key: line_hashes(text) for key, text in held_out.items()}
-        every_line, parts = set().union(*lines.values()), list(batches(training))
-        common = set().union(*parallel(common_lines, parts, [every_line] * len(parts)))
-        near = {key for key, hashes in lines.items() if hashes and 2 * len(hashes & common) >= len(hashes)}
-        kept = [text for key, text in held_out.items() if key not in near]
+
+        def hashes(documents: list[Document]) -> Iterator[np.ndarray]:
+            return itertools.chain.from_iterable(parallel(line_hashes, batches(texts_of(documents))))
+
+        seen = set()
+        near = near_copies(hashes(training), seen, adds=True)
+        dropped = sum(near)
+        training = [document for document, is_near in zip(training, near) if not is_near]
+        near = near_copies(hashes(list(held_out.values())), seen, adds=False)
+        kept = [document for document, is_near in zip(held_out.values(), near) if not is_near]
         if not kept:
-            reason = f"the {len(near)} held out repeat the training text" if near else "the share took none"
+            reason = f"the {sum(near)} held out repeat the training text" if any(near) else "the share took none"
             raise InputError(
                 f"there is no held-out text: of {len(documents)} documents, {reason}; expected "
                 f"{'a larger --held-out-fraction' if len(documents) > 1 else 'more documents'}, or --held-out PATH"
             )
 
+        if tokenizer is None:
+            tokenizer = train_on_a_share(args, training)
+        for chosen in (training, kept):
+            chosen.sort(key=lambda document: document.kind)
+        tokenizer.save_pretrained(folder)
         dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "uint32")
         counts, digest = {}, hashlib.sha256()
-        for name, texts in (("train", training), ("held_out", kept)):
-            parts = list(batches(texts))
-            encoded = parallel(encode_batch, [folder] * len(parts), parts)
+        for name, chosen in (("train", training), ("held_out", kept)):
+            # Batches of one kind, whose tokens count as its own.
+            parts = [
+                (kind, batch)
+                for kind, group in itertools.groupby(chosen, key=lambda document: document.kind)
+                for batch in batches(texts_of(group))
+            ]
+            encoded = parallel(encode_batch, [folder] * len(parts), [batch for _, batch in parts])
             with (folder / f"{name}.bin").open("wb") as file:
-                counts[name] = 0
-                for tokens in tqdm(encoded, total=len(parts), desc=f"{name} tokens", unit="batch", disable=None):
-                    counts[name] += len(tokens)
+                for (kind, _), tokens in tqdm(
+                    zip(parts, encoded), total=len(parts), desc=f"{name} tokens", unit="batch", disable=None
+                ):
+                    counts[name, kind] = counts.get((name, kind), 0) + len(tokens)
                     data = tokens.astype(dtype).tobytes()
                     digest.update(data)
                     file.write(data)
-    characters, num_bytes = text_size(kept)
+
+    def sizes(kind: str | None = None) -> dict:
+        """Of one kind of text, or of all."""
+        facts = {}
+        for name, chosen in (("train", training), ("held_out", kept)):
+            texts = texts_of(document for document in chosen if kind in (None, document.kind))
+            facts[f"{name}_documents"] = len(texts)
+            facts[f"{name}_tokens"] = sum(n for (of, k), n in counts.items() if of == name and kind in (None, k))
+            facts[f"{name}_characters"], facts[f"{name}_bytes"] = text_size(texts)
+        return facts
+
     facts = {
         "dtype": dtype.name,
         "vocab_size": len(tokenizer),
-        "train_documents": len(training),
-        "train_tokens": counts["train"],
-        "train_bytes": text_size(training)[1],
-        "held_out_documents": len(kept),
-        "held_out_tokens": counts["held_out"],
-        "held_out_characters": characters,
-        "held_out_bytes": num_bytes,
-        "held_out_documents_dropped": len(near),
+        **sizes(),
+        "train_documents_dropped": dropped,
+        "held_out_documents_dropped": sum(near),
         "files_left_out": left_out,
+        "kinds": {kind: sizes(kind) for kind in sorted({document.kind for document in [*training, *kept]})},
         "sha256": digest.hexdigest(),
     }
     (folder / "data.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
+
+
+def texts_of(documents: Iterable[Document]) -> list[str]:
+    return [document.text for document in documents]
+
+
+def train_on_a_share(args: argparse.Namespace, training: list[Document]) -> PreTrainedTokenizerFast:
+    size, sample = 0, []
+    for document in training:
+        if size < 1e6 * args.tokenizer_megabytes:
+            sample.append(document.text)
+            size += len(document.text.encode())
+    return train_tokenizer(sample, args.vocab_size)
 
 
 def main(argv: list[str] | None = None) -> dict:

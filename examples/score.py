@@ -4,6 +4,7 @@ Evaluates a causal language model: the nine tasks of the T6 paper with lm-eval, 
     python examples/score.py tasks runs/t6-medium --size medium --output-dir runs/t6-medium-scores
     python examples/score.py perplexity runs/t6-medium book.txt
     python examples/score.py perplexity runs/t6-medium book.txt --cache-dtype float8_e4m3fn
+    python examples/score.py held-out runs/t6-medium --data runs/tokens --windows 1024 2048
 
 `tasks` runs lm-eval's group t6_paper at 0 and at 2 shots and prints the scores beside the paper's; the same with lm-eval
 alone is `lm_eval --model hf --model_args pretrained=MODEL,trust_remote_code=True --include_path examples/tasks --tasks t6_paper`. `table`
@@ -88,6 +89,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     perplexity.add_argument("--output", type=Path, metavar="JSON", help="write the figures there too")
 
+    held_out = commands.add_parser("held-out", help="loss on prepare.py's held-out text, by kind and by position")
+    add_model(held_out)
+    held_out.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder of prepare.py")
+    held_out.add_argument("--windows", nargs="+", type=number(int, 2), metavar="N", help="(max_position_embeddings)")
+    held_out.add_argument("--output", type=Path, metavar="JSON", help="write the figures there too")
+
     export = commands.add_parser("export", help="write the tasks' data of the Hub as files")
     export.add_argument("directory", type=Path, metavar="DIR")
     export.add_argument("--tasks", default="t6_paper", metavar="NAME", help=argparse.SUPPRESS)
@@ -103,11 +110,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
+import numpy as np
+import torch
 from transformers import AutoModelForCausalLM
 
 from conversion.files.devices import find_device
-from language_modeling import encode, held_out_windows, load_tokenizer, loss_report, text_size, total_loss
+from language_modeling import (
+    encode,
+    held_out_windows,
+    load_tokenizer,
+    loss_report,
+    position_losses,
+    text_size,
+    total_loss,
+)
 from modeling_t6 import T6Cache  # which registers T6 with the Auto classes
+from pretraining_data import open_prepared
 
 
 # lm-eval
@@ -346,6 +364,71 @@ def perplexity(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     return reports
 
 
+# Held-out text of `prepare.py`
+
+
+def held_out(args: argparse.Namespace) -> dict[str, dict]:
+    """
+    The loss of each kind of held-out text, in windows that share one token, and that of all kinds by position.
+
+    Returns:
+        By window: `kinds`, by kind and for "all" as in `perplexity`; and `positions`, the loss per token in nats between two
+        powers of two, by the first and the last place of a window's tokens, which are counted from 0.
+    """
+    device, (tokenizer, facts) = find_device(args.device), open_prepared(args.data)
+    kinds = facts.get("kinds", {"text": facts})
+    tokens = torch.from_numpy(np.fromfile(args.data / "held_out.bin", dtype=facts["dtype"]).astype("int64"))
+    if len(tokens) != sum(of["held_out_tokens"] for of in kinds.values()):
+        raise InputError(f"{args.data}: the size of held_out.bin is not that which data.json states")
+    with loading("model", args.model):
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
+    if model.config.get_text_config().vocab_size < len(tokenizer):
+        raise InputError(f"{args.model} has fewer tokens than the tokenizer of {args.data}, {len(tokenizer)}")
+    windows = args.windows or [getattr(model.config, "max_position_embeddings", None)]
+    if windows == [None]:
+        raise InputError(f"--windows is needed: the configuration of {args.model} has no max_position_embeddings")
+    reports = {}
+    for window in windows:
+        nats = torch.zeros(window - 1, dtype=torch.float64)
+        counts = torch.zeros(window - 1, dtype=torch.long)
+        report, start = {}, 0
+        for kind, of in kinds.items():
+            part = tokens[start : start + of["held_out_tokens"]]
+            start += len(part)
+            if len(part) < 2:
+                continue
+            kind_nats, kind_counts = position_losses(model, held_out_windows(part, window), args.batch_size)
+            nats[: len(kind_nats)] += kind_nats
+            counts[: len(kind_counts)] += kind_counts
+            report[kind] = held_out_report(kind_nats, kind_counts, of)
+        report["all"] = held_out_report(nats, counts, facts)
+        for kind, numbers in report.items():
+            loss = numbers["loss_per_token"]
+            print(
+                f"window {window}, {kind}: {numbers['tokens']:,} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.3f}"
+            )
+        reports[str(window)] = {"kinds": report, "positions": losses_by_position(nats, counts)}
+    if args.output:
+        write_json(args.output, reports)
+    return reports
+
+
+def held_out_report(nats: torch.Tensor, counts: torch.Tensor, facts: dict) -> dict[str, float]:
+    number = int(counts.sum())
+    report = loss_report(nats.sum().item(), number, facts["held_out_characters"], facts["held_out_bytes"])
+    return {"tokens": number, "perplexity": math.exp(report["loss_per_token"]), **report}
+
+
+def losses_by_position(nats: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
+    losses, first = {}, 1
+    while first <= len(nats):
+        last = min(2 * first - 1, len(nats))
+        if number := int(counts[first - 1 : last].sum()):
+            losses[f"{first}-{last}"] = nats[first - 1 : last].sum().item() / number
+        first *= 2
+    return losses
+
+
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     with input_errors("score.py"):
@@ -355,6 +438,8 @@ def main(argv: list[str] | None = None):
             print(table([read_results(path) for path in args.results], args.size))
         elif args.command == "perplexity":
             return perplexity(args)
+        elif args.command == "held-out":
+            return held_out(args)
         else:
             names = export_data(args) if args.command == "export" else write_local_group(args.directory)
             print(f"{args.directory}: {', '.join(names)}")

@@ -9,7 +9,9 @@ import pytest
 
 import command_line
 import compare
+import diagnose
 import export
+import gather
 import generate
 import prepare
 import pretrain
@@ -48,15 +50,18 @@ def test_help_and_mistakes_are_answered_at_once():
         str(path) for path in files if "ArgumentParser\n" in path.read_text() or "def parse_args" in path.read_text()
     ]
     others = {
+        "ablations",
         "command_line",
         "gpu",
         "language_modeling",
         "options",
+        "muon",
         "pretraining_data",
         "serve",
         "shapes",
         "throughput",
         "turns",
+        "twins",
         "vllm_server",
     }
     assert {path.stem for path in files if str(path) not in commands} == others | {"training"}
@@ -71,7 +76,10 @@ def test_help_and_mistakes_are_answered_at_once():
     "module, options",
     [
         (compare, "plan --results {tmp}/x --data {missing}"),
+        (diagnose, "run --results {tmp}/x --data {missing}"),
+        (diagnose, "report --results {missing}"),
         (export, "{missing} {tmp}/x.pt2"),
+        (gather, "{missing} --output-dir {tmp}/x"),
         (generate, "--model {missing}"),
         (prepare, "--output-dir {tmp}/x --text {missing}"),
         (prepare, "--output-dir {tmp}/x --text {text} --num-processes 1 --tokenizer {missing}"),
@@ -79,6 +87,7 @@ def test_help_and_mistakes_are_answered_at_once():
         (pretrain, "--output-dir {tmp}/x --tokenizer {shipped} --dataset {missing}"),
         (pretrain, "--output-dir {tmp}/x --tokenizer {missing}"),
         (score, "local {missing}"),
+        (score, "held-out any --data {missing}"),
         (score, "perplexity {missing} {text}"),
         (score, "tasks any --output-dir {tmp}/x --data {missing}"),
         (score, "tasks {missing} --output-dir {tmp}/x"),

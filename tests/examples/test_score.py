@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import language_modeling
+import prepare
 import score
 from conversion.__main__ import main as convert
 from conversion.smaller import measure
@@ -335,6 +337,62 @@ def test_perplexity(tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "llama")
     with pytest.raises(SystemExit, match="--cache-dtype is for T6 models: .*llama is llama"):
         score.main(["perplexity", str(tmp_path / "llama"), str(path), "--cache-dtype", "model", *options])
+
+
+@pytest.mark.once
+def test_held_out(tmp_path):
+    """Kinds one after the other in the file; each token against one long product of probabilities."""
+    texts = {"code": "for king in kings:\n    crown(king)\n" * 9, "prose": "O Romeo, wherefore art thou Romeo?\n" * 14}
+    for kind, text in texts.items():
+        for index in range(2):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            (tmp_path / kind / f"{index}.txt").write_text(f"{index} {text}")
+    options = ["--held-out", *(f"{kind}={tmp_path / kind / '1.txt'}" for kind in texts), "--num-processes", "1"]
+    (tmp_path / "other.txt").write_text("another text")
+    prepare.main(
+        [
+            "--text",
+            str(tmp_path / "other.txt"),
+            *options,
+            "--tokenizer",
+            str(SHIPPED),
+            "--output-dir",
+            str(tmp_path / "d"),
+        ]
+    )
+    reports = score.main(
+        ["held-out", str(SHIPPED), "--data", str(tmp_path / "d"), "--windows", "24", "70", "--device", "cpu"]
+        + ["--dtype", "float32", "--batch-size", "3", "--output", str(tmp_path / "out.json")]
+    )
+    assert json.loads((tmp_path / "out.json").read_text()) == reports
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    for window in (24, 70):
+        places = {}
+        for kind, text in texts.items():
+            ids = [tokenizer.bos_token_id, *tokenizer(f"1 {text}")["input_ids"]]
+            nats = []
+            for start in range(0, len(ids) - 1, window - 1):
+                piece = torch.tensor([ids[start : start + window]])
+                with torch.no_grad():
+                    scores = model(piece).logits[0, :-1].log_softmax(-1)
+                losses = -scores.gather(-1, piece[0, 1:, None])[:, 0]
+                nats += losses.tolist()
+                for place, loss in enumerate(losses.tolist(), 1):
+                    places.setdefault(place, []).append(loss)
+            report = reports[str(window)]["kinds"][kind]
+            assert report["tokens"] == len(ids) - 1
+            assert report["loss_per_token"] == pytest.approx(statistics.mean(nats), rel=1e-5)
+            bits = sum(nats) / math.log(2) / len(f"1 {text}".encode())
+            assert report["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+        expected = {}
+        for first, last in ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63), (64, 127)):
+            if first < window:
+                last = min(last, window - 1)
+                expected[f"{first}-{last}"] = statistics.mean(sum((places[i] for i in range(first, last + 1)), []))
+        assert reports[str(window)]["positions"] == pytest.approx(expected, rel=1e-5)
+        every = statistics.mean(sum(places.values(), []))
+        assert reports[str(window)]["kinds"]["all"]["loss_per_token"] == pytest.approx(every, rel=1e-5)
 
 
 def test_decoding_keeps_no_logits():

@@ -44,6 +44,8 @@ MODELS = {  # heads, head_dim, rank, dtype of the cache, heads that share A
     "T6 rank 2": (32, 64, 2, "bfloat16"),
     "T6 rank 1, FP8": (32, 64, 1, "float8_e4m3fn"),
     "T6 rank 2, FP8": (32, 64, 2, "float8_e4m3fn"),
+    "T6 rank 1, INT4": (32, 64, 1, "int4"),
+    "T6 rank 2, INT4": (32, 64, 2, "int4"),
     "T6 rank 2, h 34": (34, 64, 2, "bfloat16"),
     "T6 rank 2, h 47": (47, 64, 2, "bfloat16"),
     "T6 rank 2, h 78": (78, 64, 2, "bfloat16"),
@@ -62,7 +64,7 @@ def time_t6(shape: CacheShape) -> dict:
     layout = FactorLayout(rank, shape.heads // shape.groups, shape.head_dim)
     copies = copies_larger_than_l2(shape.num_bytes)
     query, rows = random_cache(shape, copies)
-    factors = [layout.unpack(x[:1].float()) for x in rows[0]]
+    factors = [layout.read(x[:1], torch.float32) for x in rows[0]]
     expected = factor_space_attention(query[:1].float(), *factors, None, scaling)[0]
     attend = functools.partial(flash_tpa, query, groups=shape.groups)
     output = attend(*rows[0], rank, rank, scaling)[:1]

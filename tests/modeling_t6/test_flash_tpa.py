@@ -107,6 +107,42 @@ def test_two_ranks_in_one_product(heads, queries, ranks, dtype):
     assert relative_error(case, DEVICE) < TOLERANCES[dtype]
 
 
+LOW_BIT_SHAPES = {  # heads, groups, head_dim, k_rank, v_rank, queries, constant A
+    "two tiles of 128 tokens": (32, 1, 64, 1, 1, 1, False),
+    "ranks that differ, a last group of 16 features": (5, 1, 48, 2, 3, 3, False),
+    "an odd multiple of 8 heads, loads one rank at a time": (34, 1, 64, 4, 4, 1, False),
+    "grouped, three groups of features": (12, 3, 96, 2, 1, 1, False),
+    "constant A": (9, 1, 64, 3, 3, 1, True),
+}
+
+
+@pytest.mark.once
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", ["float8_e4m3fn", "int4"])
+@pytest.mark.parametrize("name", LOW_BIT_SHAPES)
+def test_rows_of_8_and_of_4_bits(name, rows, dtype):
+    """As close to float64 of what the rows hold as with rows that are not rounded."""
+    names = ("heads", "groups", "head_dim", "k_rank", "v_rank", "queries", "constant_a")
+    fixed = dict(zip(names, LOW_BIT_SHAPES[name])) | {"dtype": dtype, "rows": rows, "batch": 1, "wide_rows": False}
+    fixed["tokens"] = 150 if fixed["k_rank"] == 1 else 70
+    assert relative_error(random_case(7, **fixed), DEVICE) < TOLERANCES[dtype]
+
+
+@pytest.mark.once
+@needs_triton
+@pytest.mark.parametrize("start, stride", [(0, 152), (4, 152), (8, 153)])
+def test_rows_of_4_bits_that_start_anywhere(start, stride):
+    """Those that do not lie as a cache has them are read from a copy."""
+    layout = FactorLayout(2, 32, 64).quantized
+    rows = layout.pack(torch.randn(1, 20, 2, 32), torch.randn(1, 20, 2, 64)).to(DEVICE)
+    buffer = torch.full((1, 1, 20, stride + start), 255, dtype=torch.uint8, device=DEVICE)
+    view = buffer.flatten()[start : start + 20 * stride].view(1, 1, 20, stride)[..., : layout.width]
+    view.copy_(rows)
+    query = torch.randn(1, 1, 32, 64, dtype=torch.bfloat16, device=DEVICE)
+    assert torch.equal(flash_tpa(query, view, view, 2, 2, 0.2), flash_tpa(query, rows, rows, 2, 2, 0.2))
+
+
 GROUPS = {  # heads, groups
     "of 4 under 48": (48, 4),  # two tiles of whole groups
     "of 3, filled up to 4": (36, 3),

@@ -207,9 +207,9 @@ def _gradient(
     result, rotary_dim = product.new_empty(product.shape), cos.shape[-1]
     _launch(
         gradients_at_once_kernel, (*gradients, product, cos, sin, result), product.shape, angles_stride, strides,
-        (ranks, num_heads, head_dim), TOKENS, ROTARY_DIM=rotary_dim, TOKENS=TOKENS, STAGES=STAGES, BLOCK_H=HEADS,
-        BLOCK_HALF=power_of_2(rotary_dim // 2, 16),
-        BLOCK_REST=power_of_2(max(1, head_dim - rotary_dim), 16),
+        (ranks, num_heads, head_dim), TOKENS, ROTARY_DIM=rotary_dim, TOKENS=TOKENS, BLOCK_H=HEADS,
+        STAGES=STAGES if product.element_size() == 2 else 1,  # float32 of large heads would fill the shared memory
+        BLOCK_HALF=power_of_2(rotary_dim // 2, 16), BLOCK_REST=power_of_2(max(1, head_dim - rotary_dim), 16),
     )  # fmt: skip
     return result
 

@@ -56,8 +56,9 @@ from configuration.make_configs import DIRECTORY
 
 
 NAMES = ("t6", "llama-mha")
-# Names of softmax attention's kernels in PyTorch: FlashAttention, cuDNN, memory-efficient.
-ATTENTION = re.compile(r"flash|fmha|sdpa|attention", re.IGNORECASE)
+# Names of softmax attention's kernels in PyTorch: FlashAttention, cuDNN with what it does before and after its backward pass,
+# memory-efficient. torch.compile's own kernels are named after their neighbours.
+ATTENTION = re.compile(r"^(?!triton_).*(flash|fmha|sdpa|attention|cudnn::fusion)", re.IGNORECASE)
 
 
 def alternate(calls: dict[str, Callable], device: str, rounds: int) -> dict[str, float]:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Queries, keys and values out of the one product of a layer's factors, and its gradient, without a pass between them"""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -206,23 +207,33 @@ def _gradient(
     result, rotary_dim = product.new_empty(product.shape), cos.shape[-1]
     _launch(
         gradients_at_once_kernel, (*gradients, product, cos, sin, result), product.shape, angles_stride, strides,
-        (ranks, num_heads, head_dim), TOKENS, ROTARY_DIM=rotary_dim, TOKENS=TOKENS, STAGES=STAGES, BLOCK_H=HEADS,
-        BLOCK_HALF=power_of_2(rotary_dim // 2, 16),
-        BLOCK_REST=power_of_2(max(1, head_dim - rotary_dim), 16),
+        (ranks, num_heads, head_dim), TOKENS, ROTARY_DIM=rotary_dim, TOKENS=TOKENS, BLOCK_H=HEADS,
+        STAGES=STAGES if product.element_size() == 2 else 1,  # float32 of large heads would fill the shared memory
+        BLOCK_HALF=power_of_2(rotary_dim // 2, 16), BLOCK_REST=power_of_2(max(1, head_dim - rotary_dim), 16),
     )  # fmt: skip
     return result
 
 
-# torch.compile takes the operators whole; without it the functions are called as they are, which costs the host less.
-_form_op = torch.library.custom_op(operator_name("heads_at_once"), _form, mutates_args=())
-_gradient_op = torch.library.custom_op(operator_name("heads_at_once_gradient"), _gradient, mutates_args=())
+def _operator(function: Callable, fake: Callable) -> Callable:
+    """
+    `function` as an operator that torch.compile takes whole, with the shapes that `fake` returns. A call of one that
+    `torch.library.custom_op` makes takes the host as long again as all that the function does.
+    """
+    name = operator_name(fake.__name__.removeprefix("_"))
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "default", function)
+    torch.library.register_fake(name, fake)
+    return getattr(torch.ops.t6, name.removeprefix("t6::")).default
 
 
-@_form_op.register_fake
-def _(product, cos, sin, ranks, num_heads, head_dim):
+def _heads_at_once(product, cos, sin, ranks, num_heads, head_dim):
     return [product.new_empty(*product.shape[:2], heads, head_dim) for heads in num_heads]
 
 
-@_gradient_op.register_fake
-def _(q_gradient, k_gradient, v_gradient, product, cos, sin, ranks, num_heads, head_dim):
+def _heads_at_once_gradient(q_gradient, k_gradient, v_gradient, product, cos, sin, ranks, num_heads, head_dim):
     return product.new_empty(product.shape)
+
+
+# Without torch.compile the functions are called as they are.
+_form_op = _operator(_form, _heads_at_once)
+_gradient_op = _operator(_gradient, _heads_at_once_gradient)

@@ -13,7 +13,7 @@ Steps, and about how many minutes each takes by itself for SmolLM2-135M on an H2
     source, source in 8 bits, source in 4 bits, source in 2 bits    0.4 each, measuring alone
     exact in float8, exact in int4                                  0.6 each, measuring alone
     new-R, R of 2, 3, 4, 8                                          1.5: the method as it is, R times smaller than 16 bits
-    healed-R                                                        0.7, and --heal-minutes: new-R, healed
+    healed-R, gently-R                                              0.7, and --heal-minutes: new-R healed, at a third of the rate
     old-2, rows16-2, fit-only-2, float8-4                           1.5: parts of the method left out
     mean-pool-3, mean-pool-8                                        0.7: one mean of all heads, rows of 16 and of 4 bits
     svd-R, pca-R, R of 2, 4, 8                                      0.5: projections of keys and of values of a lower rank, by their
@@ -33,6 +33,7 @@ STEPS = (
     "source", "new-4", "healed-4", "source in 4 bits", "exact in int4", "new-2", "healed-2", "source in 8 bits", "exact in float8",
     "new-8", "healed-8", "source in 2 bits", "new-3", "healed-3", "mean-pool-3", "mean-pool-8", "svd-2", "svd-4", "svd-8", "pca-2", "pca-4", "pca-8",
     "window-2", "window-4", "window-8", "old-2", "heads", "float8-4", "rows16-2", "fit-only-2", "sensitivity",
+    "gently-2", "gently-4", "gently-8",
 )  # fmt: skip
 
 
@@ -220,10 +221,11 @@ class Study:
         self.found |= {"k_rank": config.k_rank, "v_rank": config.v_rank, "cache_dtype": config.cache_dtype}
         print(f"{name}: keys {config.k_rank}, values {config.v_rank}, rows {config.cache_dtype}")
         result.bfloat16().save_pretrained(self.args.work / name)
-        shutil.rmtree(self.args.work / f"checkpoints-{name}", ignore_errors=True)  # of what was healed before
+        for path in self.args.work.glob(f"checkpoints-*-{name.rpartition('-')[2]}"):  # of what was healed before
+            shutil.rmtree(path)
         return self.t6(self.args.work / name)
 
-    def healed(self, name: str) -> T6ForCausalLM:
+    def healed(self, name: str, step: str, learning_rate: float) -> T6ForCausalLM:
         """The model WORK/`name`, healed on text and questions."""
         args, start = self.args, time.time()
         length, tokens = args.heal_window, args.heal_windows * args.heal_window
@@ -240,8 +242,8 @@ class Study:
         model = self.t6(args.work / name).requires_grad_(True)
         deadline = Deadline(time.time() + 60 * args.heal_minutes, final=0.0)
         done = heal(
-            model, self.source, ids, args.work / f"checkpoints-{name}", steps, args.heal_windows, 1, "muon",
-            args.heal_learning_rate, 0.0, 0, self.device, [] if args.heal_steps else [deadline],
+            model, self.source, ids, args.work / f"checkpoints-{step}", steps, args.heal_windows, 1, "muon",
+            learning_rate, 0.0, 0, self.device, [] if args.heal_steps else [deadline],
         )  # fmt: skip
         self.found |= {"steps": done, "tokens": done * tokens}
         print(f"healed {name}: {done} steps, {done * tokens:,} tokens", flush=True)
@@ -392,8 +394,9 @@ def run(study: Study, step: str) -> None:
     elif step.startswith("exact in "):
         kind = {"float8": "float8_e4m3fn", "int4": "int4"}[step.removeprefix("exact in ")]
         study.measure(study.t6(), kind, step)
-    elif method == "healed":
-        study.measure(study.healed(f"new-{ratio}"), "model", step)
+    elif method in ("healed", "gently"):
+        rate = study.args.heal_learning_rate / (1 if method == "healed" else 3)
+        study.measure(study.healed(f"new-{ratio}", step, rate), "model", step)
     elif method == "new":
         smaller(cache_ratio=float(ratio))
     elif method == "old":

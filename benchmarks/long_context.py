@@ -221,8 +221,8 @@ class Study:
         self.found |= {"k_rank": config.k_rank, "v_rank": config.v_rank, "cache_dtype": config.cache_dtype}
         print(f"{name}: keys {config.k_rank}, values {config.v_rank}, rows {config.cache_dtype}")
         result.bfloat16().save_pretrained(self.args.work / name)
-        for path in self.args.work.glob(f"checkpoints-*-{name.rpartition('-')[2]}"):  # of what was healed before
-            shutil.rmtree(path)
+        for method in ("healed", "gently"):  # what was healed before is of another model
+            shutil.rmtree(self.args.work / f"checkpoints-{name.replace('new', method)}", ignore_errors=True)
         return self.t6(self.args.work / name)
 
     def healed(self, name: str, step: str, learning_rate: float) -> T6ForCausalLM:

@@ -13,7 +13,7 @@ Steps, and about how many minutes each takes by itself for SmolLM2-135M on an H2
     source, source in 8 bits, source in 4 bits, source in 2 bits    0.4 each, measuring alone
     exact in float8, exact in int4                                  0.6 each, measuring alone
     new-R, R of 2, 3, 4, 8                                          1.5: the method as it is, R times smaller than 16 bits
-    healed-R                                                        0.7, and --heal-minutes: new-R, healed
+    healed-R, adamw-R                                              0.7, and --heal-minutes: new-R healed by Muon, and by AdamW
     old-2, rows16-2, fit-only-2, float8-4                           1.5: parts of the method left out
     mean-pool-3, mean-pool-8                                        0.7: one mean of all heads, rows of 16 and of 4 bits
     svd-R, pca-R, R of 2, 4, 8                                      0.5: projections of keys and of values of a lower rank, by their
@@ -33,6 +33,7 @@ STEPS = (
     "source", "new-4", "healed-4", "source in 4 bits", "exact in int4", "new-2", "healed-2", "source in 8 bits", "exact in float8",
     "new-8", "healed-8", "source in 2 bits", "new-3", "healed-3", "mean-pool-3", "mean-pool-8", "svd-2", "svd-4", "svd-8", "pca-2", "pca-4", "pca-8",
     "window-2", "window-4", "window-8", "old-2", "heads", "float8-4", "rows16-2", "fit-only-2", "sensitivity",
+    "adamw-2", "adamw-4", "adamw-8",
 )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heal-steps", type=int, help="so many, whatever time they take")
     parser.add_argument("--heal-windows", type=int, default=4, help="in a step")
     parser.add_argument("--heal-window", type=int, default=2048, help="tokens of a window")
-    parser.add_argument("--heal-learning-rate", type=float, default=3e-4)
+    parser.add_argument("--heal-learning-rate", type=float, default=3e-4, help="of Muon; AdamW has a third")
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--minutes", type=float, default=7.5, help="after which no step begins")
     parser.add_argument("--device", help="(cuda if there is one, else cpu)")
@@ -107,6 +108,7 @@ from modeling_t6.factors_t6 import apply_rotary_pos_emb, form_heads
 
 POWER = 1e6  # of whole keys beside keys less their mean: the fit by power, as it was before
 HEALED_TOKENS = 20_000_000  # at most
+TRIES = 2  # of a process: several on one GPU met faults of it
 CACHE_DTYPES = (None, "float8_e4m3fn", "int4")
 
 
@@ -220,10 +222,11 @@ class Study:
         self.found |= {"k_rank": config.k_rank, "v_rank": config.v_rank, "cache_dtype": config.cache_dtype}
         print(f"{name}: keys {config.k_rank}, values {config.v_rank}, rows {config.cache_dtype}")
         result.bfloat16().save_pretrained(self.args.work / name)
-        shutil.rmtree(self.args.work / f"checkpoints-{name}", ignore_errors=True)  # of what was healed before
+        for method in ("healed", "adamw"):  # what was healed before is of another model
+            shutil.rmtree(self.args.work / f"checkpoints-{name.replace('new', method)}", ignore_errors=True)
         return self.t6(self.args.work / name)
 
-    def healed(self, name: str) -> T6ForCausalLM:
+    def healed(self, name: str, step: str, optimizer: str) -> T6ForCausalLM:
         """The model WORK/`name`, healed on text and questions."""
         args, start = self.args, time.time()
         length, tokens = args.heal_window, args.heal_windows * args.heal_window
@@ -240,8 +243,8 @@ class Study:
         model = self.t6(args.work / name).requires_grad_(True)
         deadline = Deadline(time.time() + 60 * args.heal_minutes, final=0.0)
         done = heal(
-            model, self.source, ids, args.work / f"checkpoints-{name}", steps, args.heal_windows, 1, "muon",
-            args.heal_learning_rate, 0.0, 0, self.device, [] if args.heal_steps else [deadline],
+            model, self.source, ids, args.work / f"checkpoints-{step}", steps, args.heal_windows, 1, optimizer,
+            args.heal_learning_rate / (1 if optimizer == "muon" else 3), 0.0, 0, self.device, [] if args.heal_steps else [deadline],
         )  # fmt: skip
         self.found |= {"steps": done, "tokens": done * tokens}
         print(f"healed {name}: {done} steps, {done * tokens:,} tokens", flush=True)
@@ -392,8 +395,9 @@ def run(study: Study, step: str) -> None:
     elif step.startswith("exact in "):
         kind = {"float8": "float8_e4m3fn", "int4": "int4"}[step.removeprefix("exact in ")]
         study.measure(study.t6(), kind, step)
-    elif method == "healed":
-        study.measure(study.healed(f"new-{ratio}"), "model", step)
+    elif method in ("healed", "adamw"):
+        optimizer = "muon" if method == "healed" else "adamw"
+        study.measure(study.healed(f"new-{ratio}", step, optimizer), "model", step)
     elif method == "new":
         smaller(cache_ratio=float(ratio))
     elif method == "old":
@@ -426,18 +430,26 @@ def heads(study: Study) -> None:
 
 
 def side_by_side(args: argparse.Namespace) -> None:
-    """A process for each list of steps."""
-    words = sys.argv[1:]
-    if "--steps" in words:  # those of argparse's abbreviations, too, are said in full by whoever gives several
-        words = [word for word in words if word not in STEPS and word != "--steps"]
-    processes = []
-    for steps in args.steps:
-        log = open(args.work / f"{steps[0]}.log", "w")  # noqa: SIM115  the process writes to it
+    """A process for each list of steps; one that fails is begun again once, and does what is missing."""
+    words = [word for word in sys.argv[1:] if word not in STEPS and word != "--steps"]
+    running = {}
+
+    def begin(steps: list[str], tries: int) -> None:
+        log = open(args.work / f"{steps[0]}.log", "a")  # noqa: SIM115  the process writes to it
         command = [sys.executable, __file__, *words, "--steps", *steps]
-        processes.append((steps, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
-    for steps, process in processes:
-        if process.wait():
-            print(f"== {steps[0]}: exit code {process.returncode}, see {args.work / f'{steps[0]}.log'}", flush=True)
+        running[subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)] = steps, tries
+
+    for steps in args.steps:
+        begin(steps, 1)
+    while running:
+        for process, (steps, tries) in list(running.items()):
+            if process.poll() is not None:
+                del running[process]
+                if process.returncode:
+                    print(f"== {steps[0]}: exit code {process.returncode}, see its log in {args.work}", flush=True)
+                if process.returncode and tries < TRIES:
+                    begin(steps, tries + 1)
+        time.sleep(0.2)
 
 
 def print_table(args: argparse.Namespace) -> None:

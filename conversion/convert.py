@@ -193,7 +193,7 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
                 write_exact(new)
         common = loaded_dtype(plan, checkpoint, dtype)
         rows = order.make_smaller(args, source, exact_folder, working, texts, folder, common, device, rounded)
-        found = compare_retrieval(args, source, folder, questions, device)
+        found = compare_retrieval(args, source, folder, questions, texts.held_out, device)
         write_companions(companions, folder)
         write_report(folder, report | found, rows)
     text = table(rows)

@@ -159,9 +159,18 @@ def read_conversion(path: Path) -> dict:
         and isinstance(found, list)
         and all(isinstance(row, dict) and isinstance(row.get("model"), str) for row in found)
         and all(isinstance(row.get(name), (int, float)) for row in found for name in parts)
+        and all(is_loss_by_position(row.get("loss_by_position") or []) for row in found)
     ):
         raise UploadError(f"{path} is not what `python -m conversion` writes")
     return report
+
+
+def is_loss_by_position(buckets) -> bool:
+    names = ("first", "loss")
+    return isinstance(buckets, list) and all(
+        isinstance(bucket, dict) and all(isinstance(bucket.get(name), (int, float)) for name in names)
+        for bucket in buckets
+    )
 
 
 def card_metadata(old: ModelCard, auto_class: str, conversion: dict, args: argparse.Namespace) -> ModelCardData:
@@ -292,10 +301,14 @@ def conversion_results(conversion: dict) -> str:
         return ""
     cells = [(row["model"], f"{row['cache_bytes_per_token']:,.0f}", f"{row['perplexity']:.4f}") for row in rows]
     text = table(("held-out text", "cache, bytes per token", "perplexity"), cells)
-    text = f"\n{text}\n\n![Perplexity against cache size](conversion.png)\n"
+    text = f"\n{text}\n\n![Perplexity and what is found against cache size](conversion.png)\n"
     if found := conversion.get("retrieval"):
         cells = [(row["model"], f"{row['found']:.1%}", f"{row['log_probability']:.3f}") for row in found]
         text += f"\n{table(('facts in long texts', 'values found', 'log-probability of a token, nats'), cells)}\n"
+        if all(row.get("loss_by_position") for row in found):
+            heads = [f"{bucket['first']:,}" for bucket in found[0]["loss_by_position"]]
+            cells = [(row["model"], *(f"{bucket['loss']:.3f}" for bucket in row["loss_by_position"])) for row in found]
+            text += f"\n{table(('loss, nats, by tokens before, at least', *heads), cells)}\n"
     if warning := conversion.get("retrieval_warning"):
         text += f"\n**Warning:** {warning}.\n"
     return text

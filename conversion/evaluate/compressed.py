@@ -1,4 +1,4 @@
-"""The retrieval of a source and of what was made of it, for the report of a compression."""
+"""What a source and what was made of it do with long texts, for the report of a compression."""
 
 import argparse
 from pathlib import Path
@@ -11,11 +11,12 @@ from ..files.tokenizer import load_tokenizer
 from ..smaller import text as texts
 from ..smaller.languages import Language, find_language
 from ..smaller.stages import stage
-from .order import context_of, load_model, score_all
+from .order import bytes_per_token, context_of, load_model, measure_windows, score_all
 from .report import warning
 from .tasks import TASKS, Sample, TooShort, make_samples
 
 
+WINDOWS = 32  # of held-out text, for the loss by position
 LONGEST = 8192  # by default: a pass over a context of 128k takes as long as the compression
 
 
@@ -49,17 +50,20 @@ def compare_retrieval(
     source: Path,
     result: Path,
     questions: tuple[Language, dict[tuple[str, int], list[Sample]]] | None,
+    held_out: torch.Tensor,
     device: str,
 ) -> dict:
-    """What source and result find, each through its own cache, as fields of the report."""
+    """What source and result find, and their loss by position in the windows `held_out` [n, length], as fields of the report."""
     if questions is None or not questions[1]:
         return {}
-    rows = []
+    rows, windows = [], held_out[torch.linspace(0, len(held_out) - 1, min(len(held_out), WINDOWS)).long()]
     with stage("retrieval"):
         for name, folder in (("source", source), ("result", result)):
-            model, _ = load_model(folder, getattr(torch, args.compute_dtype), device)
+            model, stored = load_model(folder, getattr(torch, args.compute_dtype), device)
             window = args.window or min(1024, context_of(model))
-            rows.append(score_all(model, "model", name, *questions, args.batch_size, window))
+            row = score_all(model, "model", name, *questions, args.batch_size, window)
+            row["cache_bytes_per_token"] = bytes_per_token(model, "model", stored)
+            rows.append(row | measure_windows(model, "model", name, windows, args.batch_size, None))
             del model
     message = warning(*rows)
     return {"retrieval": rows} | ({} if message is None else {"retrieval_warning": message})

@@ -45,16 +45,21 @@ def table(rows: list[dict]) -> str:
         for row in rows:
             parts = [mean([s for s in row["scores"] if s["length"] == length], "found") for length in lengths]
             lines.append(f"{row['model']:<16}" + "".join(f"{part:>11.1%}" for part in parts))
-    if "loss_by_position" in rows[0]:
-        buckets = rows[0]["loss_by_position"]
-        lines.append("\nloss, by tokens before" + "".join(f"{b['first']:>8,}-" for b in buckets))
-        for row in rows:
-            lines.append(f"{row['model']:<22}" + "".join(f"{b['loss']:>9.3f}" for b in row["loss_by_position"]))
-    return "\n".join(lines)
+    return "\n".join([*lines, *position_lines(rows)])
+
+
+def position_lines(rows: list[dict]) -> list[str]:
+    """The loss by position of rows that have it, as lines of text."""
+    if "loss_by_position" not in rows[0]:
+        return []
+    lines = ["\nloss, by tokens before" + "".join(f"{b['first']:>8,}-" for b in rows[0]["loss_by_position"])]
+    for row in rows:
+        lines.append(f"{row['model']:<22}" + "".join(f"{b['loss']:>9.3f}" for b in row["loss_by_position"]))
+    return lines
 
 
 def retrieval_table(rows: list[dict]) -> str:
-    """What is found of each task's values, as text."""
+    """What is found of each task's values, and the loss by position, as text."""
     heads = ["found", "log-prob.", *by_task(rows[0])]
     lines = [" ".join([f"{'':<12}", *(f"{head:>11}" for head in heads)])]
     for row in rows:
@@ -64,7 +69,7 @@ def retrieval_table(rows: list[dict]) -> str:
             *(f"{part:.1%}" for part in by_task(row).values()),
         ]
         lines.append(" ".join([f"{row['model']:<12}", *(f"{cell:>11}" for cell in cells)]))
-    return "\n".join(lines)
+    return "\n".join([*lines, *position_lines(rows)])
 
 
 def plot(rows: list[dict], path: Path) -> None:

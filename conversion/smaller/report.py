@@ -49,21 +49,23 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """A picture of perplexity against cache size."""
+def plot(rows: list[Row], path: Path, found: list[dict] | None = None) -> None:
+    """
+    A picture of perplexity against cache size.
+
+    Args:
+        found: of source and result, what they find in long texts, and their loss by position: two panels more.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(14 if found else 6, 4), layout="constrained")
+    all_axes = figure.subplots(1, 3 if found else 1, squeeze=False)[0]
+    axes = all_axes[0]
     for row, marker in zip(rows, "osv^"):
         label = f"{row.model}: {row.perplexity:,.4f}"
         axes.plot(
             row.cache_bytes_per_token, row.perplexity, marker, markersize=9, fillstyle="none", mew=2, label=label
         )
-    axes.set_xscale("log", base=2)
-    ticks = sorted({row.cache_bytes_per_token for row in rows})
-    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-    axes.minorticks_off()
     low, high = (f(row.perplexity for row in rows) for f in (min, max))
     if high > 4 * low:
         axes.set_yscale("log", base=2)
@@ -72,10 +74,29 @@ def plot(rows: list[Row], path: Path) -> None:
         margin = max(0.1 * (high - low), 0.005 * low)
         axes.set_ylim(low - margin, high + margin)
     axes.yaxis.set_major_formatter("{x:.6g}")  # whole numbers, without an offset that stands apart
-    axes.set_xlabel("cache, bytes per token")
     axes.set_ylabel("perplexity on held-out text")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    if found:
+        for row, marker in zip(found, "o^"):
+            place, label = row["cache_bytes_per_token"], f"{row['model']}: {row['found']:.1%}"
+            all_axes[1].plot(place, 100 * row["found"], marker, markersize=9, fillstyle="none", mew=2, label=label)
+            before = [bucket["first"] for bucket in row["loss_by_position"]]
+            losses = [bucket["loss"] for bucket in row["loss_by_position"]]
+            all_axes[2].plot(before, losses, f"{marker}-", fillstyle="none", mew=2, label=row["model"])
+        all_axes[1].set_ylim(-5, 105)
+        all_axes[1].set_ylabel("values found in long texts, %")
+        all_axes[2].set_xscale("log", base=2)
+        all_axes[2].set_xticks(before, [f"{count:,}" for count in before])
+        all_axes[2].set_xlabel("tokens before, at least")
+        all_axes[2].set_ylabel("loss on held-out text, nats")
+    ticks = sorted({row.cache_bytes_per_token for row in rows})
+    for axes in all_axes[:2]:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("cache, bytes per token")
+    for axes in all_axes:
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(path, dpi=150)
 
 
@@ -83,5 +104,5 @@ def write(folder: Path, content: dict, rows: list[Row] | None = None) -> None:
     """Writes the report, and the picture if there are rows, into a model folder."""
     if rows is not None:
         content = content | {"perplexity": [asdict(row) for row in rows]}
-        plot(rows, folder / PLOT)
+        plot(rows, folder / PLOT, content.get("retrieval"))
     (folder / REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

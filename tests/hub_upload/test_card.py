@@ -116,6 +116,8 @@ def test_card_of_a_converted_model(folder, make_card):
         {"model": "source", "found": 0.75, "log_probability": -0.25},
         {"model": "result", "found": 0.5, "log_probability": -1.0},
     ]
+    for row, losses in zip(found, ((3.0, 2.125), (3.5, 2.25))):
+        row["loss_by_position"] = [{"first": 1, "loss": losses[0]}, {"first": 2048, "loss": losses[1]}]
     warning = {"retrieval_warning": "this model finds less"}
     write_report(folder, "meta-llama/Llama-3.2-1B", perplexity=rows, retrieval=found, **warning)
     card = make_card(folder)
@@ -126,6 +128,7 @@ def test_card_of_a_converted_model(folder, make_card):
     assert data["license_link"].endswith("/meta-llama/Llama-3.2-1B")
     for text in ("| made from | meta-llama/Llama-3.2-1B |", "`python -m conversion hf llama t6`", "torch 1.2.3, transformers 4.5.6",
                  "| source | 4,096 | 12.3457 |", "| T6 | 512 | 13.5000 |", "| result | 50.0% | -1.000 |",
+                 "at least | 1 | 2,048 |", "| result | 3.500 | 2.250 |",
                  "**Warning:** this model finds less."):  # fmt: skip
         assert text in card.text
 

@@ -146,6 +146,12 @@ BROKEN = {
         lambda f: (f / "conversion.json").write_text('{"retrieval": [{"model": "x", "exact": "much"}]}'),
         "conversion.json is not what `python -m conversion` writes",
     ),
+    "report of losses": (
+        lambda f: (f / "conversion.json").write_text(
+            '{"retrieval": [{"model": "x", "found": 1, "log_probability": 0, "loss_by_position": [{"first": 1}]}]}'
+        ),
+        "conversion.json is not what `python -m conversion` writes",
+    ),
     "byte order mark": (
         lambda f: (f / "config.json").write_bytes(b"\xef\xbb\xbf" + (f / "config.json").read_bytes()),
         "config.json begins with a byte order mark",

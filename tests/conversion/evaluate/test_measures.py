@@ -136,7 +136,7 @@ def test_agreement():
     assert (same.kl, same.first_choice) == (0, 1)
 
 
-@pytest.mark.parametrize("bits, group", [(8, 64), (4, 32)])
+@pytest.mark.parametrize("bits, group", [(8, 64), (4, 32), (2, 32)])
 def test_rounding_stays_within_half_a_step(bits, group):
     x = torch.randn(2, 3, 5, 64) * torch.logspace(-2, 2, 5)[:, None]
     groups = x.unflatten(-1, (-1, group))
@@ -153,11 +153,12 @@ def test_bytes_and_windows_of_rounded_caches():
     assert bytes_per_token(source, "model", torch.bfloat16) == 3 * 2 * 4 * 16 * 2
     assert bytes_per_token(source, "8", torch.bfloat16) == 3 * 2 * 4 * (16 + 4)
     assert bytes_per_token(source, "4", torch.bfloat16) == 3 * 2 * 4 * (8 + 4)
+    assert bytes_per_token(source, "2", torch.bfloat16) == 3 * 2 * 4 * (4 + 4)
     model, windows = as_t6(source), random_ids(3, 50)
     assert bytes_per_token(model, "float8_e4m3fn", torch.bfloat16) == 3 * 2 * 4 * 16
     assert bytes_per_token(model, "int4", torch.bfloat16) == 3 * 2 * 48  # 4 ranks of 8 bytes and a scale of 2, in 16s
-    rows = {kind: measure_windows(source, kind, kind, windows, 2, source) for kind in ("model", "8", "4")}
-    assert 0 <= rows["model"]["kl"] < 1e-6 < rows["8"]["kl"] < rows["4"]["kl"]
+    rows = {kind: measure_windows(source, kind, kind, windows, 2, source) for kind in ("model", "8", "4", "2")}
+    assert 0 <= rows["model"]["kl"] < 1e-6 < rows["8"]["kl"] < rows["4"]["kl"] < rows["2"]["kl"]
     exact = measure_windows(model, "model", "t6", windows, 2, source)
     assert exact["kl"] < 1e-5 and exact["perplexity"] == pytest.approx(rows["model"]["perplexity"], rel=1e-5)
     cache = RoundedCache(source.config, 8)

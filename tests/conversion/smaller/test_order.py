@@ -73,7 +73,7 @@ def test_compresses_and_heals(folder, tmp_path, capsys):
         assert word in output
     shown = {line.partition(":")[0] for line in bars.replace("\r", "\n").splitlines() if "%|" in line}
     perplexities = {f"perplexity, {name}" for name in ("source", "exact", "compressed", "healed")}
-    retrieval = {"retrieval, source", "retrieval, result"}
+    retrieval, windows = ({f"{what}, source", f"{what}, result"} for what in ("retrieval", "windows"))
     assert shown == {
         "converting",
         "calibrating",
@@ -82,6 +82,7 @@ def test_compresses_and_heals(folder, tmp_path, capsys):
         "reconstructing",
         *perplexities,
         *retrieval,
+        *windows,
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t6"]
 
@@ -109,10 +110,16 @@ def test_compresses_and_heals(folder, tmp_path, capsys):
     held_out = content[content.index("\n", int(len(content) * 0.9)) + 1 :]
     ids = torch.tensor([int(word[1:]) for word in held_out.split()])
     ids = ids[: len(ids) // 32 * 32].view(-1, 32)
-    for name, reread in (("source", source), ("healed", model)):
+    for name, reread, found in zip(("source", "healed"), (source, model), report["retrieval"]):
         with torch.no_grad():
             loss = reread(ids, labels=ids).loss.item()
+            some = ids[torch.linspace(0, len(ids) - 1, min(len(ids), 32)).long()]
+            last = reread(some[:, :-1]).logits[:, 15:].float().transpose(1, 2)
         assert math.exp(loss) == pytest.approx(rows[name]["perplexity"], rel=1e-4)
+        assert found["cache_bytes_per_token"] == rows[name]["cache_bytes_per_token"]
+        bucket = found["loss_by_position"][-1]
+        assert (bucket["first"], bucket["last"]) == (16, 31) and f"{bucket['loss']:.3f}" in output
+        assert bucket["loss"] == pytest.approx(torch.nn.functional.cross_entropy(last, some[:, 16:]).item(), rel=1e-4)
 
     # Healing brings the predictions back towards the source's.
     assert main(options(folder, tmp_path / "unhealed", *half)) == 0

@@ -26,3 +26,22 @@ def test_axes_read(perplexities, monkeypatch, tmp_path):
     inside = {text: place for text, place in labels.items() if low <= place <= high}
     assert len(inside) >= 3 and axes.yaxis.get_offset_text().get_text() == ""
     assert all(float(text) == pytest.approx(place, rel=1e-5) for text, place in inside.items())
+
+
+def test_panels_of_long_texts(monkeypatch, tmp_path):
+    """What source and result find, and their losses by position, are drawn as they are."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    found = [
+        {
+            "model": name, "cache_bytes_per_token": size, "found": part,
+            "loss_by_position": [{"first": 1, "loss": first}, {"first": 2, "loss": second}],
+        }
+        for name, size, part, first, second in (("source", 512, 0.75, 3.0, 2.0), ("result", 256, 0.5, 3.5, 2.5))
+    ]  # fmt: skip
+    plot([Row("source", 512, 20.0), Row("healed", 256, 21.0)], tmp_path / "plot.png", found)
+    (figure,) = figures
+    _, parts, losses = figure.axes
+    assert [line.get_xydata().tolist() for line in parts.lines] == [[[512, 75]], [[256, 50]]]
+    assert [line.get_xydata().tolist() for line in losses.lines] == [[[1, 3], [2, 2]], [[1, 3.5], [2, 2.5]]]
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == ["source", "result"]

@@ -155,14 +155,14 @@ def _load_query(
 
 
 @triton.jit
-def _hadamard(FIRST: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _hadamard(HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
     """
-    ROWS rows, from FIRST on, of what `rotate_features` multiplies HEAD_DIM features by, times the root of the matrix's size:
-    [ROWS, BLOCK_D] of -1, 0 and 1.
+    What `rotate_features` multiplies BLOCK features of a head of HEAD_DIM by, times the root of its matrices' size:
+    [BLOCK, BLOCK] of -1, 0 and 1.
     """
-    SIZE: tl.constexpr = HEAD_DIM & -HEAD_DIM
-    rows = (FIRST + tl.arange(0, ROWS))[:, None]
-    columns = tl.arange(0, BLOCK_D)[None, :]
+    SIZE: tl.constexpr = (HEAD_DIM | 64) & -(HEAD_DIM | 64)
+    rows = tl.arange(0, BLOCK)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
     parity = rows & columns & (SIZE - 1)
     parity ^= parity >> 4
     parity ^= parity >> 2
@@ -187,11 +187,13 @@ def _prepare_query(query, scale, FITS_FLOAT16: tl.constexpr, ROWS: tl.constexpr,
     """The query as B is multiplied by it, rotated where that is, and the scale that scores then have."""
     if ROWS.packed:
         HEAD_DIM: tl.constexpr = ROWS.head_dim
-        SIZE: tl.constexpr = HEAD_DIM & -HEAD_DIM
-        hadamard = _hadamard(0, BLOCK_D, HEAD_DIM, BLOCK_D).to(query.dtype)
-        # As a batch of one: ptxas 12.8 may lose where the query lies for the instructions of Hopper, which take no batches.
-        rotated = tl.dot(hadamard[None, :, :], query[None, :, :], input_precision="tf32x3")
-        query = tl.reshape(rotated, query.shape)
+        SIZE: tl.constexpr = (HEAD_DIM | 64) & -(HEAD_DIM | 64)
+        BLOCK: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64
+        # A batch of products: ptxas 12.8 may lose where the query lies for the instructions of Hopper, which take none.
+        hadamard = _hadamard(HEAD_DIM, BLOCK).to(query.dtype)
+        hadamard = tl.broadcast_to(hadamard[None, :, :], [BLOCK_D // BLOCK, BLOCK, BLOCK])
+        blocks = tl.reshape(query, [BLOCK_D // BLOCK, BLOCK, query.shape[1]])
+        query = tl.reshape(tl.dot(hadamard, blocks, input_precision="tf32x3"), query.shape)
         scale *= SIZE**-0.5
     if FITS_FLOAT16:
         query, scale = _fit_float16(query, scale)
@@ -942,17 +944,14 @@ def combine_kernel(
     output = _combine(
         partial_ptr, lse_ptr, first, num_splits, COLUMNS, HEAD_DIM, V_RANK, BLOCK_D, BLOCK_S, MAX_SPLITS
     )  # fmt: skip
-    out_ptr += (batch * COLUMNS + column) * HEAD_DIM
     if ROTATED:
-        SIZE: tl.constexpr = HEAD_DIM & -HEAD_DIM
-        PART: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64
-        for first in tl.static_range(0, BLOCK_D, PART):
-            part = tl.sum(_hadamard(first, PART, HEAD_DIM, BLOCK_D) * output[None, :], 1) * SIZE**-0.5
-            features = first + tl.arange(0, PART)
-            tl.store(out_ptr + features, part, mask=features < HEAD_DIM)
-    else:
-        features = tl.arange(0, BLOCK_D)
-        tl.store(out_ptr + features, output, mask=features < HEAD_DIM)
+        SIZE: tl.constexpr = (HEAD_DIM | 64) & -(HEAD_DIM | 64)
+        BLOCK: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64
+        blocks = tl.reshape(output, [BLOCK_D // BLOCK, 1, BLOCK])
+        output = tl.sum(_hadamard(HEAD_DIM, BLOCK)[None, :, :] * blocks, 2) * SIZE**-0.5
+        output = tl.reshape(output, [BLOCK_D])
+    features = tl.arange(0, BLOCK_D)
+    tl.store(out_ptr + (batch * COLUMNS + column) * HEAD_DIM + features, output, mask=features < HEAD_DIM)
 
 
 @triton.jit

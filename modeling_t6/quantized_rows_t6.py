@@ -155,10 +155,10 @@ class QuantizedFactors:
 
 def rotate_features(x: torch.Tensor) -> torch.Tensor:
     """
-    x [..., features] times H: normalised Hadamard matrices along the diagonal, of the largest power of 2 that divides the
-    features. H is orthogonal and symmetric: it is its own inverse, and products of rotated vectors are those of the vectors.
+    x [..., features] times H: normalised Hadamard matrices along the diagonal, of the largest power of 2, up to 64, that divides
+    the features. H is orthogonal and symmetric: it is its own inverse, and products of rotated vectors are those of the vectors.
     """
-    size = x.shape[-1] & -x.shape[-1]
+    size = min(x.shape[-1] & -x.shape[-1], 64)
     make = hadamard_matrix if torch.compiler.is_compiling() else _cached_hadamard_matrix
     return (x.unflatten(-1, (-1, size)) @ make(size, x.dtype, x.device)).flatten(-2)
 

@@ -42,9 +42,9 @@ def random_factors(rank: int, num_heads: int, head_dim: int, tokens: int = 9) ->
 
 
 def reference_hadamard(head_dim: int) -> np.ndarray:
-    """Blocks of Sylvester's matrices: H_2n = [[H_n, H_n], [H_n, -H_n]]."""
+    """Blocks of Sylvester's matrices, of at most 64: H_2n = [[H_n, H_n], [H_n, -H_n]]."""
     size = 1
-    while head_dim % (2 * size) == 0:
+    while head_dim % (2 * size) == 0 and size < 64:
         size *= 2
     h = np.ones((1, 1))
     while len(h) < size:

@@ -68,7 +68,7 @@ class Attentions(nn.Module):
         super().__init__()
         whole = [(new.k_rank, new.v_rank) == (old.k_rank, old.v_rank) for new, old in zip(attentions, sources)]
         rates = torch.where(torch.tensor(whole), ROUNDED, 1.0)
-        self.register_buffer("rates", rates.to(attentions[0].k_a)[:, None, None], persistent=False)
+        self.register_buffer("rates", rates.to(attentions[0].k_a.device, dtype)[:, None, None], persistent=False)
         first = self.first = attentions[0]
         self.head_dim, self.scaling = first.head_dim, first.scaling
         self.cache_dtype = first.config.cache_dtype

@@ -802,16 +802,17 @@ def decode_kernel(
             scores, mask_ptr, queries, heads, tokens, is_row, last_token, window, log2_e / scale,
             mask_stride_h, mask_stride_t, mask_stride_n, MASK,
         )  # fmt: skip
-        above = tl.max(scores * scale - maximum[None, :])
+        above = scores * scale - maximum[None, :]
         if REST_H:
             rest_scores = _hide(
                 rest_scores, mask_ptr, rest_queries, rest_heads, tokens, is_row, last_token, window, log2_e / rest_scale,
                 mask_stride_h, mask_stride_t, mask_stride_n, MASK,
             )  # fmt: skip
-            above = tl.maximum(above, tl.max(rest_scores * rest_scale - rest_maximum[None, :]))
+            rest_above = rest_scores * rest_scale - rest_maximum[None, :]
+            above = tl.maximum(tl.max(above, 1, keep_dims=True), tl.max(rest_above, 1, keep_dims=True))
         # The maximum may lag by 2^8 before it is worth a reduction over tokens for each column: a power of 2 changes
         # no digit, and is undone at the end. By 2^7 for float8: times its largest number, 448, that is still a float16.
-        if above > LAG:
+        if tl.max(above) > LAG:
             maximum, normalizer, output = _raise(scores, scale, maximum, normalizer, output)
             if REST_H:
                 rest_maximum, rest_normalizer, rest_output = _raise(

@@ -78,7 +78,8 @@ from modeling_t6.flash_tpa_t6 import Launch, choose_launch, flash_tpa
 def default_launch(shape: CacheShape) -> Launch:
     _, _, heads, head_dim, rank, dtype, _ = shape
     shared_memory = flash_tpa_t6.device_limits(device())[1]
-    itemsize, unit = {"bfloat16": (2, 1), "float8_e4m3fn": (1, 4), "int4": (1, 8)}[dtype]
+    stored = torch.uint8 if dtype == "int4" else getattr(torch, dtype)
+    itemsize, unit = stored.itemsize, flash_tpa_t6.numbers_at_once(rank, rank, head_dim, stored, True)
     return choose_launch(1, heads, head_dim, rank, rank, False, itemsize, shared_memory, unit=unit)
 
 

@@ -87,6 +87,7 @@ def make_weights(folder: Path, layers: int) -> None:
 def answer(folder: Path, settings: dict[str, dict], prompts: list[list[int]], args: argparse.Namespace) -> dict:
     """Of each setting: for each prompt the tokens that vLLM chose, and their log-probabilities."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # CUDA is in use here
     from vllm import LLM, SamplingParams
 
     import vllm_t6.prefill
@@ -98,7 +99,11 @@ def answer(folder: Path, settings: dict[str, dict], prompts: list[list[int]], ar
         vllm_t6.prefill.WORKSPACE_ROWS = setting.pop("workspace", workspace)
         # vLLM does not give all of its memory back: little enough for all settings.
         setting |= {"kv_cache_memory_bytes": 2**32, "gpu_memory_utilization": 0.1}
-        llm = LLM(str(folder), dtype=args.dtype, skip_tokenizer_init=True, seed=0, **setting)
+        try:
+            llm = LLM(str(folder), dtype=args.dtype, skip_tokenizer_init=True, seed=0, **setting)
+        except Exception as error:
+            print(f"{name} does not start, and is left out: {error}", flush=True)
+            continue
         for _ in range(2):  # the second finds the prompts in the cache
             requests = [{"prompt_token_ids": prompt} for prompt in prompts]
             outputs = llm.generate(requests, sampling, use_tqdm=False)

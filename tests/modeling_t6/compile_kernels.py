@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -24,6 +25,7 @@ from modeling_t6.flash_tpa_t6 import (
     MAX_SPLITS,
     WITHOUT_PAGES,
     choose_launch,
+    numbers_at_once,
     rows_of,
 )
 
@@ -78,7 +80,8 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
     heads, head_dim, k_rank, v_rank, queries, constant_a, dtype, cache_dtype, mask, aligned = shape
     heads, groups = heads if isinstance(heads, tuple) else (heads, 1)
     packed = cache_dtype == "u8"
-    unit = 8 if packed else 4 if cache_dtype == "fp8e4nv" and aligned and not page_size else 1
+    stored = torch.uint8 if packed else torch.float8_e4m3fn if cache_dtype == "fp8e4nv" else torch.bfloat16
+    unit = 1 if page_size else numbers_at_once(k_rank, v_rank, head_dim, stored, aligned)
     launch = choose_launch(
         queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability], aligned,
         groups, unit, dtype == "fp32",

@@ -320,7 +320,7 @@ def test_runs_go_on(data, tmp_path, capsys, monkeypatch):
     assert run["curve"][-1]["loss"] < run["curve"][0]["loss"]
 
     capsys.readouterr()
-    diagnose.main([*options, "--variants", "MHA", "TPA, Muon"])
+    diagnose.main([*options, "--variants", "MHA", "TPA, Muon", "TPA, Muon@0.002"])
     assert "1 runs to do" in capsys.readouterr().out
     results = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert results["MHA lr 0.002 seed 0"] == first["MHA lr 0.002 seed 0"] and len(results) == 3
@@ -330,6 +330,8 @@ def test_runs_go_on(data, tmp_path, capsys, monkeypatch):
     assert "| TPA, Muon | 0.002 |" in capsys.readouterr().out
     for words, message in (
         (["--variants", "GPA"], "there is no 'GPA'; there are MHA; MQA"),
+        (["--variants", "MHA@fast"], "--variants MHA@fast: expected a number as its rate"),
+        (["--block-length", "100000"], "has train_tokens=.*: expected at least 200000, or a smaller --block-length"),
         (["--max-steps", "4"], "has settings=.*, this command"),
     ):
         with pytest.raises(SystemExit, match=message):

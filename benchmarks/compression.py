@@ -50,12 +50,13 @@ def parse_args() -> argparse.Namespace:
             command.add_argument("--layers", type=int, default=8)
             command.add_argument("--heads", type=int, default=8)
             command.add_argument("--steps", type=int, default=2000, help="the most, with --max-minutes")
-            command.add_argument("--max-minutes", type=float, help="fewer steps if these do not fit")
+            time_limit = command.add_mutually_exclusive_group()
+            time_limit.add_argument("--max-minutes", type=float, help="fewer steps if these do not fit")
             command.add_argument("--batch-size", type=int, default=64, help="windows of 1024 tokens a device")
             command.add_argument("--learning-rate", type=float, default=1e-3)
             command.add_argument("--retrieval-part", type=float, default=0.0, help="of the windows, of those that ask")
             command.add_argument("--repeated-part", type=float, default=0.0, help="of the windows, of repeated text")
-            command.add_argument(
+            time_limit.add_argument(
                 "--sitting-minutes", type=float, help="a checkpoint then, from which the same command goes on"
             )
         if name == "convert":

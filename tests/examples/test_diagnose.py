@@ -164,12 +164,12 @@ def test_schedule():
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 40), (2, 40, 24)], ids=["wide", "tall"])
-def test_orthogonalize(shape):
+def test_orthogonal(shape):
     """Of the singular value decomposition the vectors stay, and the values come near to 1."""
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    values = u.mT @ muon.orthogonalize(matrices) @ v.mT
+    values = u.mT @ muon.orthogonal(matrices) @ v.mT
     diagonal = values.diagonal(dim1=-2, dim2=-1)
     assert 0.6 < diagonal.min() and diagonal.max() < 1.3
     assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-3

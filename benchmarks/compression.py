@@ -191,18 +191,21 @@ def prepare(args: argparse.Namespace) -> None:
     tokenizer.train_from_iterator(training[: max(1, len(training) // 10)], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     args.work.mkdir(parents=True, exist_ok=True)
+    (args.work / "train.bin").unlink(missing_ok=True)  # of another tokenizer
     fast.save_pretrained(args.work / "tokenizer")
-    with open(args.work / "train.bin", "wb") as file:
+    unfinished = args.work / "train.bin.unfinished"
+    with open(unfinished, "wb") as file:
         for start in tqdm(range(0, len(training), 1000), desc="tokens", unit="thousand files"):
             for encoding in tokenizer.encode_batch(training[start : start + 1000]):
                 file.write(np.array([0, *encoding.ids], dtype=np.uint16).tobytes())
     if args.retrieval_windows:
         prepare_retrieval(args, "\n".join(training)[:FILLER])
-    count = (args.work / "train.bin").stat().st_size // 2
+    count = unfinished.stat().st_size // 2
     size = sum(map(len, training))
     healing = training[: max(1, int(1.2 * HEALED_PART * args.passes * len(training)))]
     (args.work / "heal.txt").write_text("\n".join(healing), encoding="utf-8")
     (args.work / "held_out.txt").write_text("\n".join(held_out)[: args.held_out_characters], encoding="utf-8")
+    unfinished.replace(args.work / "train.bin")  # last: `train` is told that all is there
     print(
         f"{len(training):,} files, {size:,} characters, {count:,} tokens to train on; {len(held_out):,} files held out"
     )

@@ -18,8 +18,8 @@ Why a T6 learns late what its twins learn early: many small runs, each with one 
     python examples/diagnose.py run --data runs/tokens --results runs/diagnosis.json --parallel 4 --minutes 5
     python examples/diagnose.py report --results runs/diagnosis.json
 
-Runs of one seed see the same batches in the same order. `run` does those that the results lack, the first seed's first, several
-side by side, and starts none that would not end in time; `--variants` and `--rates` choose among those of
+All runs see the same batches in the same order; a seed is that of the weights. `run` does those that the results lack, the
+first seed's first, several side by side, and starts none that would not end in time; `--variants` chooses among those of
 `ablations.py`. Each run logs held-out loss; how well text of random tokens is copied that has been there before, which takes
 heads that look for the token after the last one like this (induction heads), and those need heads that look at the token before; gradients, updates and weights by part;
 entropies of attention, and how many directions keys and values use.

@@ -159,10 +159,12 @@ class Study:
             for length in args.lengths
             for task in TASKS
         }
-        held_out = texts.windows(tokenizer, args.held_out.read_text(encoding="utf-8"), 1024, "held-out")
+        held_out = texts.windows(
+            tokenizer, args.held_out.read_text(encoding="utf-8"), 1024, f"--held-out {args.held_out}"
+        )
         self.windows = held_out[torch.linspace(0, len(held_out) - 1, min(len(held_out), args.windows)).long()]
         calibration = args.text.read_text(encoding="utf-8")
-        text = texts.windows(tokenizer, calibration, 1024, "calibration")
+        text = texts.windows(tokenizer, calibration, 1024, f"--text {args.text}")
         some = torch.linspace(0, len(text) - 1, max(1, args.calibration_tokens // 1024)).long()
         self.calibration = text[some].to(self.device)
         self.calibration_language = Sentences(tokenizer, calibration)

@@ -50,12 +50,13 @@ def parse_args() -> argparse.Namespace:
             command.add_argument("--layers", type=int, default=8)
             command.add_argument("--heads", type=int, default=8)
             command.add_argument("--steps", type=int, default=2000, help="the most, with --max-minutes")
-            command.add_argument("--max-minutes", type=float, help="fewer steps if these do not fit")
+            time_limit = command.add_mutually_exclusive_group()
+            time_limit.add_argument("--max-minutes", type=float, help="fewer steps if these do not fit")
             command.add_argument("--batch-size", type=int, default=64, help="windows of 1024 tokens a device")
             command.add_argument("--learning-rate", type=float, default=1e-3)
             command.add_argument("--retrieval-part", type=float, default=0.0, help="of the windows, of those that ask")
             command.add_argument("--repeated-part", type=float, default=0.0, help="of the windows, of repeated text")
-            command.add_argument(
+            time_limit.add_argument(
                 "--sitting-minutes", type=float, help="a checkpoint then, from which the same command goes on"
             )
         if name == "convert":
@@ -190,18 +191,21 @@ def prepare(args: argparse.Namespace) -> None:
     tokenizer.train_from_iterator(training[: max(1, len(training) // 10)], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     args.work.mkdir(parents=True, exist_ok=True)
+    (args.work / "train.bin").unlink(missing_ok=True)  # of another tokenizer
     fast.save_pretrained(args.work / "tokenizer")
-    with open(args.work / "train.bin", "wb") as file:
+    unfinished = args.work / "train.bin.unfinished"
+    with open(unfinished, "wb") as file:
         for start in tqdm(range(0, len(training), 1000), desc="tokens", unit="thousand files"):
             for encoding in tokenizer.encode_batch(training[start : start + 1000]):
                 file.write(np.array([0, *encoding.ids], dtype=np.uint16).tobytes())
     if args.retrieval_windows:
         prepare_retrieval(args, "\n".join(training)[:FILLER])
-    count = (args.work / "train.bin").stat().st_size // 2
+    count = unfinished.stat().st_size // 2
     size = sum(map(len, training))
     healing = training[: max(1, int(1.2 * HEALED_PART * args.passes * len(training)))]
     (args.work / "heal.txt").write_text("\n".join(healing), encoding="utf-8")
     (args.work / "held_out.txt").write_text("\n".join(held_out)[: args.held_out_characters], encoding="utf-8")
+    unfinished.replace(args.work / "train.bin")  # last: `train` is told that all is there
     print(
         f"{len(training):,} files, {size:,} characters, {count:,} tokens to train on; {len(held_out):,} files held out"
     )

@@ -209,7 +209,7 @@ def main() -> None:
             contents.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             sys.exit(f"figures.py: cannot read {path}: {error}")
-    figures = read_figures(contents)
+    figures = read_figures([data for data in contents if isinstance(data, dict)])
     if not any(figures):
         sys.exit(f"figures.py: none of the {len(contents)} files is of a benchmark that --help names")
 

@@ -41,7 +41,9 @@ def parse_args() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("--text", type=Path, required=True, help="for calibration and healing")
-    parser.add_argument("--heal-text", type=Path, nargs="*", default=[], help="files, for healing beside --text")
+    parser.add_argument(
+        "--heal-text", type=Path, nargs="*", default=[], help="files, which are read as one, for healing beside --text"
+    )
     parser.add_argument("--held-out", type=Path, required=True, help="for perplexity, and between facts")
     parser.add_argument("--work", type=Path, default=Path("runs/long_context"))
     parser.add_argument(
@@ -81,12 +83,13 @@ import time
 import torch
 from compression import Deadline
 from options import ROOT, save
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conversion.evaluate import order as evaluation
 from conversion.evaluate import report
 from conversion.evaluate.tasks import TASKS, Sample, make_samples
 from conversion.files.devices import find_device
+from conversion.files.signals import stoppable
 from conversion.files.tokenizer import load_tokenizer
 from conversion.smaller import moments
 from conversion.smaller import text as texts
@@ -119,6 +122,8 @@ def prepare(args: argparse.Namespace) -> None:
     if not source.exists():
         file = GgufFile(args.model)
         unfinished = args.work / "source.unfinished"
+        for folder in (unfinished, args.work / "tokenizer"):  # of a run that was killed
+            shutil.rmtree(folder, ignore_errors=True)
         file.write_config(unfinished)
         file.write_weights(unfinished, 2**40)
         file.write_tokenizer(args.work / "tokenizer")
@@ -154,10 +159,12 @@ class Study:
             for length in args.lengths
             for task in TASKS
         }
-        held_out = texts.windows(tokenizer, args.held_out.read_text(encoding="utf-8"), 1024, "held-out")
+        held_out = texts.windows(
+            tokenizer, args.held_out.read_text(encoding="utf-8"), 1024, f"--held-out {args.held_out}"
+        )
         self.windows = held_out[torch.linspace(0, len(held_out) - 1, min(len(held_out), args.windows)).long()]
         calibration = args.text.read_text(encoding="utf-8")
-        text = texts.windows(tokenizer, calibration, 1024, "calibration")
+        text = texts.windows(tokenizer, calibration, 1024, f"--text {args.text}")
         some = torch.linspace(0, len(text) - 1, max(1, args.calibration_tokens // 1024)).long()
         self.calibration = text[some].to(self.device)
         self.calibration_language = Sentences(tokenizer, calibration)
@@ -233,13 +240,11 @@ class Study:
         steps = args.heal_steps or HEALED_TOKENS // tokens
         count = steps * args.heal_windows
         tokenizer = load_tokenizer(self.exact)
-        read = [path.read_text(encoding="utf-8") for path in (args.text, *args.heal_text)]
-        found = [texts.windows(tokenizer, text, length, "healing") for text in read]
-        found = [found[0], torch.cat(found[1:])] if len(found) > 1 else found  # as much of the first as of all others
-        each = math.ceil(count * 7 / 8 / len(found))
-        kept = [ids.repeat(math.ceil(each / len(ids)), 1)[:each] for ids in found]
+        kept = healing_windows(tokenizer, args.text, args.heal_text, length, count)
         kept.append(make_questions(self.calibration_language, length, max(1, min(count // 8, 1024)), seed=1).ids)
         ids = torch.cat(kept)
+        if not args.heal_steps:  # of a checkpoint, nobody knows what was left of the minutes
+            shutil.rmtree(args.work / f"checkpoints-{step}", ignore_errors=True)
         model = self.t6(args.work / name).requires_grad_(True)
         deadline = Deadline(time.time() + 60 * args.heal_minutes, final=0.0)
         done = heal(
@@ -250,6 +255,18 @@ class Study:
         print(f"healed {name}: {done} steps, {done * tokens:,} tokens", flush=True)
         self.took("healing", start)
         return model.requires_grad_(False)
+
+
+def healing_windows(
+    tokenizer: PreTrainedTokenizerBase, text: Path, others: list[Path], length: int, count: int
+) -> list[torch.Tensor]:
+    """Seven eighths of `count` windows: as much of one text as of all others, which are read as one."""
+    read = [(f"--text {text}", texts.read_text(text))]
+    if others:
+        read.append((f"--heal-text {' '.join(map(str, others))}", "\n".join(map(texts.read_text, others))))
+    each = math.ceil(count * 7 / 8 / len(read))
+    found = [texts.windows(tokenizer, whole, length, name, each) for name, whole in read]
+    return [ids.repeat(math.ceil(each / len(ids)), 1)[:each] for ids in found]
 
 
 @torch.no_grad()
@@ -431,7 +448,9 @@ def heads(study: Study) -> None:
 
 def side_by_side(args: argparse.Namespace) -> None:
     """A process for each list of steps; one that fails is begun again once, and does what is missing."""
-    words = [word for word in sys.argv[1:] if word not in STEPS and word != "--steps"]
+    of_steps = argparse.ArgumentParser(add_help=False)
+    of_steps.add_argument("--steps", nargs="*", action="append")
+    _, words = of_steps.parse_known_args()
     running = {}
 
     def begin(steps: list[str], tries: int) -> None:
@@ -439,17 +458,25 @@ def side_by_side(args: argparse.Namespace) -> None:
         command = [sys.executable, __file__, *words, "--steps", *steps]
         running[subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)] = steps, tries
 
-    for steps in args.steps:
-        begin(steps, 1)
-    while running:
-        for process, (steps, tries) in list(running.items()):
-            if process.poll() is not None:
-                del running[process]
-                if process.returncode:
-                    print(f"== {steps[0]}: exit code {process.returncode}, see its log in {args.work}", flush=True)
-                if process.returncode and tries < TRIES:
-                    begin(steps, tries + 1)
-        time.sleep(0.2)
+    try:
+        with stoppable():
+            for steps in filter(None, args.steps):
+                begin(steps, 1)
+            while running:
+                for process, (steps, tries) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[process]
+                        if process.returncode:
+                            print(
+                                f"== {steps[0]}: exit code {process.returncode}, see its log in {args.work}",
+                                flush=True,
+                            )
+                        if process.returncode and tries < TRIES:
+                            begin(steps, tries + 1)
+                time.sleep(0.2)
+    finally:
+        for process in running:
+            process.terminate()
 
 
 def print_table(args: argparse.Namespace) -> None:

@@ -18,8 +18,8 @@ Why a T6 learns late what its twins learn early: many small runs, each with one 
     python examples/diagnose.py run --data runs/tokens --results runs/diagnosis.json --parallel 4 --minutes 5
     python examples/diagnose.py report --results runs/diagnosis.json
 
-Runs of one seed see the same batches in the same order. `run` does those that the results lack, the first seed's first, several
-side by side, and starts none that would not end in time; `--variants` and `--rates` choose among those of
+All runs see the same batches in the same order; a seed is that of the weights. `run` does those that the results lack, the
+first seed's first, several side by side, and starts none that would not end in time; `--variants` chooses among those of
 `ablations.py`. Each run logs held-out loss; how well text of random tokens is copied that has been there before, which takes
 heads that look for the token after the last one like this (induction heads), and those need heads that look at the token before; gradients, updates and weights by part;
 entropies of attention, and how many directions keys and values use.
@@ -420,14 +420,22 @@ def planned(args: argparse.Namespace) -> list[Run]:
         name, _, rate = text.partition("@")
         if name not in known:
             raise InputError(f"--variants: there is no {name!r}; there are {'; '.join(known)}")
-        chosen.append((name, float(rate) if rate else args.learning_rate * known[name].rate))
-    return [Run(name, rate, seed) for seed in args.seeds for name, rate in chosen]
+        try:
+            chosen.append((name, float(rate) if rate else args.learning_rate * known[name].rate))
+        except ValueError:
+            raise InputError(f"--variants {text}: expected a number as its rate") from None
+    return list(dict.fromkeys(Run(name, rate, seed) for seed in args.seeds for name, rate in chosen))
 
 
 def run_all(args: argparse.Namespace) -> None:
     deadline = time.time() + 60 * args.minutes
     settings = {name: getattr(args, name) for name in SETTINGS}
     _, facts = open_prepared(args.data)
+    for name, windows in (("train", 2), ("held_out", 1)):
+        if facts[f"{name}_tokens"] < (least := windows * args.block_length):
+            raise InputError(
+                f"{args.data} has {name}_tokens={facts[f'{name}_tokens']}: expected at least {least}, or a smaller --block-length"
+            )
     header = {"settings": settings, "data": facts["sha256"]}
     results = {**header, "torch": torch.__version__, "runs": {}}
     if args.results.exists():

@@ -25,6 +25,7 @@ python, c, or docs (HTML and manual pages without their markup); KIND=PATH says 
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import io
@@ -33,11 +34,12 @@ import lzma
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 
-from command_line import InputError, input_errors, kind_and_path, number
+from command_line import InputError, Kind, input_errors, kind_and_path, new_folder, number
 
 
 KINDS = {
@@ -49,6 +51,7 @@ SKIPPED_TAGS = ("script", "style", "nav", "head")
 LARGEST = 2**20  # bytes of a file: larger ones are tables that a program wrote
 PIECE = 50_000  # characters: a dictionary is cut into documents, between its entries
 SMALLEST = 200
+TEXTS = Kind("texts of this command", (("*.jsonl.xz",),), ())  # what --overwrite replaces
 MOST_DAMAGED = 1e-3  # of a text's characters, that are no UTF-8
 
 
@@ -56,6 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", type=kind_and_path, metavar="[KIND=]PATH", help="folders and archives")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
     parser.add_argument(
         "--megabytes", type=number(float, 1e-6), default=1e6, metavar="X", help="of text of a kind, at most (all)"
     )
@@ -74,7 +78,7 @@ class PlainText(HTMLParser):
         self.pieces, self.depth = [], 0
 
     def handle_starttag(self, tag, attrs):
-        self.depth += tag in SKIPPED_TAGS
+        self.depth = 0 if tag == "body" else self.depth + (tag in SKIPPED_TAGS)  # </head> may be left out
         if tag in ("p", "div", "li", "tr", "br", "pre", "h1", "h2", "h3", "h4", "dt", "dd"):
             self.pieces.append("\n")
 
@@ -90,7 +94,8 @@ def without_markup(name: str, text: str) -> str:
     """HTML and troff as the text that a reader sees, about."""
     if name.endswith((".html", ".htm")):
         parser = PlainText()
-        parser.feed(text)
+        with contextlib.suppress(AssertionError):  # of marked sections that HTML has not: it ends there
+            parser.feed(text)
         text = "".join(parser.pieces)
     elif re.search(r"\.[1-8]$", name):
         text = re.sub(r'^[.\'](\\"|ig|de|nr|if|ie|el|ds|TH).*$', "", text, flags=re.MULTILINE)  # comments and programs
@@ -113,10 +118,14 @@ def kind_of(name: str) -> str | None:
 
 def ar_members(data: bytes) -> Iterator[tuple[str, bytes]]:
     """The members of an `ar` archive, which a .deb is."""
+    if data[:8] != b"!<arch>\n":
+        raise ValueError("it does not begin as an archive of ar")
     place = 8
     while place < len(data):
         header = data[place : place + 60]
         name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
+        if not 0 <= size <= len(data) - place - 60:
+            raise ValueError(f"its member {name} is cut off")
         yield name, data[place + 60 : place + 60 + size]
         place += 60 + size + size % 2
 
@@ -139,6 +148,8 @@ def members(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
                 is_wanted = kind_of(member.name.removesuffix(".gz")) or is_archive(member.name)
                 if member.isfile() and is_wanted:
                     yield from members(member.name, archive.extractfile(member).read())
+    elif re.search(r"\.tar\.(zst|lz4?|Z)$", name):
+        raise ValueError(f"{name} is compressed in another way than gz, xz or bz2")
     elif name.endswith((".whl", ".zip")):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for member in archive.namelist():
@@ -183,18 +194,26 @@ def documents(sources: list[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
                     for piece in pieces(text) if member.endswith(".dict") else [text]:
                         if len(piece) >= SMALLEST:
                             yield kind, piece
-            except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+            except (
+                tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError, ValueError,
+                RuntimeError,  # of an archive with a password
+            ) as error:  # fmt: skip
                 raise InputError(f"{file} is damaged, or of a kind that is not known: {error}") from error
 
 
 def gather(args: argparse.Namespace) -> dict[str, dict[str, int]]:
-    """Writes the parts; returns documents and bytes by kind."""
+    """Writes the folder; returns documents and bytes by kind."""
+    files = {f"the source {path}": path for _, path in args.sources if path.is_file()}
+    with new_folder(args.output_dir, args.overwrite, files, TEXTS) as folder:
+        return write(args, folder)
+
+
+def write(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, int]]:
     texts = {}
     for kind, text in documents(args.sources):
         texts.setdefault(kind, {}).setdefault(hashlib.sha256(text.encode()).digest(), text)
     if not texts:
         raise InputError("there is no text in what is given")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     report = {}
     for kind, of in texts.items():
         part, size, total, count, file = 0, 0, 0, 0, None
@@ -205,7 +224,7 @@ def gather(args: argparse.Namespace) -> dict[str, dict[str, int]]:
             if file is None or size > 1e6 * args.part_megabytes:
                 if file is not None:
                     file.close()
-                path = args.output_dir / f"{kind}-{part}.jsonl.xz"
+                path = folder / f"{kind}-{part}.jsonl.xz"
                 file, part, size = lzma.open(path, "wt", preset=args.preset, encoding="utf-8"), part + 1, 0
             file.write(json.dumps({"text": text, "kind": kind}, ensure_ascii=False) + "\n")
             size += len(text.encode())

@@ -18,23 +18,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.optim import AdamW
 
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the page above: singular values come near to 1, fast
-STEPS = 5
-ADAM_RMS = 0.2  # of AdamW's updates, so that both take one learning rate (arXiv 2502.16982)
-
-
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """About U V^T of the singular value decompositions U S V^T of `matrices` [n, rows, columns], in bfloat16 on a GPU."""
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    is_tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if is_tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(STEPS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if is_tall else x).to(matrices.dtype)
+from conversion.smaller.muon import AS_ADAMW, MOMENTUM, orthogonal
 
 
 class Muon(AdamW):
@@ -49,7 +33,7 @@ class Muon(AdamW):
         momentum: of matrices, Nesterov's.
     """
 
-    def __init__(self, parameters: Iterable, momentum: float = 0.95, **kwargs):
+    def __init__(self, parameters: Iterable, momentum: float = MOMENTUM, **kwargs):
         self.momentum = momentum
         super().__init__(parameters, **kwargs)
 
@@ -79,8 +63,8 @@ class Muon(AdamW):
                     state["momentum"] = torch.zeros_like(parameter)
                 state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
                 updates.append(_matrices(parameter.grad.lerp(state["momentum"], self.momentum), group))
-            orthogonal = orthogonalize(torch.cat(updates))
-            moves = orthogonal * (ADAM_RMS * max(orthogonal.shape[-2:]) ** 0.5 * group["lr"])
+            moves = orthogonal(torch.cat(updates))
+            moves = moves * (AS_ADAMW * max(moves.shape[-2:]) ** 0.5 * group["lr"])
             for parameter, move in zip(parameters, moves.split(group["matrices"])):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 _matrices(parameter, group).sub_(move)

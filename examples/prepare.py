@@ -137,8 +137,11 @@ def read_lines(kind: str, path: Path) -> Iterator[Document]:
                 row = json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                     raise InputError(f'{path}, line {number}: expected {{"text": ...}}')
+                if not isinstance(row.get("kind", kind), str):
+                    raise InputError(f'{path}, line {number}: expected a string as "kind"')
+                row["text"].encode()  # JSON can escape what is no character
                 yield Document(row.get("kind", kind) if kind == "text" else kind, row["text"])
-    except (json.JSONDecodeError, UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+    except (json.JSONDecodeError, UnicodeError, lzma.LZMAError, EOFError) as error:
         raise InputError(f"{path} is no file of JSON lines: {one_line(error)}") from error
 
 

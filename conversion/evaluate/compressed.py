@@ -36,7 +36,7 @@ def retrieval_samples(
     language = find_language(load_tokenizer(tokenizer), config.vocab_size, text)
     context = config.max_position_embeddings
     samples = {}
-    for length in sorted({args.window or min(1024, context), min(context, LONGEST)}):
+    for length in sorted({texts.window_length(args.window, context), min(context, LONGEST)}):
         for task in TASKS:
             try:
                 samples[task, length] = make_samples(language, task, length, args.retrieval_samples, args.seed)
@@ -60,7 +60,7 @@ def compare_retrieval(
     with stage("retrieval"):
         for name, folder in (("source", source), ("result", result)):
             model, stored = load_model(folder, getattr(torch, args.compute_dtype), device)
-            window = args.window or min(1024, context_of(model))
+            window = texts.window_length(args.window, context_of(model))
             row = score_all(model, "model", name, *questions, args.batch_size, window)
             row["cache_bytes_per_token"] = bytes_per_token(model, "model", stored)
             rows.append(row | measure_windows(model, "model", name, windows, args.batch_size, None))

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from .weights import balance, compressed_attention, compressed_model
 
 
 TRIAL_ITERATIONS = 30  # enough to compare ranks
+NEAR = 1.5  # times the least cost: costs add up about so well, and what costs more is not tried
 CANDIDATE_RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 
 
@@ -124,25 +125,36 @@ def compress(
     costs = [{rank: float(cost) for rank, cost in part.items()} for part in costs]
 
     whole = build(full, None)  # balanced, as rounding will meet it
+    budget = int(sum(full) * model.config.head_dim * dtype.itemsize / cache_ratio * (1 + 1e-12))
+
+    def size_in(cache_dtype: str | None) -> Callable[[int], int]:
+        return functools.partial(
+            row_bytes, head_dim=model.config.head_dim, itemsize=dtype.itemsize, cache_dtype=cache_dtype
+        )
 
     def choose(cache_dtype: str | None, whole: T6ForCausalLM) -> tuple[float, list[int], str | None]:
         """What the best ranks of rows of a dtype cost, if costs add up, and these."""
-        size = functools.partial(
-            row_bytes, head_dim=model.config.head_dim, itemsize=dtype.itemsize, cache_dtype=cache_dtype
-        )
-        budget = int(sum(full) * model.config.head_dim * dtype.itemsize / cache_ratio * (1 + 1e-12))
+        size = size_in(cache_dtype)
         if budget < sum(size(min(cost)) for cost in costs):
             return math.inf, [], cache_dtype
         ranks = choose_ranks(costs, budget, size)
         rounding = 0.0 if cache_dtype is None else probe.divergence(whole, cache_dtype).item()
         return rounding + sum(cost[rank] for cost, rank in zip(costs, ranks)), ranks, cache_dtype
 
-    cost, ranks, cache_dtype = min((choose(name, whole) for name in cache_dtypes), key=lambda found: found[0])
+    chosen = [choose(name, whole) for name in cache_dtypes]
     del whole  # as large as the model
-    if cost == math.inf:
+    least = min(cost for cost, _, _ in chosen)
+    if least == math.inf:
         raise ConversionError(f"--cache-ratio {cache_ratio:g}: no ranks are small enough for this model")
-    trials, each = [ranks], sum(ranks) // len(parts)
-    equal = [min(whole, each) for whole in full]
-    if equal != ranks and all(rank in cost for rank, cost in zip(equal, costs)) and sum(equal) == sum(ranks):
-        trials.append(equal)
-    return min((build(ranks, cache_dtype) for ranks in trials), key=lambda trial: probe.divergence(trial).item())
+    trials = []
+    for total, ranks, cache_dtype in chosen:
+        if total > NEAR * least:
+            continue
+        trials.append((ranks, cache_dtype))
+        equal = [min(most, sum(ranks) // len(parts)) for most in full]
+        known = all(rank in cost for rank, cost in zip(equal, costs))
+        # Rows of odd ranks may be padded, so that as many ranks may take more bytes.
+        if equal != ranks and known and sum(equal) == sum(ranks) and sum(map(size_in(cache_dtype), equal)) <= budget:
+            trials.append((equal, cache_dtype))
+    models = (build(*trial) for trial in trials)
+    return min(models, key=lambda trial: probe.divergence(trial, trial.config.cache_dtype).item())

@@ -34,16 +34,19 @@ class Texts:
 
     def __init__(self, args: argparse.Namespace, source: Path, config: T6Config):
         tokenizer = load_tokenizer(source)
-        length = args.window or min(1024, config.max_position_embeddings)
+        length = text.window_length(args.window, config.max_position_embeddings)
         if not 2 <= length <= config.max_position_embeddings:
             raise ConversionError(f"--window {length}: expected 2 to {config.max_position_embeddings}")
         calibration = text.read_text(args.calibration)
         if args.held_out is not None:
-            held_out, name = text.read_text(args.held_out), str(args.held_out)
+            held_out, name = text.read_text(args.held_out), f"--held-out {args.held_out}"
         else:
-            (calibration, held_out), name = text.split_held_out(calibration), f"the last tenth of {args.calibration}"
+            (calibration, held_out), name = (
+                text.split_held_out(calibration),
+                f"the last tenth of --calibration {args.calibration}",
+            )
         self.held_out = text.windows(tokenizer, held_out, length, name)
-        whole = text.windows(tokenizer, calibration, length, str(args.calibration))
+        whole = text.windows(tokenizer, calibration, length, f"--calibration {args.calibration}")
         count = min(len(whole), max(1, args.calibration_tokens // length))
         self.calibration = whole[torch.linspace(0, len(whole) - 1, count).long()]
         language = find_language(tokenizer, config.vocab_size, calibration)
@@ -58,7 +61,7 @@ class Texts:
             healing = text.read_text(args.heal)
             if args.held_out is None:
                 healing = text.split_held_out(healing)[0]
-            self.healing = text.windows(tokenizer, healing, length, str(args.heal), most)
+            self.healing = text.windows(tokenizer, healing, length, f"--heal {args.heal}", most)
         if self.healing is not None and args.method == "fit":
             kept = len(self.healing) - int(HEALED_QUESTIONS * len(self.healing))
             asked = make_questions(language, length, len(self.healing) - kept, args.seed + 1)

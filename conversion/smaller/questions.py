@@ -88,4 +88,5 @@ def make_questions(language: Language, length: int, count: int, seed: int = 0) -
         ids += end
         windows.append(ids[-length:])
         marks.append(mark[-length:])
-    return Questions(torch.tensor(windows).view(-1, length), torch.tensor(marks, dtype=torch.bool).view(-1, length))
+    ids, asked = torch.tensor(windows, dtype=torch.long), torch.tensor(marks, dtype=torch.bool)
+    return Questions(ids.view(-1, length), asked.view(-1, length))

@@ -11,6 +11,7 @@ from ..files.errors import ConversionError
 PIECE = 100_000  # characters: a tokenizer works on many pieces side by side, and slowly on one long text
 PIECES = 256  # at a time
 HELD_OUT = 0.1
+WINDOW = 1024  # tokens, by default
 
 
 def read_text(path: Path) -> str:
@@ -23,6 +24,11 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise ConversionError(f"{path} is empty: expected text")
     return text
+
+
+def window_length(asked: int | None, context: int) -> int:
+    """Tokens of a window: as many as `--window` asks for, or the context up to `WINDOW`."""
+    return asked or min(WINDOW, context)
 
 
 def split_held_out(text: str) -> tuple[str, str]:

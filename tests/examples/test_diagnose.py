@@ -164,12 +164,12 @@ def test_schedule():
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 40), (2, 40, 24)], ids=["wide", "tall"])
-def test_orthogonalize(shape):
+def test_orthogonal(shape):
     """Of the singular value decomposition the vectors stay, and the values come near to 1."""
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    values = u.mT @ muon.orthogonalize(matrices) @ v.mT
+    values = u.mT @ muon.orthogonal(matrices) @ v.mT
     diagonal = values.diagonal(dim1=-2, dim2=-1)
     assert 0.6 < diagonal.min() and diagonal.max() < 1.3
     assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-3
@@ -320,7 +320,7 @@ def test_runs_go_on(data, tmp_path, capsys, monkeypatch):
     assert run["curve"][-1]["loss"] < run["curve"][0]["loss"]
 
     capsys.readouterr()
-    diagnose.main([*options, "--variants", "MHA", "TPA, Muon"])
+    diagnose.main([*options, "--variants", "MHA", "TPA, Muon", "TPA, Muon@0.002"])
     assert "1 runs to do" in capsys.readouterr().out
     results = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert results["MHA lr 0.002 seed 0"] == first["MHA lr 0.002 seed 0"] and len(results) == 3
@@ -330,6 +330,8 @@ def test_runs_go_on(data, tmp_path, capsys, monkeypatch):
     assert "| TPA, Muon | 0.002 |" in capsys.readouterr().out
     for words, message in (
         (["--variants", "GPA"], "there is no 'GPA'; there are MHA; MQA"),
+        (["--variants", "MHA@fast"], "--variants MHA@fast: expected a number as its rate"),
+        (["--block-length", "100000"], "has train_tokens=.*: expected at least 200000, or a smaller --block-length"),
         (["--max-steps", "4"], "has settings=.*, this command"),
     ):
         with pytest.raises(SystemExit, match=message):

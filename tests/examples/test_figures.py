@@ -99,7 +99,7 @@ def test_picture(figures):
 
 
 def test_files(figures, monkeypatch, tmp_path):
-    for name, data in (("known", SHORT), ("other", {"runs": {}})):
+    for name, data in (("known", SHORT), ("other", {"runs": {}}), ("list", [1])):
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
     picture = tmp_path / "picture.png"
 
@@ -111,6 +111,8 @@ def test_files(figures, monkeypatch, tmp_path):
 
     with pytest.raises(SystemExit, match="none of the 1 files is of a benchmark"):
         draw("other.json")
+    with pytest.raises(SystemExit, match="none of the 1 files is of a benchmark"):
+        draw("list.json")
     with pytest.raises(SystemExit, match="cannot read .*missing.json"):
         draw("missing.json", "known.json")
     assert not picture.exists()

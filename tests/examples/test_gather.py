@@ -110,6 +110,58 @@ def test_damaged(tmp_path):
         gather.main([str(tmp_path / "x.whl"), "--output-dir", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="there is no .*missing"):
         gather.main([str(tmp_path / "missing"), "--output-dir", str(tmp_path / "out")])
-    (tmp_path / "x.jsonl").write_text('{"text": "the king"}\n{"title": "the queen"}\n')
-    with pytest.raises(SystemExit, match="x.jsonl, line 2: expected"):
-        prepare.main(["--text", str(tmp_path / "x.jsonl"), "--output-dir", str(tmp_path / "out")])
+    for line, message in (
+        ('{"title": "the queen"}', "x.jsonl, line 2: expected"),
+        ('{"text": "the queen", "kind": 3}', 'x.jsonl, line 2: expected a string as "kind"'),
+        ('{"text": "the queen \\ud800"}', "x.jsonl is no file of JSON lines: .*surrogates"),
+    ):
+        (tmp_path / "x.jsonl").write_text(f'{{"text": "the king"}}\n{line}\n')
+        with pytest.raises(SystemExit, match=message):
+            prepare.main(["--text", str(tmp_path / "x.jsonl"), "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def zip_of(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.py", data)
+    return buffer.getvalue()
+
+
+TEXT = lines("text").encode()
+DAMAGED = {
+    "text.txt.gz": (gzip.compress(TEXT)[:10] + b"\xff" * 30, "invalid block type"),
+    "cut.deb": (deb_of({"./a.py": TEXT})[:-20], "its member data.tar.xz is cut off"),
+    "no.deb": (TEXT, "it does not begin as an archive of ar"),
+    "zst.deb": (deb_of({"./a.py": TEXT}).replace(b"data.tar.xz ", b"data.tar.zst"), "another way than gz, xz or bz2"),
+    "damaged.zip": (zip_of(TEXT)[:45] + b"\x00" * 15 + zip_of(TEXT)[60:], "while decompressing"),
+    "password.zip": (zip_of(TEXT).replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"), "encrypted"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_archives_are_named(name, tmp_path):
+    """Also where others are whole: what is left out must be known."""
+    data, message = DAMAGED[name]
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "whole.py").write_bytes(TEXT)
+    with pytest.raises(SystemExit, match=f"{name} is damaged, or of a kind that is not known: .*{message}"):
+        gather.main([str(tmp_path / "whole.py"), str(tmp_path / name), "--output-dir", str(tmp_path / "out")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "whole.py"])
+
+
+def test_pages_that_leave_tags_out():
+    page = f"<html><head><title>x</title><body><p>{lines('page')}"
+    assert gather.without_markup("a.html", page) == lines("page")
+    assert gather.without_markup("a.html", page + "<![unknown[ y ]]><p>z") == lines("page")
+
+
+def test_nothing_of_an_older_run_is_left(sources, tmp_path):
+    words = [*sources, "--output-dir", str(tmp_path / "out")]
+    gather.main([*words, "--part-megabytes", "0.05"])
+    with pytest.raises(SystemExit, match="out is not empty: --overwrite replaces it"):
+        gather.main(words)
+    gather.main([*words, "--overwrite"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"{kind}-0.jsonl.xz" for kind in ("c", "docs", "prose", "python")
+    ]

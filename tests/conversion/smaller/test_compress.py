@@ -337,6 +337,16 @@ def test_rows_in_which_least_is_lost(ratio):
 
 
 @torch.no_grad()
+def test_equal_ranks_are_not_tried_beyond_the_ratio(monkeypatch):
+    """Rows of 4 bits of 3 heads of 16 are padded: two of them take more than one of 2 and one of 4."""
+    model, ids = exact_model("llama", "mha", num_hidden_layers=1), random_ids(8, 40)
+    monkeypatch.setattr("conversion.smaller.compress.choose_ranks", lambda *arguments: [2, 4])
+    small = compress(model, ids, cache_ratio=256 / 72, quiet=True, cache_dtypes=["int4"])
+    assert (small.config.k_rank, small.config.v_rank) == (2, 4)
+    assert cache_bytes_per_token(small, T6Cache(config=small.config), 2) == 72
+
+
+@torch.no_grad()
 def test_probe_begins_where_a_model_has_changed():
     model, ids = exact_model("mistral-sliding", "gqa"), random_ids(6, 60)
     probe = Probe(model, ids[:4], Questions(ids[4:], torch.rand(2, 60) < 0.3))

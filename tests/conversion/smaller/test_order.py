@@ -287,7 +287,7 @@ def test_heals_on_some_tokens(folder, tmp_path):
     assert smaller_options.wanted(args) and args.heal_cross_entropy == 0.5
     config = T6Config(max_position_embeddings=32)
     texts = Texts(args, folder / "source", config)
-    assert texts.healing.shape == (3, 32)
+    assert texts.healing.shape == (3, 32) and texts.healing.dtype == torch.long
     args.heal_tokens = None
     whole = Texts(args, folder / "source", config).healing
     assert len(whole) > 3 and torch.equal(texts.healing, whole[:3])

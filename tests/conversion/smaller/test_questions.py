@@ -48,7 +48,8 @@ def test_bare_ids_and_short_windows():
                 assert any(ids[i : i + len(before)] == before for i in range(place - 1))
     short = make_questions(Sentences(characters()), 30, 2)
     assert short.ids.shape == (2, 30) and short.asked.any(1).all()
-    assert make_questions(Tokens(99), 40, 0).ids.shape == (0, 40)
+    none = make_questions(Tokens(99), 40, 0)
+    assert none.ids.shape == (0, 40) and none.ids.dtype == short.ids.dtype and none.asked.dtype == short.asked.dtype
 
 
 def test_seeds():

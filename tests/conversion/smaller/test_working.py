@@ -200,6 +200,12 @@ def test_mistakes_are_found_before_any_work(source, tmp_path, capsys, monkeypatc
         (source, tmp_path / "line.txt", [], "the last tenth of"),
         (source, tmp_path / "line-end.txt", [], "the last tenth of"),
         (source, tmp_path / "short.txt", [], "tokens: expected at least one window of 32"),
+        (
+            source,
+            text,
+            ["--heal", str(tmp_path / "short.txt"), "--heal-steps", "1"],
+            f"--heal {tmp_path / 'short.txt'} has 2 tokens",
+        ),
         (source, text, ["--window", "33"], "--window 33: expected 2 to 32"),
         (source, text, ["--window", "1"], "--window 1: expected 2 to 32"),
         (source, text, ["--revision", "main"], "--revision main is of a source on the Hub"),

@@ -240,6 +240,10 @@ class FactorImpl(AttentionImpl):
         self.__dict__.pop("_selected_ranks", None)
         self.__dict__.pop("num_formed_heads", None)
 
+    def pages_changed(self) -> None:
+        # Else the memory of pages that vLLM gives back, as when it has measured CUDA graphs, would stay.
+        self._pages = None
+
     def constants(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """A_Q [R, h], A_K and A_V [R, h_kv], as far as they are constants."""
         if not self.constant_a:

@@ -104,6 +104,7 @@ class FactorAttention(nn.Module, AttentionLayerBase):
     @kv_cache.setter
     def kv_cache(self, kv_cache: torch.Tensor) -> None:
         self._kv_cache = kv_cache
+        self.impl.pages_changed()
         if kv_cache.numel() > 0:
             check_pages(self.impl, kv_cache)
 

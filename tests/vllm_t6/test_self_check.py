@@ -1,5 +1,6 @@
 """The check of the pages at load passes on what works, and no fault that is put in gets by."""
 
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -46,6 +47,19 @@ def test_passes_and_leaves_pages_as_they_were(layers, num_blocks):
         held = layer.kv_cache.clone()
         check_pages(layer.impl, layer.kv_cache[:num_blocks])
         assert torch.equal(layer.kv_cache, held)
+
+
+def test_pages_that_are_given_back_are_freed(layers, monkeypatch):
+    """vLLM gives layers empty tensors in the place of pages: after it has measured what CUDA graphs take, and at its end."""
+    layer = layers[0]
+    monkeypatch.setattr(layer, "_kv_cache", layer.kv_cache)  # put back
+    pages = torch.zeros_like(layer.kv_cache[:3])
+    freed = weakref.ref(pages)
+    layer.kv_cache = pages
+    layer.impl.pages(layer.kv_cache)
+    layer.kv_cache = torch.tensor([])
+    del pages
+    assert freed() is None
 
 
 def with_slots(store: Callable, change: Callable) -> Callable:

@@ -107,7 +107,7 @@ class QuantizedLayout:
         return x @ self._rotation(x).T
 
     def _rotation(self, x: torch.Tensor) -> torch.Tensor:
-        make = rotation_matrix if torch.compiler.is_compiling() else _cached_rotation_matrix
+        make = _cached_rotation_matrix if _is_plain(x) else rotation_matrix
         return make(self.head_dim, self.padded_dim, x.dtype, x.device)
 
 
@@ -159,8 +159,13 @@ def rotate_features(x: torch.Tensor) -> torch.Tensor:
     the features. H is orthogonal and symmetric: it is its own inverse, and products of rotated vectors are those of the vectors.
     """
     size = min(x.shape[-1] & -x.shape[-1], 64)
-    make = hadamard_matrix if torch.compiler.is_compiling() else _cached_hadamard_matrix
+    make = _cached_hadamard_matrix if _is_plain(x) else hadamard_matrix
     return (x.unflatten(-1, (-1, size)) @ make(size, x.dtype, x.device)).flatten(-2)
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether a matrix made for `x` is of use to all: those of torch.compile are not, nor those of tensors without numbers."""
+    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -16,6 +16,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.quantized_rows_t6 import QuantizedLayout, rotate_features
@@ -143,6 +144,15 @@ def test_extreme_numbers(num_heads):
         heads = read_a.transpose(-1, -2) @ rotate_features(read_b) if num_heads else rotate_features(read_b)
         exact = a.transpose(-1, -2) @ b * size if num_heads else b * size
         assert (heads - exact).norm() < 0.12 * exact.norm()
+
+
+def test_tensors_without_numbers_leave_none_behind():
+    """As those by which packages plan: matrices made for them are not kept for others."""
+    layout, numbers = layout_of(1, 3, 56), random_factors(1, 3, 56)
+    with FakeTensorMode():
+        a, b = torch.empty(2, 9, 1, 3), torch.empty(2, 9, 1, 56)
+        assert layout.rotate(b).shape == b.shape and layout.pack(a, b).shape == (2, 1, 9, layout.width)
+    assert [type(x) for x in (layout.rotate(numbers[1]), layout.pack(*numbers))] == [torch.Tensor] * 2
 
 
 def test_odd_head_dim_is_refused():

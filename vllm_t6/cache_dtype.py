@@ -16,6 +16,7 @@
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 
 logger = init_logger(f"vllm.{__name__}")
@@ -27,6 +28,8 @@ class FollowCacheDtype(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         cache_dtype = getattr(vllm_config.model_config.hf_text_config, "cache_dtype", None)
+        if current_platform.is_cuda() and not current_platform.has_device_capability(89):
+            return  # a GPU that has no float8, whose kernels read rows of the model's dtype alone
         if cache_dtype == "float8_e4m3fn" and vllm_config.cache_config.cache_dtype == "auto":
             vllm_config.cache_config.cache_dtype = "fp8"
             logger.info(

@@ -6,7 +6,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_t6 import variants
+from vllm_t6 import cache_dtype, variants
+from vllm_t6.cache_dtype import FollowCacheDtype
 from vllm_t6.variants import refuse_unserved_variants, warn_of_cache_dtype
 
 from ..modeling_t6.common import random_model, tiny_config
@@ -104,7 +105,7 @@ def test_rows_of_another_dtype_than_the_folder_says(tmp_path, monkeypatch):
     with engine(tmp_path):
         pass
     assert "`cache_dtype` is 'int4'" in messages[0] and "kv_cache_dtype='fp8' holds them in 8 bits" in messages[0]
-    for cache_dtype, asked, count in (
+    for stored, asked, count in (
         ("int4", "fp8", 1),
         ("float8_e4m3fn", "auto", 1),
         ("float8_e4m3fn", "fp8", 0),
@@ -112,5 +113,21 @@ def test_rows_of_another_dtype_than_the_folder_says(tmp_path, monkeypatch):
     ):
         messages.clear()
         settings = SimpleNamespace(cache_config=SimpleNamespace(cache_dtype=asked))
-        warn_of_cache_dtype(tiny_config(cache_dtype=cache_dtype), settings)
+        warn_of_cache_dtype(tiny_config(cache_dtype=stored), settings)
         assert len(messages) == count
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), "auto"), ((8, 9), "fp8")], ids=["Ampere", "Ada"])
+def test_rows_of_float8_need_ada(capability, expected, monkeypatch):
+    """A GPU whose kernels read none keeps the rows that they read, whatever the folder says; who starts vLLM may say otherwise."""
+    platform = SimpleNamespace(
+        is_cuda=lambda: True, has_device_capability=lambda least: capability >= divmod(least, 10)
+    )
+    monkeypatch.setattr(cache_dtype, "current_platform", platform)
+    for asked, dtype in (("auto", expected), ("fp8", "fp8")):
+        settings = SimpleNamespace(
+            cache_config=SimpleNamespace(cache_dtype=asked),
+            model_config=SimpleNamespace(hf_text_config=tiny_config(cache_dtype="float8_e4m3fn")),
+        )
+        FollowCacheDtype.verify_and_update_config(settings)
+        assert settings.cache_config.cache_dtype == dtype

@@ -29,7 +29,7 @@ import torch
 
 from .cache_t6 import FactorLayout
 from .factors_t6 import activate_head_factors, apply_rotary_pos_emb, form_heads, norm_key_heads
-from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, is_supported, power_of_2
+from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, is_supported, power_of_2, stride_unit
 
 
 try:
@@ -311,12 +311,6 @@ def _form_in_torch(key_pages, value_pages, slots, key, value, key_a, value_a, ke
 # In Triton.
 
 
-@functools.lru_cache(4096)
-def _unit(itemsize: int, *strides: int) -> int:
-    """The largest power of 2 that divides all strides, to 16 bytes."""
-    return math.gcd(16 // itemsize, *strides)
-
-
 def _page_constants(
     key_pages: torch.Tensor, value_pages: torch.Tensor, has_slots: bool = True
 ) -> tuple[tuple[int, ...], dict]:
@@ -329,7 +323,7 @@ def _page_constants(
 def _page_units(itemsize: int, page_size: int, *strides: int) -> tuple[tuple[int, ...], dict]:
     if page_size and strides[0] == page_size * strides[1] and strides[2] == page_size * strides[3]:
         page_size, strides = 1, (strides[1], 0, strides[3], 0)
-    unit = _unit(itemsize, *strides)
+    unit = stride_unit(itemsize, *strides)
     return tuple(stride // unit for stride in strides), {"PAGE_UNIT": unit, "PAGE_SIZE": page_size}
 
 
@@ -381,7 +375,7 @@ def _store_in_triton(
     constant_a = a_q is not None and a_q.dim() == 2
     a_strides = _token_stride("a_q", a_q, constant_a), _token_stride("a_k", a_k), _token_stride("a_v", a_v)
     b_strides = _token_stride("b_q", b_q), _token_stride("b_k", b_k), _token_stride("b_v", b_v)
-    b_unit = _unit(b_q.element_size(), *b_strides)
+    b_unit = stride_unit(b_q.element_size(), *b_strides)
     new_rows = slots if isinstance(slots, NewRows) else None
     page_strides, page_constants = _page_constants(key_pages, value_pages, new_rows is None)
     if new_rows is not None:

@@ -29,6 +29,7 @@ from .flash_tpa_t6 import (
     columns_of_heads,
     device_limits,
     rows_of,
+    stride_unit,
 )
 
 
@@ -234,9 +235,7 @@ def paged_flash_tpa(
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
 
     itemsize = key_pages.element_size()
-    unit = 16 // itemsize
-    while key_pages.stride(0) % unit or value_pages.stride(0) % unit:
-        unit //= 2
+    unit = stride_unit(itemsize, key_pages.stride(0), value_pages.stride(0))
     # Copies of 8 bytes are in flight as those of 16 are: FP8 rows of values may start in the middle of 16.
     starts = [rows.data_ptr() % 16 for rows in (key_pages, value_pages)]
     is_aligned = unit * itemsize >= 8 and not any(

@@ -239,14 +239,17 @@ def can_overlap(device: torch.device) -> bool:
     return OVERLAP and device.type == "cuda" and capability(device) >= (9, 0)
 
 
+@functools.lru_cache(4096)
+def stride_unit(itemsize: int, *strides: int) -> int:
+    """The largest power of 2 that divides all strides, to 16 bytes."""
+    return math.gcd(16 // itemsize, *strides)
+
+
 def _rows_as_read(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Rows whose numbers are contiguous, and the largest power of 2 that divides every offset of one, to 16 bytes."""
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    unit = 16 // rows.element_size()
-    while rows.stride(0) % unit:
-        unit //= 2
-    return rows, unit
+    return rows, stride_unit(rows.element_size(), rows.stride(0))
 
 
 def _aligned_to_8(rows: torch.Tensor) -> torch.Tensor:

@@ -65,6 +65,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from serve_vllm import fixed_cache
 from turns import alone
 from vllm_server import machine, model_folders
 
@@ -98,7 +99,7 @@ def answer(folder: Path, settings: dict[str, dict], prompts: list[list[int]], ar
         setting = {"enforce_eager": name in EAGER, **setting}
         vllm_t6.prefill.WORKSPACE_ROWS = setting.pop("workspace", workspace)
         # vLLM does not give all of its memory back: little enough for all settings.
-        setting |= {"kv_cache_memory_bytes": 2**32, "gpu_memory_utilization": 0.1}
+        setting |= fixed_cache(2**32)
         try:
             llm = LLM(str(folder), dtype=args.dtype, skip_tokenizer_init=True, seed=0, **setting)
         except Exception as error:

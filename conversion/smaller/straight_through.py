@@ -12,10 +12,7 @@ import torch
 from modeling_t6 import T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_DTYPES, FactorLayout, T6DynamicLayer
 from modeling_t6.modeling_t6 import T6Attention
-from modeling_t6.quantized_rows_t6 import rotate_features
-
-
-GROUP = 32  # features of rows of 4 bits that are rounded in steps of one size
+from modeling_t6.quantized_rows_t6 import GROUP, rotate_features
 
 
 def ranges(x: torch.Tensor) -> torch.Tensor:

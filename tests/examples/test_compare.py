@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import random
 import re
 import statistics
 from pathlib import Path
 
 import pytest
+import token_data
 
 import compare
-import prepare
 import pretrain
 from command_line import last_checkpoint
 from configuration.make_configs import count_parameters
@@ -23,14 +22,7 @@ TINY = """--hidden-size 32 --num-layers 1 --head-dim 8 --block-length 16 --seque
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    generator = random.Random(0)
-    folder = tmp_path_factory.mktemp("text")
-    for index in range(30):
-        words = generator.choices(["the", "king", "and", "queen", "of", "wood"], k=120)
-        (folder / f"{index}.txt").write_text(f"{index} {' '.join(words)}\n")
-    options = ["--vocab-size", "280", "--held-out-fraction", "0.2", "--num-processes", "1"]
-    prepare.main(["--text", str(folder), *options, "--output-dir", str(folder / "tokens")])
-    return folder / "tokens"
+    return token_data.write_tokens(tmp_path_factory.mktemp("text"), 30, 120)
 
 
 def config_of(architecture: compare.Architecture, tokenizer):

@@ -1,10 +1,10 @@
 """The diagnosis: what each ablation changes, twins with norm and gate, Muon, and that runs are comparable and go on."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
+import token_data
 import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -12,7 +12,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import ablations
 import diagnose
 import muon
-import prepare
 import twins
 from language_modeling import load_tokenizer
 from modeling_t6 import factors_t6, heads_t6
@@ -26,13 +25,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    generator, folder = random.Random(0), tmp_path_factory.mktemp("text")
-    for index in range(20):
-        words = generator.choices(["the", "king", "and", "queen", "of", "wood"], k=150)
-        (folder / f"{index}.txt").write_text(f"{index} {' '.join(words)}\n")
-    options = ["--vocab-size", "280", "--held-out-fraction", "0.2", "--num-processes", "1"]
-    prepare.main(["--text", str(folder), *options, "--output-dir", str(folder / "tokens")])
-    return folder / "tokens"
+    return token_data.write_tokens(tmp_path_factory.mktemp("text"), 20, 150)
 
 
 @pytest.fixture(scope="module")

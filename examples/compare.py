@@ -339,10 +339,10 @@ class Training(CapturedTraining):
         while index < steps:
             end = first + TIMED_STEPS if index == first else (index // eval_steps + 1) * eval_steps
             end, begin, count = min(end, steps), time.monotonic(), index
-            for index in range(index, end):
+            while index < end:
                 self.load(index)
                 self.take_step()
-            index += 1
+                index += 1
             if not math.isfinite(self.loss.item()):
                 raise RuntimeError(f"the loss is {self.loss.item()} at step {index}")
             times.append((time.monotonic() - begin) / (index - count))

@@ -22,7 +22,9 @@ constant, the biases of its projections, and heads start with the size of Llama'
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from configuration.make_configs import count_parameters
 
 
 BIASES = {"attention_bias": True, "attention_out_bias": False}
@@ -86,4 +88,26 @@ def one_after_the_other(*steps: Callable[[PreTrainedModel], None]) -> Callable[[
 
 
 FIELDS = BIASES  # of the configuration
+WIDTH_MULTIPLE = 64  # of the MLP, whose products are slow at other sizes
+
+
+def fields(config: PreTrainedConfig) -> dict:
+    """
+    What a T6 by the recipe has in place of the fields of `config`, a T6 of the paper: the biases, as many heads as MHA has, and an MLP that
+    is as much wider as keeps the number of parameters.
+    """
+    heads = config.hidden_size // config.head_dim
+
+    def parameters(width: int, **replaced) -> int:
+        replaced |= {"intermediate_size": width}
+        return count_parameters(type(config)(**config.to_dict() | replaced))
+
+    few, more = (
+        parameters(width, **FIELDS, num_attention_heads=heads) for width in (WIDTH_MULTIPLE, 2 * WIDTH_MULTIPLE)
+    )
+    target = parameters(config.intermediate_size)
+    width = max(1, round(1 + (target - few) / (more - few))) * WIDTH_MULTIPLE
+    return {**FIELDS, "num_attention_heads": heads, "intermediate_size": width}
+
+
 start = one_after_the_other(heads_as_llama(), constants_in_a())  # of the weights of a new model

@@ -437,7 +437,6 @@ class Worker:
 def work(args: argparse.Namespace, settings: dict, gpu: str | None, lock, todo, done, index: int, deadline: float):
     """Does the runs that it is given until that is `None`."""
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # each sees one, the first: what is compiled for one is for all
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     worker = Worker(args, settings, gpu, lock, deadline)
@@ -521,8 +520,17 @@ class Scheduler:
             )
             for index, gpu in enumerate(places)
         ]
-        for process in processes:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        for gpu, process in zip(places, processes):
+            if gpu is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = (
+                    gpu  # each sees one, the first: what is compiled for one is for all
+                )
             process.start()
+        if visible is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
         # The first process of each GPU before the second.
         idle = sorted(range(len(places)), key=lambda index: index % 2)
         while True:

@@ -8,8 +8,8 @@ equal bytes of cache, and equal training time.
 
 All see the same batches in the same order. T6 is started as `recipe.py` says; twins are tried with QK norm and without. Each model has
 its own learning rate, doubled or halved until the best is not at the edge. What is known to be needed is done in this order: the
-first models once, at one rate; rates, a second seed and runs of equal time for the lowest T6 and the two lowest twins; the other models
-once; further seeds of those three; then rates and seeds of all others.
+first models once, at one rate; rates, a second seed and runs of equal time for those that are lowest, with any cache and with GQA's at most;
+the other models once; further seeds of the lowest; then rates and seeds of all others.
 
 `run` uses all GPUs, two processes each: one compiles the next model while the other trains. It starts no run that would not end
 within --minutes, writes results as runs end, and may be called again. A run that time runs out for leaves a checkpoint in WORK_DIR.
@@ -179,11 +179,23 @@ def step_seconds(results: dict, name: str) -> float | None:
     return statistics.median(run["ms_per_step"] / 1e3 for run in runs) if runs else None
 
 
+def cache_limit(results: dict) -> float:
+    """GQA's bytes a token, which the table of equal bytes allows."""
+    runs = [run for run in results["runs"].values() if run["name"].startswith("GQA")]
+    return max((run["cache_bytes_per_token"] for run in runs), default=math.inf)
+
+
 def contenders(results: dict, names: list[str]) -> list[str]:
-    """The lowest T6 and the two lowest twins, by the best run of the first seed."""
+    """By the best run of the first seed the lowest T6 and the lowest twin, the lowest of each that caches no more than GQA, and at least two twins."""
     best = {name: min(losses.values()) for name in names if (losses := losses_by_rate(results, name))}
-    t6 = sorted(filter(is_t6, best), key=best.get)[:1]
-    return t6 + sorted((name for name in best if not is_t6(name)), key=best.get)[:2]
+    caches = {run["name"]: run["cache_bytes_per_token"] for run in results["runs"].values()}
+    chosen = []
+    for of in (is_t6, lambda name: not is_t6(name)):
+        ranked = sorted(filter(of, best), key=best.get)
+        small = [name for name in ranked if caches[name] <= cache_limit(results)]
+        found = dict.fromkeys([*ranked[:1], *small[:1]])
+        chosen += found if of is is_t6 or len(found) > 1 else ranked[:2]
+    return chosen
 
 
 def timed_steps(results: dict, names: list[str]) -> dict[str, int]:
@@ -656,7 +668,7 @@ def report(args: argparse.Namespace) -> str:
     one = next(iter(rows.values()))[0]
     first = contenders(results, known)
     heads = settings["hidden_size"] // settings["head_dim"]
-    limit = max((runs[0]["cache_bytes_per_token"] for name, runs in rows.items() if name.startswith("GQA")), default=0)
+    limit = cache_limit(results)
     timed = {
         name: runs for name, steps in timed_steps(results, first).items() if (runs := best_runs(results, name, steps))
     }
@@ -687,8 +699,7 @@ def report(args: argparse.Namespace) -> str:
         ),
         (
             "Equal training time",
-            "The lowest T6 and the two lowest twins, each for as long as the slowest of them takes; of the others only those "
-            "that are lowest at equal tokens are worth that.",
+            "Those that are lowest at equal tokens and, of these, at equal bytes of cache, each for as long as the slowest of them takes.",
             timed,
         ),
     ):

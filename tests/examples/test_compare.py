@@ -57,7 +57,8 @@ def test_models(data):
 
 
 def result(run: compare.Run, loss: float, ms: float = 40.0) -> dict:
-    return {**run._asdict(), "name": run.model, "loss": loss, "ms_per_step": ms}
+    cache = 4608 if run.model == "T6" else 16384 if run.model == "MHA" else 4096
+    return {**run._asdict(), "name": run.model, "loss": loss, "ms_per_step": ms, "cache_bytes_per_token": cache}
 
 
 def results_with(losses: dict[compare.Run, float], ms: dict[str, float] | None = None) -> dict:
@@ -69,7 +70,7 @@ NAMES = [f"{mechanism}{end}" for end in ("", ", b", ", c") for mechanism in ("MH
 
 
 def test_plan():
-    """The first models; rates and seeds of the lowest T6 and the two lowest twins; equal times; the others."""
+    """The first models; rates and seeds of the lowest, and of the lowest with a cache as small as GQA's; equal times; the others."""
 
     def loss_of(run: compare.Run) -> float:
         best = 4e-3 if run.model == "GQA" else 1e-3
@@ -82,17 +83,23 @@ def test_plan():
     count = compare.FIRST_MODELS
     assert [run.model for run in done[:count]] == NAMES[:count]
     assert all((run.learning_rate, run.seed, run.steps) == (1e-3, 0, 100) for run in done[:count])
-    tuned = {"T6", "MHA", "GQA"}
+    tuned = {"T6", "T6, b", "MHA", "GQA"}
     rest = done[count:]
     other = next(index for index, run in enumerate(rest) if run.model not in tuned)
     rates = [(run.model, run.learning_rate) for run in rest[:other] if run.seed == 0 and run.steps == 100]
     # GQA's best is not at the edge of 1, 2 and 4e-3, but may not go beyond.
-    assert sorted(rates) == [("GQA", 2e-3), ("GQA", 4e-3), *((m, x) for m in ("MHA", "T6") for x in (5e-4, 2e-3))]
+    assert sorted(rates) == [
+        ("GQA", 2e-3),
+        ("GQA", 4e-3),
+        *((m, x) for m in ("MHA", "T6", "T6, b") for x in (5e-4, 2e-3)),
+    ]
     assert {(run.model, run.learning_rate) for run in rest[:other] if run.seed == 1} == {
-        ("T6", 1e-3), ("MHA", 1e-3), ("GQA", 4e-3)
+        ("T6", 1e-3), ("T6, b", 1e-3), ("MHA", 1e-3), ("GQA", 4e-3)
     }  # fmt: skip
     # T6 takes 10% longer a step.
-    assert {(run.model, run.steps) for run in rest[:other] if run.steps != 100} == {("MHA", 110), ("GQA", 110)}
+    assert {(run.model, run.steps) for run in rest[:other] if run.steps != 100} == {
+        (name, 110) for name in tuned - {"T6"}
+    }
     assert rest[other].model == NAMES[-1]
     for name in NAMES:
         assert {run.seed for run in done if run.model == name and run.steps == 100} == set(compare.SEEDS)

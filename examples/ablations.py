@@ -28,10 +28,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-import compare
 import pretrain
+from architectures import MAIN, architectures
 from configuration.make_configs import count_parameters
 from muon import Muon
+from recipe import BIASES, constants_in_a, heads_as_llama, one_after_the_other
 from twins import add_extras
 
 
@@ -43,10 +44,11 @@ FACTORS = tuple(f"{factor}_{name}" for name in "qkv" for factor in "ab")
 class Ablation:
     """
     Attributes:
-        base: an architecture of `compare.architectures`. Its heads are counted anew, for MHA's parameters with the `fields`.
+        base: an architecture of `architectures.architectures`. Its heads are counted anew, for MHA's parameters with the `fields`.
         fields: of its configuration, replaced; of a twin, `EXTRAS` are those of `twins.py`.
         groups: query heads to a head of keys and values, of T6.
         heads: how many, where parameters may differ from MHA's.
+        widened: they may not: the MLP is as wide, in multiples of 16, as brings them nearest to MHA's.
         prepare: what is done to the weights of a new model.
         rates, decays: what the learning rate and the weight decay of parts are multiplied by.
         rate, warmup: the learning rate and the steps of warm-up are multiplied by.
@@ -58,6 +60,7 @@ class Ablation:
     fields: dict = field(default_factory=dict)
     groups: int = 1
     heads: int | None = None
+    widened: bool = False
     prepare: Callable[[PreTrainedModel], None] | None = None
     rates: dict[str, float] = field(default_factory=dict)
     decays: dict[str, float] = field(default_factory=dict)
@@ -82,10 +85,6 @@ def part_of(name: str) -> str:
 # First weights
 
 
-def _attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    return [layer.self_attn for layer in model.model.layers]
-
-
 @torch.no_grad()
 def _multiply(model: PreTrainedModel, parts: dict[str, float]) -> None:
     for name, parameter in model.named_parameters():
@@ -96,31 +95,6 @@ def multiplied(factor: float, *parts: str) -> Callable[[PreTrainedModel], None]:
     return lambda model: _multiply(model, dict.fromkeys(parts, factor))
 
 
-def heads_as_llama(factor: float = 1.0, names: str = "qkv", balanced: bool = False) -> Callable:
-    """
-    Formed heads start with the size that Llama's have, times `factor`; `balanced`: weights of A and B then have the same root
-    mean square.
-    """
-
-    @torch.no_grad()
-    def prepare(model: PreTrainedModel) -> None:
-        config = model.config
-        target = config.initializer_range * config.hidden_size**0.5
-        for layer in _attention_layers(model):
-            for name in names:
-                a, b = getattr(layer, f"{name}_a_proj").weight, getattr(layer, f"{name}_b_proj").weight
-                rank = getattr(layer, f"{name}_rank")
-                a_size, b_size = (x.square().mean().sqrt().item() for x in (a, b))
-                # Of hidden states of size 1: (1 / R) times the root of R independent products.
-                formed = config.hidden_size * a_size * b_size / rank**0.5
-                gain = factor * target / formed
-                wanted = (a_size * b_size * gain) ** 0.5
-                a.mul_(wanted / a_size if balanced else 1.0)
-                b.mul_(wanted / b_size if balanced else gain)
-
-    return prepare
-
-
 @torch.no_grad()
 def outputs_as_llama(model: PreTrainedModel) -> None:
     """The projections that write to the residual stream start as Llama's, not at zero."""
@@ -129,33 +103,6 @@ def outputs_as_llama(model: PreTrainedModel) -> None:
             parameter.normal_(std=model.config.initializer_range)
 
 
-def constants_in_a(contextual: float = 0.0) -> Callable[[PreTrainedModel], None]:
-    """
-    A factors start as constants of every head and rank, the biases of their projections, of the size that projected ones have;
-    the projections at `contextual` times their size. At 0 a new T6 is one with non-contextual A: heads are linear in the token.
-    """
-
-    @torch.no_grad()
-    def prepare(model: PreTrainedModel) -> None:
-        for layer in _attention_layers(model):
-            for name in "qkv":
-                if (projection := getattr(layer, f"{name}_a_proj", None)) is not None:
-                    size = model.config.hidden_size**0.5 * projection.weight.square().mean().sqrt().item()
-                    projection.bias.normal_(std=size)
-                    projection.weight.mul_(contextual)
-
-    return prepare
-
-
-def one_after_the_other(*steps: Callable[[PreTrainedModel], None]) -> Callable[[PreTrainedModel], None]:
-    def prepare(model: PreTrainedModel) -> None:
-        for step in steps:
-            step(model)
-
-    return prepare
-
-
-BIASES = {"attention_bias": True, "attention_out_bias": False}
 NORM = {"qk_norm": "heads"}
 
 
@@ -185,7 +132,7 @@ def ablations() -> dict[str, Ablation]:
     def rates(factor: float, *parts: str) -> Ablation:
         return replace(tpa, rates=dict.fromkeys(parts, factor))
 
-    named = {name: Ablation(name) for name in compare.MAIN} | {"TPA, heads of MHA": Ablation("TPA, heads of MHA")}
+    named = {name: Ablation(name) for name in MAIN} | {"TPA, heads of MHA": Ablation("TPA, heads of MHA")}
     named |= {
         # Twins with what T6 may have, too.
         "MHA, QK norm": Ablation("MHA", {"qk_norm": True}),
@@ -295,16 +242,19 @@ class Configurations:
 
     def __init__(self, settings: dict, tokenizer: PreTrainedTokenizerBase):
         self.settings, self.tokenizer = settings, tokenizer
-        self.named = compare.architectures(settings, lambda architecture: self._config(*architecture))
+        self.named = architectures(settings, lambda architecture: self._config(*architecture))
         self.target = count_parameters(self._config(*self.named["MHA"]))
 
     def _config(self, folder: str, fields: dict) -> PreTrainedConfig:
+        if "intermediate_size" in self.settings:
+            fields = {"intermediate_size": self.settings["intermediate_size"]} | fields
         options = argparse.Namespace(architecture=folder, set=list(fields.items()))
         return pretrain.make_config(options, self.tokenizer)
 
-    def _with_heads(self, ablation: Ablation, heads: int) -> PreTrainedConfig:
+    def _with_heads(self, ablation: Ablation, heads: int, width: int | None = None) -> PreTrainedConfig:
         base, is_t6 = self.named[ablation.base], ablation.base.startswith("TPA")
         folder, fields = base.folder, base.overrides | {"num_attention_heads": heads}
+        fields |= {"intermediate_size": width} if width else {}
         fields |= {name: value for name, value in ablation.fields.items() if is_t6 or name not in EXTRAS}
         if is_t6:
             fields["num_key_value_heads"] = heads // ablation.groups
@@ -314,11 +264,11 @@ class Configurations:
             folder = "llama-gqa-small"  # LlamaConfig refuses such heads; Mistral is the same model
         return self._config(folder, fields)
 
-    def _parameters(self, ablation: Ablation, heads: int) -> int:
+    def _parameters(self, ablation: Ablation, heads: int, width: int | None = None) -> int:
         """Gates of twins included."""
         is_gated_twin = not ablation.base.startswith("TPA") and ablation.fields.get("output_gate", False)
         sizes = [self.settings[name] for name in ("num_layers", "hidden_size", "head_dim")]
-        return count_parameters(self._with_heads(ablation, heads)) + is_gated_twin * heads * math.prod(sizes)
+        return count_parameters(self._with_heads(ablation, heads, width)) + is_gated_twin * heads * math.prod(sizes)
 
     def of(self, ablation: Ablation) -> PreTrainedConfig:
         if "heads of MHA" in ablation.base:
@@ -329,7 +279,11 @@ class Configurations:
             step = 2 if ablation.base == "GQA" else ablation.groups
             few, more = (self._parameters(ablation, heads) for heads in (step, 2 * step))
             heads = max(1, round(1 + (self.target - few) / (more - few))) * step
-        return self._with_heads(ablation, heads)
+        width = None
+        if ablation.widened:
+            few, more = (self._parameters(ablation, heads, width) for width in (16, 32))
+            width = max(1, round(1 + (self.target - few) / (more - few))) * 16
+        return self._with_heads(ablation, heads, width)
 
 
 def make_model(ablation: Ablation, config: PreTrainedConfig, attention: str) -> PreTrainedModel:

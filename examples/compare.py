@@ -1,55 +1,59 @@
 """
-Trains MHA, MQA, GQA, MLA, TPA-KVonly and TPA side by side, and reports what came of it.
+Trains T6 by the recipe beside MHA, MQA, GQA and MLA, and says in four tables which is lowest: at equal parameters, equal heads,
+equal bytes of cache, and equal training time.
 
-    python examples/prepare.py --text PATHS --output-dir runs/tokens
-    python examples/compare.py run --data runs/tokens --results runs/comparison.json
+    python examples/prepare.py --text PATHS --vocab-size 8192 --output-dir runs/tokens
+    python examples/compare.py run --data runs/tokens --results runs/comparison.json --minutes 30
     python examples/compare.py report --results runs/comparison.json --output docs/comparison.md
 
-As in the paper, heads are added until all have the parameters of MHA, and all see the same batches in the same order.
-The learning rate is tuned on MHA, in shorter runs with a schedule of their own (doubled or halved until the best is not at
-the edge), and used for all, each with several seeds; TPA is then tuned alike. Ablations, with the first seed: as many heads
-as MHA instead of as many parameters, and ranks 1, 2, 4.
+All see the same batches in the same order. T6 is started as `recipe.py` says; twins are tried with QK norm and without. Each model has
+its own learning rate, doubled or halved until the best is not at the edge. What is known to be needed is done in this order: the
+first models once, at one rate; rates, a second seed and runs of equal time for those that are lowest, with any cache and with GQA's at most;
+the other models once; further seeds of the lowest; then rates and seeds of all others.
 
-`run` does the runs that the results lack, one at a time on each GPU, and may be stopped and called again: results are
-added as runs end, and a run that was stopped goes on from its checkpoint, if WORK_DIR is still there. Several calls at
-once with one WORK_DIR, of one machine or of several that share their files, share out the runs.
+`run` uses all GPUs, two processes each: one compiles the next model while the other trains. It starts no run that would not end
+within --minutes, writes results as runs end, and may be called again. A run that time runs out for leaves a checkpoint in WORK_DIR.
 """
 
 import argparse
+import gc
 import itertools
 import json
+import math
 import os
+import queue
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import traceback
 from pathlib import Path
-from shutil import rmtree
 from typing import NamedTuple
 
-from command_line import ROOT, InputError, input_errors, last_checkpoint, number, read_text, write_json
+from command_line import InputError, input_errors, number, read_text, write_json
 
-
-MAIN = ("MHA", "MQA", "GQA", "MLA", "TPA-KVonly", "TPA")
-EXTENSIONS = 3  # doublings or halvings of a sweep of learning rates, on each side
-MARGIN = 0.5  # minutes that a run needs to start, and to save what it has
-PATIENCE = 5.0  # seconds between looks at what other calls have done
 
 # What the runs have in common; a later call must have the same.
 SETTINGS = {
     "hidden_size": 512,
+    "intermediate_size": 1408,  # of MHA
     "num_layers": 8,
     "head_dim": 64,
     "block_length": 1024,
     "sequences_per_step": 64,
     "max_steps": 1540,
-    "tuning_steps": 400,
     "warmup_steps": 100,
-    "eval_steps": 200,
+    "eval_steps": 110,
 }
+LEARNING_RATE = 1e-3  # the first that is tried
+WEIGHT_DECAY = 0.1
+SEEDS = (0, 1, 2, 3)
+FIRST_MODELS = 8  # that are all tried before rates and seeds of the best of them
+FARTHEST = 4  # a rate that is tried is at most so many times the first, or one of so many parts
+HELD_OUT_WINDOWS = 160  # of each kind of text, at the end; a quarter of them on the way
+ALIKE = 0.02  # times of a step that differ by less are equal
+# Seconds: a run that would end so late after --minutes goes on; a step is timed by the first of a run.
+GRACE = 10.0
+TIMED_STEPS = 20
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,510 +64,715 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     plan = commands.add_parser("plan", help="list the runs that are known to be needed")
     for command in (run, plan):
         command.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder of prepare.py")
-        command.add_argument("--seeds", nargs="+", type=number(int, 0), default=[0, 1], metavar="N", help="(0 1)")
         command.add_argument(
-            "--learning-rates", nargs="+", type=number(float, 1e-9), default=[5e-4, 1e-3, 2e-3, 4e-3], metavar="X"
+            "--learning-rate", type=number(float, 1e-9), default=LEARNING_RATE, metavar="X", help="(%(default)s)"
         )
+        command.add_argument("--models", nargs="+", metavar="NAME", help="in this order (all)")
         for name, default in SETTINGS.items():
             command.add_argument(f"--{name.replace('_', '-')}", type=count, default=default, help="(%(default)s)")
-    run.add_argument("--batch-size", type=count, default=64, metavar="N", help="sequences at once (%(default)s)")
     run.add_argument("--work-dir", type=Path, default=Path("runs/comparison"), metavar="DIR", help="(%(default)s)")
-    run.add_argument("--max-minutes", type=number(float, 0), default=1e9, metavar="X", help="stop then")
-    run.add_argument("--compile", action="store_true", help="compile the models with torch.compile")
+    run.add_argument("--minutes", type=number(float, 0), default=1e6, metavar="X", help="start no run that ends later")
+    run.add_argument("--no-compile", action="store_true", help="do not compile layers with torch.compile")
     run.add_argument("--cpu", action="store_true", help="do not use GPUs")
     report = commands.add_parser("report", help="tables and plot")
     report.add_argument("--output", type=Path, default=Path("docs/comparison.md"), metavar="MD", help="(%(default)s)")
     for command in (run, plan, report):
         command.add_argument("--results", type=Path, required=True, metavar="JSON")
-    args = parser.parse_args(argv)
-    if args.command != "report" and (
-        len(args.learning_rates) < 3 or sorted(args.learning_rates) != args.learning_rates
-    ):
-        parser.error("--learning-rates: at least three, in rising order")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
 import torch
-from filelock import FileLock, Timeout
-from transformers import AutoConfig
+import torch.multiprocessing as multiprocessing
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import pretrain
-from configuration.make_configs import cache_numbers, count_parameters
+import ablations
+import recipe
+from ablations import Ablation
+from captured import CapturedTraining, batch_starts, read_tokens
+from configuration.make_configs import cache_numbers
 from pretraining_data import open_prepared
 
 
 # What is compared
 
 
-class Architecture(NamedTuple):
-    folder: str  # of configuration/
-    overrides: dict[str, int | None]
-
-
 class Run(NamedTuple):
-    architecture: str
+    model: str
     learning_rate: float
     seed: int
-    is_tuning: bool = False
+    steps: int
 
     @property
     def key(self) -> str:
-        return f"{self.architecture} lr {self.learning_rate:g} seed {self.seed}{' tuning' * self.is_tuning}"
+        return f"{self.model} lr {self.learning_rate:g} seed {self.seed} steps {self.steps}"
 
 
-def architectures(settings: dict, make_config: Callable[[Architecture], object]) -> dict[str, Architecture]:
-    """Every architecture by its name in the results."""
-    hidden, layers, dim = settings["hidden_size"], settings["num_layers"], settings["head_dim"]
-    common = {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "max_position_embeddings": settings["block_length"],
-    }
-    # The paper's small model has hidden / 3 and 2 hidden / 3.
-    unit = 64 if hidden >= 192 else 8
-    latent = max(1, round(hidden / 3 / unit)) * unit
+def models(settings: dict) -> dict[str, Ablation]:
+    """
+    Every model by its name in the results, the most telling first. Those named after the mechanism alone have MHA's heads, and an MLP
+    that is as much wider as brings the parameters to MHA's; the others get there by more heads, as in the paper.
+    """
+    heads, dim = settings["hidden_size"] // settings["head_dim"], settings["head_dim"]
+    norm = {"qk_norm": True}
 
-    def llama(kind: str, heads: int, kv_heads: int) -> Architecture:
-        fields = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
-        return Architecture(f"llama-{kind}-small", {**common, **fields})
+    def widened(base: str, fields: dict, **more) -> Ablation:
+        return Ablation(base, fields, heads=heads, widened=True, **more)
 
-    def mla(heads: int) -> Architecture:
-        fields = {
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "kv_lora_rank": latent,
-            "q_lora_rank": 2 * latent,
-            "qk_rope_head_dim": dim // 2,
-            "qk_nope_head_dim": dim,
-            "v_head_dim": dim,
-            "first_k_dense_replace": layers,
-        }
-        return Architecture("deepseek-mla-small", {**common, **fields})
-
-    def t6(heads: int, rank: int = 2, kvonly: bool = False) -> Architecture:
-        fields = {"num_attention_heads": heads, "head_dim": dim, "k_rank": rank, "v_rank": rank}
-        return Architecture("t6-small-kvonly" if kvonly else "t6-small", {**common, **fields})
-
-    h = hidden // dim
-    mha = llama("mha", h, h)
-    target = count_parameters(make_config(mha))
-
-    def matched(make: Callable[[int], Architecture], step: int = 1) -> Architecture:
-        """The number of heads, a multiple of `step`, that comes closest to MHA's parameters, which are linear in it."""
-        few, more = (count_parameters(make_config(make(heads))) for heads in (step, 2 * step))
-        return make(max(1, round(1 + (target - few) / (more - few))) * step)
+    def t6(groups: int = 1, **fields) -> Ablation:
+        return widened("TPA", recipe.FIELDS | fields, prepare=recipe.start, groups=groups)
 
     return {
-        "MHA": mha,
-        "MQA": matched(lambda heads: llama("mqa", heads, 1)),
-        "GQA": matched(lambda heads: llama("gqa", heads, 2), step=2),
-        "MLA": matched(mla),
-        "TPA-KVonly": matched(lambda heads: t6(heads, kvonly=True)),
-        "TPA": matched(t6),
-        "MQA, heads of MHA": llama("mqa", h, 1),
-        "GQA, heads of MHA": llama("gqa", h, 2),
-        "MLA, heads of MHA": mla(h),
-        "TPA-KVonly, heads of MHA": t6(h, kvonly=True),
-        "TPA, heads of MHA": t6(h),
-        "TPA, rank 1": matched(lambda heads: t6(heads, 1)),
-        "TPA, rank 4": matched(lambda heads: t6(heads, 4)),
+        "MHA, QK norm": Ablation("MHA", norm),
+        "T6": t6(),
+        "GQA": widened("GQA", {}),
+        "T6, ranks 2 and 1": t6(k_rank=2, v_rank=1),
+        "GQA, more heads": Ablation("GQA"),
+        # A latent for which MLA caches as much as GQA.
+        "MLA": widened("MLA", {"kv_lora_rank": 4 * dim - dim // 2}),
+        "T6, more heads": Ablation("TPA", recipe.FIELDS, prepare=recipe.start),
+        "GQA, QK norm": widened("GQA", norm),
+        "MQA": widened("MQA", {}),
+        "T6, rank 1": t6(k_rank=1, v_rank=1),
+        "MHA": Ablation("MHA"),
+        "MQA, more heads": Ablation("MQA"),
+        "T6 of the paper": Ablation("TPA"),
+        "T6, 4 to a KV head": t6(groups=4),
+        "T6, QK norm": t6(qk_norm="heads"),
+        "MQA, QK norm": widened("MQA", norm),
+        "T6-KVonly": widened("TPA-KVonly", recipe.FIELDS, prepare=recipe.start),
     }
 
 
-def final_loss(results: dict, run: Run) -> float | None:
-    return results["runs"][run.key]["loss_per_token"] if run.key in results["runs"] else None
+def is_t6(name: str) -> bool:
+    return name.startswith("T6")
 
 
-def sweep(results: dict, architecture: str, rates: list[float], seed: int) -> tuple[list[Run], float | None]:
-    """The runs of a sweep of learning rates as far as they are known to be needed, and the best rate, once it is known."""
-    lowest, highest = rates[0] / 2**EXTENSIONS, rates[-1] * 2**EXTENSIONS
-    while True:
-        runs = [Run(architecture, rate, seed, is_tuning=True) for rate in rates]
-        losses = [final_loss(results, run) for run in runs]
-        if None in losses:
-            return runs, None
-        best = rates[losses.index(min(losses))]
-        if best == rates[0] and best > lowest:
-            rates = [best / 2, *rates]
-        elif best == rates[-1] and best < highest:
-            rates = [*rates, best * 2]
-        else:
-            return runs, best
+# Plan
+
+
+def losses_by_rate(results: dict, name: str) -> dict[float, float]:
+    """Of the first seed."""
+    runs = [run for run in results["runs"].values() if run["name"] == name and run["seed"] == SEEDS[0]]
+    return {run["learning_rate"]: run["loss"] for run in runs if run["steps"] == results["settings"]["max_steps"]}
+
+
+def best_rate(results: dict, name: str) -> float:
+    losses = losses_by_rate(results, name)
+    return min(losses, key=losses.get, default=results["learning_rate"])
+
+
+def rates_to_try(results: dict, name: str) -> list[float]:
+    """Twice the best rate so far and half of it, unless they are tried or too far from the first."""
+    first, best = results["learning_rate"], best_rate(results, name)
+    tried = losses_by_rate(results, name)
+    near = [rate for rate in (2 * best, best / 2) if first / FARTHEST <= rate <= first * FARTHEST]
+    return [rate for rate in near if not any(math.isclose(rate, other) for other in tried)]
+
+
+def step_seconds(results: dict, name: str) -> float | None:
+    runs = [run for run in results["runs"].values() if run["name"] == name]
+    return statistics.median(run["ms_per_step"] / 1e3 for run in runs) if runs else None
+
+
+def cache_limit(results: dict) -> float:
+    """GQA's bytes a token, which the table of equal bytes allows."""
+    runs = [run for run in results["runs"].values() if run["name"].startswith("GQA")]
+    return max((run["cache_bytes_per_token"] for run in runs), default=math.inf)
+
+
+def contenders(results: dict, names: list[str]) -> list[str]:
+    """By the best run of the first seed the lowest T6 and the lowest twin, the lowest of each that caches no more than GQA, and at least two twins."""
+    best = {name: min(losses.values()) for name in names if (losses := losses_by_rate(results, name))}
+    caches = {run["name"]: run["cache_bytes_per_token"] for run in results["runs"].values()}
+    chosen = []
+    for of in (is_t6, lambda name: not is_t6(name)):
+        ranked = sorted(filter(of, best), key=best.get)
+        small = [name for name in ranked if caches[name] <= cache_limit(results)]
+        found = dict.fromkeys([*ranked[:1], *small[:1]])
+        chosen += found if of is is_t6 or len(found) > 1 else ranked[:2]
+    return chosen
+
+
+def timed_steps(results: dict, names: list[str]) -> dict[str, int]:
+    """
+    How many steps of each of `names`, of which one is a T6, take as long as those of the slowest of them take for its `max_steps`.
+    """
+    seconds = {name: step_seconds(results, name) for name in names}
+    if None in seconds.values() or not seconds:
+        return {}
+    slowest, steps = max(seconds.values()), results["settings"]["max_steps"]
+    return {
+        name: steps if slowest / of < 1 + ALIKE else round(steps * slowest / of / 10) * 10
+        for name, of in seconds.items()
+    }
 
 
 def plan(results: dict, names: list[str]) -> list[Run]:
     """All runs that are known to be needed, in the order in which they are to be done."""
-    seeds, rates = results["seeds"], results["learning_rates"]
-    runs, rate = sweep(results, "MHA", rates, seeds[0])
-    if rate is None:
-        return runs
-    runs += [Run(name, rate, seed) for seed in seeds for name in MAIN]
-    tuning, own_rate = sweep(results, "TPA", [rate / 2, rate, rate * 2], seeds[0])
-    runs += tuning
-    if own_rate is not None:
-        runs += [Run("TPA", own_rate, seed) for seed in seeds]
-    runs += [Run(name, rate, seeds[0]) for name in names if name not in MAIN]
+    steps = results["settings"]["max_steps"]
+
+    def first_run(name: str) -> Run:
+        return Run(name, results["learning_rate"], SEEDS[0], steps)
+
+    def rates(chosen: list[str], higher: bool) -> list[Run]:
+        wanted = [(name, rate) for name in chosen for rate in rates_to_try(results, name)]
+        return [
+            Run(name, rate, SEEDS[0], steps) for name, rate in wanted if (rate > best_rate(results, name)) == higher
+        ]
+
+    def seeds(chosen: list[str], *of: int) -> list[Run]:
+        return [Run(name, best_rate(results, name), seed, steps) for seed in of for name in chosen]
+
+    runs = [first_run(name) for name in names[:FIRST_MODELS]]
+    if any(run.key not in results["runs"] for run in runs[:3]):
+        return [first_run(name) for name in names]
+    first = contenders(results, names)
+    timed = timed_steps(results, first).items()
+    runs += [*rates(first, higher=True), *seeds(first, *SEEDS[:2]), *rates(first, higher=False)]
+    runs += [Run(name, best_rate(results, name), SEEDS[0], of) for name, of in timed]
+    runs += [first_run(name) for name in names] + seeds(first, *SEEDS)
+    others = [name for name in names if name not in first and losses_by_rate(results, name)]
+    runs += [*rates(others, higher=True), *rates(others, higher=False), *seeds(others, *SEEDS)]
     return list(dict.fromkeys(runs))
+
+
+# Training
+
+
+def causal_attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register("causal", causal_attention)
+AttentionMaskInterface.register("causal", lambda *args, **kwargs: None)  # windows are full: causal, and nothing else
+
+
+def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """[tokens], in nats."""
+    logits = nn.functional.linear(hidden, weight).float()
+    return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def held_out_windows(folder: Path, tokens: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+    """Windows [number, length + 1] of each kind of text, which `prepare.py` writes one after the other, evenly spaced."""
+    _, facts = open_prepared(folder)
+    kinds = facts.get("kinds") or {"text": {"held_out_tokens": len(tokens)}}
+    windows, start = {}, 0
+    for kind, sizes in kinds.items():
+        of_kind = tokens[start : start + sizes["held_out_tokens"]]
+        start += sizes["held_out_tokens"]
+        if len(of_kind) > length:
+            found = of_kind.unfold(0, length + 1, length)
+            chosen = torch.linspace(0, len(found) - 1, min(HELD_OUT_WINDOWS, len(found)), device=tokens.device).long()
+            windows[kind] = found[chosen].long()
+    if not windows:
+        raise InputError(f"{folder}: no kind of its held-out text has {length + 1} tokens, one window")
+    return windows
+
+
+class Training(CapturedTraining):
+    """A run of the comparison, in bfloat16 where the device is a GPU, with layers, norm and loss compiled."""
+
+    def __init__(
+        self,
+        run: Run,
+        configurations: ablations.Configurations,
+        tokens: torch.Tensor,
+        held_out: dict[str, torch.Tensor],
+        is_compiled: bool,
+    ):
+        self.run, self.settings = run, configurations.settings | {"max_steps": run.steps}
+        ablation = models(self.settings)[run.model]
+        self.config = configurations.of(ablation)
+        torch.manual_seed(run.seed)
+        model = ablations.make_model(ablation, self.config, "causal").to(tokens.device).train()
+        model.config.use_cache = False
+        optimizer = ablations.make_optimizer(ablation, model, run.learning_rate, WEIGHT_DECAY)
+        starts = batch_starts(len(tokens), self.settings, 0)
+        super().__init__(
+            model, optimizer, tokens, starts, self.settings["block_length"] + 1, self.settings["warmup_steps"]
+        )
+        self.held_out, self.head_loss = held_out, head_loss
+        self.is_on_gpu = self.device.type == "cuda"
+        if is_compiled:
+            torch._dynamo.reset()
+            for module in (*model.model.layers, model.model.norm):
+                module.compile(dynamic=False)
+            self.head_loss = torch.compile(head_loss, dynamic=False)
+
+    def losses(self, ids: torch.Tensor, loss_of_hidden=head_loss) -> torch.Tensor:
+        """Of windows [batch, length + 1], [batch * length], in nats."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_on_gpu):
+            hidden = self.model.model(ids[:, :-1]).last_hidden_state
+            return loss_of_hidden(hidden.flatten(0, 1), self.model.lm_head.weight, ids[:, 1:].flatten())
+
+    def loss_of(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.losses(ids, self.head_loss).mean()
+
+    @torch.no_grad()
+    def evaluate(self, every: int = 1) -> dict[str, float]:
+        """The mean loss of each kind of text, of one in `every` window, and by its tokens of all. Nothing is compiled for it."""
+        of_kind, size = {}, max(1, min(32, self.settings["sequences_per_step"]))
+        with torch.compiler.set_stance("force_eager"):
+            for kind, windows in self.held_out.items():
+                parts = [self.losses(part).double().sum() for part in windows[::every].split(size)]
+                of_kind[kind] = torch.stack(parts).sum(), windows[::every, 1:].numel()
+        total = sum(nats for nats, _ in of_kind.values()) / sum(count for _, count in of_kind.values())
+        found = {"loss": total} | {kind: nats / count for kind, (nats, count) in of_kind.items()}
+        return {name: round(value.item(), 5) for name, value in found.items()}
+
+    def prepare(self, is_captured: bool) -> None:
+        """Compiles, and captures a step as a CUDA graph."""
+        if self.is_on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        if is_captured:
+            self.take_step = self.captured().replay
+        else:
+            with self.undone():
+                self.step()
+            self.take_step = self.step
+
+    def train(self, deadline: float, checkpoint: Path) -> dict | None:
+        """Returns what was measured, or `None` if it would end too late: at once, or with a checkpoint."""
+        started, index, curve, times = time.monotonic(), 0, [], []
+        steps, eval_steps = self.run.steps, self.settings["eval_steps"]
+        if checkpoint.exists():
+            index, curve, spent, state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+            started -= spent
+            with torch.no_grad():
+                for old, new in zip(self.state(), state, strict=True):
+                    old.copy_(new)
+        first = index
+        while index < steps:
+            end = first + TIMED_STEPS if index == first else (index // eval_steps + 1) * eval_steps
+            end, begin, count = min(end, steps), time.monotonic(), index
+            while index < end:
+                self.load(index)
+                self.take_step()
+                index += 1
+            if not math.isfinite(self.loss.item()):
+                raise RuntimeError(f"the loss is {self.loss.item()} at step {index}")
+            times.append((time.monotonic() - begin) / (index - count))
+            if index % eval_steps == 0 and index < steps:
+                curve.append({"step": index, **self.evaluate(every=4)})
+            last = time.time() + statistics.median(times) * (steps - index)
+            if index < steps and last > deadline + GRACE:
+                if index > first + TIMED_STEPS and time.time() < deadline:
+                    continue  # it may yet be faster
+                if index > first + TIMED_STEPS:
+                    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                    torch.save((index, curve, time.monotonic() - started, self.state()), checkpoint)
+                return None
+        checkpoint.unlink(missing_ok=True)
+        curve.append({"step": steps, **self.evaluate(every=4)})
+        final, seconds = self.evaluate(), statistics.median(times[1:] or times)
+        embedding = self.model.get_input_embeddings().weight.numel()
+        tokens_per_step = self.settings["block_length"] * self.settings["sequences_per_step"]
+        return {
+            "name": self.run.model,
+            "learning_rate": self.run.learning_rate,
+            "seed": self.run.seed,
+            "steps": steps,
+            "tokens": steps * tokens_per_step,
+            "loss": final.pop("loss"),
+            "loss_by_kind": final,
+            "non_embedding_parameters": self.model.num_parameters() - embedding,
+            "heads": self.config.num_attention_heads,
+            "key_value_heads": self.config.num_key_value_heads,
+            "intermediate_size": self.config.intermediate_size,
+            "cache_bytes_per_token": 2 * cache_numbers(self.config)[1],
+            "ms_per_step": round(1e3 * seconds, 3),
+            "tokens_per_second": round(tokens_per_step / seconds),
+            "seconds": round(time.monotonic() - started, 2),
+            "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.is_on_gpu else None,
+            "device": torch.cuda.get_device_name() if self.is_on_gpu else "cpu",
+            "torch": torch.__version__,
+            "curve": curve,
+        }
 
 
 # Running
 
 
+NO_TIME = "no time"
+
+
+def checkpoint_of(run: Run, work_dir: Path) -> Path:
+    return work_dir / f"{run.key.replace(' ', '-').replace(',', '')}.pt"
+
+
+class Worker:
+    """A process of several, on one device."""
+
+    def __init__(self, args: argparse.Namespace, settings: dict, gpu: str | None, lock, deadline: float):
+        self.args, self.lock, self.deadline = args, lock, deadline
+        device = torch.device("cpu" if gpu is None else "cuda")
+        tokenizer, self.tokens = read_tokens(args.data, device)
+        self.windows = held_out_windows(args.data, self.tokens["held_out"], settings["block_length"])
+        self.configurations = ablations.Configurations(settings, tokenizer)
+        # How a step is taken, whether compiled and whether captured. What a GPU cannot do is told, and not tried again.
+        compiled = not args.no_compile
+        self.ways = [(False, True), (False, False)] if gpu is not None else [(False, False)]
+        self.ways = [(compiled, captured) for _, captured in self.ways] + self.ways * compiled
+
+    def prepared(self, run: Run) -> Training:
+        while True:
+            compiled, captured = self.ways[0]
+            training = Training(run, self.configurations, self.tokens["train"], self.windows, compiled)
+            try:
+                training.prepare(captured)
+                return training
+            except RuntimeError as error:
+                if len(self.ways) == 1 or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                print(f"{run.key}, compiled: {compiled}, captured: {captured}", file=sys.stderr)
+                traceback.print_exc()
+                del training, self.ways[0]
+
+    def do(self, run: Run) -> dict | None:
+        training = self.prepared(run)
+        try:
+            with self.lock:  # of the GPU, so that times are those of one run alone
+                return training.train(self.deadline, checkpoint_of(run, self.args.work_dir))
+        finally:
+            del training
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+
+def work(args: argparse.Namespace, settings: dict, gpu: str | None, lock, todo, done, index: int, deadline: float):
+    """Does the runs that it is given until that is `None`."""
+    if gpu is not None:
+        torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+    worker = Worker(args, settings, gpu, lock, deadline)
+    for run in iter(todo.get, None):
+        try:
+            result, error = worker.do(run), None
+        except Exception:  # the others go on
+            result, error = None, traceback.format_exc()
+        done.put((index, run, result, error or (NO_TIME if result is None else None)))
+
+
 def read_results(path: Path) -> dict:
     try:
         results = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
-    if not isinstance(results, dict) or not isinstance(results.get("runs"), dict):
-        raise InputError(f"{path} has no `runs`: expected a file of compare.py")
+        results["runs"], results["settings"], results["learning_rate"]  # noqa: B018
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no file of compare.py") from error
     return results
 
 
-def open_results(args: argparse.Namespace) -> tuple[dict, dict[str, Architecture]]:
-    """The results so far, of the same settings and data, and what is compared."""
+def open_results(args: argparse.Namespace) -> tuple[dict, list[str]]:
+    """The results so far, of the same settings and data, and the names of what is compared."""
     tokenizer, facts = open_prepared(args.data)
-    header = {
-        "settings": {name: getattr(args, name) for name in SETTINGS},
-        "seeds": args.seeds,
-        "learning_rates": args.learning_rates,
-        "data": facts["sha256"],
-    }
-    results = {**header, "runs": {}}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    header = {"settings": settings, "learning_rate": args.learning_rate, "data": facts["sha256"]}
+    results = {**header, "text": facts.get("kinds"), "runs": {}}
     if args.results.exists():
         results = read_results(args.results)
         for name, value in header.items():
             if results.get(name) != value:
                 raise InputError(f"{args.results} has {name}={results.get(name)}, this command {value}")
+    names = list(models(settings))
+    if unknown := set(args.models or ()) - set(names):
+        raise InputError(f"--models: there is no {', '.join(sorted(unknown))}; there are {'; '.join(names)}")
+    if facts["train_tokens"] < 2 * args.block_length:
+        raise InputError(f"{args.data} has {facts['train_tokens']} tokens: expected at least two blocks")
+    return results, args.models or names
 
-    def make_config(architecture: Architecture):
-        options = argparse.Namespace(architecture=architecture.folder, set=list(architecture.overrides.items()))
-        return pretrain.make_config(options, tokenizer)
 
-    return results, architectures(header["settings"], make_config)
+def visible_gpus(args: argparse.Namespace) -> list[str]:
+    if args.cpu or not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
 
 
-class Runner:
-    """Gives runs to devices until there are none left, or no time."""
+class Scheduler:
+    """Gives runs to processes, two for each GPU, until there are none left, or no time."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.results, self.architectures = open_results(args)
-        self.deadline = time.monotonic() + 60 * args.max_minutes
-        self.changed = threading.Condition()
-        self.running: dict[str, FileLock] = {}
-        self.failures: list[str] = []
-        self.stopped = False
-        args.work_dir.mkdir(parents=True, exist_ok=True)
-
-    def seconds_of(self, run: Run) -> float:
-        """How long a run takes, by those of its length that are done: of its architecture, or else the longest."""
-        done = [result for key, result in self.results["runs"].items() if key.endswith("tuning") == run.is_tuning]
-        same = [result["seconds"] for result in done if result["name"] == run.architecture]
-        return max(same or [result["seconds"] for result in done] or [0.0])
-
-    def remaining(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def claim(self, run: Run) -> bool:
-        """Whether the run is left to do and no other call is doing it; from then on this one is."""
-        lock = FileLock(f"{self.paths(run)[0]}.lock", thread_local=False)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return False
-        self.look()
-        if run.key in self.results["runs"]:
-            lock.release()
-            return False
-        self.running[run.key] = lock
-        return True
-
-    def look(self) -> None:
-        """What this call and others have done so far."""
-        if self.args.results.exists():
-            self.results = read_results(self.args.results)
+        self.args, self.deadline = args, time.time() + 60 * args.minutes
+        self.results, self.names = open_results(args)
+        self.running, self.late, self.failures = {}, set(), {}
 
     def next_run(self) -> Run | None:
-        with self.changed:
-            while not self.failures and not self.stopped:
-                self.look()
-                known = plan(self.results, list(self.architectures))
-                todo = [run for run in known if run.key not in self.results["runs"] and run.key not in self.running]
-                feasible = [
-                    run
-                    for run in todo
-                    if self.checkpointed(run) or self.seconds_of(run) + 60 * MARGIN < self.remaining()
-                ]
-                for run in feasible:
-                    if self.claim(run):
-                        return run
-                if not feasible and (todo or not self.running):  # no time for any; or all is done
-                    return None
-                self.changed.wait(PATIENCE)  # what is needed next depends on runs that are going on
-            return None
-
-    def paths(self, run: Run) -> tuple[Path, Path, Path]:
-        """The model folder, its checkpoints, and what the run prints."""
-        name = run.key.replace(" ", "-").replace(",", "")
-        return tuple(self.args.work_dir / f"{name}{end}" for end in ("", "-checkpoints", ".log"))
-
-    def checkpointed(self, run: Run) -> bool:
-        return last_checkpoint(self.paths(run)[1]) is not None
-
-    def do(self, run: Run, device: str | None) -> None:
-        args, architecture = self.args, self.architectures[run.architecture]
-        folder, checkpoints, log_file = self.paths(run)
-        steps = args.tuning_steps if run.is_tuning else args.max_steps
-        warmup_steps = max(1, round(args.warmup_steps * steps / args.max_steps))
-        eval_steps = min(args.eval_steps, steps)
-        command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--architecture", architecture.folder]
-        command += ["--set", *(f"{name}={json.dumps(value)}" for name, value in architecture.overrides.items())]
-        options = {
-            "data": args.data,
-            "block-length": args.block_length,
-            "sequences-per-step": args.sequences_per_step,
-            "batch-size": min(args.batch_size, args.sequences_per_step),
-            "max-steps": steps,
-            "warmup-steps": warmup_steps,
-            "eval-steps": eval_steps,
-            "save-steps": max(eval_steps, steps // 2 // eval_steps * eval_steps),
-            "logging-steps": max(1, eval_steps // 10),
-            "learning-rate": run.learning_rate,
-            "seed": run.seed,
-            "output-dir": folder,
-            "max-minutes": max(0.0, self.remaining() / 60 - MARGIN),
-        }
-        command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        command += ["--compile"] * args.compile + ["--cpu"] * (device is None)
-        command += ["--resume"] if self.checkpointed(run) else ["--overwrite"]
-        environment = dict(os.environ)
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
-        start = time.monotonic()
-        with log_file.open("a") as log:
-            code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
-        seconds = time.monotonic() - start
-        with self.changed:
-            if code == 0:
-                measured = json.loads(read_text(checkpoints / "training.json"))
-                # No path of this machine belongs to the results.
-                curve = [
-                    {name: entry[name] for name in ("step", "eval_loss_per_token", "eval_bits_per_byte")}
-                    for entry in pretrain.read_log(checkpoints)
-                    if "eval_loss_per_token" in entry
-                ]
-                result = {
-                    "name": run.architecture,
-                    "seconds": seconds,
-                    "cache_bytes_per_token": 2 * cache_numbers(AutoConfig.for_model(**measured["config"]))[1],
-                    "curve": curve,
-                    **measured,
-                }
-                with FileLock(args.work_dir / "results.lock"):
-                    self.look()
-                    self.results["runs"][run.key] = result
-                    write_json(args.results, self.results, indent=1)
-                rmtree(folder)
-                rmtree(checkpoints)
-                print(f"{run.key}: loss {measured['loss_per_token']:.4f}, {seconds:.0f} s", flush=True)
-            elif code == pretrain.STOPPED:
-                self.stopped = True
-                print(f"{run.key}: stopped, goes on with the next call", flush=True)
-            else:
-                end = read_text(log_file).splitlines()[-15:]
-                self.failures.append("\n".join([f"{run.key}: exit code {code}", *end]))
-            lock = self.running.pop(run.key)
-            if code == 0:
-                Path(lock.lock_file).unlink()  # whoever waits for it finds the run done
-            lock.release()
-            self.changed.notify_all()
-
-    def work(self, device: str | None) -> None:
-        try:
-            while (run := self.next_run()) is not None:
-                self.do(run, device)
-        except BaseException as error:
-            with self.changed:  # the others may be waiting for this run
-                self.failures.append(repr(error))
-                self.changed.notify_all()
-            raise
+        skipped = {*self.results["runs"], *(run.key for run in self.running.values()), *self.late, *self.failures}
+        for run in plan(self.results, self.names):
+            seconds = (step_seconds(self.results, run.model) or 0) * run.steps
+            if checkpoint_of(run, self.args.work_dir).exists():
+                seconds = 0
+            if run.key not in skipped and time.time() + seconds < self.deadline:
+                return run
+        return None
 
     def run(self) -> None:
         """
         Raises:
-            InputError: a run failed; the others that were going on have ended.
+            InputError: a run failed; the others have been done.
         """
-        use_gpus = torch.cuda.is_available() and not self.args.cpu
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-        devices = names if use_gpus else [None]
-        with ThreadPoolExecutor(len(devices)) as pool:
-            list(pool.map(self.work, devices))
-        if self.failures:
-            raise InputError("\n".join(self.failures))
-        known = plan(self.results, list(self.architectures))
+        gpus = visible_gpus(self.args)
+        places = [gpu for gpu in gpus for _ in range(2)] or [None]
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        context = multiprocessing.get_context("spawn")
+        locks, done = {gpu: context.Lock() for gpu in places}, context.Queue()
+        todo = [context.Queue() for _ in places]
+        processes = [
+            context.Process(
+                target=work,
+                args=(self.args, self.results["settings"], gpu, locks[gpu], todo[index], done, index, self.deadline),
+                daemon=True,
+            )
+            for index, gpu in enumerate(places)
+        ]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        for gpu, process in zip(places, processes):
+            if gpu is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = (
+                    gpu  # each sees one, the first: what is compiled for one is for all
+                )
+            process.start()
+        if visible is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        # The first process of each GPU before the second.
+        idle = sorted(range(len(places)), key=lambda index: index % 2)
+        while True:
+            for index in list(idle):
+                if (run := self.next_run()) is None:
+                    break  # there may be one when others have ended
+                self.running[index] = run
+                todo[index].put(run)
+                idle.remove(index)
+            if not self.running:
+                break
+            try:
+                index, run, result, error = done.get(timeout=1.0)
+            except queue.Empty:
+                if dead := [i for i in self.running if not processes[i].is_alive()]:
+                    raise InputError(f"the process of {self.running[dead[0]].key} ended before its run") from None
+                continue
+            del self.running[index]
+            idle.append(index)
+            self.take(run, result, error)
+        for index, process in enumerate(processes):
+            todo[index].put(None)
+            process.join()
+        known = plan(self.results, self.names)
         left = [run for run in known if run.key not in self.results["runs"]]
         print(f"{len(self.results['runs'])} runs done; {len(left)} of the runs known to be needed are left")
+        if self.failures:
+            key, error = next(iter(self.failures.items()))
+            raise InputError(f"{len(self.failures)} runs failed: {key}: {error.strip().splitlines()[-1]}")
+
+    def take(self, run: Run, result: dict | None, error: str | None) -> None:
+        if result is not None:
+            self.results["runs"][run.key] = result
+            write_json(self.args.results, self.results, indent=1)
+            print(
+                f"{run.key}: {result['loss']:.4f}, {result['seconds']:.1f} s, {result['ms_per_step']:.2f} ms a step, "
+                f"{result['memory_gib']} GiB",
+                flush=True,
+            )
+        elif error == NO_TIME:
+            self.late.add(run.key)
+            print(f"{run.key}: no time", flush=True)
+        else:
+            self.failures[run.key] = error
+            print(f"{run.key}: {error}", file=sys.stderr, flush=True)
 
 
 # Report
 
 
-def group(results: dict, name: str, rate: float) -> list[dict]:
-    """The runs of an architecture at a learning rate, one of each seed."""
-    keys = [Run(name, rate, seed).key for seed in results["seeds"]]
+def best_runs(results: dict, name: str, steps: int | None = None) -> list[dict]:
+    """The runs of a model at the rate that is best for it, one of each seed."""
+    rate, steps = best_rate(results, name), steps or results["settings"]["max_steps"]
+    keys = [Run(name, rate, seed, steps).key for seed in SEEDS]
     return [results["runs"][key] for key in keys if key in results["runs"]]
+
+
+def half_range(values: list[float]) -> float:
+    return (max(values) - min(values)) / 2
 
 
 def spread(values: list[float]) -> str:
     """The mean, and half of the range where there are several."""
-    half = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values):.4f}" + (f" ± {half:.4f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.4f}" + (f" ± {half_range(values):.4f}" if len(values) > 1 else "")
 
 
-def heads(run: dict) -> str:
-    config = run["config"]
-    kv_heads = config.get("num_key_value_heads", config["num_attention_heads"])
-    return f"{config['num_attention_heads']}" + (f" ({kv_heads})" if kv_heads != config["num_attention_heads"] else "")
+def mean_loss(runs: list[dict]) -> float:
+    return statistics.mean(run["loss"] for run in runs)
 
 
-def table(results: dict, rows: dict[str, list[dict]]) -> list[str]:
-    """Loss, cache and cost of runs, by the name of their row, compared with the first row."""
-    first = statistics.mean(run["loss_per_token"] for run in next(iter(rows.values())))
+def table(rows: dict[str, list[dict]]) -> list[str]:
+    """Rows by their loss, lowest first."""
     lines = [
-        "| attention | heads (KV) | parameters without embedding | held-out loss | against the first | bits per byte "
-        "| cache, bytes per token | ms per step | tokens per second | FLOP utilisation | memory, GiB |",
-        f"| --- |{' --: |' * 10}",
+        "| | rate | heads (KV) | MLP | parameters without embedding | runs | held-out loss | against the best twin "
+        "| cache, bytes a token | tokens, million | ms a step | seconds |",
+        f"| --- |{' --: |' * 11}",
     ]
-    devices = [run["device"] for runs in rows.values() for run in runs]
-    device = max(set(devices), key=devices.count)
-    for name, runs in rows.items():
-        timed = [run for run in runs if run["device"] == device and "step_seconds" in run]
-
-        def typical(field: str, form: str, factor: float = 1.0, timed: list[dict] = timed) -> str:
-            values = [factor * run[field] for run in timed if run.get(field)]
-            return format(statistics.median(values), form) if values else "-"
-
-        losses = [run["loss_per_token"] for run in runs]
+    twins = [mean_loss(runs) for name, runs in rows.items() if not is_t6(name)]
+    for name, runs in sorted(rows.items(), key=lambda row: mean_loss(row[1])):
+        one = runs[0]
+        kv = f" ({one['key_value_heads']})" if one["key_value_heads"] != one["heads"] else ""
+        ms = statistics.median(run["ms_per_step"] for run in runs)
+        against = f"{mean_loss(runs) - min(twins):+.4f}" if twins else "-"
         lines.append(
-            f"| {name} | {heads(runs[0])} | {runs[0]['non_embedding_parameters']:,} | {spread(losses)} "
-            f"| {statistics.mean(losses) - first:+.4f} | {spread([run['bits_per_byte'] for run in runs])} "
-            f"| {runs[0]['cache_bytes_per_token']:,} | {typical('step_seconds', '.1f', 1e3)} "
-            f"| {typical('tokens_per_second', ',.0f')} | {typical('mfu', '.1%')} | {typical('memory_gib', '.1f')} |"
+            f"| {name} | {one['learning_rate']:g} | {one['heads']}{kv} | {one['intermediate_size']:,} "
+            f"| {one['non_embedding_parameters']:,} | {len(runs)} | {spread([run['loss'] for run in runs])} | {against} "
+            f"| {one['cache_bytes_per_token']:,} | {one['tokens'] / 1e6:.1f} | {ms:.1f} | {ms * one['steps'] / 1e3:.0f} |"
         )
-    return [
-        *lines,
-        "",
-        f"Times, memory and utilisation are those of {device}, training in batches of {runs[0]['batch_size']}.",
-    ]
+    return lines
+
+
+def verdict(rows: dict[str, list[dict]]) -> str:
+    """Who is lowest, and whether by more than seeds differ."""
+    t6 = {name: runs for name, runs in rows.items() if is_t6(name)}
+    twins = {name: runs for name, runs in rows.items() if not is_t6(name)}
+    if not t6 or not twins:
+        return "There is no T6 and no twin here yet to compare."
+    ours, theirs = (min(of, key=lambda name: mean_loss(of[name])) for of in (t6, twins))
+    difference = mean_loss(t6[ours]) - mean_loss(twins[theirs])
+    lower, other = (ours, theirs) if difference < 0 else (theirs, ours)
+    losses = [[run["loss"] for run in rows[name]] for name in (ours, theirs)]
+    text = f"**{lower} is lowest**, {abs(difference):.4f} below {other}: "
+    if min(map(len, losses)) < 2:
+        return text + "of one seed of at least one of them, which does not tell what seeds do."
+    if (lower == ours and max(losses[0]) < min(losses[1])) or (lower == theirs and max(losses[1]) < min(losses[0])):
+        return (
+            text + f"every seed of the one ({len(rows[lower])}) is below every seed of the other ({len(rows[other])})."
+        )
+    return (
+        text
+        + f"but their seeds overlap ({spread(losses[0])} and {spread(losses[1])}), so neither is told from the other."
+    )
 
 
 def report(args: argparse.Namespace) -> str:
     """Writes the tables as Markdown and the plot beside them; returns the Markdown."""
     results = read_results(args.results)
-    _, rate = sweep(results, "MHA", results["learning_rates"], results["seeds"][0])
-    if rate is None:
-        raise InputError(f"{args.results} does not have the learning rates of MHA yet: there is nothing to compare")
-    main = {name: runs for name in MAIN if (runs := group(results, name, rate))}
-    tuning, own_rate = sweep(results, "TPA", [rate / 2, rate, rate * 2], results["seeds"][0])
-    if own_rate is not None and own_rate != rate:
-        main[f"TPA, its own rate {own_rate:g}"] = group(results, "TPA", own_rate)
-    if "MHA" not in main:
-        raise InputError(
-            f"{args.results} has no run of MHA at its learning rate, {rate:g}, yet: there is nothing to compare"
-        )
-    settings, one = results["settings"], main["MHA"][0]
+    settings = results["settings"]
+    known = list(models(settings))
+    rows = {name: runs for name in known if (runs := best_runs(results, name))}
+    if not rows:
+        raise InputError(f"{args.results} has no runs yet: there is nothing to compare")
+    one = next(iter(rows.values()))[0]
+    first = contenders(results, known)
+    heads = settings["hidden_size"] // settings["head_dim"]
+    limit = cache_limit(results)
+    timed = {
+        name: runs for name, steps in timed_steps(results, first).items() if (runs := best_runs(results, name, steps))
+    }
     lines = [
-        "# Attention mechanisms, trained side by side",
+        "# T6 beside MHA, MQA, GQA and MLA",
         "",
         "Made by `python examples/compare.py report` from the runs of `python examples/compare.py run`.",
         "",
-        "## Equal parameters",
-        "",
-        f"{settings['num_layers']} layers of hidden size {settings['hidden_size']}, heads of size "
-        f"{settings['head_dim']}, {one['tokens']:,} tokens in {settings['max_steps']:,} steps of "
-        f"{settings['sequences_per_step']} sequences of {settings['block_length']}, learning rate {rate:g}, seeds "
-        f"{', '.join(map(str, results['seeds']))}. Losses are nats per token on the held-out text, mean and half of the "
-        f"range over seeds. torch {one['torch']}, Transformers {one['transformers']}; tokens {results['data'][:16]}.",
-        "",
-        *table(results, main),
+        f"{settings['num_layers']} layers of hidden size {settings['hidden_size']}, heads of size {settings['head_dim']}, "
+        f"{settings['max_steps']:,} steps of {settings['sequences_per_step']} sequences of {settings['block_length']}: "
+        f"{one['tokens'] / 1e6:.1f} million tokens. Losses are nats a token on held-out text, mean and half of the range over "
+        f"seeds, each model at the best of its own learning rates. T6 is that of `examples/recipe.py`. "
+        f"{one['device']}, torch {one['torch']}; tokens {results['data'][:16]}.",
         "",
         f"![Held-out loss]({args.output.with_suffix('.png').name})",
-        "",
-        "## Learning rates",
-        "",
-        f"Held-out loss at seed {results['seeds'][0]}, after {settings['tuning_steps']:,} steps with a schedule of as many.",
-        "",
     ]
-    mha_runs, _ = sweep(results, "MHA", results["learning_rates"], results["seeds"][0])
-    rates = sorted({run.learning_rate for run in mha_runs + tuning})
-    lines += [f"| | {' | '.join(f'{value:g}' for value in rates)} |", f"| --- |{' --: |' * len(rates)}"]
-    for name in ("MHA", "TPA"):
-        losses = [final_loss(results, Run(name, value, results["seeds"][0], is_tuning=True)) for value in rates]
-        lines.append(f"| {name} | {' | '.join('-' if loss is None else f'{loss:.4f}' for loss in losses)} |")
-    names = dict.fromkeys(run["name"] for run in results["runs"].values())
-    for title, chosen in (
-        ("Equal heads instead of equal parameters", [name for name in names if name.endswith("heads of MHA")]),
-        ("Ranks of keys and values, at equal parameters", [name for name in names if ", rank " in name]),
+    for title, said, chosen in (
+        ("Equal parameters", "Parameters are MHA's to within 1% or so, by more heads or by a wider MLP.", rows),
+        (
+            "Equal heads",
+            f"Those with MHA's {heads} heads; their parameters are MHA's, too, by the width of the MLP.",
+            {name: runs for name, runs in rows.items() if runs[0]["heads"] == heads},
+        ),
+        (
+            "Equal bytes of cache",
+            f"Those whose cache has no more than GQA's {limit:,} bytes a token, in bfloat16 as it is stored.",
+            {name: runs for name, runs in rows.items() if runs[0]["cache_bytes_per_token"] <= limit},
+        ),
+        (
+            "Equal training time",
+            "Those that are lowest at equal tokens and, of these, at equal bytes of cache, each for as long as the slowest of them takes.",
+            timed,
+        ),
     ):
-        rows = {name: group(results, name, rate) for name in sorted(chosen)}
-        base = {"MHA": main["MHA"]} if "heads" in title else {"TPA, rank 2": main.get("TPA", [])}
-        rows = {name: runs for name, runs in {**base, **rows}.items() if runs}
-        if len(rows) > 1:
-            lines += ["", f"## {title}", "", *table(results, rows)]
+        lines += ["", f"## {title}", "", said, ""]
+        lines += [*table(chosen), "", verdict(chosen)] if chosen else ["No runs yet."]
+    rates = sorted({rate for name in rows for rate in losses_by_rate(results, name)})
+    lines += ["", "## Learning rates", "", f"Held-out loss of seed {SEEDS[0]}.", ""]
+    lines += [f"| | {' | '.join(f'{rate:g}' for rate in rates)} |", f"| --- |{' --: |' * len(rates)}"]
+    for name in rows:
+        losses = losses_by_rate(results, name)
+        lines.append(f"| {name} | {' | '.join(f'{losses[rate]:.4f}' if rate in losses else '-' for rate in rates)} |")
+    kinds = list(one["loss_by_kind"])
+    lines += ["", "## Kinds of text", "", f"| | {' | '.join(kinds)} |", f"| --- |{' --: |' * len(kinds)}"]
+    for name, runs in rows.items():
+        cells = [spread([run["loss_by_kind"][kind] for run in runs]) for kind in kinds]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    left = [run.key for run in plan(results, known) if run.key not in results["runs"]]
+    lines += ["", "## Not run yet", ""]
+    lines += [f"* {key}" for key in left] or ["All runs that are known to be needed are here."]
     text = "\n".join(lines) + "\n"
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    plot(results, main, args.output.with_suffix(".png"))
+    plot(rows, settings, args.output.with_suffix(".png"))
     args.output.write_text(text, encoding="utf-8")
     return text
 
 
-def plot(results: dict, rows: dict[str, list[dict]], path: Path) -> None:
+def plot(rows: dict[str, list[dict]], settings: dict, path: Path) -> None:
     """Curves of the held-out loss, their last part, and the final loss against the size of the cache."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("the report needs the package matplotlib") from error
 
-    tokens_per_step = results["settings"]["sequences_per_step"] * results["settings"]["block_length"]
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    tokens_per_step = settings["sequences_per_step"] * settings["block_length"]
+    figure = Figure(figsize=(16, 5), layout="constrained")
     whole, end, cache = figure.subplots(1, 3)
-    for (name, runs), marker in zip(rows.items(), itertools.cycle("osD^v*P")):
+    markers = itertools.cycle("osD^v*Ph<>dX")
+    for index, (name, runs) in enumerate(rows.items()):
+        color, style = f"C{index % 10}", "-" if is_t6(name) else "--"
         tokens = [entry["step"] * tokens_per_step / 1e6 for entry in runs[0]["curve"]]
-        curves = [[entry["eval_loss_per_token"] for entry in run["curve"]] for run in runs]
+        curves = [[entry["loss"] for entry in run["curve"]] for run in runs]
         mean = [statistics.mean(values) for values in zip(*curves)]
         for axes, start in ((whole, 0), (end, len(mean) * 2 // 3)):
-            (line,) = axes.plot(tokens[start:], mean[start:], label=name, linewidth=1.2)
+            axes.plot(tokens[start:], mean[start:], style, color=color, linewidth=1.2)
             lows, highs = ([f(values) for values in zip(*curves)][start:] for f in (min, max))
-            axes.fill_between(tokens[start:], lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)
-        losses = [run["loss_per_token"] for run in runs]
-        middle = statistics.mean(losses)
+            axes.fill_between(tokens[start:], lows, highs, color=color, alpha=0.15, linewidth=0)
+        losses, middle = [run["loss"] for run in runs], mean_loss(runs)
         error = [[middle - min(losses)], [max(losses) - middle]]
-        cache.errorbar(runs[0]["cache_bytes_per_token"], middle, yerr=error, marker=marker, capsize=3, label=name)
+        filled = {} if is_t6(name) else {"markerfacecolor": "none"}
+        cache.errorbar(
+            runs[0]["cache_bytes_per_token"], middle, yerr=error, marker=next(markers), color=color, capsize=3,
+            linestyle="none", label=name, **filled,
+        )  # fmt: skip
     for axes in (whole, end):
-        axes.set(xlabel="million tokens", ylabel="held-out loss, nats per token")
-    cache.set(xlabel="cache, bytes per token (bf16)", ylabel="final held-out loss")
+        axes.set(xlabel="million tokens", ylabel="held-out loss, nats a token")
+    cache.set(xlabel="cache, bytes a token (bfloat16)", ylabel="final held-out loss")
     cache.set_xscale("log", base=2)
     cache.xaxis.set_major_formatter("{x:,.0f}")
-    cache.legend()
-    figure.savefig(path, dpi=120)
+    cache.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=110)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with input_errors("compare.py"):
         if args.command == "run":
-            Runner(args).run()
+            Scheduler(args).run()
         elif args.command == "report":
             print(report(args), end="")
         else:
             results, names = open_results(args)
-            for run in plan(results, list(names)):
-                print(f"{'done' if run.key in results['runs'] else 'to do'}  {run.key}  {names[run.architecture]}")
+            for run in plan(results, names):
+                print(f"{'done' if run.key in results['runs'] else 'to do'}  {run.key}")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
-import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import nn
@@ -100,6 +99,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import ablations
+from captured import CapturedTraining, batch_starts, read_tokens
 from configuration.make_configs import cache_numbers
 from pretraining_data import open_prepared
 
@@ -174,43 +174,27 @@ def norms(tensors: dict[str, list[torch.Tensor]]) -> dict[str, float]:
 # Training
 
 
-def batch_starts(num_tokens: int, settings: dict, seed: int) -> torch.Tensor:
-    """Where the windows of each step begin, [steps, sequences]: passes over the text, each cut elsewhere and shuffled."""
-    length, needed = settings["block_length"], settings["max_steps"] * settings["sequences_per_step"]
-    generator, starts = torch.Generator().manual_seed(seed), []
-    while sum(map(len, starts)) < needed:
-        windows = num_tokens // length - 1
-        offset = torch.randint(num_tokens - windows * length, (1,), generator=generator)
-        starts.append(offset + length * torch.randperm(windows, generator=generator))
-    return torch.cat(starts)[:needed].view(settings["max_steps"], -1)
-
-
-class Training:
-    """One run on one device."""
+class Training(CapturedTraining):
+    """A run that is measured as it goes."""
 
     def __init__(self, run: Run, configurations: ablations.Configurations, tokens: dict, device: torch.device):
-        self.run, self.settings, self.device = run, configurations.settings, device
-        settings, tokenizer = configurations.settings, configurations.tokenizer
+        self.run, self.settings = run, configurations.settings
+        settings, tokenizer, length = self.settings, configurations.tokenizer, self.settings["block_length"]
         ablation = ablations.ablations()[run.variant]
         self.config = configurations.of(ablation)
         torch.manual_seed(run.seed)
-        self.model = ablations.make_model(ablation, self.config, "measured").to(device)
-        self.model.config.use_cache = False
-        self.optimizer = ablations.make_optimizer(ablation, self.model, run.learning_rate, WEIGHT_DECAY)
-        self.warmup = max(1, round(settings["warmup_steps"] * ablation.warmup))
-        length = settings["block_length"]
+        model = ablations.make_model(ablation, self.config, "measured").to(device)
+        model.config.use_cache = False
+        optimizer = ablations.make_optimizer(ablation, model, run.learning_rate, WEIGHT_DECAY)
         starts = batch_starts(len(tokens["train"]), settings, 0)
-        self.windows = starts.to(device)
-        self.places = torch.arange(length, device=device)
-        self.tokens = tokens["train"]
+        warmup = max(1, round(settings["warmup_steps"] * ablation.warmup))
+        super().__init__(model, optimizer, tokens["train"], starts, length, warmup)
         windows = tokens["held_out"].unfold(0, length, length)
         chosen = torch.linspace(0, len(windows) - 1, min(HELD_OUT_WINDOWS, len(windows)), device=device).long()
         self.held_out = windows[chosen].long()
         generator = torch.Generator().manual_seed(0)
         random = torch.randint(len(tokenizer) // 2, len(tokenizer), (16, COPIED), generator=generator)
         self.copied = random.repeat(1, 2).to(device)
-        self.batch = torch.zeros(settings["sequences_per_step"], length, dtype=torch.long, device=device)
-        self.loss = torch.zeros((), device=device)
         self.parts = {}
         for name, parameter in self.model.named_parameters():
             self.parts.setdefault(ablations.part_of(name), []).append(parameter)
@@ -221,38 +205,8 @@ class Training:
             logits = self.model(ids[:, :-1]).logits
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
 
-    def step(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        loss = self.losses(self.batch).mean()
-        loss.backward()
-        self.loss.copy_(loss.detach())
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-
-    def captured(self) -> torch.cuda.CUDAGraph:
-        """`step` as a CUDA graph; the steps that warm it up leave nothing."""
-        self.batch.copy_(self.tokens[self.windows[0][:, None] + self.places])
-        weights = [parameter.detach().clone() for parameter in self.model.parameters()]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        with torch.no_grad():
-            for parameter, weight in zip(self.model.parameters(), weights):
-                parameter.copy_(weight)
-            for state in self.optimizer.state.values():
-                for value in state.values():
-                    value.zero_()
-        return graph
+    def loss_of(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.losses(ids).mean()
 
     @torch.no_grad()
     def evaluate(self) -> dict:
@@ -289,8 +243,7 @@ class Training:
             if is_measured := index % settings["measure_steps"] == 0:
                 looks.append({"step": index, **self.measure()})
                 before = {part: [x.detach().clone() for x in of] for part, of in self.parts.items()}
-            self.batch.copy_(self.tokens[self.windows[index][:, None] + self.places])
-            ablations.set_rates(self.optimizer, ablations.schedule(index, self.warmup, settings["max_steps"]))
+            self.load(index)
             step()
             if is_measured:
                 moved = {p: [x.detach() - y for x, y in zip(self.parts[p], of)] for p, of in before.items()}
@@ -322,15 +275,6 @@ class Training:
 
 
 # Running
-
-
-def read_tokens(folder: Path, device: torch.device) -> tuple[object, dict[str, torch.Tensor]]:
-    tokenizer, facts = open_prepared(folder)
-    tokens = {}
-    for name in ("train", "held_out"):
-        numbers = np.fromfile(folder / f"{name}.bin", dtype=facts["dtype"])
-        tokens[name] = torch.from_numpy(numbers.astype("int32")).to(device)
-    return tokenizer, tokens
 
 
 Outcome = tuple[Run, dict | None, str | None]  # the result, or why there is none: NO_TIME or a traceback

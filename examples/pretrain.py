@@ -8,6 +8,9 @@ The defaults are those of the paper's runs: FineWeb-Edu, streamed from the Hub, 
 steps of warm-up, then a cosine; the learning rate is that of the size (paper, appendix H.1). `--data` takes a folder of
 `prepare.py` instead. `accelerate launch` and `torchrun` start it on several devices, with DDP or, with `--fsdp`, FSDP2.
 
+A T6 is started as `recipe.py` says, with which it learns as early as its twins, and unless sizes are given it has MHA's number of
+heads and a wider MLP; `--paper` is the paper's T6, with its heads.
+
 A run that was stopped goes on with `--resume`, as if it had never stopped: the same batches, the same losses. SIGTERM
 and `--max-minutes` save a checkpoint and end with exit code 75. `CHECKPOINT_DIR/log.jsonl` has the losses.
 """
@@ -47,6 +50,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--set", nargs="+", type=field_and_value, default=[], metavar="FIELD=VALUE", help="of config.json, replaced"
+    )
+
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="a T6 with the paper's first weights and the folder's heads, not by recipe.py",
     )
 
     data = parser.add_argument_group("data")
@@ -119,6 +128,7 @@ from transformers import (
 )
 
 import modeling_t6  # noqa: F401  (registers T6 with the Auto classes)
+import recipe
 from configuration.make_configs import DIRECTORY, SIZES
 from conversion.files.bars import hide_bars_of_transformers
 from language_modeling import held_out_windows, window_losses
@@ -254,6 +264,13 @@ def pretrain(args: argparse.Namespace) -> dict | None:
     hide_bars_of_transformers()
     data = Data(args)
     config = make_config(args, data.tokenizer)
+    by_recipe = config.model_type == "t6" and not args.paper
+    if by_recipe:
+        # Sizes that are given stay as they are.
+        are_given = {"num_attention_heads", "intermediate_size"} & set(dict(args.set))
+        new = recipe.FIELDS if are_given else recipe.fields(config)
+        args.set = [*new.items(), *args.set]
+        config = make_config(args, data.tokenizer)
     block_length = args.block_length or config.max_position_embeddings
     if block_length > config.max_position_embeddings:
         raise InputError(
@@ -318,6 +335,8 @@ def pretrain(args: argparse.Namespace) -> dict | None:
 
     set_seed(args.seed)
     model = make_model(config, args.attention)
+    if by_recipe:
+        recipe.start(model)
     model.config.use_cache = False
     if args.gradient_checkpointing:  # the option of `TrainingArguments` changes its name between versions
         model.gradient_checkpointing_enable({"use_reentrant": False})

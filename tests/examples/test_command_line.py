@@ -51,12 +51,15 @@ def test_help_and_mistakes_are_answered_at_once():
     ]
     others = {
         "ablations",
+        "architectures",
+        "captured",
         "command_line",
         "gpu",
         "language_modeling",
         "options",
         "muon",
         "pretraining_data",
+        "recipe",
         "serve",
         "shapes",
         "throughput",

@@ -1,23 +1,30 @@
-"""The comparison: what is run, that it goes on where it stopped, and what the report says of it."""
+"""The comparison: what is compared, in which order, that runs go on where they stopped, and what the report says of them."""
 
-import argparse
 import json
+import math
 import re
-import statistics
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import token_data
+import torch
+from torch import nn
 
+import ablations
 import compare
-import pretrain
-from command_line import last_checkpoint
-from configuration.make_configs import count_parameters
+from captured import batch_starts, read_tokens
+from configuration.make_configs import cache_numbers, count_parameters
 from language_modeling import load_tokenizer
 
 
-TINY = """--hidden-size 32 --num-layers 1 --head-dim 8 --block-length 16 --sequences-per-step 4 --max-steps 3
-    --tuning-steps 2 --warmup-steps 1 --eval-steps 1 --seeds 3 4 --learning-rates 1e-3 2e-3 4e-3""".split()
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_layers": 3, "head_dim": 8, "block_length": 16, "sequences_per_step": 4,
+    "max_steps": 7, "warmup_steps": 1, "eval_steps": 3,
+}  # fmt: skip
+TINY = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+RUN = compare.Run("T6", 1e-3, 0, 7)
 
 
 @pytest.fixture(scope="module")
@@ -25,203 +32,236 @@ def data(tmp_path_factory) -> Path:
     return token_data.write_tokens(tmp_path_factory.mktemp("text"), 30, 120)
 
 
-def config_of(architecture: compare.Architecture, tokenizer):
-    options = argparse.Namespace(architecture=architecture.folder, set=list(architecture.overrides.items()))
-    return pretrain.make_config(options, tokenizer)
+# What is compared
 
 
-def test_equal_parameters(data):
-    """At the comparison's own size: within 1% of MHA, and at least 20M outside of the embedding."""
-    tokenizer = load_tokenizer(data)
-    named = compare.architectures(compare.SETTINGS, lambda architecture: config_of(architecture, tokenizer))
-    counts, heads = {}, {}
-    for name, architecture in named.items():
-        config = config_of(architecture, tokenizer)
-        counts[name] = count_parameters(config) - config.vocab_size * config.hidden_size
-        heads[name] = config.num_attention_heads
-    assert counts["MHA"] > 20e6
-    for name, count in counts.items():
-        if "heads of MHA" in name:
-            assert heads[name] == heads["MHA"] == 8
-        else:
-            assert count == pytest.approx(counts["MHA"], rel=0.01)
-    assert list(named)[:6] == list(compare.MAIN)
-    assert config_of(named["TPA, rank 4"], tokenizer).ranks(0) == (4, 4)
-    assert config_of(named["TPA-KVonly"], tokenizer).q_rank is None
+def test_models(data):
+    """At the comparison's own size: parameters within 1% of MHA's, heads as named, and caches as small as their tables need."""
+    settings = compare.SETTINGS
+    configurations = ablations.Configurations(settings, load_tokenizer(data))
+    heads, caches = {}, {}
+    for name, ablation in compare.models(settings).items():
+        config = configurations.of(ablation)
+        count = count_parameters(config) - config.vocab_size * config.hidden_size
+        assert count == pytest.approx(25.7e6, rel=0.01), name
+        heads[name], caches[name] = config.num_attention_heads, 2 * cache_numbers(config)[1]
+        assert config.intermediate_size % 16 == 0
+    more = {name for name, number in heads.items() if number != 8}
+    assert more == {name for name in heads if name.endswith("more heads")} | {"T6 of the paper"}
+    assert min(heads[name] for name in more) > 8
+    assert caches["GQA"] == caches["MLA"] == 4096 > caches["T6, ranks 2 and 1"]
+    assert list(heads)[1] == "T6" and caches["MHA"] == 16384
 
 
-def results_with(losses: dict[compare.Run, float]) -> dict:
-    runs = {run.key: {"loss_per_token": loss} for run, loss in losses.items()}
-    return {"seeds": [0, 1], "learning_rates": [1e-3, 2e-3, 4e-3], "runs": runs}
+# Plan
+
+
+def result(run: compare.Run, loss: float, ms: float = 40.0) -> dict:
+    cache = 4608 if run.model == "T6" else 16384 if run.model == "MHA" else 4096
+    return {**run._asdict(), "name": run.model, "loss": loss, "ms_per_step": ms, "cache_bytes_per_token": cache}
+
+
+def results_with(losses: dict[compare.Run, float], ms: dict[str, float] | None = None) -> dict:
+    runs = {run.key: result(run, loss, (ms or {}).get(run.model, 40.0)) for run, loss in losses.items()}
+    return {"settings": {"max_steps": 100}, "learning_rate": 1e-3, "runs": runs}
+
+
+NAMES = [f"{mechanism}{end}" for end in ("", ", b", ", c") for mechanism in ("MHA", "T6", "GQA")]
 
 
 def test_plan():
-    """The rate is tuned on MHA, until the best is not at the edge; then all; then TPA's rate; then the ablations."""
-    names = [*compare.MAIN, "TPA, rank 1"]
-    losses = {}
-    done = []
+    """The first models; rates and seeds of the lowest, and of the lowest with a cache as small as GQA's; equal times; the others."""
 
     def loss_of(run: compare.Run) -> float:
-        best = 8e-3 if run.architecture == "MHA" else 4e-3
-        return 3 + abs(run.learning_rate - best)
+        best = 4e-3 if run.model == "GQA" else 1e-3
+        return 2 + 0.1 * NAMES.index(run.model) + 10 * abs(run.learning_rate - best) + 1e-3 * run.seed
 
-    while missing := [run for run in compare.plan(results_with(losses), names) if run not in losses]:
+    losses, done, ms = {}, [], {"T6": 44.0}
+    while missing := [r for r in compare.plan(results_with(losses, ms), NAMES) if r not in losses]:
         done.append(missing[0])
         losses[missing[0]] = loss_of(missing[0])
-    assert [run.learning_rate for run in done[:5]] == [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
-    assert all(run.architecture == "MHA" and run.is_tuning for run in done[:5])
-    main = [(run.architecture, run.seed) for run in done[5:17]]
-    assert main == [(name, seed) for seed in (0, 1) for name in compare.MAIN]
-    assert all(run.learning_rate == 8e-3 and not run.is_tuning for run in done[5:17])
-    # TPA: 4e-3 is at the edge of 4, 8 and 16e-3, so 2e-3 is needed; 4e-3 is the best, with each seed.
-    assert [(run.learning_rate, run.is_tuning) for run in done[17:21]] == [
-        (x, True) for x in (4e-3, 8e-3, 16e-3, 2e-3)
+    count = compare.FIRST_MODELS
+    assert [run.model for run in done[:count]] == NAMES[:count]
+    assert all((run.learning_rate, run.seed, run.steps) == (1e-3, 0, 100) for run in done[:count])
+    tuned = {"T6", "T6, b", "MHA", "GQA"}
+    rest = done[count:]
+    other = next(index for index, run in enumerate(rest) if run.model not in tuned)
+    rates = [(run.model, run.learning_rate) for run in rest[:other] if run.seed == 0 and run.steps == 100]
+    # GQA's best is not at the edge of 1, 2 and 4e-3, but may not go beyond.
+    assert sorted(rates) == [
+        ("GQA", 2e-3),
+        ("GQA", 4e-3),
+        *((m, x) for m in ("MHA", "T6", "T6, b") for x in (5e-4, 2e-3)),
     ]
-    assert done[21:23] == [compare.Run("TPA", 4e-3, seed) for seed in (0, 1)]
-    assert done[23:] == [compare.Run("TPA, rank 1", 8e-3, 0)]
+    assert {(run.model, run.learning_rate) for run in rest[:other] if run.seed == 1} == {
+        ("T6", 1e-3), ("T6, b", 1e-3), ("MHA", 1e-3), ("GQA", 4e-3)
+    }  # fmt: skip
+    # T6 takes 10% longer a step.
+    assert {(run.model, run.steps) for run in rest[:other] if run.steps != 100} == {
+        (name, 110) for name in tuned - {"T6"}
+    }
+    assert rest[other].model == NAMES[-1]
+    for name in NAMES:
+        assert {run.seed for run in done if run.model == name and run.steps == 100} == set(compare.SEEDS)
+    assert len(done) == len(set(done))
 
 
-def test_sweep_ends_at_a_limit():
-    """Where less is always better, it does not go on forever."""
-    losses = {}
-    while True:
-        runs, best = compare.sweep(results_with(losses), "MHA", [1e-3, 2e-3, 4e-3], 0)
-        if best is not None:
-            break
-        losses |= {run: run.learning_rate for run in runs}
-    assert best == pytest.approx(1e-3 / 8) and len(runs) == 6
+def test_equal_times():
+    runs = {compare.Run(name, 1e-3, 0, 100): 2.0 for name in ("T6", "MHA", "GQA")}
+    results = results_with(runs, {"T6": 50.0, "MHA": 40.0, "GQA": 49.5})
+    assert compare.timed_steps(results, ["T6", "MHA", "GQA"]) == {"T6": 100, "MHA": 120, "GQA": 100}
+    assert compare.timed_steps(results, ["T6", "MLA"]) == {}  # which has no time yet
 
 
-class InProcess:
-    """In the place of `subprocess`: a process that starts Python takes longer than these runs."""
-
-    STDOUT = None
-
-    def __init__(self):
-        self.commands, self.codes = [], {}
-
-    def run(self, command, env, stdout, stderr):
-        self.commands.append(command)
-        assert env["PYTHONPATH"].split(":")[0] == str(compare.ROOT)
-        code = self.codes.get(len(self.commands), 0)
-        if code == 1:
-            stdout.write("Traceback\nout of memory\n")
-        elif code == pretrain.STOPPED:
-            with pytest.raises(SystemExit) as caught:
-                pretrain.main([*command[2:], "--max-minutes", "0"])
-            code = caught.value.code
-        else:
-            pretrain.main(command[2:])
-        return argparse.Namespace(returncode=code)
+@pytest.mark.parametrize(
+    "ours, theirs, expected",
+    [
+        ([1.0, 1.1], [1.2, 1.3], r"\*\*T6 is lowest\*\*, 0.2000 below MHA: every seed"),
+        ([1.0, 1.25], [1.2, 1.3], r"\*\*T6 is lowest\*\*, 0.1250 below MHA: but their seeds overlap"),
+        ([1.3, 1.4], [1.2], r"\*\*MHA is lowest\*\*, 0.1500 below T6: of one seed"),
+        ([1.3, 1.4], [1.2, 1.21], r"\*\*MHA is lowest\*\*, 0.1450 below T6: every seed"),
+    ],
+    ids=["T6", "overlap", "one seed", "twin"],
+)
+def test_verdict(ours, theirs, expected):
+    rows = {"T6": ours, "MHA": theirs, "GQA": [2.0]}
+    text = compare.verdict({name: [{"loss": loss} for loss in losses] for name, losses in rows.items()})
+    assert re.match(expected, text), text
+    assert "no T6 and no twin" in compare.verdict({"GQA": [{"loss": 2.0}]})
 
 
-def test_calls_at_once(data, tmp_path):
-    """A run is done by one of two calls, and both see what either has done."""
-    results_file = tmp_path / "comparison.json"
-    options = ["run", "--data", str(data), "--results", str(results_file), *TINY, "--work-dir", str(tmp_path), "--cpu"]
-    one, other = (compare.Runner(compare.parse_args(options)) for _ in range(2))
-    first, second, third = (one.next_run(), other.next_run(), one.next_run())
-    assert [run.learning_rate for run in (first, second, third)] == [1e-3, 2e-3, 4e-3]
-    assert not one.claim(second) and not other.claim(first)
+# Training
 
-    result = {"name": "MHA", "seconds": 1.0, "loss_per_token": 1.0}
-    compare.write_json(results_file, one.results | {"runs": {first.key: result}})
-    one.running.pop(first.key).release()
-    assert not other.claim(first)  # it is done
-    assert first.key in other.results["runs"]
-    other.running.pop(second.key).release()  # its call was killed
-    assert one.next_run() == second
+
+@pytest.fixture(scope="module")
+def opened(data) -> tuple[ablations.Configurations, torch.Tensor, dict[str, torch.Tensor]]:
+    tokenizer, tokens = read_tokens(data, torch.device("cpu"))
+    return (
+        ablations.Configurations(SIZES, tokenizer),
+        tokens["train"],
+        compare.held_out_windows(data, tokens["held_out"], 16),
+    )
+
+
+def new_training(opened, run: compare.Run = RUN, is_compiled: bool = False) -> compare.Training:
+    training = compare.Training(run, *opened, is_compiled)
+    training.prepare(is_captured=False)
+    return training
+
+
+def test_held_out_windows(tmp_path, data, monkeypatch):
+    """Each kind has windows of its own tokens alone; a kind that is too short has none."""
+    facts = {"kinds": {"c": {"held_out_tokens": 35}, "docs": {"held_out_tokens": 4}, "prose": {"held_out_tokens": 90}}}
+    monkeypatch.setattr(compare, "open_prepared", lambda folder: (None, facts))
+    monkeypatch.setattr(compare, "HELD_OUT_WINDOWS", 3)
+    windows = compare.held_out_windows(data, torch.arange(129), 16)
+    assert windows["c"].equal(torch.stack([torch.arange(17), torch.arange(16, 33)])) and set(windows) == {"c", "prose"}
+    assert windows["prose"][:, 0].tolist() == [39, 71, 103] and windows["prose"].shape == (3, 17)
+
+
+def test_batches_fit():
+    """Windows are one token longer than blocks, and end within the text."""
+    settings = {"max_steps": 50, "sequences_per_step": 4, "block_length": 10}
+    for count in (21, 30, 31, 99):
+        assert batch_starts(count, settings, 0).max() + 11 <= count
+
+
+def test_losses_are_those_of_the_model(opened):
+    training = new_training(opened)
+    windows = opened[2]["text"]
+    labels = windows.clone()
+    with torch.no_grad():
+        logits = training.model(windows[:, :-1]).logits
+    expected = nn.functional.cross_entropy(logits.double().flatten(0, 1), labels[:, 1:].flatten())
+    found = training.evaluate()
+    assert found["loss"] == found["text"] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_stopped_run_goes_on(opened, tmp_path, monkeypatch):
+    """From its checkpoint, to the losses of a run that was not stopped; one that could not end does not start."""
+    monkeypatch.setattr(compare, "TIMED_STEPS", 1)
+    far, checkpoint = time.time() + 1e6, tmp_path / "work" / "run.pt"
+    whole = new_training(opened).train(far, checkpoint)
+    assert not checkpoint.exists() and [entry["step"] for entry in whole["curve"]] == [3, 6, 7]
+    assert whole["curve"][-1]["loss"] < whole["curve"][0]["loss"]
+
+    assert new_training(opened).train(time.time() - 1e6, checkpoint) is None and not checkpoint.exists()
+    clock = iter([0.0])  # past the end after the first look
+    fake = SimpleNamespace(monotonic=time.monotonic, time=lambda: next(clock, 1e9))
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "time", fake)
+        assert new_training(opened).train(100.0, checkpoint) is None
+    assert torch.load(checkpoint, weights_only=True)[0] == 3
+    resumed = new_training(opened).train(far, checkpoint)
+    assert not checkpoint.exists()
+    for name in ("loss", "loss_by_kind", "curve"):
+        assert resumed[name] == whole[name]
+
+
+def test_loss_that_is_no_number(opened, tmp_path):
+    with pytest.raises(RuntimeError, match="the loss is nan at step 7"):
+        new_training(opened, compare.Run("GQA", math.inf, 0, 7)).train(time.time() + 1e6, tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["MHA, QK norm", "T6", "T6, QK norm", "MLA"])
+def test_one_graph_for_all_layers(opened, name, monkeypatch):
+    """Layers, the last norm and the loss: three graphs, of the same losses as without."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain = new_training(opened, RUN._replace(model=name))
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_function(f, backend=backend, **kwargs))
+    compiled = new_training(opened, RUN._replace(model=name), is_compiled=True)
+    assert len(graphs) == 3
+    for training in (plain, compiled):
+        training.load(0)
+        training.step()
+    torch.testing.assert_close(plain.loss, compiled.loss)
+    assert compiled.evaluate() == pytest.approx(plain.evaluate(), abs=1e-4) and len(graphs) == 3
+
+
+# Runs and their report
 
 
 @pytest.mark.once
 def test_run_and_report(data, tmp_path, monkeypatch, capsys):
-    process = InProcess()
-    monkeypatch.setattr(compare, "subprocess", process)
-    monkeypatch.setattr(pretrain.signal, "signal", lambda *_: None)  # here it is not called in the main thread
-    architectures = compare.architectures
-    ablations = ("TPA, heads of MHA", "TPA, rank 1")  # of each kind one, for the sake of time
-
-    def fewer(*args):
-        return {name: of for name, of in architectures(*args).items() if name in (*compare.MAIN, *ablations)}
-
-    monkeypatch.setattr(compare, "architectures", fewer)
-    results_file, work = tmp_path / "results" / "comparison.json", tmp_path / "work"
-    common = ["--data", str(data), "--results", str(results_file), *TINY]
-    options = ["run", *common, "--work-dir", str(work), "--cpu", "--max-minutes", "60"]
-
-    process.codes = {2: pretrain.STOPPED}
-    compare.main(options)
-    assert "stopped, goes on with the next call" in capsys.readouterr().out
-    assert len(json.loads(results_file.read_text())["runs"]) == 1
-    assert len(process.commands) == 2
-    (checkpoints,) = work.glob("*-checkpoints")
-    assert last_checkpoint(checkpoints).name == "checkpoint-1"
-
-    process.codes = {4: 1}
-    with pytest.raises(SystemExit, match=r"(?s)MHA lr 0.004 seed 3 tuning: exit code 1.*out of memory"):
-        compare.main(options)
-    assert "--resume" in process.commands[2] and "--resume" not in process.commands[3]
-    with pytest.raises(SystemExit, match="has settings=.*, this command"):
-        compare.main([*options, "--max-steps", "4"])
-    with pytest.raises(SystemExit, match="does not have the learning rates of MHA yet"):
-        compare.main(["report", "--results", str(results_file), "--output", str(tmp_path / "x.md")])
-
-    # As many as fit: each run takes far less than the two minutes, which is what those that are done say.
-    results = json.loads(results_file.read_text())
-    for run in results["runs"].values():
-        run["seconds"] = 600.0
-    results_file.write_text(json.dumps(results))
-    compare.main([*options, "--max-minutes", "2"])
-    assert len(process.commands) == 4
-
-    for run in results["runs"].values():
-        run["seconds"] = 0.1
-    results_file.write_text(json.dumps(results))
-    monkeypatch.setattr(compare, "EXTENSIONS", 0)
+    results_file, output = tmp_path / "results" / "comparison.json", tmp_path / "docs" / "comparison.md"
+    models = ["--models", "MHA, QK norm", "T6", "GQA"]
+    common = ["--data", str(data), "--results", str(results_file), *TINY, *models]
+    options = ["run", *common, "--work-dir", str(tmp_path / "work"), "--cpu", "--no-compile"]
+    monkeypatch.setattr(compare, "SEEDS", (0, 1))
+    monkeypatch.setattr(compare, "FARTHEST", 1)  # no rate but the first
+    monkeypatch.setattr(compare, "ALIKE", math.inf)  # times of such steps are chance
+    with pytest.raises(SystemExit, match="is no file of compare.py|cannot read"):
+        compare.main(["report", "--results", str(results_file), "--output", str(output)])
     compare.main(options)
     assert "0 of the runs known to be needed are left" in capsys.readouterr().out
-    assert {path.name for path in work.iterdir() if path.suffix != ".log"} == {"results.lock"}
-    number = len(process.commands)
-    compare.main(options)
-    assert len(process.commands) == number  # nothing is done twice
-    capsys.readouterr()
-
-    compare.main(["plan", *common])
-    listed = capsys.readouterr().out.splitlines()
     results = json.loads(results_file.read_text())
-    assert all(line.startswith("done  ") for line in listed) and len(listed) == len(results["runs"])
-    check_results(results, process)
-    check_report(results, results_file, tmp_path, capsys)
-
-
-def check_results(results: dict, process: InProcess) -> None:
+    assert len(results["runs"]) == 6
     for key, run in results["runs"].items():
-        is_tuning = key.endswith("tuning")
-        assert key == compare.Run(run["name"], run["learning_rate"], run["seed"], is_tuning).key
-        assert run["data"]["data_seed"] == 0 and run["data"]["sha256"] == results["data"]  # the same order for all
-        assert [entry["step"] for entry in run["curve"]] == ([1, 2] if is_tuning else [1, 2, 3])
-        assert run["curve"][-1]["eval_loss_per_token"] == run["loss_per_token"]
-    seeds = {name: {run["seed"] for run in results["runs"].values() if run["name"] == name} for name in compare.MAIN}
-    assert all(found == {3, 4} for found in seeds.values())
-    caches = {run["name"]: run["cache_bytes_per_token"] for run in results["runs"].values()}
-    assert caches["MHA"] == 2 * 2 * 32 and caches["MQA"] == 2 * 2 * 8
-    assert str(compare.ROOT) not in json.dumps(results["runs"])
+        assert key == compare.Run(run["name"], run["learning_rate"], run["seed"], run["steps"]).key
+        assert run["curve"][-1]["step"] == 7 and run["tokens"] == 7 * 64 and list(run["loss_by_kind"]) == ["text"]
+    assert str(tmp_path) not in results_file.read_text()
+    with pytest.raises(SystemExit, match="has settings=.*, this command"):
+        compare.main([*options, "--max-steps", "8"])
+    with pytest.raises(SystemExit, match="there is no T7; there are MHA, QK norm; T6; "):
+        compare.main(["plan", *common[:-3], "T7"])
+    compare.main(["plan", *common])
+    assert capsys.readouterr().out.count("done  ") == 6
 
-
-def check_report(results: dict, results_file: Path, tmp_path: Path, capsys) -> None:
-    output = tmp_path / "docs" / "comparison.md"
     compare.main(["report", "--results", str(results_file), "--output", str(output)])
     text = output.read_text()
     assert capsys.readouterr().out == text
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and "](comparison.png)" in text
-    rate = float(re.search(r"learning rate (\S+), seeds 3, 4", text)[1])
-    for name in compare.MAIN:
-        runs = [results["runs"][compare.Run(name, rate, seed).key] for seed in (3, 4)]
-        losses = [run["loss_per_token"] for run in runs]
-        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |")).split(" | ")
-        assert row[3] == f"{statistics.mean(losses):.4f} ± {abs(losses[0] - losses[1]) / 2:.4f}"
-        assert row[2] == f"{runs[0]['non_embedding_parameters']:,}"
-        assert row[6] == f"{runs[0]['cache_bytes_per_token']:,}"
-    for title in ("Equal parameters", "Learning rates", "Equal heads", "Ranks of keys and values"):
-        assert f"\n## {title}" in f"\n{text}"
-    assert text.count("| TPA, rank ") == 2 and text.count(", heads of MHA |") == 1
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    assert list(sections)[:4] == ["Equal parameters", "Equal heads", "Equal bytes of cache", "Equal training time"]
+    losses = [results["runs"][compare.Run("T6", 1e-3, seed, 7).key]["loss"] for seed in (0, 1)]
+    row = next(line for line in sections["Equal parameters"].splitlines() if line.startswith("| T6 |")).split(" | ")
+    assert row[6] == f"{sum(losses) / 2:.4f} ± {abs(losses[0] - losses[1]) / 2:.4f}"
+    assert "| MHA, QK norm |" not in sections["Equal bytes of cache"] and "| GQA |" in sections["Equal bytes of cache"]
+    assert all(" is lowest**" in sections[name] for name in list(sections)[:4] if "bytes" not in name)
+    assert "* MLA lr 0.001 seed 0 steps 7" in sections["Not run yet"]

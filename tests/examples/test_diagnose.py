@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import ablations
+import captured
 import diagnose
 import muon
 import twins
@@ -276,8 +277,8 @@ def test_gated_twin(configurations):
 
 def test_same_batches():
     settings = TINY | {"max_steps": 5, "sequences_per_step": 4, "block_length": 10}
-    starts = diagnose.batch_starts(95, settings, 3)
-    assert starts.shape == (5, 4) and starts.equal(diagnose.batch_starts(95, settings, 3))
+    starts = captured.batch_starts(95, settings, 3)
+    assert starts.shape == (5, 4) and starts.equal(captured.batch_starts(95, settings, 3))
     assert starts.min() >= 0 and starts.max() + 10 <= 95
     first_pass = starts.flatten()[:8]
     assert len(set((first_pass % 10).tolist())) == 1 and len(set(first_pass.tolist())) == 8

@@ -270,6 +270,44 @@ def test_recipe(monkeypatch):
     }
 
 
+def test_t6_by_the_recipe(data, tmp_path, monkeypatch):
+    """MHA's heads and as many parameters, A constant, heads as large as Llama's; the paper's T6 on demand, and sizes as given."""
+    configs, models, make_model = {}, {}, pretrain.make_model
+
+    def stop(trainer, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain.PackedTrainer, "train", stop)
+    monkeypatch.setattr(pretrain, "make_model", lambda *args: models.setdefault("new", make_model(*args)))
+    size = ["--architecture", "t6-small", "--set", "hidden_size=256", "num_hidden_layers=2"]
+    llama = ["--architecture", "llama-mha-small", *size[2:], "num_attention_heads=4", "num_key_value_heads=4"]
+    given = [*size, "num_attention_heads=5"]
+    for name, options in (("recipe", size), ("paper", [*size, "--paper"]), ("given", given), ("Llama", llama)):
+        models.clear()
+        with pytest.raises(SystemExit):
+            pretrain.main(
+                [*options, *RUN, "--data", str(data), "--batch-size", "4", "--output-dir", str(tmp_path / name)]
+            )
+        configs[name] = models["new"].config, models["new"].num_parameters(), models["new"].model.layers[1].self_attn
+    (config, count, layer), (paper, paper_count, paper_layer) = configs["recipe"], configs["paper"]
+    assert (config.num_attention_heads, paper.num_attention_heads) == (4, 34)
+    assert config.intermediate_size % 64 == 0 and count == pytest.approx(paper_count, rel=0.02)
+    assert config.attention_bias and not config.attention_out_bias and not paper.attention_bias
+    assert configs["given"][0].num_attention_heads == 5 and configs["given"][0].attention_bias
+    assert configs["given"][0].intermediate_size == paper.intermediate_size
+    assert not configs["Llama"][0].attention_bias
+
+    inputs = torch.randn(300, 256)
+    inputs = inputs / inputs.square().mean(-1, keepdim=True).sqrt()
+    with torch.no_grad():
+        for name in "qkv":
+            a, b = (getattr(layer, f"{name}_{factor}_proj")(inputs) for factor in "ab")
+            assert a.equal(a[:1].expand_as(a)) and not getattr(paper_layer, f"{name}_a_proj").weight.eq(0).any()
+            rank = getattr(layer, f"{name}_rank")
+            heads = a.unflatten(-1, (-1, rank)) @ b.unflatten(-1, (rank, -1)) / rank
+            assert heads.std().item() == pytest.approx(0.02 * 256**0.5, rel=0.5)  # four heads have few constants
+
+
 # Runs
 
 

@@ -1,0 +1,132 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Training of small models in which the host does next to nothing: a step is captured as a CUDA graph, its tokens lie on the device.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+import ablations
+from pretraining_data import open_prepared
+
+
+def read_tokens(folder: Path, device: torch.device) -> tuple[PreTrainedTokenizerBase, dict[str, torch.Tensor]]:
+    tokenizer, facts = open_prepared(folder)
+    tokens = {}
+    for name in ("train", "held_out"):
+        numbers = np.fromfile(folder / f"{name}.bin", dtype=facts["dtype"])
+        tokens[name] = torch.from_numpy(numbers.astype("int32")).to(device)
+    return tokenizer, tokens
+
+
+def batch_starts(num_tokens: int, settings: dict, seed: int) -> torch.Tensor:
+    """
+    Where the windows of each step begin, [steps, sequences]: passes over the text, each cut elsewhere and shuffled. A window
+    may be one token longer than a block.
+    """
+    length, needed = settings["block_length"], settings["max_steps"] * settings["sequences_per_step"]
+    generator, starts = torch.Generator().manual_seed(seed), []
+    while sum(map(len, starts)) < needed:
+        windows = num_tokens // length - 1
+        offset = torch.randint(num_tokens - windows * length, (1,), generator=generator)
+        starts.append(offset + length * torch.randperm(windows, generator=generator))
+    return torch.cat(starts)[:needed].view(settings["max_steps"], -1)
+
+
+class CapturedTraining:
+    """
+    One run on one device. `loss_of` is what a subclass has: the mean loss, in nats, of token ids [sequences, window].
+
+    Args:
+        starts: where the windows of each step begin in `tokens`, [steps, sequences].
+        warmup: steps until the learning rates of `optimizer`, made by `ablations.make_optimizer`, are at their highest.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        tokens: torch.Tensor,
+        starts: torch.Tensor,
+        window: int,
+        warmup: int,
+    ):
+        self.model, self.optimizer, self.tokens, self.warmup = model, optimizer, tokens, warmup
+        self.device = tokens.device
+        self.starts = starts.to(self.device)
+        self.places = torch.arange(window, device=self.device)
+        self.batch = torch.zeros(starts.shape[1], window, dtype=torch.long, device=self.device)
+        self.loss = torch.zeros((), device=self.device)
+
+    def loss_of(self, ids: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def load(self, index: int) -> None:
+        """The batch and the learning rates of a step."""
+        self.batch.copy_(self.tokens[self.starts[index][:, None] + self.places])
+        ablations.set_rates(self.optimizer, ablations.schedule(index, self.warmup, len(self.starts)))
+
+    def step(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        loss = self.loss_of(self.batch)
+        loss.backward()
+        self.loss.copy_(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Steps that leave nothing but the optimizer's states, of zeros, and what was compiled."""
+        weights = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self.load(0)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, weight in zip(self.model.parameters(), weights):
+                    parameter.copy_(weight)
+                for state in self.optimizer.state.values():
+                    for value in state.values():
+                        value.zero_()
+
+    def captured(self) -> torch.cuda.CUDAGraph:
+        """`step` as a CUDA graph."""
+        graph = torch.cuda.CUDAGraph()
+        with self.undone():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.synchronize()
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            with torch.cuda.graph(graph):
+                self.step()
+        return graph
+
+    def state(self) -> list[torch.Tensor]:
+        """What a checkpoint holds: weights, and what the optimizer has of them after its first step."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states = [self.optimizer.state[parameter] for parameter in parameters]
+        return [p.detach() for p in parameters] + [state[name] for state in states for name in sorted(state)]

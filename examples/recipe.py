@@ -1,0 +1,113 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+How a T6 is started so that it learns as early as its twins: what `pretrain.py` does unless it is told `--paper`.
+
+Attention to a position needs a part of queries and keys that is the same for all tokens. Of a matrix it is one product; of two
+factors of the token it is the product of two such parts, each small at first, and heads that copy form late. So A starts as a
+constant, the biases of its projections, and heads start with the size of Llama's. docs/evidence.md has the runs.
+"""
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from configuration.make_configs import count_parameters
+
+
+BIASES = {"attention_bias": True, "attention_out_bias": False}
+
+
+def attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    return [layer.self_attn for layer in model.model.layers]
+
+
+def heads_as_llama(factor: float = 1.0, names: str = "qkv", balanced: bool = False) -> Callable:
+    """
+    Formed heads start with the size that Llama's have, times `factor`; `balanced`: weights of A and B then have the same root
+    mean square.
+    """
+
+    @torch.no_grad()
+    def prepare(model: PreTrainedModel) -> None:
+        config = model.config
+        target = config.initializer_range * config.hidden_size**0.5
+        for layer in attention_layers(model):
+            for name in names:
+                if not all(hasattr(layer, f"{name}_{factor}_proj") for factor in "ab"):
+                    continue
+                a, b = getattr(layer, f"{name}_a_proj").weight, getattr(layer, f"{name}_b_proj").weight
+                rank = getattr(layer, f"{name}_rank")
+                a_size, b_size = (x.square().mean().sqrt().item() for x in (a, b))
+                # Of hidden states of size 1: (1 / R) times the root of R independent products.
+                formed = config.hidden_size * a_size * b_size / rank**0.5
+                gain = factor * target / formed
+                wanted = (a_size * b_size * gain) ** 0.5
+                a.mul_(wanted / a_size if balanced else 1.0)
+                b.mul_(wanted / b_size if balanced else gain)
+
+    return prepare
+
+
+def constants_in_a(contextual: float = 0.0) -> Callable[[PreTrainedModel], None]:
+    """
+    A factors start as constants of every head and rank, the biases of their projections, of the size that projected ones have;
+    the projections at `contextual` times their size. At 0 a new T6 is one with non-contextual A: heads are linear in the token.
+    """
+
+    @torch.no_grad()
+    def prepare(model: PreTrainedModel) -> None:
+        for layer in attention_layers(model):
+            for name in "qkv":
+                if (projection := getattr(layer, f"{name}_a_proj", None)) is not None:
+                    size = model.config.hidden_size**0.5 * projection.weight.square().mean().sqrt().item()
+                    projection.bias.normal_(std=size)
+                    projection.weight.mul_(contextual)
+
+    return prepare
+
+
+def one_after_the_other(*steps: Callable[[PreTrainedModel], None]) -> Callable[[PreTrainedModel], None]:
+    def prepare(model: PreTrainedModel) -> None:
+        for step in steps:
+            step(model)
+
+    return prepare
+
+
+FIELDS = BIASES  # of the configuration
+WIDTH_MULTIPLE = 64  # of the MLP, whose products are slow at other sizes
+
+
+def fields(config: PreTrainedConfig) -> dict:
+    """
+    What a T6 by the recipe has in place of the fields of `config`, a T6 of the paper: the biases, as many heads as MHA has, and an MLP that
+    is as much wider as keeps the number of parameters.
+    """
+    heads = config.hidden_size // config.head_dim
+
+    def parameters(width: int, **replaced) -> int:
+        replaced |= {"intermediate_size": width}
+        return count_parameters(type(config)(**config.to_dict() | replaced))
+
+    few, more = (
+        parameters(width, **FIELDS, num_attention_heads=heads) for width in (WIDTH_MULTIPLE, 2 * WIDTH_MULTIPLE)
+    )
+    target = parameters(config.intermediate_size)
+    width = max(1, round(1 + (target - few) / (more - few))) * WIDTH_MULTIPLE
+    return {**FIELDS, "num_attention_heads": heads, "intermediate_size": width}
+
+
+start = one_after_the_other(heads_as_llama(), constants_in_a())  # of the weights of a new model

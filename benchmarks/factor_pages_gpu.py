@@ -36,11 +36,11 @@ from gpu import copies_larger_than_l2, copy_bandwidth, graph_seconds, machine
 from modeling_t6 import factor_pages_t6
 from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.factor_pages_t6 import (
+    FactorColumns,
     SelectedRanks,
     form_heads_from_pages,
     select_ranks,
-    store_factors,
-    view_factors,
+    store_projections,
 )
 
 
@@ -88,16 +88,15 @@ class Layer:
             parts += [(heads, q_rank), (heads, rank), (heads, rank)]
         sizes = [n * m for n, m in parts]
         product = random(tokens, -(-sum(sizes) // 8) * 8)
-        views = [
-            view_factors(product, start, *part) for start, part in zip(itertools.accumulate(sizes, initial=0), parts)
-        ]
-        (b_q, b_k, b_v), (a_q, a_k, a_v) = views[:3], views[3:] or (None, None, None)
+        places = [(start, *part) for start, part in zip(itertools.accumulate(sizes, initial=0), parts)]
+        (b_q, b_k, b_v), (a_q, a_k, a_v) = places[:3], places[3:] or (None, None, None)
         cos, sin = torch.rand(2, tokens, head_dim // 2, device="cuda")
         width = shape.layout.width
         pages = torch.zeros(-(-tokens // PAGE_SIZE), PAGE_SIZE, 2 * width, device="cuda", dtype=torch.bfloat16)
         self.pages = (pages.to(torch.float8_e4m3fn) if shape.float8 else pages).split(width, dim=-1)
         self.slots = torch.randperm(self.pages[0].shape[0] * PAGE_SIZE, device="cuda")[:tokens]
-        self.factors = a_q, b_q, a_k, b_k, a_v, b_v, cos, sin
+        self.factors = product, FactorColumns(a_q, b_q, a_k, b_k, a_v, b_v), None, cos, sin
+        self.query = product.new_empty(tokens, heads, head_dim)
         self.constants: tuple[SelectedRanks | None, ...] = (None, None)
         states = heads
         if shape.selects:
@@ -110,7 +109,8 @@ class Layer:
         self.form_bytes = rows + sum(x.nbytes for x in self.states)
 
     def store(self) -> torch.Tensor:
-        return store_factors(*self.factors, self.slots, *self.pages)
+        store_projections(*self.factors, self.slots, *self.pages, self.query)
+        return self.query
 
     def form(self) -> None:
         form_heads_from_pages(*self.pages, self.slots, *self.states, self.rank, self.rank, *self.constants)
@@ -169,7 +169,8 @@ def set_sizes(name: str, sizes: tuple[int, int]) -> tuple[int, int]:
     before = tuple(getattr(factor_pages_t6, part) for part in names)
     for part, size in zip(names, sizes):
         setattr(factor_pages_t6, part, size)
-    factor_pages_t6._store_sizes.cache_clear()
+    for chosen in (factor_pages_t6._store_sizes, factor_pages_t6._store_kernel, factor_pages_t6._form_kernel):
+        chosen.cache_clear()
     return before
 
 

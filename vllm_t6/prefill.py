@@ -13,7 +13,9 @@
 # limitations under the License.
 """Prompts: how K and V of their tokens, formed from the pages, go through a workspace of bounded size"""
 
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -175,9 +177,7 @@ def attend_to_piece(
     """
     if fa_version is None:
         return _attend_in_pytorch(query, key, value, piece, scaling, window, output)
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
-
+    flash_attn_varlen_func, merge_attn_states = _flash_attention()
     is_only = piece.is_first and piece.is_last
     attended, lse = flash_attn_varlen_func(
         query,
@@ -202,6 +202,15 @@ def attend_to_piece(
     merged_lse = torch.empty_like(lse)
     merge_attn_states(merged, *earlier, attended, lse, merged_lse)
     return None if piece.is_last else (merged, merged_lse)
+
+
+@functools.cache
+def _flash_attention() -> tuple[Callable, Callable]:
+    """vLLM's functions, which there are on GPUs alone."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+    return flash_attn_varlen_func, merge_attn_states
 
 
 def _attend_in_pytorch(

@@ -54,7 +54,6 @@ def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
         lengths=starts.diff(),
         query_starts=torch.arange(len(lengths) + 1, dtype=torch.int32, device=device),
         num_decodes=len(lengths),
-        num_decode_tokens=len(lengths),
         max_decode_queries=1,
         decode_pieces=impl.empty_pieces(len(lengths), 1, device),
         prompt_pieces=plan_pieces(lengths, lengths, 0, 0, impl.room, impl.sliding_window, blocks, block_size),
@@ -71,10 +70,12 @@ def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
     used = blocks.unique().long()
     held = kv_cache[used]
     pages = impl.pages(kv_cache)
-    expected_query = impl.store(*tokens, *pages, kernels=False)
+    shape = 2, len(slots), impl.num_heads, impl.head_size
+    expected_query, query = torch.full(shape, math.nan, dtype=impl.dtype, device=device)
+    impl.store(*tokens, *pages, expected_query, kernels=False)
     expected_rows = [rows_at(part, slots).float() for part in pages]
     kv_cache[used] = held  # rows that are not written are to be missed
-    query = impl.store(*tokens, *pages)
+    impl.store(*tokens, *pages, query)
     rows = [rows_at(part, slots).float() for part in pages]
     prompts, decoded = torch.empty_like(query), torch.empty_like(query[: len(lengths)])
     impl.attend_to_prompts(query, *pages, metadata, prompts)
@@ -97,7 +98,7 @@ def _attention(
     """Causal attention of one request in float64 [tokens, h, d], and how large scores are, whose roundings grow with them."""
     states = []
     for layout, rows, constant_a in zip(
-        (impl.key_layout, impl.value_layout), (key_rows, value_rows), impl.constants()[1:]
+        (impl.key_layout, impl.value_layout), (key_rows, value_rows), impl.constants[1:]
     ):
         a, b = layout.unpack(rows[None, None].double())
         states.append(form_heads(a if constant_a is None else constant_a.double(), b)[0].transpose(0, 1))

@@ -412,7 +412,14 @@ def _form_heads(
 
 
 @triton.jit(
-    do_not_specialize=["key_block_stride", "key_row_stride", "value_block_stride", "value_row_stride", "num_slots"]
+    do_not_specialize=[
+        "slots_ptr",  # of a part of a step's tokens, which starts anywhere
+        "key_block_stride",
+        "key_row_stride",
+        "value_block_stride",
+        "value_row_stride",
+        "num_slots",
+    ]
 )
 def form_heads_kernel(
     key_pages_ptr,

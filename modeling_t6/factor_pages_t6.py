@@ -510,7 +510,7 @@ def _form_in_triton(key_pages, value_pages, slots, key, value, key_a, value_a, k
     for pages, a in ((key_pages, key_a), (value_pages, value_a)):
         is_selected = isinstance(a, SelectedRanks)
         weights.append(pages if a is None else a.weights if is_selected else a.contiguous())
-        ranks.append(a.ranks if is_selected else slots)
+        ranks.append(a.ranks if is_selected else pages)
         kinds.append("cached" if a is None else "selected" if is_selected else "constant")
     kernel, pairs, page_strides = _form_kernel(
         num_heads, head_dim, key_layout, value_layout, *kinds, _token_stride("key", key), _token_stride("value", value),

@@ -154,6 +154,8 @@ class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
                 self.impl.sliding_window,
                 common.block_table_tensor,
                 self.kv_cache_spec.block_size,
+                common.slot_mapping,
+                common.query_start_loc,
             )
         return metadata
 

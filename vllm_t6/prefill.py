@@ -74,11 +74,18 @@ def plan_pieces(
     window: int | None,
     block_table: torch.Tensor,
     block_size: int,
+    step_slots: torch.Tensor,
+    step_query_starts: torch.Tensor,
 ) -> list[Piece]:
     """
     Divides prompts, the last `query_lengths` tokens of `lengths`, into pieces of at most `room` rows: as many requests as
     fit side by side; of one that does not fit alone, all that is before its last `room` rows first, in pieces of its own.
     With a sliding window a request has no more rows than its query tokens see, which always fit.
+
+    Args:
+        first_request, first_token: of the prompts, in the step.
+        step_slots: int64 [tokens or more], where the rows of all tokens of the step are.
+        step_query_starts: int32 [requests + 1 or more], where in the step the query tokens of all its requests start.
     """
     starts = [max(0, n - q + 1 - window) if window else 0 for q, n in zip(query_lengths, lengths)]
     pieces = []
@@ -96,14 +103,25 @@ def plan_pieces(
             steps = [
                 [span] for span in itertools.pairwise([*range(start, length - room, room), length - room, length])
             ]
-        queries = query_lengths[request:end]
-        for spans in steps:
-            is_first, is_last = spans is steps[0], spans is steps[-1]
-            table = block_table[first_request + request : first_request + end]
-            pieces.append(_piece(token, queries, spans, is_first, is_last, table, block_size))
+        queries, requests = query_lengths[request:end], slice(first_request + request, first_request + end)
+        if queries == lengths[request:end]:  # nothing is before these, which fit: their rows are those of the step
+            query_starts = step_query_starts[requests.start : requests.stop + 1]
+            pieces.append(_whole_piece(token, queries, query_starts - token if token else query_starts, step_slots))
+        else:
+            for spans in steps:
+                is_first, is_last = spans is steps[0], spans is steps[-1]
+                pieces.append(_piece(token, queries, spans, is_first, is_last, block_table[requests], block_size))
         token += sum(queries)
         request = end
     return pieces
+
+
+def _whole_piece(token: int, query_lengths: list[int], query_starts: torch.Tensor, step_slots: torch.Tensor) -> Piece:
+    queries = slice(token, token + sum(query_lengths))
+    longest = max(query_lengths)
+    return Piece(
+        queries, query_starts, query_starts, step_slots[queries], longest, longest, is_first=True, is_last=True
+    )
 
 
 def _piece(

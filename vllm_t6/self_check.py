@@ -56,7 +56,9 @@ def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
         num_decodes=len(lengths),
         max_decode_queries=1,
         decode_pieces=impl.empty_pieces(len(lengths), 1, device),
-        prompt_pieces=plan_pieces(lengths, lengths, 0, 0, impl.room, impl.sliding_window, blocks, block_size),
+        prompt_pieces=plan_pieces(
+            lengths, lengths, 0, 0, impl.room, impl.sliding_window, blocks, block_size, slots.long(), starts
+        ),
     )
     if metadata.decode_pieces is not None:
         schedule_pieces(metadata.lengths, metadata.query_starts, metadata.decode_pieces)

@@ -195,33 +195,43 @@ def store_projections(
     activation: str | None = None,
     norms_key_heads: bool = False,
     kernels: bool | None = None,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
+    first_formed: int = 0,
 ) -> None:
     """
     [`store_factors`] of factors that are `columns` of one product [tokens, columns], of which no views are made: these
     take the host longer than the launch. Writes into `query` [tokens, h, d], which is contiguous.
+
+    Args:
+        key, value: where K and V of the tokens from `first_formed` on go, [those tokens, h_kv, d], contiguous, as
+            [`form_heads_from_pages`] forms them of the rows; neither where A is constant. In the same launch but for
+            `norms_key_heads`, and rows of another dtype than the heads'.
     """
     key_pages, value_pages = _as_numbers(key_pages), _as_numbers(value_pages)
     (_, k_rank, head_dim), v_rank = columns.b_k, columns.b_v[1]
     layouts = _layouts(k_rank, v_rank, 0 if columns.a_k is None else columns.a_k[1], head_dim)
     _check_widths(key_pages, value_pages, *layouts)
-    if not (_in_triton(product, key_pages) if kernels is None else kernels):
-        a_q, *others = columns.views(product)
-        query.copy_(
-            _store_in_torch(
-                a_q if constant_a_q is None else constant_a_q, *others, cos, sin, slots, key_pages, value_pages,
-                q_norm, k_norm, eps, activation, norms_key_heads, *layouts,
-            )
+    variant = q_norm, k_norm, eps, activation, norms_key_heads, *layouts
+    forms_at_once = False
+    if _in_triton(product, key_pages) if kernels is None else kernels:
+        offsets, strides = _places_of_columns(columns, product.element_size(), product.stride(0))
+        factors = [product] * 6
+        if constant_a_q is not None:
+            factors[0] = constant_a_q.contiguous()
+        q_rank = 0 if columns.a_q is None and constant_a_q is None else columns.b_q[1]
+        forms_at_once = key is not None and not norms_key_heads and key_pages.dtype == key.dtype
+        _launch_store(
+            factors, offsets, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a_q is not None,
+            *variant, *((key, value, first_formed) if forms_at_once else ()),
         )  # fmt: skip
-        return
-    offsets, strides = _places_of_columns(columns, product.stride(0))
-    factors = [product] * 6
-    if constant_a_q is not None:
-        factors[0] = constant_a_q.contiguous()
-    q_rank = 0 if columns.a_q is None and constant_a_q is None else columns.b_q[1]
-    _launch_store(
-        factors, offsets, strides, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, query,
-        q_rank, constant_a_q is not None, eps, activation, norms_key_heads, *layouts,
-    )  # fmt: skip
+    else:
+        a_q, *others = columns.views(product)
+        a_q = a_q if constant_a_q is None else constant_a_q
+        query.copy_(_store_in_torch(a_q, *others, cos, sin, slots, key_pages, value_pages, *variant))
+    if key is not None and not forms_at_once:
+        slots = slots[first_formed : first_formed + len(key)]
+        form_heads_from_pages(key_pages, value_pages, slots, key, value, k_rank, v_rank)
 
 
 def slots_of_rows(
@@ -381,9 +391,9 @@ def _page_units(itemsize: int, page_size: int, *strides: int) -> tuple[tuple[int
 
 
 @functools.lru_cache(4096)
-def _places_of_columns(columns: FactorColumns, stride: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of each factor the first column, and numbers from a token to the next. An A that is none is not looked at."""
-    starts = tuple(0 if part is None else part[0] for part in columns)
+def _places_of_columns(columns: FactorColumns, itemsize: int, stride: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of each factor bytes before the first column, and numbers from a token to the next; 0 of an A that is none."""
+    starts = tuple(0 if part is None else itemsize * part[0] for part in columns)
     return starts, tuple(0 if part is None else stride for part in columns)
 
 
@@ -441,15 +451,15 @@ def _store_in_triton(
     num_heads, q_rank = (b_q.shape[1], 0) if a_q is None else (a_q.shape[1], b_q.shape[1])
     query = b_q.new_empty((b_q.shape[0], num_heads, b_q.shape[2]))
     _launch_store(
-        factors, None, strides, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, query,
-        q_rank, constant_a, eps, activation, norms_key_heads, key_layout, value_layout,
+        factors, None, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a,
+        q_norm, k_norm, eps, activation, norms_key_heads, key_layout, value_layout,
     )  # fmt: skip
     return query
 
 
 def _launch_store(
-    factors, offsets, strides, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, query,
-    q_rank, constant_a, eps, activation, norms_key_heads, key_layout, value_layout,
+    factors, offsets, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a,
+    q_norm, k_norm, eps, activation, norms_key_heads, key_layout, value_layout, key=None, value=None, first_formed=0,
 ) -> None:  # fmt: skip
     """`factors` are A and B of queries, keys and values, with their strides; `offsets` are where they start in one product."""
     num_tokens, num_heads, _ = query.shape
@@ -461,26 +471,28 @@ def _launch_store(
         slots = slots.length if has_length else query
     kernel, programs, numbers = _store_kernel(
         num_heads, q_rank, constant_a, key_layout, value_layout, activation, 2 * cos.shape[1], q_norm is not None,
-        norms_key_heads, has_length, query.element_size(), strides, cos.stride(0), sin.stride(0),
+        norms_key_heads, has_length, key is not None, query.element_size(), strides, cos.stride(0), sin.stride(0),
         key_pages.element_size(), page_size, *key_pages.stride()[:2], *value_pages.stride()[:2],
     )  # fmt: skip
     no_norm = factors[1] if offsets is None else query
     q_norm, k_norm = no_norm if q_norm is None else q_norm, no_norm if k_norm is None else k_norm
-    tensors = [*factors, cos, sin, q_norm, k_norm, slots, key_pages, value_pages, query]
+    states = (query, query) if key is None else (key, value)
+    tensors = [*factors, cos, sin, q_norm, k_norm, slots, key_pages, value_pages, query, *states]
     if offsets is not None:
-        offsets = (*offsets, 0, 0, 0, 0, 0, 0, 0, 0)
-    kernel((num_tokens * programs, 1, 1), tensors, [*numbers, slots.shape[0], *places, eps], offsets)
+        offsets = (*offsets, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    kernel((num_tokens * programs, 1, 1), tensors, [*numbers, slots.shape[0], *places, first_formed, eps], offsets)
 
 
 @functools.lru_cache(4096)
 def _store_kernel(
-    num_heads, q_rank, constant_a, key_layout, value_layout, activation, rotary_dim, has_norm, norms_key_heads, has_length,
+    num_heads, q_rank, constant_a, key_layout, value_layout, activation, rotary_dim, has_norm, norms_key_heads, has_length, forms,
     itemsize, strides, cos_stride, sin_stride, page_itemsize, page_size, *page_strides,
 ) -> tuple[KeptKernel, int, tuple[int, ...]]:  # fmt: skip
     """The kernel with its constants, programs for each token, and all strides in their units."""
     sizes = _store_sizes(num_heads, key_layout, value_layout)
     head_blocks = -(-num_heads // sizes["BLOCK_H"])
     key_blocks = -(-key_layout.padded_heads // sizes["BLOCK_H"]) if norms_key_heads else 0
+    formed_blocks = 2 * -(-key_layout.num_heads // sizes["BLOCK_H"]) if forms else 0
     page_strides, page_constants = _page_units(page_itemsize, page_size, *page_strides)
     b_unit = stride_unit(itemsize, *strides[1::2])
     kind = "constant" if key_layout.num_heads == 0 else "cached"
@@ -495,11 +507,12 @@ def _store_kernel(
         ROTATION=Rotation(rotary_dim, has_norm, norms_key_heads),
         B_UNIT=b_unit,
         HAS_LENGTH=has_length,
+        FORMS=forms,
         **page_constants,
         **sizes,
     )
     units = [stride // b_unit if i % 2 else stride for i, stride in enumerate(strides)]
-    return kernel, head_blocks + 2 + key_blocks, (*units, cos_stride, sin_stride, *page_strides)
+    return kernel, head_blocks + 2 + key_blocks + formed_blocks, (*units, cos_stride, sin_stride, *page_strides)
 
 
 def _form_in_triton(key_pages, value_pages, slots, key, value, key_a, value_a, key_layout, value_layout) -> None:

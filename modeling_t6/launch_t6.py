@@ -68,7 +68,7 @@ class KeptKernel:
         Args:
             tensors: all on one device, in the order of the kernel's parameters.
             numbers: in the order of the kernel's parameters.
-            offsets: numbers from the start of each tensor to what the kernel is given of it.
+            offsets: bytes from the start of each tensor to what the kernel is given of it.
         """
         devices = [x.get_device() for x in tensors]
         device = devices[0]
@@ -77,10 +77,14 @@ class KeptKernel:
                 return self(grid, tensors, numbers, offsets)
         pointers = [x.data_ptr() for x in tensors]
         if offsets is not None:
-            pointers = [p + n * x.itemsize for p, n, x in zip(pointers, offsets, tensors)]
+            pointers = [p + n for p, n in zip(pointers, offsets)]
         specialized = None if self.specialized is None else self.specialized(numbers)
         wide = None if max(numbers) < 2**31 else tuple([n >= 2**31 for n in numbers])
-        key = (specialized, wide, *devices, *[x.dtype for x in tensors], *[p % 16 == 0 for p in pointers])
+        low = 0
+        for p in pointers:
+            low |= p
+        aligned = None if low % 16 == 0 else tuple([p % 16 == 0 for p in pointers])
+        key = (specialized, wide, aligned, *devices, *[x.dtype for x in tensors])
         compiled = self.compiled.get(key)
         if compiled is None or self.kernel.pre_run_hooks or _has_launch_hooks():
             self._start_by_triton(key, grid, tensors, numbers, offsets)
@@ -93,7 +97,10 @@ class KeptKernel:
 
     def _start_by_triton(self, key, grid, tensors, numbers, offsets) -> None:
         if offsets is not None:
-            tensors = [x.as_strided((1,), (1,), x.storage_offset() + n) if n else x for x, n in zip(tensors, offsets)]
+            tensors = [
+                x.as_strided((1,), (1,), x.storage_offset() + n // x.itemsize) if n else x
+                for x, n in zip(tensors, offsets)
+            ]
         compiled = self.kernel[grid](*self._in_order([*tensors, *numbers]), **self.constants)
         if compiled is not None:  # it is in the interpreter
             self.compiled[key] = compiled

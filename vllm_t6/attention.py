@@ -35,7 +35,7 @@ from modeling_t6.flash_tpa_pages_t6 import Pieces, paged_flash_tpa
 
 from .decoding import paged_factor_space_attention
 from .metadata import FactorMetadata
-from .prefill import Piece, attend_to_piece, flash_attention_version, workspace_rows
+from .prefill import attend_to_piece, flash_attention_version, workspace_rows
 
 
 class FactorImpl(AttentionImpl):
@@ -105,11 +105,12 @@ class FactorImpl(AttentionImpl):
         query = attn_metadata.query
         if query is None:
             query = attn_metadata.query = torch.empty_like(heads)
-        self.store(projections, cos, sin, attn_metadata.slots, key_pages, value_pages, query)
+        formed = self.states_of_new_prompts(query, attn_metadata)
+        self.store(projections, cos, sin, attn_metadata.slots, key_pages, value_pages, query, formed)
         if attn_metadata.num_decodes:
             self.decode(query, key_pages, value_pages, attn_metadata, heads)
         if attn_metadata.prompt_pieces:
-            self.attend_to_prompts(query, key_pages, value_pages, attn_metadata, heads)
+            self.attend_to_prompts(query, key_pages, value_pages, attn_metadata, heads, are_formed=bool(formed))
         return output
 
     def pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,13 +130,17 @@ class FactorImpl(AttentionImpl):
         key_pages: torch.Tensor,
         value_pages: torch.Tensor,
         query: torch.Tensor,
+        formed: tuple[torch.Tensor, torch.Tensor, int] | tuple[()] = (),
         kernels: bool | None = None,
     ) -> None:
-        """Writes the rows of a step's tokens, and their queries [tokens, h, d]. See `store_factors` of `kernels`."""
+        """
+        Writes the rows of a step's tokens, their queries [tokens, h, d], and K and V of those that `formed` says. See
+        `store_factors` of `kernels`.
+        """
         q_norm, k_norm = self._norms
         store_projections(
             projections, self.columns, self.constants[0], cos, sin, slots, key_pages, value_pages, query, q_norm, k_norm,
-            self.eps, self.activation, self.qk_norm == "heads", kernels,
+            self.eps, self.activation, self.qk_norm == "heads", kernels, *formed,
         )  # fmt: skip
 
     def decode(
@@ -195,33 +200,47 @@ class FactorImpl(AttentionImpl):
         value_pages: torch.Tensor,
         metadata: FactorMetadata,
         heads: torch.Tensor,
+        are_formed: bool = False,
     ) -> None:
-        """Attention of the prompts of a step, into the last of `heads` [tokens, h, d]."""
+        """Attention of the prompts of a step, into the last of `heads` [tokens, h, d]; K and V may be formed already."""
         constants = self._selected_ranks or self.constants[1:]
-        if self.num_formed_heads not in metadata.prompt_states:
-            metadata.prompt_states[self.num_formed_heads] = self._prompt_states(query, metadata.prompt_pieces)
-        states = metadata.prompt_states[self.num_formed_heads]
         earlier = None  # of a prompt whose rows take several pieces
-        for piece, (piece_query, key, value) in zip(metadata.prompt_pieces, states):
-            form_heads_from_pages(
-                key_pages, value_pages, piece.slots, key, value, self.k_rank, self.v_rank, *constants
-            )
+        for piece, (piece_query, key, value) in zip(metadata.prompt_pieces, self._prompt_states(query, metadata)):
+            if not are_formed:
+                form_heads_from_pages(
+                    key_pages, value_pages, piece.slots, key, value, self.k_rank, self.v_rank, *constants
+                )
             output = heads if piece_query is query else heads[piece.queries]
             earlier = attend_to_piece(
                 piece_query, key, value, piece, self.scale, self.sliding_window, self.fa_version, earlier, output
             )
 
+    def states_of_new_prompts(
+        self, query: torch.Tensor, metadata: FactorMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor, int] | tuple[()]:
+        """
+        Room for K and V of the step's prompts, and the first token of these: where nothing is before any of them, their heads
+        are formed as their rows are written.
+        """
+        pieces = metadata.prompt_pieces
+        if self.constant_a or len(pieces) != 1 or not pieces[0].is_new:
+            return ()
+        return *self._prompt_states(query, metadata)[0][1:], pieces[0].queries.start
+
     def _prompt_states(
-        self, query: torch.Tensor, pieces: list[Piece]
+        self, query: torch.Tensor, metadata: FactorMetadata
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Of each piece its query tokens, and room for its K and V."""
-        key, value = self._workspace(query.dtype, query.device)
-        # Tokens behind all requests, which fill up a graph, are not looked at.
-        is_whole = len(pieces) == 1 and pieces[0].queries.start == 0
-        return [
-            (query if is_whole else query[piece.queries], key[: len(piece.slots)], value[: len(piece.slots)])
-            for piece in pieces
-        ]
+        states = metadata.prompt_states.get(self.num_formed_heads)
+        if states is None:
+            pieces, (key, value) = metadata.prompt_pieces, self._workspace(query.dtype, query.device)
+            # Tokens behind all requests, which fill up a graph, are not looked at.
+            is_whole = len(pieces) == 1 and pieces[0].queries.start == 0
+            states = metadata.prompt_states[self.num_formed_heads] = [
+                (query if is_whole else query[piece.queries], key[: len(piece.slots)], value[: len(piece.slots)])
+                for piece in pieces
+            ]
+        return states
 
     @functools.cached_property
     def _selected_ranks(self) -> tuple[SelectedRanks, SelectedRanks] | None:

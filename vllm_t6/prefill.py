@@ -42,6 +42,7 @@ class Piece:
         max_queries, max_rows: of one request.
         is_first, is_last: whether the query tokens have attended to nothing before, and to all that they see after it.
             The last query token of a request sees the last row of its last piece, the one before it one row less.
+        is_new: whether its rows are those of its query tokens, as nothing is before them.
     """
 
     queries: slice
@@ -52,6 +53,7 @@ class Piece:
     max_rows: int
     is_first: bool
     is_last: bool
+    is_new: bool
 
 
 def workspace_rows(vllm_config: VllmConfig) -> int:
@@ -106,7 +108,7 @@ def plan_pieces(
         queries, requests = query_lengths[request:end], slice(first_request + request, first_request + end)
         if queries == lengths[request:end]:  # nothing is before these, which fit: their rows are those of the step
             query_starts = step_query_starts[requests.start : requests.stop + 1]
-            pieces.append(_whole_piece(token, queries, query_starts - token if token else query_starts, step_slots))
+            pieces.append(_new_piece(token, queries, query_starts - token if token else query_starts, step_slots))
         else:
             for spans in steps:
                 is_first, is_last = spans is steps[0], spans is steps[-1]
@@ -116,11 +118,19 @@ def plan_pieces(
     return pieces
 
 
-def _whole_piece(token: int, query_lengths: list[int], query_starts: torch.Tensor, step_slots: torch.Tensor) -> Piece:
+def _new_piece(token: int, query_lengths: list[int], query_starts: torch.Tensor, step_slots: torch.Tensor) -> Piece:
     queries = slice(token, token + sum(query_lengths))
     longest = max(query_lengths)
     return Piece(
-        queries, query_starts, query_starts, step_slots[queries], longest, longest, is_first=True, is_last=True
+        queries=queries,
+        query_starts=query_starts,
+        row_starts=query_starts,
+        slots=step_slots[queries],
+        max_queries=longest,
+        max_rows=longest,
+        is_first=True,
+        is_last=True,
+        is_new=True,
     )
 
 
@@ -150,6 +160,7 @@ def _piece(
         max_rows=max(row_lengths),
         is_first=is_first,
         is_last=is_last,
+        is_new=False,
     )
 
 

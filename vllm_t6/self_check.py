@@ -81,6 +81,11 @@ def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
     rows = [rows_at(part, slots).float() for part in pages]
     prompts, decoded = torch.empty_like(query), torch.empty_like(query[: len(lengths)])
     impl.attend_to_prompts(query, *pages, metadata, prompts)
+    formed, at_once = impl.states_of_new_prompts(query, metadata), torch.empty_like(query)
+    for states in formed[:2]:
+        states.fill_(math.nan)
+    impl.store(*tokens, *pages, query, formed)
+    impl.attend_to_prompts(query, *pages, metadata, at_once, are_formed=bool(formed))
     impl.decode(query[starts[1:].long() - 1], *pages, metadata, decoded)
     kv_cache[used] = held
 
@@ -91,6 +96,7 @@ def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
     outputs, spreads = zip(*(_attention(impl, *x) for x in zip(*(part.split(lengths) for part in (query, *rows)))))
     expected, tolerance = torch.cat(outputs), tolerance * max(1, *spreads)
     _compare("attention of prompts", prompts, expected, tolerance)
+    _compare("attention of new prompts", at_once, expected, tolerance)
     _compare("attention of decoded tokens", decoded, expected[starts[1:].long() - 1], tolerance)
 
 

@@ -197,9 +197,22 @@ def check_store(case: dict, device: str, store=store_factors) -> None:
     )
     assert query.dtype == dtype
     other_query, other_pages = torch.empty_like(query), random_pages(case, blocks, widths, device)
+    states, first = {}, choose.choice((0, 0, 1, tokens))
+    if not constant_a:
+        room = torch.full((2, tokens - first, kv_heads, head_dim), math.nan, dtype=dtype, device=device)
+        states = dict(zip(("key", "value"), room))
     store_projections(
-        product, columns, constant_a_q, *tokens_at, *(as_given(x) for x in other_pages), other_query, *variant
-    )
+        product, columns, constant_a_q, *tokens_at, *(as_given(x) for x in other_pages), other_query, *variant,
+        **states, first_formed=first,
+    )  # fmt: skip
+    for (name, formed), rows, layout in zip(states.items(), other_pages, layouts):
+        for i, slot in enumerate(slots.tolist()[first:]):
+            if slot >= 0:
+                a, b = layout.unpack(numbers(rows[slot // page_size, slot % page_size])[None, None, None])
+                heads_of_row = torch.einsum("rh,rd->hd", a[0, 0], b[0, 0]) / layout.rank
+                assert_near(formed[i], heads_of_row.to(dtype).double(), dtype, name)  # beyond float16, perhaps
+                formed[i] = math.nan
+        assert formed.isnan().all(), f"{name}: heads of tokens without a row are written"
     for name, x, other in zip(("query", "key rows", "value rows"), (query, *pages), (other_query, *other_pages)):
         assert torch.equal(x.float().nan_to_num(0.5), other.float().nan_to_num(0.5)), (
             f"{name}: not those of the product"

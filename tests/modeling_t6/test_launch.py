@@ -90,7 +90,7 @@ def test_starts_what_triton_would(offset):
         plain, listed, scale, last = numbers
         compiled = kernel[(3, 2, 1)](parts[0], plain, listed, scale, parts[1], last, **CONSTANTS)
         expected = compiled.launches.pop()
-        kept((3, 2, 1), tensors, numbers, [offset] * 2 if offset else None)
+        kept((3, 2, 1), tensors, numbers, [offset * x.itemsize for x in tensors] if offset else None)
         assert compiled.launches == [expected]
         compiled.launches.clear()
     assert 10 < len(kept.compiled) < 400  # each kind of arguments by Triton once

@@ -76,7 +76,7 @@ def with_slots(store: Callable, change: Callable) -> Callable:
 
 def is_kernel(args: list) -> bool:
     """Of `store_projections`: whether it may be the kernel, and is not the reference."""
-    return args[-1] is None
+    return args[14] is None
 
 
 def next_slot(store: Callable) -> Callable:
@@ -160,3 +160,19 @@ def test_fails(layers, function, fault, named, monkeypatch):
         with pytest.raises(RuntimeError, match=f"with this cache: {named} are off"):
             check_pages(layer.impl, layer.kv_cache)
         assert torch.equal(layer.kv_cache, held)
+
+
+def test_fails_for_heads_that_are_formed_with_the_rows(layers, monkeypatch):
+    if layers[0].impl.constant_a:
+        pytest.skip("of a constant A heads are formed of pages alone")
+    store = attention.store_projections
+
+    def changed(*args) -> None:
+        store(*args)
+        if len(args) > 15:
+            args[16].mul_(1.3)
+
+    monkeypatch.setattr(attention, "store_projections", changed)
+    for layer in layers:
+        with pytest.raises(RuntimeError, match="with this cache: attention of new prompts are off"):
+            check_pages(layer.impl, layer.kv_cache)

@@ -46,6 +46,9 @@ QUERY_TILE = 1024  # numbers of a block of heads that one program forms, at most
 QUERY_NUMBERS = 32  # of them for each thread
 PAIRS_TILE = 4096  # numbers of keys or values that one program forms
 PAIRS_NUMBERS = 32
+# Tokens whose K and V are formed by the programs that store them, one warp each: of more, the kernel that forms heads alone
+# saves more of the GPU's time than its launch takes.
+MOST_AT_ONCE = 2048
 
 
 class SelectedRanks(NamedTuple):
@@ -205,8 +208,8 @@ def store_projections(
 
     Args:
         key, value: where K and V of the tokens from `first_formed` on go, [those tokens, h_kv, d], contiguous, as
-            [`form_heads_from_pages`] forms them of the rows; neither where A is constant. In the same launch but for
-            `norms_key_heads`, and rows of another dtype than the heads'.
+            [`form_heads_from_pages`] forms them of the rows; neither where A is constant. In the same launch, if there are
+            few tokens, but for `norms_key_heads`, and rows of another dtype than the heads'.
     """
     key_pages, value_pages = _as_numbers(key_pages), _as_numbers(value_pages)
     (_, k_rank, head_dim), v_rank = columns.b_k, columns.b_v[1]
@@ -220,7 +223,9 @@ def store_projections(
         if constant_a_q is not None:
             factors[0] = constant_a_q.contiguous()
         q_rank = 0 if columns.a_q is None and constant_a_q is None else columns.b_q[1]
-        forms_at_once = key is not None and not norms_key_heads and key_pages.dtype == key.dtype
+        forms_at_once = (
+            key is not None and len(key) <= MOST_AT_ONCE and not norms_key_heads and key_pages.dtype == key.dtype
+        )
         _launch_store(
             factors, offsets, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a_q is not None,
             *variant, *((key, value, first_formed) if forms_at_once else ()),

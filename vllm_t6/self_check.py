@@ -64,7 +64,11 @@ def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
         schedule_pieces(metadata.lengths, metadata.query_starts, metadata.decode_pieces)
 
     generator = torch.Generator(device).manual_seed(0)
-    sizes = len(slots), sum(impl.projection_sizes.values())
+    columns = sum(impl.projection_sizes.values())
+    sizes = (
+        len(slots),
+        columns + -columns % 8,
+    )  # as the model's product has them: the kernels are compiled for their alignment
     projections = torch.randn(sizes, generator=generator, device=device, dtype=torch.float32).to(impl.dtype)
     angles = 6.3 * torch.rand(len(slots), impl.config.rotary_dim // 2, generator=generator, device=device)
     tokens = projections, angles.cos().to(impl.dtype), angles.sin().to(impl.dtype), metadata.slots

@@ -5,7 +5,8 @@ Factors in an engine's pages on a GPU: projections to queries and rows, and rows
     python benchmarks/factor_pages_gpu.py --sweep                 # launch sizes, tried one against another
 
 Every time is one call out of a CUDA graph of calls that read and write different memory. Bytes are those that have to be
-read and written, each number once. What the kernels give is compared with PyTorch's before it is timed;
+read and written, each number once. `both` stores rows and forms K and V in one launch. Of one token the host's time of a call is
+measured, too, which a graph does not take. What the kernels give is compared with PyTorch's before it is timed;
 `python -m tests.modeling_t6.factor_pages_cases 0 100` compares random shapes and variants with float64.
 """
 
@@ -26,6 +27,7 @@ if __name__ == "__main__":
 
 import functools
 import itertools
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
@@ -36,11 +38,11 @@ from gpu import copies_larger_than_l2, copy_bandwidth, graph_seconds, machine
 from modeling_t6 import factor_pages_t6
 from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.factor_pages_t6 import (
+    FactorColumns,
     SelectedRanks,
     form_heads_from_pages,
     select_ranks,
-    store_factors,
-    view_factors,
+    store_projections,
 )
 
 
@@ -81,6 +83,7 @@ class Layer:
     """The tensors of one layer in one step of an engine."""
 
     def __init__(self, shape: Shape, tokens: int):
+        self.shape = shape
         heads, head_dim, q_rank, rank, _ = shape
         random = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
         parts = [(heads if q_rank is None else q_rank, head_dim), (rank, head_dim), (rank, head_dim)]
@@ -88,16 +91,15 @@ class Layer:
             parts += [(heads, q_rank), (heads, rank), (heads, rank)]
         sizes = [n * m for n, m in parts]
         product = random(tokens, -(-sum(sizes) // 8) * 8)
-        views = [
-            view_factors(product, start, *part) for start, part in zip(itertools.accumulate(sizes, initial=0), parts)
-        ]
-        (b_q, b_k, b_v), (a_q, a_k, a_v) = views[:3], views[3:] or (None, None, None)
+        places = [(start, *part) for start, part in zip(itertools.accumulate(sizes, initial=0), parts)]
+        (b_q, b_k, b_v), (a_q, a_k, a_v) = places[:3], places[3:] or (None, None, None)
         cos, sin = torch.rand(2, tokens, head_dim // 2, device="cuda")
         width = shape.layout.width
         pages = torch.zeros(-(-tokens // PAGE_SIZE), PAGE_SIZE, 2 * width, device="cuda", dtype=torch.bfloat16)
         self.pages = (pages.to(torch.float8_e4m3fn) if shape.float8 else pages).split(width, dim=-1)
         self.slots = torch.randperm(self.pages[0].shape[0] * PAGE_SIZE, device="cuda")[:tokens]
-        self.factors = a_q, b_q, a_k, b_k, a_v, b_v, cos, sin
+        self.factors = product, FactorColumns(a_q, b_q, a_k, b_k, a_v, b_v), None, cos, sin
+        self.query = product.new_empty(tokens, heads, head_dim)
         self.constants: tuple[SelectedRanks | None, ...] = (None, None)
         states = heads
         if shape.selects:
@@ -108,9 +110,18 @@ class Layer:
         rows = tokens * 2 * width * self.pages[0].element_size()
         self.store_bytes = product.nbytes + cos.nbytes + sin.nbytes + tokens * heads * head_dim * 2 + rows
         self.form_bytes = rows + sum(x.nbytes for x in self.states)
+        self.both_bytes = self.store_bytes + sum(x.nbytes for x in self.states)
+
+    @property
+    def takes_both(self) -> bool:
+        return not self.shape.selects and not self.shape.float8
 
     def store(self) -> torch.Tensor:
-        return store_factors(*self.factors, self.slots, *self.pages)
+        store_projections(*self.factors, self.slots, *self.pages, self.query)
+        return self.query
+
+    def both(self) -> None:
+        store_projections(*self.factors, self.slots, *self.pages, self.query, key=self.states[0], value=self.states[1])
 
     def form(self) -> None:
         form_heads_from_pages(*self.pages, self.slots, *self.states, self.rank, self.rank, *self.constants)
@@ -118,21 +129,24 @@ class Layer:
     def check(self) -> None:
         """What both give is what PyTorch gives."""
         results = []
-        for implementation in (factor_pages_t6.triton, None):
+        forms = self.both if self.takes_both else self.form
+        triton = factor_pages_t6.triton
+        for implementation, form in ((triton, self.form), (None, self.form), (triton, forms)):
             with mock.patch.object(factor_pages_t6, "triton", implementation):
                 query = self.store()
-                self.form()
+                form()
             results.append([x.float() for x in (query, *self.pages, *self.states)])
             for x in self.states:
                 x.zero_()
-        for actual, expected in zip(*results):
+        kernels, in_torch, at_once = results
+        for actual, expected in zip((*kernels, *at_once), in_torch * 2):
             # A number between two of the dtype may be rounded to either; of pages it is then formed.
             error = ((actual - expected).norm() / expected.norm()).item()
             assert error < 5e-3, f"the kernels and PyTorch disagree: {error}"
 
 
 def time_call(shape: Shape, tokens: int, name: str) -> tuple[float, int]:
-    """Seconds and bytes of `store` or `form`."""
+    """Seconds and bytes of `store`, `form` or `both`."""
     layer = Layer(shape, tokens)
     num_bytes = getattr(layer, f"{name}_bytes")
     layers = [layer, *(Layer(shape, tokens) for _ in range(copies_larger_than_l2(num_bytes) - 1))]
@@ -142,18 +156,35 @@ def time_call(shape: Shape, tokens: int, name: str) -> tuple[float, int]:
     return graph_seconds(calls * max(1, 16 // len(calls))), num_bytes
 
 
+def host_seconds(call: Callable, calls: int = 200) -> float:
+    """What a call takes the host, the shortest of some rounds; the GPU is not waited for."""
+    rounds = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        rounds.append((time.perf_counter() - start) / calls)
+    return min(rounds)
+
+
 def measure() -> dict:
+    factor_pages_t6.MOST_AT_ONCE = max(TOKENS)
     bandwidth = copy_bandwidth()
     print(f"{machine()}; bfloat16, pages of {PAGE_SIZE} tokens; copies move {bandwidth / 1e12:.2f} TB/s")
     results = []
     for (model, shape), tokens in itertools.product(MODELS.items(), TOKENS):
-        Layer(shape, tokens).check()
-        for name in ("store", "form"):
+        layer = Layer(shape, tokens)
+        layer.check()
+        for name in ("store", "form", *(["both"] if layer.takes_both else [])):
             seconds, num_bytes = time_call(shape, tokens, name)
             results.append(
                 {"model": model, "tokens": tokens, "call": name, "seconds": seconds, "bytes": num_bytes}
                 | {"share": num_bytes / seconds / bandwidth}
             )
+            if tokens == 1:
+                results[-1]["host_seconds"] = host_seconds(getattr(layer, name))
+                print(f"{model:12}{name:6}{results[-1]['host_seconds'] * 1e6:7.1f} us of the host")
             print(
                 f"{model:12}{tokens:6,} tokens  {name:6}{seconds * 1e6:7.1f} us  {num_bytes / 1e6:7.2f} MB  "
                 f"{num_bytes / seconds / 1e9:6,.0f} GB/s  {results[-1]['share']:4.0%} of copies",
@@ -169,7 +200,8 @@ def set_sizes(name: str, sizes: tuple[int, int]) -> tuple[int, int]:
     before = tuple(getattr(factor_pages_t6, part) for part in names)
     for part, size in zip(names, sizes):
         setattr(factor_pages_t6, part, size)
-    factor_pages_t6._store_sizes.cache_clear()
+    for chosen in (factor_pages_t6._store_sizes, factor_pages_t6._store_kernel, factor_pages_t6._form_kernel):
+        chosen.cache_clear()
     return before
 
 

@@ -132,18 +132,31 @@ def variant(names: dict, fields: dict):
     """The kernels on pages with other settings."""
     choose = flash_tpa_pages_t6.choose_launch
     names = names | {"choose_launch": lambda *args, **kwargs: choose(*args, **kwargs)._replace(**fields)}
-    plain = {name: getattr(flash_tpa_pages_t6, name) for name in names}
-    for name, value in names.items():
-        setattr(flash_tpa_pages_t6, name, value)
+    with replaced(flash_tpa_pages_t6, **names):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(module, **names):
+    """Other things of these names in a module, for launches that are chosen anew."""
+    plain = {name: getattr(module, name) for name in names}
+
+    def put(values: dict) -> None:
+        for name, value in values.items():
+            setattr(module, name, value)
+        flash_tpa_pages_t6._launches.cache_clear()
+
+    put(names)
     try:
         yield
     finally:
-        for name, value in plain.items():
-            setattr(flash_tpa_pages_t6, name, value)
+        put(plain)
 
 
 class NoKernel:
     """In the place of one: is launched, and does nothing."""
+
+    arg_names = ()
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: None
@@ -151,12 +164,9 @@ class NoKernel:
 
 @contextlib.contextmanager
 def without_combining():
-    plain = flash_tpa_t6.combine_kernel, flash_tpa_pages_t6.combine_pages_kernel
-    flash_tpa_t6.combine_kernel = flash_tpa_pages_t6.combine_pages_kernel = NoKernel()
-    try:
+    kernel = NoKernel()
+    with replaced(flash_tpa_t6, combine_kernel=kernel), replaced(flash_tpa_pages_t6, combine_pages_kernel=kernel):
         yield
-    finally:
-        flash_tpa_t6.combine_kernel, flash_tpa_pages_t6.combine_pages_kernel = plain
 
 
 def contiguous_calls(shape: CacheShape, copies: int, side_by_side: bool = False) -> list:

@@ -186,35 +186,71 @@ def _store_normed_a(
 
 
 @triton.jit
-def _store_b(
-    b_ptr, cos_ptr, sin_ptr, norm_ptr, row_ptr, eps,
-    ROWS: tl.constexpr, ROTATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def _load_b(
+    b_ptr, cos_ptr, sin_ptr, norm_ptr, ranks, eps, ROWS: tl.constexpr, ROTATION: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """
-    B of one token, `BLOCK_R` ranks at a time: of keys normalised (or, where their heads are, times the weight of the norm)
+    B of one token and some ranks, [n, BLOCK_D]: of keys normalised (or, where their heads are, times the weight of the norm)
     and rotated, of values (no `ROTATION`) as it is.
     """
     HEAD_DIM: tl.constexpr = ROWS.head_dim
     RANK: tl.constexpr = ROWS.rank
     features = tl.arange(0, BLOCK_D)
+    offsets = (ranks * HEAD_DIM)[:, None] + features[None, :]
+    is_b = (ranks < RANK)[:, None] & (features < HEAD_DIM)[None, :]
+    b = tl.load(b_ptr + offsets, mask=is_b, other=0.0).to(tl.float32)
+    if ROTATION is not None:
+        pairs, is_rotated, cos, sin = _load_angles(cos_ptr, sin_ptr, ROTATION.rotary_dim, BLOCK_D)
+        is_pair = (ranks < RANK)[:, None] & is_rotated[None, :]
+        paired = tl.load(b_ptr + ((ranks * HEAD_DIM)[:, None] + pairs[None, :]), mask=is_pair, other=0.0)
+        paired = paired.to(tl.float32)
+        if ROTATION.norms_key_heads:
+            weight = tl.load(norm_ptr + features, mask=features < HEAD_DIM, other=0.0).to(tl.float32)
+            paired_weight = tl.load(norm_ptr + pairs, mask=is_rotated, other=0.0).to(tl.float32)
+            b, paired = b * weight[None, :], paired * paired_weight[None, :]
+        elif ROTATION.has_norm:
+            b, paired = _normalize(b, paired, norm_ptr, features, pairs, is_rotated, eps, HEAD_DIM)
+        b = b * cos[None, :] + paired * sin[None, :]
+    return b, offsets, is_b
+
+
+@triton.jit
+def _store_b(
+    b_ptr, cos_ptr, sin_ptr, norm_ptr, row_ptr, eps,
+    ROWS: tl.constexpr, ROTATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """B of one token, `BLOCK_R` ranks at a time."""
+    RANK: tl.constexpr = ROWS.rank
     for first in tl.static_range(0, RANK, BLOCK_R):
         ranks = first + tl.arange(0, BLOCK_R)
-        offsets = (ranks * HEAD_DIM)[:, None] + features[None, :]
-        is_b = (ranks < RANK)[:, None] & (features < HEAD_DIM)[None, :]
-        b = tl.load(b_ptr + offsets, mask=is_b, other=0.0).to(tl.float32)
-        if ROTATION is not None:
-            pairs, is_rotated, cos, sin = _load_angles(cos_ptr, sin_ptr, ROTATION.rotary_dim, BLOCK_D)
-            is_pair = (ranks < RANK)[:, None] & is_rotated[None, :]
-            paired = tl.load(b_ptr + ((ranks * HEAD_DIM)[:, None] + pairs[None, :]), mask=is_pair, other=0.0)
-            paired = paired.to(tl.float32)
-            if ROTATION.norms_key_heads:
-                weight = tl.load(norm_ptr + features, mask=features < HEAD_DIM, other=0.0).to(tl.float32)
-                paired_weight = tl.load(norm_ptr + pairs, mask=is_rotated, other=0.0).to(tl.float32)
-                b, paired = b * weight[None, :], paired * paired_weight[None, :]
-            elif ROTATION.has_norm:
-                b, paired = _normalize(b, paired, norm_ptr, features, pairs, is_rotated, eps, HEAD_DIM)
-            b = b * cos[None, :] + paired * sin[None, :]
+        b, offsets, is_b = _load_b(b_ptr, cos_ptr, sin_ptr, norm_ptr, ranks, eps, ROWS, ROTATION, BLOCK_D)
         tl.store(row_ptr + offsets, _as_stored(b, row_ptr.dtype.element_ty), mask=is_b)
+
+
+@triton.jit
+def _form_new_heads(
+    a_ptr, b_ptr, cos_ptr, sin_ptr, norm_ptr, out_ptr, first_head, eps,
+    ROWS: tl.constexpr, ROTATION: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, ALL_HEADS: tl.constexpr,
+):  # fmt: skip
+    """
+    K or V of one token for some heads, of its projections: as [`_form_heads`] forms them of the row, whose dtype is that
+    of the heads.
+    """
+    HEAD_DIM: tl.constexpr = ROWS.head_dim
+    NUM_HEADS: tl.constexpr = ROWS.num_heads
+    RANK: tl.constexpr = ROWS.rank
+    heads = first_head + tl.arange(0, BLOCK_H)
+    features = tl.arange(0, BLOCK_D)
+    states = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for r in tl.static_range(RANK):
+        a = _load_projected_a(a_ptr, heads, r, NUM_HEADS, RANK, False, ACTIVATION, ALL_HEADS)
+        a = a.to(out_ptr.dtype.element_ty).to(tl.float32)
+        b, _, _ = _load_b(b_ptr, cos_ptr, sin_ptr, norm_ptr, r + tl.arange(0, 1), eps, ROWS, ROTATION, BLOCK_D)
+        states += a[:, None] * b.to(out_ptr.dtype.element_ty).to(tl.float32)
+    offsets = (heads * HEAD_DIM)[:, None] + features[None, :]
+    is_number = (heads < NUM_HEADS)[:, None] & (features < HEAD_DIM)[None, :]
+    tl.store(out_ptr + offsets, (states / RANK).to(out_ptr.dtype.element_ty), mask=is_number)
 
 
 @triton.jit
@@ -279,6 +315,7 @@ def _find_row(
         "first_row",
         "new_rows",
         "room",
+        "first_formed",
     ]
 )
 def store_factors_kernel(
@@ -296,6 +333,8 @@ def store_factors_kernel(
     key_pages_ptr,
     value_pages_ptr,
     query_ptr,
+    key_ptr,
+    value_ptr,
     a_q_stride,
     b_q_stride,
     a_k_stride,
@@ -312,6 +351,7 @@ def store_factors_kernel(
     first_row,
     new_rows,
     room,
+    first_formed,
     eps,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
@@ -323,6 +363,7 @@ def store_factors_kernel(
     PAGE_UNIT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
+    FORMS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -331,15 +372,18 @@ def store_factors_kernel(
 ):
     """
     For each token: a program for each block of heads, which forms their query, one for the key row, one for the value row.
-    Where heads of keys are normalised, also one for each block of the A of these.
+    Where heads of keys are normalised, also one for each block of the A of these; where K and V are wanted, too (`FORMS`), of
+    tokens from `first_formed` on that have a row, also one for each block of heads of each.
 
     Strides of B and of pages count `B_UNIT` and `PAGE_UNIT` numbers, which tells the compiler how rows are aligned.
     """
     HEAD_DIM: tl.constexpr = KEYS.head_dim
     HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + BLOCK_H - 1) // BLOCK_H
     KEY_BLOCKS: tl.constexpr = (KEYS.padded_heads + BLOCK_H - 1) // BLOCK_H if ROTATION.norms_key_heads else 0
-    part = tl.program_id(0) % (HEAD_BLOCKS + 2 + KEY_BLOCKS)
-    token = (tl.program_id(0) // (HEAD_BLOCKS + 2 + KEY_BLOCKS)).to(tl.int64)
+    FORMED_BLOCKS: tl.constexpr = (KEYS.num_heads + BLOCK_H - 1) // BLOCK_H if FORMS else 0
+    STORED: tl.constexpr = HEAD_BLOCKS + 2 + KEY_BLOCKS
+    part = tl.program_id(0) % (STORED + 2 * FORMED_BLOCKS)
+    token = (tl.program_id(0) // (STORED + 2 * FORMED_BLOCKS)).to(tl.int64)
     cos_ptr += token * cos_stride
     sin_ptr += token * sin_stride
     if part < HEAD_BLOCKS:
@@ -355,6 +399,22 @@ def store_factors_kernel(
         block, offset, has_row = _find_row(
             slots_ptr, token, num_slots, first_row, new_rows, room, PAGE_SIZE, HAS_LENGTH
         )
+        if FORMS:
+            if (part >= STORED) & has_row & (token >= first_formed):
+                formed = (token - first_formed) * (KEYS.num_heads * HEAD_DIM)
+                if part < STORED + FORMED_BLOCKS:
+                    _form_new_heads(
+                        a_k_ptr + token * a_k_stride, b_k_ptr + token * b_k_stride * B_UNIT, cos_ptr, sin_ptr,
+                        k_norm_ptr, key_ptr + formed, (part - STORED) * BLOCK_H, eps,
+                        KEYS, ROTATION, ACTIVATION, BLOCK_H, BLOCK_D, ALL_HEADS,
+                    )  # fmt: skip
+                else:
+                    _form_new_heads(
+                        a_v_ptr + token * a_v_stride, b_v_ptr + token * b_v_stride * B_UNIT, cos_ptr, sin_ptr,
+                        k_norm_ptr, value_ptr + formed, (part - STORED - FORMED_BLOCKS) * BLOCK_H, eps,
+                        VALUES, None, ACTIVATION, BLOCK_H, BLOCK_D, ALL_HEADS,
+                    )  # fmt: skip
+            has_row = has_row & (part < STORED)
         if has_row:
             if part != HEAD_BLOCKS + 1:
                 row_ptr = key_pages_ptr + (block * key_block_stride + offset * key_row_stride) * PAGE_UNIT
@@ -412,7 +472,14 @@ def _form_heads(
 
 
 @triton.jit(
-    do_not_specialize=["key_block_stride", "key_row_stride", "value_block_stride", "value_row_stride", "num_slots"]
+    do_not_specialize=[
+        "slots_ptr",  # of a part of a step's tokens, which starts anywhere
+        "key_block_stride",
+        "key_row_stride",
+        "value_block_stride",
+        "value_row_stride",
+        "num_slots",
+    ]
 )
 def form_heads_kernel(
     key_pages_ptr,

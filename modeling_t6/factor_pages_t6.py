@@ -30,6 +30,7 @@ import torch
 from .cache_t6 import FactorLayout
 from .factors_t6 import activate_head_factors, apply_rotary_pos_emb, form_heads, norm_key_heads
 from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, is_supported, power_of_2, stride_unit
+from .launch_t6 import KeptKernel, keep
 
 
 try:
@@ -45,6 +46,9 @@ QUERY_TILE = 1024  # numbers of a block of heads that one program forms, at most
 QUERY_NUMBERS = 32  # of them for each thread
 PAIRS_TILE = 4096  # numbers of keys or values that one program forms
 PAIRS_NUMBERS = 32
+# Tokens whose K and V are formed by the programs that store them, one warp each: of more, the kernel that forms heads alone
+# saves more of the GPU's time than its launch takes.
+MOST_AT_ONCE = 2048
 
 
 class SelectedRanks(NamedTuple):
@@ -102,11 +106,26 @@ def rows_at(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return numbers[slots // pages.shape[1], slots % pages.shape[1]].view(pages.dtype)
 
 
-def view_factors(product: torch.Tensor, start: int, n: int, m: int) -> torch.Tensor:
+class FactorColumns(NamedTuple):
     """
-    The n * m columns of a product [tokens, columns] from `start` on, as [tokens, n, m]. `unflatten` would forget the stride
-    of a single token, for which the kernel would be compiled once more.
+    Where among the columns of one product [tokens, columns] the factors of a token lie that [`store_factors`] takes: of each
+    the first column, n, and m, of n * m columns that are [n, m]. `None` for an A that is none, or a constant.
     """
+
+    a_q: tuple[int, int, int] | None
+    b_q: tuple[int, int, int]
+    a_k: tuple[int, int, int] | None
+    b_k: tuple[int, int, int]
+    a_v: tuple[int, int, int] | None
+    b_v: tuple[int, int, int]
+
+    def views(self, product: torch.Tensor) -> list[torch.Tensor | None]:
+        """The factors as [tokens, n, m]."""
+        return [None if part is None else _view_columns(product, *part) for part in self]
+
+
+def _view_columns(product: torch.Tensor, start: int, n: int, m: int) -> torch.Tensor:
+    # `unflatten` would forget the stride of a single token, for which the kernel would be compiled once more.
     return product.as_strided((product.shape[0], n, m), (product.stride(0), m, 1), product.storage_offset() + start)
 
 
@@ -153,14 +172,71 @@ def store_factors(
     """
     key_pages, value_pages = _as_numbers(key_pages), _as_numbers(value_pages)
     k_rank, v_rank, head_dim = b_k.shape[1], b_v.shape[1], b_k.shape[2]
-    key_layout, value_layout = _layouts(k_rank, v_rank, 0 if a_k is None else a_k.shape[1], head_dim)
-    _check_widths(key_pages, value_pages, key_layout, value_layout)
+    layouts = _layouts(k_rank, v_rank, 0 if a_k is None else a_k.shape[1], head_dim)
+    _check_widths(key_pages, value_pages, *layouts)
     kernels = _in_triton(b_q, key_pages) if kernels is None else kernels
     store = _store_in_triton if kernels else _store_in_torch
     return store(
         a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
-        norms_key_heads, key_layout, value_layout,
+        norms_key_heads, *layouts,
     )  # fmt: skip
+
+
+def store_projections(
+    product: torch.Tensor,
+    columns: FactorColumns,
+    constant_a_q: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    query: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    activation: str | None = None,
+    norms_key_heads: bool = False,
+    kernels: bool | None = None,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
+    first_formed: int = 0,
+) -> None:
+    """
+    [`store_factors`] of factors that are `columns` of one product [tokens, columns], of which no views are made: these
+    take the host longer than the launch. Writes into `query` [tokens, h, d], which is contiguous.
+
+    Args:
+        key, value: where K and V of the tokens from `first_formed` on go, [those tokens, h_kv, d], contiguous, as
+            [`form_heads_from_pages`] forms them of the rows; neither where A is constant. In the same launch, if there are
+            few tokens, but for `norms_key_heads`, and rows of another dtype than the heads'.
+    """
+    key_pages, value_pages = _as_numbers(key_pages), _as_numbers(value_pages)
+    (_, k_rank, head_dim), v_rank = columns.b_k, columns.b_v[1]
+    layouts = _layouts(k_rank, v_rank, 0 if columns.a_k is None else columns.a_k[1], head_dim)
+    _check_widths(key_pages, value_pages, *layouts)
+    variant = q_norm, k_norm, eps, activation, norms_key_heads, *layouts
+    forms_at_once = False
+    if _in_triton(product, key_pages) if kernels is None else kernels:
+        offsets, strides = _places_of_columns(columns, product.element_size(), product.stride(0))
+        factors = [product] * 6
+        if constant_a_q is not None:
+            factors[0] = constant_a_q.contiguous()
+        q_rank = 0 if columns.a_q is None and constant_a_q is None else columns.b_q[1]
+        forms_at_once = (
+            key is not None and len(key) <= MOST_AT_ONCE and not norms_key_heads and key_pages.dtype == key.dtype
+        )
+        _launch_store(
+            factors, offsets, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a_q is not None,
+            *variant, *((key, value, first_formed) if forms_at_once else ()),
+        )  # fmt: skip
+    else:
+        a_q, *others = columns.views(product)
+        a_q = a_q if constant_a_q is None else constant_a_q
+        query.copy_(_store_in_torch(a_q, *others, cos, sin, slots, key_pages, value_pages, *variant))
+    if key is not None and not forms_at_once:
+        slots = slots[first_formed : first_formed + len(key)]
+        form_heads_from_pages(key_pages, value_pages, slots, key, value, k_rank, v_rank)
 
 
 def slots_of_rows(
@@ -311,20 +387,19 @@ def _form_in_torch(key_pages, value_pages, slots, key, value, key_a, value_a, ke
 # In Triton.
 
 
-def _page_constants(
-    key_pages: torch.Tensor, value_pages: torch.Tensor, has_slots: bool = True
-) -> tuple[tuple[int, ...], dict]:
-    """Strides of blocks and rows, of keys and of values, and in which unit; pages without gaps are as those of one row."""
-    page_size = key_pages.shape[1] if has_slots else 0
-    return _page_units(key_pages.element_size(), page_size, *key_pages.stride()[:2], *value_pages.stride()[:2])
-
-
-@functools.lru_cache(4096)
 def _page_units(itemsize: int, page_size: int, *strides: int) -> tuple[tuple[int, ...], dict]:
+    """Strides of blocks and rows, of keys and of values, and in which unit; pages without gaps are as those of one row."""
     if page_size and strides[0] == page_size * strides[1] and strides[2] == page_size * strides[3]:
         page_size, strides = 1, (strides[1], 0, strides[3], 0)
     unit = stride_unit(itemsize, *strides)
     return tuple(stride // unit for stride in strides), {"PAGE_UNIT": unit, "PAGE_SIZE": page_size}
+
+
+@functools.lru_cache(4096)
+def _places_of_columns(columns: FactorColumns, itemsize: int, stride: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of each factor bytes before the first column, and numbers from a token to the next; 0 of an A that is none."""
+    starts = tuple(0 if part is None else itemsize * part[0] for part in columns)
+    return starts, tuple(0 if part is None else stride for part in columns)
 
 
 @functools.cache
@@ -367,99 +442,120 @@ def _store_in_triton(
     a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
     norms_key_heads, key_layout, value_layout,
 ) -> torch.Tensor:  # fmt: skip
-    num_tokens, head_dim = b_q.shape[0], b_q.shape[2]
-    num_heads = b_q.shape[1] if a_q is None else a_q.shape[1]
-    query = b_q.new_empty((num_tokens, num_heads, head_dim))
-    if num_tokens == 0:
-        return query
     constant_a = a_q is not None and a_q.dim() == 2
-    a_strides = _token_stride("a_q", a_q, constant_a), _token_stride("a_k", a_k), _token_stride("a_v", a_v)
-    b_strides = _token_stride("b_q", b_q), _token_stride("b_k", b_k), _token_stride("b_v", b_v)
-    b_unit = stride_unit(b_q.element_size(), *b_strides)
-    new_rows = slots if isinstance(slots, NewRows) else None
-    page_strides, page_constants = _page_constants(key_pages, value_pages, new_rows is None)
-    if new_rows is not None:
-        slots = b_q if new_rows.length is None else new_rows.length
+    strides = (
+        *(_token_stride("a_q", a_q, constant_a), _token_stride("b_q", b_q)),
+        *(_token_stride("a_k", a_k), _token_stride("b_k", b_k)),
+        *(_token_stride("a_v", a_v), _token_stride("b_v", b_v)),
+    )
+    factors = [
+        *(b_q if a_q is None else a_q.contiguous() if constant_a else a_q, b_q),
+        *(b_k if a_k is None else a_k, b_k),
+        *(b_v if a_v is None else a_v, b_v),
+    ]
+    num_heads, q_rank = (b_q.shape[1], 0) if a_q is None else (a_q.shape[1], b_q.shape[1])
+    query = b_q.new_empty((b_q.shape[0], num_heads, b_q.shape[2]))
+    _launch_store(
+        factors, None, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a,
+        q_norm, k_norm, eps, activation, norms_key_heads, key_layout, value_layout,
+    )  # fmt: skip
+    return query
+
+
+def _launch_store(
+    factors, offsets, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a,
+    q_norm, k_norm, eps, activation, norms_key_heads, key_layout, value_layout, key=None, value=None, first_formed=0,
+) -> None:  # fmt: skip
+    """`factors` are A and B of queries, keys and values, with their strides; `offsets` are where they start in one product."""
+    num_tokens, num_heads, _ = query.shape
+    if num_tokens == 0:
+        return
+    page_size, has_length, places = key_pages.shape[1], False, (0, 1, 0)
+    if isinstance(slots, NewRows):
+        places, page_size, has_length = (slots.first, slots.count, page_size), 0, slots.length is not None
+        slots = slots.length if has_length else query
+    kernel, programs, numbers = _store_kernel(
+        num_heads, q_rank, constant_a, key_layout, value_layout, activation, 2 * cos.shape[1], q_norm is not None,
+        norms_key_heads, has_length, key is not None, query.element_size(), strides, cos.stride(0), sin.stride(0),
+        key_pages.element_size(), page_size, *key_pages.stride()[:2], *value_pages.stride()[:2],
+    )  # fmt: skip
+    no_norm = factors[1] if offsets is None else query
+    q_norm, k_norm = no_norm if q_norm is None else q_norm, no_norm if k_norm is None else k_norm
+    states = (query, query) if key is None else (key, value)
+    tensors = [*factors, cos, sin, q_norm, k_norm, slots, key_pages, value_pages, query, *states]
+    if offsets is not None:
+        offsets = (*offsets, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    kernel((num_tokens * programs, 1, 1), tensors, [*numbers, slots.shape[0], *places, first_formed, eps], offsets)
+
+
+@functools.lru_cache(4096)
+def _store_kernel(
+    num_heads, q_rank, constant_a, key_layout, value_layout, activation, rotary_dim, has_norm, norms_key_heads, has_length, forms,
+    itemsize, strides, cos_stride, sin_stride, page_itemsize, page_size, *page_strides,
+) -> tuple[KeptKernel, int, tuple[int, ...]]:  # fmt: skip
+    """The kernel with its constants, programs for each token, and all strides in their units."""
     sizes = _store_sizes(num_heads, key_layout, value_layout)
-    kind = "constant" if a_k is None else "cached"
     head_blocks = -(-num_heads // sizes["BLOCK_H"])
     key_blocks = -(-key_layout.padded_heads // sizes["BLOCK_H"]) if norms_key_heads else 0
-    programs = num_tokens * (head_blocks + 2 + key_blocks)
-    with torch.cuda.device_of(query):
-        store_factors_kernel[(programs,)](
-            b_q if a_q is None else a_q.contiguous() if constant_a else a_q,
-            b_q,
-            b_k if a_k is None else a_k,
-            b_k,
-            b_v if a_v is None else a_v,
-            b_v,
-            cos,
-            sin,
-            b_q if q_norm is None else q_norm,
-            b_k if k_norm is None else k_norm,
-            slots,
-            key_pages,
-            value_pages,
-            query,
-            a_strides[0],
-            b_strides[0] // b_unit,
-            a_strides[1],
-            b_strides[1] // b_unit,
-            a_strides[2],
-            b_strides[2] // b_unit,
-            cos.stride(0),
-            sin.stride(0),
-            *page_strides,
-            slots.shape[0],
-            *((0, 1, 0) if new_rows is None else (new_rows.first, new_rows.count, key_pages.shape[1])),
-            eps,
-            KEYS=_paged_rows(key_layout, key_layout.num_heads, kind),
-            VALUES=_paged_rows(value_layout, value_layout.num_heads, kind),
-            NUM_HEADS=num_heads,
-            Q_RANK=0 if a_q is None else b_q.shape[1],
-            CONSTANT_A=constant_a,
-            ACTIVATION=activation,
-            ROTATION=Rotation(2 * cos.shape[1], q_norm is not None, norms_key_heads),
-            B_UNIT=b_unit,
-            HAS_LENGTH=new_rows is not None and new_rows.length is not None,
-            **page_constants,
-            **sizes,
-        )
-    return query
+    formed_blocks = 2 * -(-key_layout.num_heads // sizes["BLOCK_H"]) if forms else 0
+    page_strides, page_constants = _page_units(page_itemsize, page_size, *page_strides)
+    b_unit = stride_unit(itemsize, *strides[1::2])
+    kind = "constant" if key_layout.num_heads == 0 else "cached"
+    kernel = keep(
+        store_factors_kernel,
+        KEYS=_paged_rows(key_layout, key_layout.num_heads, kind),
+        VALUES=_paged_rows(value_layout, value_layout.num_heads, kind),
+        NUM_HEADS=num_heads,
+        Q_RANK=q_rank,
+        CONSTANT_A=constant_a,
+        ACTIVATION=activation,
+        ROTATION=Rotation(rotary_dim, has_norm, norms_key_heads),
+        B_UNIT=b_unit,
+        HAS_LENGTH=has_length,
+        FORMS=forms,
+        **page_constants,
+        **sizes,
+    )
+    units = [stride // b_unit if i % 2 else stride for i, stride in enumerate(strides)]
+    return kernel, head_blocks + 2 + key_blocks + formed_blocks, (*units, cos_stride, sin_stride, *page_strides)
 
 
 def _form_in_triton(key_pages, value_pages, slots, key, value, key_a, value_a, key_layout, value_layout) -> None:
     num_rows, num_heads, head_dim = len(slots), key.shape[1], key.shape[2]
     if num_rows == 0:
         return
-    page_strides, page_constants = _page_constants(key_pages, value_pages)
-    block_d = power_of_2(head_dim, 16)
-    block_m = max(1, PAIRS_TILE // block_d)
-    weights, ranks, rows = [], [], []
-    for pages, layout, a in ((key_pages, key_layout, key_a), (value_pages, value_layout, value_a)):
+    weights, ranks, kinds = [], [], []
+    for pages, a in ((key_pages, key_a), (value_pages, value_a)):
         is_selected = isinstance(a, SelectedRanks)
         weights.append(pages if a is None else a.weights if is_selected else a.contiguous())
-        ranks.append(a.ranks if is_selected else slots)
-        rows.append(
-            _paged_rows(layout, num_heads, "cached" if a is None else "selected" if is_selected else "constant")
-        )
-    with torch.cuda.device_of(key):
-        form_heads_kernel[(-(-num_rows * num_heads // block_m), 2)](
-            key_pages,
-            value_pages,
-            *weights,
-            *ranks,
-            slots,
-            key,
-            value,
-            *page_strides,
-            num_rows,
-            KEYS=rows[0],
-            VALUES=rows[1],
-            KEY_STRIDE=_token_stride("key", key),
-            VALUE_STRIDE=_token_stride("value", value),
-            BLOCK_M=block_m,
-            BLOCK_D=block_d,
-            num_warps=PAIRS_TILE // (32 * PAIRS_NUMBERS),
-            **page_constants,
-        )
+        ranks.append(a.ranks if is_selected else pages)
+        kinds.append("cached" if a is None else "selected" if is_selected else "constant")
+    kernel, pairs, page_strides = _form_kernel(
+        num_heads, head_dim, key_layout, value_layout, *kinds, _token_stride("key", key), _token_stride("value", value),
+        key_pages.element_size(), key_pages.shape[1], *key_pages.stride()[:2], *value_pages.stride()[:2],
+    )  # fmt: skip
+    tensors = [key_pages, value_pages, *weights, *ranks, slots, key, value]
+    kernel((-(-num_rows * num_heads // pairs), 2, 1), tensors, [*page_strides, num_rows])
+
+
+@functools.lru_cache(4096)
+def _form_kernel(
+    num_heads, head_dim, key_layout, value_layout, key_kind, value_kind, key_stride, value_stride,
+    page_itemsize, page_size, *page_strides,
+) -> tuple[KeptKernel, int, tuple[int, ...]]:  # fmt: skip
+    """The kernel with its constants, pairs of a token and a head for each program, and strides of pages in their unit."""
+    page_strides, page_constants = _page_units(page_itemsize, page_size, *page_strides)
+    block_d = power_of_2(head_dim, 16)
+    block_m = max(1, PAIRS_TILE // block_d)
+    kernel = keep(
+        form_heads_kernel,
+        KEYS=_paged_rows(key_layout, num_heads, key_kind),
+        VALUES=_paged_rows(value_layout, num_heads, value_kind),
+        KEY_STRIDE=key_stride,
+        VALUE_STRIDE=value_stride,
+        BLOCK_M=block_m,
+        BLOCK_D=block_d,
+        num_warps=PAIRS_TILE // (32 * PAIRS_NUMBERS),
+        **page_constants,
+    )
+    return kernel, block_m, page_strides

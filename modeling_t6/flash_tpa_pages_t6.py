@@ -13,6 +13,7 @@
 # limitations under the License.
 """FlashTPA on pages: decoding attention of an engine's requests, whose factors lie in pages of one cache"""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ from .flash_tpa_t6 import (
     rows_of,
     stride_unit,
 )
+from .launch_t6 import KeptKernel, keep
 
 
 try:
@@ -121,6 +123,11 @@ class Pieces:
         splits = torch.empty(1 + num_requests, 4, dtype=torch.int32, device=device)
         return cls(slots, splits, at_once, min(num_slots, 3 * at_once), launch.block_n, sliding_window)
 
+    def new_partials(self, query: torch.Tensor, max_query_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places for partial results of queries [tokens, h, d]: outputs [places, queries, h, d], and sums [places, queries, h]."""
+        shape = (self.num_partials, _bucket(max_query_length), *query.shape[1:])
+        return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape[:-1], dtype=torch.float32)
+
 
 def schedule_pieces(lengths: torch.Tensor, query_starts: torch.Tensor, pieces: Pieces) -> Pieces:
     """
@@ -140,22 +147,20 @@ def schedule_pieces(lengths: torch.Tensor, query_starts: torch.Tensor, pieces: P
             f"Pieces for {num_requests} requests need lengths [{num_requests}] and query_starts [{num_requests + 1}], got "
             f"{list(lengths.shape)} and {list(query_starts.shape)}."
         )
-    with torch.cuda.device_of(lengths):
-        schedule_kernel[(triton.cdiv(num_slots, SCHEDULED_SLOTS),)](
-            lengths.contiguous(),
-            query_starts.contiguous(),
-            pieces.slots,
-            pieces.splits,
-            num_requests,
-            num_slots,
-            pieces.num_at_once,
-            NO_WINDOW if pieces.sliding_window is None else pieces.sliding_window,
-            TILE=pieces.tile,
-            BLOCK_R=SCHEDULED_REQUESTS,
-            BLOCK_S=SCHEDULED_SLOTS,
-            MAX_SPLITS=MAX_SPLITS,
-            num_warps=SCHEDULE_WARPS,
-        )
+    kernel = keep(
+        schedule_kernel,
+        TILE=pieces.tile,
+        BLOCK_R=SCHEDULED_REQUESTS,
+        BLOCK_S=SCHEDULED_SLOTS,
+        MAX_SPLITS=MAX_SPLITS,
+        num_warps=SCHEDULE_WARPS,
+    )
+    window = NO_WINDOW if pieces.sliding_window is None else pieces.sliding_window
+    kernel(
+        (triton.cdiv(num_slots, SCHEDULED_SLOTS), 1, 1),
+        [lengths.contiguous(), query_starts.contiguous(), pieces.slots, pieces.splits],
+        [num_requests, num_slots, pieces.num_at_once, window],
+    )
     return pieces
 
 
@@ -197,6 +202,7 @@ def paged_flash_tpa(
     sliding_window: int | None = None,
     output: torch.Tensor | None = None,
     groups: int = 1,
+    partials: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
     Attention of a few query tokens of each request over its pages of factors, in one pass over the rows as they lie: what
@@ -219,6 +225,7 @@ def paged_flash_tpa(
         sliding_window: how many tokens a query sees, its own included.
         output: to write into, [tokens, h, d].
         groups: h / h_kv, how many heads that follow each other share one of A.
+        partials: of `pieces.new_partials`, to write into; calls that follow each other may have the same.
 
     Returns:
         Output [tokens, h, d]: `output`, if given. Tokens of no request are left as they are.
@@ -226,20 +233,80 @@ def paged_flash_tpa(
     _check(query, key_pages, value_pages, block_table, query_starts, pieces, max_query_length, sliding_window, output)
     num_queries = _bucket(max_query_length)
     _, num_heads, head_dim = query.shape
-    page_size = key_pages.shape[1]
-    num_sms, shared_memory = device_limits(query.device)
-    constant_a = key_a is not None
     if query.stride(-1) != 1:
         query = query.contiguous()
     if output is None:
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if key_a is not None:
+        key_a, value_a = key_a.contiguous(), value_a.contiguous()
+    starts = key_pages.data_ptr() % 16, value_pages.data_ptr() % 16
+    overlap = can_overlap(query.device)
+    launches = _launches(
+        num_queries, num_heads, head_dim, k_rank, v_rank, key_a is not None, sliding_window, groups, scaling, overlap,
+        query.device, key_pages.element_size(), key_pages.shape[1:], key_pages.stride(), value_pages.shape[2],
+        value_pages.stride(), starts,
+    )  # fmt: skip
+    partial, lse = pieces.new_partials(query, max_query_length) if partials is None else partials
+    out_strides = output.stride()[:2]
+    launches.decode(
+        (launches.columns * pieces.slots.shape[0], 1, 1),
+        [
+            query,
+            key_pages,
+            value_pages,
+            query if key_a is None else key_a,
+            query if value_a is None else value_a,
+            query,
+            lengths,
+            partial,
+            lse,
+            pieces.slots,
+            block_table,
+            output,
+        ],
+        [0, *query.stride()[:2], *launches.numbers, block_table.stride(0), launches.window, *out_strides],
+    )
+    # No more programs than there may be columns of a request of several pieces.
+    columns = len(block_table) * num_queries * num_heads
+    launches.combine(
+        (min(launches.combine_programs, columns), 1, 1),
+        [partial, lse, output, pieces.splits, query_starts],
+        out_strides,
+    )
+    return output
 
-    itemsize = key_pages.element_size()
-    unit = stride_unit(itemsize, key_pages.stride(0), value_pages.stride(0))
+
+@dataclass(frozen=True)
+class _Launches:
+    """
+    What the launches of all steps of one layer, and of layers like it, have in common.
+
+    Attributes:
+        columns: blocks of columns of one piece.
+        combine_programs: at most.
+        numbers: of the decode kernel, strides of pages to the factors of scores.
+    """
+
+    decode: KeptKernel
+    combine: KeptKernel
+    columns: int
+    combine_programs: int
+    numbers: tuple[int | float, ...]
+    window: int
+
+
+@functools.lru_cache(4096)
+def _launches(
+    num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, sliding_window, groups, scaling, overlap, device, itemsize,
+    key_sizes, key_strides, value_width, value_strides, starts,
+) -> _Launches:  # fmt: skip
+    """Of pages [page_size, width] that start `starts` bytes behind multiples of 16."""
+    num_sms, shared_memory = device_limits(device)
+    page_size, key_width = key_sizes
+    unit = stride_unit(itemsize, key_strides[0], value_strides[0])
     # Copies of 8 bytes are in flight as those of 16 are: FP8 rows of values may start in the middle of 16.
-    starts = [rows.data_ptr() % 16 for rows in (key_pages, value_pages)]
     is_aligned = unit * itemsize >= 8 and not any(
-        start % 8 or rows.stride(1) * itemsize % 8 for start, rows in zip(starts, (key_pages, value_pages))
+        start % 8 or strides[1] * itemsize % 8 for start, strides in zip(starts, (key_strides, value_strides))
     )
     launch = choose_launch(
         num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, itemsize, shared_memory, is_aligned, groups
@@ -250,80 +317,56 @@ def paged_flash_tpa(
             rank,
             num_heads,
             head_dim,
-            pages.stride(1),
-            pages.shape[2],
+            strides[1],
+            width,
             constant_a,
             launch.step,
             gathered,
             start_8=is_aligned and start == 8,
             groups=groups,
-        )  # fmt: skip
-        for rank, pages, start in ((k_rank, key_pages, starts[0]), (v_rank, value_pages, starts[1]))
+        )
+        for rank, strides, width, start in (
+            (k_rank, key_strides, key_width, starts[0]),
+            (v_rank, value_strides, value_width, starts[1]),
+        )
     )
     visible = Mask(
         num_queries, num_heads, causal=True, kind="none", by_column=False,
         sliding=sliding_window is not None and num_queries > 1,
     )  # fmt: skip
-
-    columns = launch.column_blocks(num_queries, columns_of_heads(num_heads, groups, constant_a))
-    partial = query.new_empty((pieces.num_partials, num_queries, num_heads, head_dim), dtype=torch.float32)
-    lse = query.new_empty((pieces.num_partials, num_queries, num_heads), dtype=torch.float32)
-    overlap = can_overlap(query.device)
-    with torch.cuda.device_of(query):
-        decode_kernel[(columns * pieces.slots.shape[0],)](
-            query,
-            key_pages,
-            value_pages,
-            query if key_a is None else key_a.contiguous(),
-            query if value_a is None else value_a.contiguous(),
-            query,
-            lengths,
-            partial,
-            lse,
-            0,
-            *query.stride()[:2],
-            key_pages.stride(0) // unit,
-            value_pages.stride(0) // unit,
-            *(0, 0, 0, 0),
-            0,
-            0,
-            0,
-            LOG2_E * scaling / k_rank,
-            LOG2_E,
-            pieces.slots,
-            block_table,
-            output,
-            block_table.stride(0),
-            NO_WINDOW if sliding_window is None else sliding_window,
-            *output.stride()[:2],
-            KEYS=keys,
-            VALUES=values,
-            MASK=visible,
-            LAUNCH=launch,
-            HAS_LENGTHS=True,
-            STRIDE_UNIT=unit,
-            PAGE_SIZE=page_size,
-            OVERLAP=overlap,
-            num_warps=launch.warps,
-        )
-        # No more programs than there may be columns of a request of several pieces.
-        columns = len(block_table) * num_queries * num_heads
-        combine_pages_kernel[(min(COMBINE_PROGRAMS * num_sms, columns),)](
-            partial,
-            lse,
-            output,
-            pieces.splits,
-            query_starts,
-            *output.stride()[:2],
-            NUM_QUERIES=num_queries,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            V_RANK=v_rank,
-            BLOCK_D=launch.block_d,
-            BLOCK_S=COMBINED_SPLITS,
-            MAX_SPLITS=MAX_SPLITS,
-            OVERLAP=overlap,
-            num_warps=COMBINE_WARPS,
-            **({"launch_pdl": True} if overlap else {}),
-        )
-    return output
+    decode = keep(
+        decode_kernel,
+        KEYS=keys,
+        VALUES=values,
+        MASK=visible,
+        LAUNCH=launch,
+        HAS_LENGTHS=True,
+        STRIDE_UNIT=unit,
+        PAGE_SIZE=page_size,
+        OVERLAP=overlap,
+        num_warps=launch.warps,
+    )
+    combine = keep(
+        combine_pages_kernel,
+        NUM_QUERIES=num_queries,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        V_RANK=v_rank,
+        BLOCK_D=launch.block_d,
+        BLOCK_S=COMBINED_SPLITS,
+        MAX_SPLITS=MAX_SPLITS,
+        OVERLAP=overlap,
+        num_warps=COMBINE_WARPS,
+        **({"launch_pdl": True} if overlap else {}),
+    )
+    no_mask = (0, 0, 0, 0, 0, 0, 0)
+    return _Launches(
+        decode,
+        combine,
+        columns=launch.column_blocks(num_queries, columns_of_heads(num_heads, groups, constant_a)),
+        combine_programs=COMBINE_PROGRAMS * num_sms,
+        numbers=(
+            key_strides[0] // unit, value_strides[0] // unit, *no_mask, LOG2_E * scaling / k_rank, LOG2_E,
+        ),
+        window=NO_WINDOW if sliding_window is None else sliding_window,
+    )  # fmt: skip

@@ -24,12 +24,12 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 
 from modeling_t6.configuration_t6 import T6Config
 from modeling_t6.factor_pages_t6 import (
+    FactorColumns,
     SelectedRanks,
     form_heads_from_pages,
     has_kernels,
     select_ranks,
-    store_factors,
-    view_factors,
+    store_projections,
 )
 from modeling_t6.flash_tpa_pages_t6 import Pieces, paged_flash_tpa
 
@@ -57,6 +57,7 @@ class FactorImpl(AttentionImpl):
         self.q_rank, self.constant_a, self.qk_norm = config.q_rank, config.noncontextual_a, config.qk_norm
         self.eps, self.activation = config.rms_norm_eps, config.head_factor_act
         self.num_heads, self.num_kv_heads = layer.num_heads, layer.num_kv_heads
+        self.groups = config.num_key_value_groups
         self.head_size, self.scale = config.head_dim, config.head_dim**-0.5
         self.key_layout, self.value_layout = layer.key_layout, layer.value_layout
         self.k_rank, self.v_rank = config.ranks(layer_idx)
@@ -67,10 +68,13 @@ class FactorImpl(AttentionImpl):
         parts |= {"k_a_proj": self.num_kv_heads, "k_b_proj": self.k_rank}
         parts |= {"v_a_proj": self.num_kv_heads, "v_b_proj": self.v_rank}
         starts = itertools.accumulate(self.projection_sizes.values(), initial=0)
-        self._parts = {  # first column of the projections, and how many rows and columns of them are a token's
+        columns = {  # where in the projections, and as how many rows and columns of a token
             name: (start, parts[name], size // parts[name])
             for start, (name, size) in zip(starts, self.projection_sizes.items())
         }
+        b_q = columns["q_proj" if self.q_rank is None else "q_b_proj"]
+        a_q, a_k, a_v = (columns.get(f"{name}_a_proj") for name in "qkv")
+        self.columns = FactorColumns(a_q, b_q, a_k, columns["k_b_proj"], a_v, columns["v_b_proj"])
         self._pages: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.stored_dtype = layer.stored_dtype
         vllm_config = get_current_vllm_config()
@@ -98,11 +102,16 @@ class FactorImpl(AttentionImpl):
             heads.new_empty(4, *heads.shape)  # queries, and outputs of a prompt that takes several pieces
             return output.zero_()
         key_pages, value_pages = self.pages(kv_cache)
-        query = self.store(projections, cos, sin, attn_metadata.slots, key_pages, value_pages)
+        query = attn_metadata.query
+        if query is None or len(query) != len(heads):  # vLLM may keep the metadata for a pass over other tokens
+            query = attn_metadata.query = torch.empty_like(heads)
+            attn_metadata.prompt_states.clear()
+        formed = self.states_of_new_prompts(query, attn_metadata)
+        self.store(projections, cos, sin, attn_metadata.slots, key_pages, value_pages, query, formed)
         if attn_metadata.num_decodes:
             self.decode(query, key_pages, value_pages, attn_metadata, heads)
         if attn_metadata.prompt_pieces:
-            self.attend_to_prompts(query, key_pages, value_pages, attn_metadata, heads)
+            self.attend_to_prompts(query, key_pages, value_pages, attn_metadata, heads, are_formed=bool(formed))
         return output
 
     def pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,19 +130,18 @@ class FactorImpl(AttentionImpl):
         slots: torch.Tensor,
         key_pages: torch.Tensor,
         value_pages: torch.Tensor,
+        query: torch.Tensor,
+        formed: tuple[torch.Tensor, torch.Tensor, int] | tuple[()] = (),
         kernels: bool | None = None,
-    ) -> torch.Tensor:
-        """Writes the rows of a step's tokens; returns their queries [tokens, h, d]. See `store_factors` of `kernels`."""
-        parts = {name: view_factors(projections, *part) for name, part in self._parts.items()}
-        b_q, b_k, b_v = parts["q_proj" if self.q_rank is None else "q_b_proj"], parts["k_b_proj"], parts["v_b_proj"]
-        if self.constant_a:
-            a_q, a_k, a_v = self.constants()[0], None, None  # rows hold B alone
-        else:
-            a_q, a_k, a_v = parts.get("q_a_proj"), parts["k_a_proj"], parts["v_a_proj"]
-        norms = (self.owner.q_norm.weight, self.owner.k_norm.weight) if self.qk_norm else (None, None)
-        return store_factors(
-            a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, *norms,
-            eps=self.eps, activation=self.activation, norms_key_heads=self.qk_norm == "heads", kernels=kernels,
+    ) -> None:
+        """
+        Writes the rows of a step's tokens, their queries [tokens, h, d], and K and V of those that `formed` says. See
+        `store_factors` of `kernels`.
+        """
+        q_norm, k_norm = self._norms
+        store_projections(
+            projections, self.columns, self.constants[0], cos, sin, slots, key_pages, value_pages, query, q_norm, k_norm,
+            self.eps, self.activation, self.qk_norm == "heads", kernels, *formed,
         )  # fmt: skip
 
     def decode(
@@ -145,23 +153,17 @@ class FactorImpl(AttentionImpl):
         heads: torch.Tensor,
     ) -> None:
         """Attention of the requests that decode, into the first of `heads` [tokens, h, d]."""
-        num_requests, tokens = metadata.num_decodes, slice(metadata.num_decode_tokens)
-        batch = (
-            query[tokens],
-            key_pages,
-            value_pages,
-            metadata.block_table[:num_requests],
-            metadata.lengths[:num_requests],
-            metadata.query_starts[: num_requests + 1],
-        )
-        _, key_a, value_a = self.constants()
-        if metadata.decode_pieces is None:
+        batch = query, key_pages, value_pages, metadata.block_table, metadata.lengths, metadata.query_starts
+        pieces, (_, key_a, value_a) = metadata.decode_pieces, self.constants
+        if pieces is None:
             layouts, constants = (self.key_layout, self.value_layout), (key_a, value_a)
-            paged_factor_space_attention(*batch, layouts, constants, self.scale, self.sliding_window, heads[tokens])
+            paged_factor_space_attention(*batch, layouts, constants, self.scale, self.sliding_window, heads)
             return
+        if metadata.partials is None:
+            metadata.partials = pieces.new_partials(query, metadata.max_decode_queries)
         paged_flash_tpa(
             *batch,
-            metadata.decode_pieces,
+            pieces,
             self.k_rank,
             self.v_rank,
             self.scale,
@@ -169,8 +171,9 @@ class FactorImpl(AttentionImpl):
             key_a=key_a,
             value_a=value_a,
             sliding_window=self.sliding_window,
-            output=heads[tokens],
-            groups=self.config.num_key_value_groups,
+            output=heads,
+            groups=self.groups,
+            partials=metadata.partials,
         )
 
     def empty_pieces(self, num_requests: int, max_queries: int, device: torch.device) -> Pieces | None:
@@ -188,7 +191,7 @@ class FactorImpl(AttentionImpl):
             device,
             constant_a=self.config.noncontextual_a,
             sliding_window=self.sliding_window,
-            groups=self.config.num_key_value_groups,
+            groups=self.groups,
         )
 
     def attend_to_prompts(
@@ -198,34 +201,52 @@ class FactorImpl(AttentionImpl):
         value_pages: torch.Tensor,
         metadata: FactorMetadata,
         heads: torch.Tensor,
+        are_formed: bool = False,
     ) -> None:
-        """Attention of the prompts of a step, into the last of `heads` [tokens, h, d]."""
-        constants = self._selected_ranks or self.constants()[1:]
-        if self.num_formed_heads not in metadata.workspaces:
-            metadata.workspaces[self.num_formed_heads] = self._workspace(query.dtype, query.device)
-        key, value = metadata.workspaces[self.num_formed_heads]
+        """Attention of the prompts of a step, into the last of `heads` [tokens, h, d]; K and V may be formed already."""
+        constants = self._selected_ranks or self.constants[1:]
         earlier = None  # of a prompt whose rows take several pieces
-        for piece in metadata.prompt_pieces:
-            piece_key, piece_value = key[: len(piece.slots)], value[: len(piece.slots)]
-            form_heads_from_pages(
-                key_pages, value_pages, piece.slots, piece_key, piece_value, self.k_rank, self.v_rank, *constants
-            )
+        for piece, (piece_query, key, value) in zip(metadata.prompt_pieces, self._prompt_states(query, metadata)):
+            if not are_formed:
+                form_heads_from_pages(
+                    key_pages, value_pages, piece.slots, key, value, self.k_rank, self.v_rank, *constants
+                )
+            output = heads if piece_query is query else heads[piece.queries]
             earlier = attend_to_piece(
-                query[piece.queries],
-                piece_key,
-                piece_value,
-                piece,
-                self.scale,
-                self.sliding_window,
-                self.fa_version,
-                earlier,
-                heads[piece.queries],
+                piece_query, key, value, piece, self.scale, self.sliding_window, self.fa_version, earlier, output
             )
+
+    def states_of_new_prompts(
+        self, query: torch.Tensor, metadata: FactorMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor, int] | tuple[()]:
+        """
+        Room for K and V of the step's prompts, and the first token of these: where nothing is before any of them, their heads
+        are formed as their rows are written.
+        """
+        pieces = metadata.prompt_pieces
+        if self.constant_a or len(pieces) != 1 or not pieces[0].is_new:
+            return ()
+        return *self._prompt_states(query, metadata)[0][1:], pieces[0].queries.start
+
+    def _prompt_states(
+        self, query: torch.Tensor, metadata: FactorMetadata
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Of each piece its query tokens, and room for its K and V."""
+        states = metadata.prompt_states.get(self.num_formed_heads)
+        if states is None:
+            pieces, (key, value) = metadata.prompt_pieces, self._workspace(query.dtype, query.device)
+            # Tokens behind all requests, which fill up a graph, are not looked at.
+            is_whole = len(pieces) == 1 and pieces[0].queries.start == 0
+            states = metadata.prompt_states[self.num_formed_heads] = [
+                (query if is_whole else query[piece.queries], key[: len(piece.slots)], value[: len(piece.slots)])
+                for piece in pieces
+            ]
+        return states
 
     @functools.cached_property
     def _selected_ranks(self) -> tuple[SelectedRanks, SelectedRanks] | None:
         """Constant A_K and A_V that only select, as those of a converted MHA, GQA or MQA model do: fewer heads to form."""
-        _, key_a, value_a = self.constants()
+        _, key_a, value_a = self.constants
         selected = None if key_a is None else (select_ranks(key_a), select_ranks(value_a))
         if selected is None or None in selected or len(selected[0].ranks) != len(selected[1].ranks):
             return None
@@ -237,18 +258,26 @@ class FactorImpl(AttentionImpl):
         return self.num_kv_heads if self._selected_ranks is None else len(self._selected_ranks[0].ranks)
 
     def weights_changed(self) -> None:
-        self.__dict__.pop("_selected_ranks", None)
-        self.__dict__.pop("num_formed_heads", None)
+        for name in ("constants", "_norms", "_selected_ranks", "num_formed_heads"):
+            self.__dict__.pop(name, None)
 
     def pages_changed(self) -> None:
         # Else the memory of pages that vLLM gives back, as when it has measured CUDA graphs, would stay.
         self._pages = None
 
+    # Parameters of a module are slow to read.
+
+    @functools.cached_property
     def constants(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """A_Q [R, h], A_K and A_V [R, h_kv], as far as they are constants."""
         if not self.constant_a:
             return None, None, None
         return tuple(getattr(self.owner, f"{name}_a", None) for name in "qkv")
+
+    @functools.cached_property
+    def _norms(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Weights of the norms of queries and keys."""
+        return (self.owner.q_norm.weight, self.owner.k_norm.weight) if self.qk_norm else (None, None)
 
     def _workspace(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
         """Room for K and V of `room` tokens, [room, h_kv or fewer key/value heads, d]; all layers share it."""

@@ -133,11 +133,10 @@ class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
         )
         metadata = FactorMetadata(
             slots=common.slot_mapping,
-            block_table=common.block_table_tensor,
-            lengths=common.seq_lens,
-            query_starts=common.query_start_loc,
+            block_table=common.block_table_tensor[:num_decodes],
+            lengths=common.seq_lens[:num_decodes],
+            query_starts=common.query_start_loc[: num_decodes + 1],
             num_decodes=num_decodes,
-            num_decode_tokens=num_decode_tokens,
             max_decode_queries=min(common.max_query_len, self.reorder_batch_threshold),
         )
         if num_decodes:
@@ -153,8 +152,10 @@ class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
                 num_decode_tokens,
                 self.impl.room,
                 self.impl.sliding_window,
-                metadata.block_table,
+                common.block_table_tensor,
                 self.kv_cache_spec.block_size,
+                common.slot_mapping,
+                common.query_start_loc,
             )
         return metadata
 
@@ -165,7 +166,7 @@ class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
             self.pieces[num_requests, max_queries] = self.impl.empty_pieces(num_requests, max_queries, self.device)
         pieces = self.pieces[num_requests, max_queries]
         if pieces is not None:
-            schedule_pieces(metadata.lengths[:num_requests], metadata.query_starts[: num_requests + 1], pieces)
+            schedule_pieces(metadata.lengths, metadata.query_starts, pieces)
         return pieces
 
 

@@ -27,18 +27,21 @@ from .prefill import Piece
 class FactorMetadata(AttentionMetadata):
     """
     One step's batch, as all layers with pages of one kind see it. Requests with few query tokens come first and decode
-    from the factors; the others are prompts.
+    from the factors; the others are prompts. What layers need of memory is made by the first of them: each layer's launches wait
+    for the host, which a view or an allocation takes as long as a launch.
 
     Attributes:
         slots: int64 [tokens], where the rows of the step's tokens go: block * block_size + offset, or negative.
-        block_table: int32 [requests, most blocks of one].
-        lengths: int32 [requests], rows that a request has with those of this step.
-        query_starts: int32 [requests + 1], where its query tokens start.
-        num_decodes, num_decode_tokens: of the requests that decode.
+        block_table: int32 [requests that decode, most blocks of one].
+        lengths: int32 [requests that decode], rows that a request has with those of this step.
+        query_starts: int32 [requests that decode + 1], where its query tokens start.
+        num_decodes: requests that decode.
         max_decode_queries: query tokens of one of these at most.
         decode_pieces: what FlashTPA has scheduled for them.
         prompt_pieces: K and V that the prompts look at, piece by piece.
-        workspaces: by number of heads, where these are formed, for all layers of the step.
+        query: [tokens, h, d], of one layer after another.
+        partials: of FlashTPA.
+        prompt_states: by number of heads of K and V, of each piece the query [query tokens, h, d], K and V.
     """
 
     slots: torch.Tensor
@@ -46,8 +49,9 @@ class FactorMetadata(AttentionMetadata):
     lengths: torch.Tensor
     query_starts: torch.Tensor
     num_decodes: int
-    num_decode_tokens: int
     max_decode_queries: int
     decode_pieces: Pieces | None = None
     prompt_pieces: list[Piece] = field(default_factory=list)
-    workspaces: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    query: torch.Tensor | None = None
+    partials: tuple[torch.Tensor, torch.Tensor] | None = None
+    prompt_states: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = field(default_factory=dict)

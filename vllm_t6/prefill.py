@@ -13,7 +13,9 @@
 # limitations under the License.
 """Prompts: how K and V of their tokens, formed from the pages, go through a workspace of bounded size"""
 
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +42,7 @@ class Piece:
         max_queries, max_rows: of one request.
         is_first, is_last: whether the query tokens have attended to nothing before, and to all that they see after it.
             The last query token of a request sees the last row of its last piece, the one before it one row less.
+        is_new: whether its rows are those of its query tokens, as nothing is before them.
     """
 
     queries: slice
@@ -50,6 +53,7 @@ class Piece:
     max_rows: int
     is_first: bool
     is_last: bool
+    is_new: bool
 
 
 def workspace_rows(vllm_config: VllmConfig) -> int:
@@ -72,11 +76,18 @@ def plan_pieces(
     window: int | None,
     block_table: torch.Tensor,
     block_size: int,
+    step_slots: torch.Tensor,
+    step_query_starts: torch.Tensor,
 ) -> list[Piece]:
     """
     Divides prompts, the last `query_lengths` tokens of `lengths`, into pieces of at most `room` rows: as many requests as
     fit side by side; of one that does not fit alone, all that is before its last `room` rows first, in pieces of its own.
     With a sliding window a request has no more rows than its query tokens see, which always fit.
+
+    Args:
+        first_request, first_token: of the prompts, in the step.
+        step_slots: int64 [tokens or more], where the rows of all tokens of the step are.
+        step_query_starts: int32 [requests + 1 or more], where in the step the query tokens of all its requests start.
     """
     starts = [max(0, n - q + 1 - window) if window else 0 for q, n in zip(query_lengths, lengths)]
     pieces = []
@@ -94,14 +105,33 @@ def plan_pieces(
             steps = [
                 [span] for span in itertools.pairwise([*range(start, length - room, room), length - room, length])
             ]
-        queries = query_lengths[request:end]
-        for spans in steps:
-            is_first, is_last = spans is steps[0], spans is steps[-1]
-            table = block_table[first_request + request : first_request + end]
-            pieces.append(_piece(token, queries, spans, is_first, is_last, table, block_size))
+        queries, requests = query_lengths[request:end], slice(first_request + request, first_request + end)
+        if queries == lengths[request:end]:  # nothing is before these, which fit: their rows are those of the step
+            query_starts = step_query_starts[requests.start : requests.stop + 1]
+            pieces.append(_new_piece(token, queries, query_starts - token if token else query_starts, step_slots))
+        else:
+            for spans in steps:
+                is_first, is_last = spans is steps[0], spans is steps[-1]
+                pieces.append(_piece(token, queries, spans, is_first, is_last, block_table[requests], block_size))
         token += sum(queries)
         request = end
     return pieces
+
+
+def _new_piece(token: int, query_lengths: list[int], query_starts: torch.Tensor, step_slots: torch.Tensor) -> Piece:
+    queries = slice(token, token + sum(query_lengths))
+    longest = max(query_lengths)
+    return Piece(
+        queries=queries,
+        query_starts=query_starts,
+        row_starts=query_starts,
+        slots=step_slots[queries],
+        max_queries=longest,
+        max_rows=longest,
+        is_first=True,
+        is_last=True,
+        is_new=True,
+    )
 
 
 def _piece(
@@ -130,6 +160,7 @@ def _piece(
         max_rows=max(row_lengths),
         is_first=is_first,
         is_last=is_last,
+        is_new=False,
     )
 
 
@@ -175,9 +206,7 @@ def attend_to_piece(
     """
     if fa_version is None:
         return _attend_in_pytorch(query, key, value, piece, scaling, window, output)
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
-
+    flash_attn_varlen_func, merge_attn_states = _flash_attention()
     is_only = piece.is_first and piece.is_last
     attended, lse = flash_attn_varlen_func(
         query,
@@ -202,6 +231,15 @@ def attend_to_piece(
     merged_lse = torch.empty_like(lse)
     merge_attn_states(merged, *earlier, attended, lse, merged_lse)
     return None if piece.is_last else (merged, merged_lse)
+
+
+@functools.cache
+def _flash_attention() -> tuple[Callable, Callable]:
+    """vLLM's functions, which there are on GPUs alone."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+    return flash_attn_varlen_func, merge_attn_states
 
 
 def _attend_in_pytorch(

@@ -54,16 +54,21 @@ def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
         lengths=starts.diff(),
         query_starts=torch.arange(len(lengths) + 1, dtype=torch.int32, device=device),
         num_decodes=len(lengths),
-        num_decode_tokens=len(lengths),
         max_decode_queries=1,
         decode_pieces=impl.empty_pieces(len(lengths), 1, device),
-        prompt_pieces=plan_pieces(lengths, lengths, 0, 0, impl.room, impl.sliding_window, blocks, block_size),
+        prompt_pieces=plan_pieces(
+            lengths, lengths, 0, 0, impl.room, impl.sliding_window, blocks, block_size, slots.long(), starts
+        ),
     )
     if metadata.decode_pieces is not None:
         schedule_pieces(metadata.lengths, metadata.query_starts, metadata.decode_pieces)
 
     generator = torch.Generator(device).manual_seed(0)
-    sizes = len(slots), sum(impl.projection_sizes.values())
+    columns = sum(impl.projection_sizes.values())
+    sizes = (
+        len(slots),
+        columns + -columns % 8,
+    )  # as the model's product has them: the kernels are compiled for their alignment
     projections = torch.randn(sizes, generator=generator, device=device, dtype=torch.float32).to(impl.dtype)
     angles = 6.3 * torch.rand(len(slots), impl.config.rotary_dim // 2, generator=generator, device=device)
     tokens = projections, angles.cos().to(impl.dtype), angles.sin().to(impl.dtype), metadata.slots
@@ -71,13 +76,20 @@ def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
     used = blocks.unique().long()
     held = kv_cache[used]
     pages = impl.pages(kv_cache)
-    expected_query = impl.store(*tokens, *pages, kernels=False)
+    shape = 2, len(slots), impl.num_heads, impl.head_size
+    expected_query, query = torch.full(shape, math.nan, dtype=impl.dtype, device=device)
+    impl.store(*tokens, *pages, expected_query, kernels=False)
     expected_rows = [rows_at(part, slots).float() for part in pages]
     kv_cache[used] = held  # rows that are not written are to be missed
-    query = impl.store(*tokens, *pages)
+    impl.store(*tokens, *pages, query)
     rows = [rows_at(part, slots).float() for part in pages]
     prompts, decoded = torch.empty_like(query), torch.empty_like(query[: len(lengths)])
     impl.attend_to_prompts(query, *pages, metadata, prompts)
+    formed, at_once = impl.states_of_new_prompts(query, metadata), torch.empty_like(query)
+    for states in formed[:2]:
+        states.fill_(math.nan)
+    impl.store(*tokens, *pages, query, formed)
+    impl.attend_to_prompts(query, *pages, metadata, at_once, are_formed=bool(formed))
     impl.decode(query[starts[1:].long() - 1], *pages, metadata, decoded)
     kv_cache[used] = held
 
@@ -88,6 +100,7 @@ def check_pages(impl: FactorImpl, kv_cache: torch.Tensor) -> None:
     outputs, spreads = zip(*(_attention(impl, *x) for x in zip(*(part.split(lengths) for part in (query, *rows)))))
     expected, tolerance = torch.cat(outputs), tolerance * max(1, *spreads)
     _compare("attention of prompts", prompts, expected, tolerance)
+    _compare("attention of new prompts", at_once, expected, tolerance)
     _compare("attention of decoded tokens", decoded, expected[starts[1:].long() - 1], tolerance)
 
 
@@ -97,7 +110,7 @@ def _attention(
     """Causal attention of one request in float64 [tokens, h, d], and how large scores are, whose roundings grow with them."""
     states = []
     for layout, rows, constant_a in zip(
-        (impl.key_layout, impl.value_layout), (key_rows, value_rows), impl.constants()[1:]
+        (impl.key_layout, impl.value_layout), (key_rows, value_rows), impl.constants[1:]
     ):
         a, b = layout.unpack(rows[None, None].double())
         states.append(form_heads(a if constant_a is None else constant_a.double(), b)[0].transpose(0, 1))

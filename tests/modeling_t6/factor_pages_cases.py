@@ -15,11 +15,12 @@ from torch import nn
 from modeling_t6 import T6Config, factor_pages_t6
 from modeling_t6.cache_t6 import factor_layouts
 from modeling_t6.factor_pages_t6 import (
+    FactorColumns,
     form_heads_from_pages,
     select_ranks,
     slots_of_rows,
     store_factors,
-    view_factors,
+    store_projections,
 )
 from modeling_t6.factors_t6 import TensorProductFactors
 
@@ -126,7 +127,10 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
 
 
 def check_store(case: dict, device: str, store=store_factors) -> None:
-    """Queries and rows are those of the model's module in float64; all else in the pages is as it was."""
+    """
+    Queries and rows are those of the model's module in float64; all else in the pages is as it was. The factors as columns of
+    one product are the same numbers.
+    """
     torch.manual_seed(case["seed"])
     choose = random.Random(case["seed"] + 2)
     layer, dtype, tokens = make_layer(case), case["dtype"], case["tokens"]
@@ -168,21 +172,51 @@ def check_store(case: dict, device: str, store=store_factors) -> None:
     slots = torch.randperm(blocks * page_size)[:tokens]
     slots[torch.rand(tokens) < 0.2] = -1
     slots = slots[: tokens - choose.choice((0, 0, 1))]
-    pages = random_pages(case, blocks, tuple(layout.width for layout in layouts), device)
+    widths = tuple(layout.width for layout in layouts)
+    pages = random_pages(case, blocks, widths, device)
 
     product = product.to(device)
-    views = {name: view_factors(product, part.start, *shapes[name]) for name, part in parts.items()}
-    a_q = layer.q_a.to(device, dtype) if constant_a and layer.q_rank is not None else views.get("q_a_proj")
+    columns = FactorColumns(
+        *(
+            (parts[name].start, *shapes[name]) if name in parts else None
+            for name in (
+                *("q_a_proj", "q_proj" if layer.q_rank is None else "q_b_proj"),
+                *("k_a_proj", "k_b_proj", "v_a_proj", "v_b_proj"),
+            )
+        )
+    )
+    a_q, *others = columns.views(product)
+    constant_a_q = layer.q_a.to(device, dtype) if constant_a and layer.q_rank is not None else None
+    tokens_at = cos.to(device), sin.to(device), slots.to(device)
     norms = (
         [norm.weight.to(device, dtype) for norm in (layer.q_norm, layer.k_norm)] if case["qk_norm"] else (None, None)
     )
+    variant = *norms, layer.config.rms_norm_eps, case["activation"], case["qk_norm"] == "heads"
     query = store(
-        a_q, views["q_proj" if layer.q_rank is None else "q_b_proj"], views.get("k_a_proj"), views["k_b_proj"],
-        views.get("v_a_proj"), views["v_b_proj"], cos.to(device), sin.to(device), slots.to(device),
-        *(as_given(x) for x in pages), *norms, layer.config.rms_norm_eps, case["activation"],
-        case["qk_norm"] == "heads",
-    )  # fmt: skip
+        a_q if constant_a_q is None else constant_a_q, *others, *tokens_at, *(as_given(x) for x in pages), *variant
+    )
     assert query.dtype == dtype
+    other_query, other_pages = torch.empty_like(query), random_pages(case, blocks, widths, device)
+    states, first = {}, choose.choice((0, 0, 1, tokens))
+    if not constant_a:
+        room = torch.full((2, tokens - first, kv_heads, head_dim), math.nan, dtype=dtype, device=device)
+        states = dict(zip(("key", "value"), room))
+    store_projections(
+        product, columns, constant_a_q, *tokens_at, *(as_given(x) for x in other_pages), other_query, *variant,
+        **states, first_formed=first,
+    )  # fmt: skip
+    for (name, formed), rows, layout in zip(states.items(), other_pages, layouts):
+        for i, slot in enumerate(slots.tolist()[first:]):
+            if slot >= 0:
+                a, b = layout.unpack(numbers(rows[slot // page_size, slot % page_size])[None, None, None])
+                heads_of_row = torch.einsum("rh,rd->hd", a[0, 0], b[0, 0]) / layout.rank
+                assert_near(formed[i], heads_of_row.to(dtype).double(), dtype, name)  # beyond float16, perhaps
+                formed[i] = math.nan
+        assert formed.isnan().all(), f"{name}: heads of tokens without a row are written"
+    for name, x, other in zip(("query", "key rows", "value rows"), (query, *pages), (other_query, *other_pages)):
+        assert torch.equal(x.float().nan_to_num(0.5), other.float().nan_to_num(0.5)), (
+            f"{name}: not those of the product"
+        )
     assert_near(query, expected_query, dtype, "query")
     for name, rows, expected in zip(("key rows", "value rows"), pages, expected_rows):
         rows = rows.cpu()

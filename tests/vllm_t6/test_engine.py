@@ -188,10 +188,10 @@ def serve_interpreted(folder: Path, prompts: list[torch.Tensor]) -> tuple[list, 
 
 def test_kernels(tmp_path, monkeypatch):
     """The kernels in the engine, by Triton's interpreter: it takes seconds a token."""
-    model = make_model("plain", tmp_path, num_hidden_layers=1)
+    model = make_model("plain", tmp_path, num_hidden_layers=2)
     prompts = random_prompts((3, 18), each=2)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where Triton is imported: elsewhere
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         outputs, num_calls = process.submit(serve_interpreted, tmp_path, prompts).result()
-    assert num_calls == 3  # by the self-check, and for two tokens each: the first comes of the prompt
+    assert num_calls == 6  # of each layer by the self-check, and for two tokens each: the first comes of the prompt
     assert_same(outputs, generate(model, prompts, new_tokens=3))

@@ -28,9 +28,12 @@ class Case(NamedTuple):
     block_table: torch.Tensor
 
     def plan(self) -> list[Piece]:
+        slots = [torch.full((self.num_decodes,), -1)]
+        slots += [self.slots(i)[-n:] for i, n in enumerate(self.query_lengths)]
+        starts = itertools.accumulate([*[1] * self.num_decodes, *self.query_lengths], initial=0)
         return plan_pieces(
             self.query_lengths, self.lengths, self.num_decodes, self.num_decodes, self.room, self.window,
-            self.block_table, self.block_size,
+            self.block_table, self.block_size, torch.cat(slots), torch.tensor(list(starts), dtype=torch.int32),
         )  # fmt: skip
 
     def slots(self, request: int) -> torch.Tensor:
@@ -45,6 +48,8 @@ def random_case(seed: int) -> Case:
     window = choose.choice((None, None, 1, 5, 40))
     lengths = [choose.choice((1, 2, 7, 16, 33, 90, 200)) for _ in range(choose.choice((1, 2, 5, 9)))]
     query_lengths = [choose.randint(1, min(length, 48)) for length in lengths]
+    if choose.random() < 0.5:  # nothing is before some
+        lengths = [n if choose.random() < 0.7 else length for n, length in zip(query_lengths, lengths)]
     # The workspace has room for all that a step adds to a request, and all that a window shows of it.
     room = max(query_lengths) + (window or 0) + choose.choice((0, 1, 30, 300))
     block_size, num_decodes = choose.choice((1, 8, 16, 48)), choose.choice((0, 1, 4))

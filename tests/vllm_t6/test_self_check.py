@@ -65,13 +65,18 @@ def test_pages_that_are_given_back_are_freed(layers, monkeypatch):
 def with_slots(store: Callable, change: Callable) -> Callable:
     """Where rows are written is changed, but for those of the reference."""
 
-    def changed(*args, kernels=None, **kwargs):
+    def changed(*args):
         args = list(args)
-        if kernels is None:
-            args[8] = change(args[8])
-        return store(*args, kernels=kernels, **kwargs)
+        if is_kernel(args):
+            args[5] = change(args[5])
+        store(*args)
 
     return changed
+
+
+def is_kernel(args: list) -> bool:
+    """Of `store_projections`: whether it may be the kernel, and is not the reference."""
+    return args[14] is None
 
 
 def next_slot(store: Callable) -> Callable:
@@ -87,19 +92,22 @@ def nothing_written(store: Callable) -> Callable:
 
 
 def other_queries(store: Callable) -> Callable:
-    def changed(*args, kernels=None, **kwargs):
-        query = store(*args, kernels=kernels, **kwargs)
-        return query * 1.1 if kernels is None else query
+    def changed(*args):
+        store(*args)
+        if is_kernel(args):
+            args[8].mul_(1.1)
 
     return changed
 
 
 def other_values(store: Callable) -> Callable:
-    def changed(*args, kernels=None, **kwargs):
+    def changed(*args):
         args = list(args)
-        if kernels is None:
-            args[5] = 1.3 * args[5]  # B_V
-        return store(*args, kernels=kernels, **kwargs)
+        if is_kernel(args):
+            start, n, m = args[1].b_v
+            args[0] = args[0].clone()
+            args[0][:, start : start + n * m] *= 1.3
+        store(*args)
 
     return changed
 
@@ -129,11 +137,11 @@ def other_outputs(attend: Callable) -> Callable:
 
 
 FAULTS = [
-    ("store_factors", next_slot, "key rows"),
-    ("store_factors", last_page_not_written, "key rows"),
-    ("store_factors", nothing_written, "key rows"),
-    ("store_factors", other_queries, "queries"),
-    ("store_factors", other_values, "value rows"),
+    ("store_projections", next_slot, "key rows"),
+    ("store_projections", last_page_not_written, "key rows"),
+    ("store_projections", nothing_written, "key rows"),
+    ("store_projections", other_queries, "queries"),
+    ("store_projections", other_values, "value rows"),
     ("attend_to_piece", other_outputs, "attention of prompts"),
     ("attend_to_piece", nan_outputs, "attention of prompts"),
     ("paged_factor_space_attention", pages_in_another_order, "attention of decoded tokens"),
@@ -152,3 +160,19 @@ def test_fails(layers, function, fault, named, monkeypatch):
         with pytest.raises(RuntimeError, match=f"with this cache: {named} are off"):
             check_pages(layer.impl, layer.kv_cache)
         assert torch.equal(layer.kv_cache, held)
+
+
+def test_fails_for_heads_that_are_formed_with_the_rows(layers, monkeypatch):
+    if layers[0].impl.constant_a:
+        pytest.skip("of a constant A heads are formed of pages alone")
+    store = attention.store_projections
+
+    def changed(*args) -> None:
+        store(*args)
+        if len(args) > 15:
+            args[16].mul_(1.3)
+
+    monkeypatch.setattr(attention, "store_projections", changed)
+    for layer in layers:
+        with pytest.raises(RuntimeError, match="with this cache: attention of new prompts are off"):
+            check_pages(layer.impl, layer.kv_cache)

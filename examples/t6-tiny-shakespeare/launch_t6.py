@@ -1,0 +1,1 @@
+../../modeling_t6/launch_t6.py

@@ -9,7 +9,9 @@ from conversion.smaller.compress import compress
 from conversion.smaller.measure import divergence, log_probabilities
 from conversion.smaller.options import METHODS
 from conversion.smaller.reconstruct import CHECKED, reconstruct
+from conversion.smaller.straight_through import rounded_rows
 from modeling_t6 import T6ForCausalLM
+from modeling_t6.cache_t6 import CACHE_DTYPES
 
 from ..common import FAMILIES, exact_model, random_ids
 
@@ -61,6 +63,23 @@ def test_what_is_learnt():
     # All but the attentions are the source's.
     weights, old = dict(model.named_parameters()), dict(source.named_parameters())
     assert all(torch.equal(weights[name], old[name]) for name in weights if "self_attn" not in name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache_dtype", [None, *CACHE_DTYPES])
+def test_normed_heads(cache_dtype):
+    """Layers with the norm of formed heads, of unequal ranks, read as their rows are, and learn."""
+    source, ids = exact_model("qwen3", "gqa"), random_ids(68, 60)
+    model = compress(source, ids, [1, 2, 1], [2, 1, 1], quiet=True)
+    assert model.config.qk_norm == "heads"
+    model.config.cache_dtype = cache_dtype
+    before = copy.deepcopy(model)
+    found = reconstruct(model, source, ids[:60], 60, quiet=True)
+    for column, measured in enumerate((before, model)):
+        with rounded_rows(measured):
+            expected = torch.tensor(output_errors(measured, source, ids[:60:CHECKED]))
+        torch.testing.assert_close(torch.tensor([pair[column] for pair in found]), expected, rtol=0.05, atol=0)
+    assert found[0][1] < 0.8 * found[0][0]
 
 
 @torch.no_grad()

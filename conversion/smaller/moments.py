@@ -55,10 +55,10 @@ class Moments:
 
 
 def attention_probabilities(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Of scores [batch, h, seq, seq] and a mask [batch, 1, seq, seq], bool or to be added; `None` is that of a text."""
+    """Of scores [batch, h, seq, seq], which are overwritten, and a mask [batch, 1, seq, seq], bool or to be added; `None`: a text's."""
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return (scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask).softmax(-1)
+    return (scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)).softmax(-1)
 
 
 def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_embeddings, mask) -> Moments:
@@ -86,14 +86,14 @@ def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_
     heads = form_heads(k_a, key)
     if attention.qk_norm == "heads":
         heads = (heads / parts[..., None]).repeat_interleave(attention.num_key_value_groups, dim=2)
-    query, heads = query.transpose(1, 2), heads.transpose(1, 2)
+    query, heads = query.transpose(1, 2) * attention.scaling, heads.transpose(1, 2)
     mask = None if mask is None else mask.expand(len(query), -1, -1, -1)
     num_heads, seq = query.shape[1:3]
     count = max(1, TOGETHER // (num_heads * seq * max(seq, value.shape[-1])))
     keys = values = 0
     for start in range(0, len(query), count):
         some = slice(start, start + count)
-        scores = query[some] @ heads[some].mT * attention.scaling
+        scores = query[some] @ heads[some].mT
         probabilities = attention_probabilities(scores, None if mask is None else mask[some])
         # Every head reads the values of all groups, to see what the others' values would be to it. Sums of products in
         # float32 are positive definite to its rounding only.

@@ -12,7 +12,10 @@ import torch
 from modeling_t6 import T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_DTYPES, FactorLayout, T6DynamicLayer
 from modeling_t6.modeling_t6 import T6Attention
-from modeling_t6.quantized_rows_t6 import GROUP, LARGEST_A, rotate_features
+from modeling_t6.quantized_rows_t6 import GROUP, LARGEST_A, quantize, rotate_features
+
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 def ranges(x: torch.Tensor) -> torch.Tensor:
@@ -32,21 +35,32 @@ def as_read(
     the rounding is in steps that are parts of a range of B, and has a gradient by that: numbers that make the range large are
     learnt to be smaller.
     """
-    layout = layouts[index]
     with torch.autocast(b.device.type, enabled=False):
+        if cache_dtype == "int4":
+            return _as_read_in_4_bits(a, b, layouts[index].num_heads == 0)
         with torch.no_grad():
             layer = T6DynamicLayer()
             layer.layouts, layer.stored_dtype = layouts, CACHE_DTYPES[cache_dtype]
-            read_a, read_b = layout.read(layer.as_stored(layout.pack(a, b), index), b.dtype)
-            if layout.num_heads and cache_dtype == "int4":  # B has the size of A there
-                largest = a.abs().amax(-1, keepdim=True) / LARGEST_A
-                read_a, read_b = read_a * largest, read_b / largest.clamp(min=torch.finfo(b.dtype).tiny)
-            change = read_b - b
-        if cache_dtype == "int4":
-            size = ranges(rotate_features(b))
-            steps = rotate_features(change) / size.detach().clamp(min=torch.finfo(size.dtype).tiny)
-            change = rotate_features(steps * size)
-        return (a + (read_a - a.detach()) if layout.num_heads else a), b + change
+            rows = layer.as_stored(layouts[index].pack(a, b), index)
+            read_a, read_b = layouts[index].read(rows, b.dtype)
+        return (a + (read_a - a).detach() if layouts[index].num_heads else a), b + (read_b - b).detach()
+
+
+def _as_read_in_4_bits(
+    a: torch.Tensor | None, b: torch.Tensor, is_constant: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The numbers that `QuantizedLayout` packs, which are not packed: that takes most of the time."""
+    rotated = rotate_features(b.to(torch.float32))
+    size = ranges(rotated)
+    with torch.no_grad():
+        # B is held times the size of A.
+        largest = 1 if is_constant else (a.float().abs().amax(-1, keepdim=True) / LARGEST_A).clamp(min=TINY)
+        n, scale, zero = quantize(rotated * largest)
+        read = torch.addcmul(zero.to(n.dtype), n, scale.to(n.dtype)).flatten(-2)[..., : b.shape[-1]] / largest
+        steps = (read - rotated) / size.clamp(min=TINY)
+        if not is_constant:
+            change = (a / largest).to(torch.float8_e4m3fn).to(a.dtype) * largest - a
+    return (a if is_constant else a + change), b + rotate_features(steps * size).to(b.dtype)
 
 
 @contextlib.contextmanager

@@ -72,15 +72,8 @@ class QuantizedLayout:
                 a / size.clamp(min=torch.finfo(a.dtype).tiny), (0, self.padded_heads - self.num_heads)
             )
             stored_a = a.to(torch.float8_e4m3fn).view(torch.uint8)
-        missing = self.groups * GROUP - self.head_dim  # of the last group, which may be smaller
-        if missing:
-            b = torch.cat([b, b[..., -1:].expand(*b.shape[:-1], missing)], dim=-1)
-        b = b.clamp(-LARGEST_NUMBER, LARGEST_NUMBER).unflatten(-1, (self.groups, GROUP))
-        zero, largest = b.amin(dim=-1, keepdim=True), b.amax(dim=-1, keepdim=True)
-        scale = ((largest - zero) / 15).clamp(min=SMALLEST_SCALE).to(torch.float16)
-        zero = zero.to(torch.float16)
-        n = ((b - zero.to(b.dtype)) / scale.to(b.dtype)).round().clamp(0, 15).to(torch.uint8)
-        n = n.flatten(-2)[..., : self.padded_dim].unflatten(-1, (-1, 8))
+        n, scale, zero = quantize(b)
+        n = n.to(torch.uint8).flatten(-2)[..., : self.padded_dim].unflatten(-1, (-1, 8))
         low, high = torch.stack([n[..., i] for i in ORDER], dim=-1).chunk(2, dim=-1)
         scales = torch.cat([scale, zero], dim=-1).flatten(-3).view(torch.uint8)
         parts = [(low | (high << 4)).flatten(-3), stored_a.flatten(-2), scales]
@@ -151,6 +144,21 @@ class QuantizedFactors:
         scale, zero = scales.unsqueeze(-3).unbind(-1)
         n = torch.stack([b & 15, b >> 4], dim=-2).to(dtype)
         return torch.addcmul(zero, n, scale).flatten(-2).to(self.dtype)
+
+
+def quantize(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Numbers n, whole and from 0 to 15, of groups of `GROUP` of b [..., features], in float32 [..., groups, GROUP], and their scales and zero
+    points, float16 [..., groups, 1]: n * scale + zero is about b. The last group may be smaller: it is filled up with its last number.
+    """
+    missing = -b.shape[-1] % GROUP
+    if missing:
+        b = torch.cat([b, b[..., -1:].expand(*b.shape[:-1], missing)], dim=-1)
+    b = b.clamp(-LARGEST_NUMBER, LARGEST_NUMBER).unflatten(-1, (-1, GROUP))
+    zero, largest = b.aminmax(dim=-1, keepdim=True)
+    scale = ((largest - zero) / 15).clamp(min=SMALLEST_SCALE).to(torch.float16)
+    zero = zero.to(torch.float16)
+    return ((b - zero.to(b.dtype)) / scale.to(b.dtype)).round().clamp(0, 15), scale, zero
 
 
 def rotate_features(x: torch.Tensor) -> torch.Tensor:

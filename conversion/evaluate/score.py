@@ -25,12 +25,14 @@ class Score:
         exact: part of the answers that greedy decoding gives exactly.
         log_probability: mean over answers of that of their tokens, each after those before it, in nats.
         count: of samples.
+        log_probabilities: of each sample's answer, the mean over its tokens.
     """
 
     found: float
     exact: float
     log_probability: float
     count: int
+    log_probabilities: list[float]
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def score_samples(
         language: in which the samples are told.
         context: the model's, behind which it is asked for nothing.
     """
-    found, exact, log_probability = [], [], []
+    found, exact, log_probabilities = [], [], []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         prompts = torch.tensor([sample.prompt for sample in batch], device=model.device)
@@ -70,7 +72,7 @@ def score_samples(
         all_best = ((logits.argmax(-1) == answers) | ~counted).all(-1).tolist()
         scores = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0].masked_fill(~counted, 0)
         exact += all_best
-        log_probability += (scores.sum(-1) / counted.sum(-1)).tolist()
+        log_probabilities += (scores.sum(-1) / counted.sum(-1)).tolist()
         count = longest + SLACK
         if context is not None:  # there may be no positions behind it
             count = min(count, context - prompts.shape[1] + 1)
@@ -79,7 +81,8 @@ def score_samples(
             found.append(1.0 if is_best else language.part_found(sample.values, ids))
         if bar is not None:
             bar.update(len(batch))
-    return Score(*(sum(parts) / len(samples) for parts in (found, exact, log_probability)), len(samples))
+    means = (sum(parts) / len(samples) for parts in (found, exact, log_probabilities))
+    return Score(*means, len(samples), log_probabilities)
 
 
 def cached(cache: Cache) -> dict:

@@ -1,7 +1,6 @@
 """A model with a smaller cache: its moments, the ranks, the fits, and the weights that come of them."""
 
 import functools
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -12,19 +11,120 @@ from modeling_t6 import T6ForCausalLM
 
 from ..files.errors import ConversionError
 from .fits import HeadFits
-from .key_fits import KEY_ITERATIONS
+from .key_fits import KEY_ITERATIONS, KeyFit
 from .moments import collect_moments
+from .normed_heads import with_normed_heads
 from .probe import Probe
 from .questions import Questions
 from .ranks import Ranks, check_options, choose_ranks, row_bytes
 from .stages import stage
-from .value_fits import VALUE_ITERATIONS
+from .value_fits import VALUE_ITERATIONS, ValueFit
 from .weights import balance, compressed_attention, compressed_model
 
 
 TRIAL_ITERATIONS = 30  # enough to compare ranks
 NEAR = 1.5  # times the least cost: costs add up about so well, and what costs more is not tried
 CANDIDATE_RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
+
+
+class Compression:
+    """
+    What a model with constant A becomes with other ranks, all of it found from one look at the calibration.
+
+    Args:
+        model: with full ranks.
+        batches: token ids [batch, seq] each, of which a `"fit"` loses little.
+    """
+
+    def __init__(self, model: T6ForCausalLM, method: str, batches: Sequence[torch.Tensor], quiet: bool):
+        self.model, self.method, self.quiet = model, method, quiet
+        self.attentions = [layer.self_attn for layer in model.model.layers]
+        self.parts = [(layer, side) for layer in range(len(self.attentions)) for side in "kv"]
+        self.full = [getattr(model.config, f"{side}_rank") for _, side in self.parts]
+        self.fits = HeadFits(self.attentions, method)
+        self.found: dict[tuple[int, str, int], KeyFit | ValueFit | None] = {}
+        if method == "fit":
+            with stage("calibrating", quiet):
+                self.fits.use(collect_moments(model, tqdm(batches, desc="calibrating", unit="batch", disable=quiet)))
+
+    def build(self, ranks: list[int], cache_dtype: str | None) -> T6ForCausalLM:
+        """A model with a rank for each of `parts`, its caches' rows in `cache_dtype`."""
+        layers = defaultdict(list)  # of each side and rank
+        for (layer, side), rank in zip(self.parts, ranks):
+            if (layer, side, rank) not in self.found:
+                layers[side, rank].append(layer)
+        with stage("fitting", self.quiet):
+            for (side, rank), some in tqdm(layers.items(), desc="fitting", unit="rank", disable=self.quiet):
+                iterations = KEY_ITERATIONS if side == "k" else VALUE_ITERATIONS
+                fits = self.fits(side, rank, iterations, some)
+                self.found |= {(layer, side, rank): fit for layer, fit in zip(some, fits)}
+        fits = [self.found[(*part, rank)] for part, rank in zip(self.parts, ranks)]
+        pairs = list(zip(fits[::2], fits[1::2]))  # of each layer, keys and values
+        result = compressed_model(self.model, pairs)
+        if self.method == "fit":
+            for (_, values), layer in zip(pairs, result.model.layers):
+                balance(layer.self_attn, values=values is not None)
+        result.config.cache_dtype = cache_dtype
+        return result
+
+    def costs(self, probe: Probe) -> list[dict[int, float]]:
+        """Of each of `parts`, what each rank that it may have costs, alone."""
+        candidates = [
+            [whole]
+            if side == "k" and self.model.config.qk_norm is True
+            else [rank for rank in CANDIDATE_RANKS if rank < whole] + [whole]
+            for (_, side), whole in zip(self.parts, self.full)
+        ]
+        costs: list[dict[int, torch.Tensor | float]] = [{} for _ in self.parts]
+        with (
+            stage("trying ranks", self.quiet),
+            tqdm(total=sum(map(len, candidates)), desc="trying ranks", unit="rank", disable=self.quiet) as progress,
+        ):
+            for side, rank in sorted(
+                {(part[1], rank) for part, ranks in zip(self.parts, candidates) for rank in ranks}
+            ):
+                places = [place for place, part in enumerate(self.parts) if part[1] == side]
+                for place, fitted in zip(places, self.fits(side, rank, TRIAL_ITERATIONS)):
+                    layer = self.parts[place][0]
+                    if fitted is None:
+                        costs[place][rank] = 0.0
+                    else:
+                        pair = (fitted, None) if side == "k" else (None, fitted)
+                        module = self.model.model.layers[layer]
+                        module.self_attn = compressed_attention(self.attentions[layer], *pair)
+                        costs[place][rank] = probe.divergence(self.model, first=layer)
+                        module.self_attn = self.attentions[layer]
+                    progress.update()
+        return [{rank: float(cost) for rank, cost in part.items()} for part in costs]
+
+    def choices(
+        self, probe: Probe, budget: int, itemsize: int, cache_dtypes: Sequence[str | None]
+    ) -> list[tuple[float, list[int], str | None]]:
+        """For each of `cache_dtypes` what its best ranks cost, if costs add up, and these, for rows of at most `budget` bytes in all."""
+        costs = self.costs(probe)
+        whole = self.build(self.full, None)  # balanced, as rounding will meet it
+        found = []
+        for name in cache_dtypes:
+            size = self.size_in(name, itemsize)
+            if budget < sum(size(min(cost)) for cost in costs):
+                continue
+            ranks = choose_ranks(costs, budget, size)
+            rounding = 0.0 if name is None else probe.divergence(whole, name).item()
+            found.append((rounding + sum(cost[rank] for cost, rank in zip(costs, ranks)), ranks, name))
+            equal = [min(most, sum(ranks) // len(self.parts)) for most in self.full]
+            known = all(rank in cost for rank, cost in zip(equal, costs))
+            # Rows of odd ranks may be padded, so that as many ranks may take more bytes.
+            if equal != ranks and known and sum(equal) == sum(ranks) and sum(map(size, equal)) <= budget:
+                found.append((found[-1][0], equal, name))
+        return found
+
+    def size_in(self, cache_dtype: str | None, itemsize: int) -> Callable[[int], int]:
+        """Bytes of a row of a rank."""
+        config = self.model.config
+        num_heads = 0 if config.noncontextual_a else config.num_key_value_heads
+        return functools.partial(
+            row_bytes, head_dim=config.head_dim, itemsize=itemsize, cache_dtype=cache_dtype, num_heads=num_heads
+        )
 
 
 @torch.no_grad()
@@ -42,7 +142,8 @@ def compress(
     cache_dtypes: Sequence[str | None] = (None,),
 ) -> T6ForCausalLM:
     """
-    A copy of a converted model whose cache is smaller.
+    A copy of a converted model whose cache is smaller. One that normalises its keys becomes one that normalises formed heads
+    where keys have lower ranks (`normed_heads`).
 
     Args:
         model: with constant A factors and queries of full rank, as `python -m conversion hf` makes them.
@@ -60,101 +161,38 @@ def compress(
     Raises:
         ConversionError: for ranks that the model cannot have.
     """
-    check_options(model.config, k_ranks, v_ranks, cache_ratio)
-    attentions = [layer.self_attn for layer in model.model.layers]
-    fits = HeadFits(attentions, method)
-    if method == "fit":
-        batches = calibration.split(batch_size)
-        if questions is not None:
-            batches += questions.ids.split(max(1, batch_size * calibration.shape[1] // questions.ids.shape[1]))
-        with stage("calibrating", quiet):
-            fits.use(collect_moments(model, tqdm(batches, desc="calibrating", unit="batch", disable=quiet)))
-
-    parts = [(layer, side) for layer in range(len(attentions)) for side in "kv"]
-    full = [getattr(model.config, f"{side}_rank") for _, side in parts]
-
-    def build(ranks: list[int], cache_dtype: str | None) -> T6ForCausalLM:
-        layers = defaultdict(list)  # of each side and rank
-        for (layer, side), rank in zip(parts, ranks):
-            layers[side, rank].append(layer)
-        found = {}
-        with stage("fitting", quiet):
-            for (side, rank), some in tqdm(layers.items(), desc="fitting", unit="rank", disable=quiet):
-                iterations = KEY_ITERATIONS if side == "k" else VALUE_ITERATIONS
-                found |= {(layer, side): fit for layer, fit in zip(some, fits(side, rank, iterations, some))}
-        result = compressed_model(model, [(found[layer, "k"], found[layer, "v"]) for layer in range(len(attentions))])
-        if method == "fit":
-            for index, layer in enumerate(result.model.layers):
-                balance(layer.self_attn, values=found[index, "v"] is not None)
-        result.config.cache_dtype = cache_dtype
-        return result
+    config = model.config
+    check_options(config, k_ranks, v_ranks, cache_ratio)
+    batches = calibration.split(batch_size)
+    if questions is not None:
+        batches += questions.ids.split(max(1, batch_size * calibration.shape[1] // questions.ids.shape[1]))
 
     if cache_ratio is None:
+        if config.qk_norm is True and set(k_ranks or [config.k_rank]) != {config.k_rank}:
+            model = with_normed_heads(model)
+        compression = Compression(model, method, batches, quiet)
         chosen = []
-        for layer, side in parts:
-            ranks = (k_ranks if side == "k" else v_ranks) or [getattr(model.config, f"{side}_rank")]
+        for layer, side in compression.parts:
+            ranks = (k_ranks if side == "k" else v_ranks) or [getattr(config, f"{side}_rank")]
             chosen.append(ranks[layer] if len(ranks) > 1 else ranks[0])
-        return build(chosen, cache_dtypes[0])
+        return compression.build(chosen, cache_dtypes[0])
 
     probe = Probe(model, calibration, questions)
-    candidates = [
-        [whole]
-        if side == "k" and model.config.qk_norm
-        else [rank for rank in CANDIDATE_RANKS if rank < whole] + [whole]
-        for (_, side), whole in zip(parts, full)
-    ]
-    costs: list[dict[int, torch.Tensor | float]] = [{} for _ in parts]
-    count = sum(map(len, candidates))
-    with (
-        stage("trying ranks", quiet),
-        tqdm(total=count, desc="trying ranks", unit="rank", disable=quiet) as progress,
-    ):
-        for side, rank in sorted({(side, rank) for (_, side), ranks in zip(parts, candidates) for rank in ranks}):
-            places = [place for place, part in enumerate(parts) if part[1] == side]
-            for place, fitted in zip(places, fits(side, rank, TRIAL_ITERATIONS)):
-                layer = parts[place][0]
-                if fitted is None:
-                    costs[place][rank] = 0.0
-                else:
-                    pair = (fitted, None) if side == "k" else (None, fitted)
-                    module = model.model.layers[layer]
-                    module.self_attn = compressed_attention(attentions[layer], *pair)
-                    costs[place][rank] = probe.divergence(model, first=layer)
-                    module.self_attn = attentions[layer]
-                progress.update()
-    costs = [{rank: float(cost) for rank, cost in part.items()} for part in costs]
-
-    whole = build(full, None)  # balanced, as rounding will meet it
-    budget = int(sum(full) * model.config.head_dim * dtype.itemsize / cache_ratio * (1 + 1e-12))
-
-    def size_in(cache_dtype: str | None) -> Callable[[int], int]:
-        return functools.partial(
-            row_bytes, head_dim=model.config.head_dim, itemsize=dtype.itemsize, cache_dtype=cache_dtype
-        )
-
-    def choose(cache_dtype: str | None, whole: T6ForCausalLM) -> tuple[float, list[int], str | None]:
-        """What the best ranks of rows of a dtype cost, if costs add up, and these."""
-        size = size_in(cache_dtype)
-        if budget < sum(size(min(cost)) for cost in costs):
-            return math.inf, [], cache_dtype
-        ranks = choose_ranks(costs, budget, size)
-        rounding = 0.0 if cache_dtype is None else probe.divergence(whole, cache_dtype).item()
-        return rounding + sum(cost[rank] for cost, rank in zip(costs, ranks)), ranks, cache_dtype
-
-    chosen = [choose(name, whole) for name in cache_dtypes]
-    del whole  # as large as the model
-    least = min(cost for cost, _, _ in chosen)
-    if least == math.inf:
+    budget = int(
+        config.num_hidden_layers
+        * (config.k_rank + config.v_rank)
+        * config.head_dim
+        * dtype.itemsize
+        / cache_ratio
+        * (1 + 1e-12)
+    )
+    choices = []
+    for form in [model] + [with_normed_heads(model)] * (config.qk_norm is True):
+        compression = Compression(form, method, batches, quiet)
+        found = compression.choices(probe, budget, dtype.itemsize, cache_dtypes)
+        choices += [(cost, compression, ranks, name) for cost, ranks, name in found]
+    if not choices:
         raise ConversionError(f"--cache-ratio {cache_ratio:g}: no ranks are small enough for this model")
-    trials = []
-    for total, ranks, cache_dtype in chosen:
-        if total > NEAR * least:
-            continue
-        trials.append((ranks, cache_dtype))
-        equal = [min(most, sum(ranks) // len(parts)) for most in full]
-        known = all(rank in cost for rank, cost in zip(equal, costs))
-        # Rows of odd ranks may be padded, so that as many ranks may take more bytes.
-        if equal != ranks and known and sum(equal) == sum(ranks) and sum(map(size_in(cache_dtype), equal)) <= budget:
-            trials.append((equal, cache_dtype))
-    models = (build(*trial) for trial in trials)
+    least = min(cost for cost, *_ in choices)
+    models = (compression.build(ranks, name) for cost, compression, ranks, name in choices if cost <= NEAR * least)
     return min(models, key=lambda trial: probe.divergence(trial, trial.config.cache_dtype).item())

@@ -7,6 +7,7 @@ from modeling_t6.modeling_t6 import T6Attention
 from .key_fits import KeyFit, KeyProblem
 from .least_squares import contiguous_groups, membership
 from .moments import Moments
+from .normed_heads import constant_factors
 from .value_fits import ValueFit, ValueProblem
 
 
@@ -14,8 +15,15 @@ TOGETHER = 2**23  # numbers in the moments of the layers that are fitted side by
 
 
 def selections(attention: T6Attention) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the heads read of the keys and of the values, [h, G] each, float64."""
-    return attention.k_a.T.double() / attention.k_rank, attention.v_a.T.double() / attention.v_rank
+    """What the heads of A, h or h_kv, read of the keys and of the values, [h, G] each, float64."""
+    k_a, v_a = (constant_factors(attention, side).T.double() for side in "kv")
+    return k_a / attention.k_rank, v_a / attention.v_rank
+
+
+def outputs(attention: T6Attention, num_heads: int) -> torch.Tensor:
+    """What the output projection makes of each head of A_V, [outputs of all heads that share it, num_heads, d]."""
+    weight = attention.o_proj.weight.unflatten(1, (num_heads, -1, attention.head_dim))
+    return weight.transpose(1, 2).flatten(0, 1)
 
 
 def mean_pool(selection: torch.Tensor, head_dim: int, rank: int) -> tuple[KeyFit, ValueFit]:
@@ -42,14 +50,15 @@ class HeadFits:
         self.problems: list[tuple[range, dict[str, KeyProblem | ValueProblem]]] = []
 
     def use(self, moments: list[Moments]) -> None:
-        d = self.attentions[0].head_dim
         count = max(1, TOGETHER // moments[0].values.numel())
         for start in range(0, len(moments), count):
             layers = range(start, min(start + count, len(moments)))
             attentions, part = self.attentions[layers.start : layers.stop], moments[layers.start : layers.stop]
             k_selections, v_selections = map(torch.stack, zip(*map(selections, attentions)))
-            outputs = [attention.o_proj.weight.unflatten(1, (-1, d)) for attention in attentions]
-            problems = {"k": KeyProblem(part, k_selections), "v": ValueProblem(part, v_selections, outputs)}
+            problems = {
+                "k": KeyProblem(part, k_selections, turns=not attentions[0].qk_norm),
+                "v": ValueProblem(part, v_selections, [outputs(x, v_selections.shape[1]) for x in attentions]),
+            }
             self.problems.append((layers, problems))
 
     def __call__(

@@ -13,7 +13,7 @@ KEY_ITERATIONS = 600  # they are cheap
 
 @dataclass
 class KeyFit:
-    """Keys of rank R for h heads: A [R, h], z [h, d / 2] and M [d / 2, R, G], complex; the share of power lost."""
+    """Keys of rank R for h heads of A: A [R, h], z [h, d / 2] and M [d / 2, R, G], complex; the share of power lost."""
 
     a: torch.Tensor
     z: torch.Tensor
@@ -28,9 +28,11 @@ class KeyProblem:
     Args:
         moments: of each layer.
         selections: [L, h, G], float64: the keys that the heads read now are `selections` times those of the groups.
+        turns: whether queries may undo a z of each head; else it is 1.
     """
 
-    def __init__(self, moments: list[Moments], selections: torch.Tensor):
+    def __init__(self, moments: list[Moments], selections: torch.Tensor, turns: bool = True):
+        self.turns = turns
         self.moments = torch.stack([moment.keys for moment in moments])  # [L, F, G, G]
         self.weights = torch.stack([moment.queries.T for moment in moments])  # [L, F, h]
         self.selections = selections
@@ -69,6 +71,9 @@ class KeyProblem:
             a = solve(left, right[..., None])[..., 0].mT
             product = (cross * a.mT[..., None, :, :]).sum(-1)  # [F, h]
             energy = ((a.mT[..., None, :, :] @ c_b.real) * a.mT[..., None, :, :]).sum(-1).clamp(min=1e-300)
+            if not self.turns:
+                loss = (weights * (power - 2 * product.real + energy)).sum((-2, -1)) / total
+                return loss, a, z, m
             loss = (weights * (power - product.abs().square() / energy)).sum((-2, -1)) / total
             scale = a.square().sum(-2, keepdim=True).sqrt().clamp(min=1e-300)  # the scale of A is free
             return loss, a / scale, (product / energy).mT * scale.mT, m
@@ -90,7 +95,8 @@ class KeyProblem:
             norm = (same.real @ top.abs().square()[..., None])[..., 0].sqrt()
             z = top / (norm * root).clamp(min=1e-300)  # [L, F, G]
             member = membership(labels, rank).to(selections)
-            starts.append((perturbed(member @ selections.mT), (z @ s[:, 0].mT).mT))
+            z = (z @ s[:, 0].mT).mT
+            starts.append((perturbed(member @ selections.mT), z if self.turns else torch.ones_like(z)))
         mixture = self.mixtures[layers, :, -rank:]  # plain mixtures of heads
         starts.append((mixture.mT @ selections.mT, torch.ones_like(starts[0][1])))
         loss, a, z, m = descend(step, tuple(map(torch.stack, zip(*starts))), iterations)

@@ -10,6 +10,8 @@ from modeling_t6 import T6ForCausalLM
 from modeling_t6.factors_t6 import apply_rotary_pos_emb, form_heads
 from modeling_t6.modeling_t6 import T6Attention
 
+from .normed_heads import constant_factors
+
 
 def to_complex(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
     """
@@ -43,7 +45,7 @@ class Moments:
     Attributes:
         keys: sum over queries of the covariance of K[f] after RoPE under their probabilities, the mean over heads, [d / 2, G, G],
             complex; with parts of the covariance in the window, and of the sum of K[f] K[f]^H.
-        queries: sum of |Q_i[f]|^2, [h, d / 2].
+        queries: sum of |Q_i[f]|^2, [h, d / 2]; where the norm of formed heads follows, [h_kv, d / 2], of a group's queries the sum.
         values: sum over heads and tokens of (p V)(p V)^T, V the values of all groups side by side, [G d, G d].
     """
 
@@ -53,10 +55,10 @@ class Moments:
 
 
 def attention_probabilities(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Of scores [batch, h, seq, seq] and a mask [batch, 1, seq, seq], bool or to be added; `None` is that of a text."""
+    """Of scores [batch, h, seq, seq], which are overwritten, and a mask [batch, 1, seq, seq], bool or to be added; `None`: a text's."""
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return (scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask).softmax(-1)
+    return (scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)).softmax(-1)
 
 
 def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_embeddings, mask) -> Moments:
@@ -64,21 +66,34 @@ def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_
     d, rotary_dim = attention.head_dim, attention.config.rotary_dim
     query = attention.q_proj(hidden_states).unflatten(-1, (-1, d))
     key = attention.k_b_proj(hidden_states).unflatten(-1, (-1, d))
-    value = attention.v_b_proj(hidden_states)
-    if attention.config.qk_norm:
-        query, key = attention.q_norm(query), attention.k_norm(key)
+    value, k_a = attention.v_b_proj(hidden_states), constant_factors(attention, "k")
+    if attention.qk_norm:
+        query = attention.q_norm(query)
     powers = to_complex(query.double(), rotary_dim).flatten(0, 1).abs().square().sum(0)
+    if attention.qk_norm == "heads":
+        # Before their norm, in parts of a token's mean size: what is left to the norm is a number that is the same for all tokens, about.
+        size = (
+            form_heads(k_a, key).square().mean(-1) + attention.k_norm.variance_epsilon
+        ).sqrt()  # [batch, seq, h_kv]
+        parts = size / size.mean(-1, keepdim=True)
+        powers = powers.unflatten(0, (size.shape[-1], -1)).sum(1) * parts.double().pow(-2).mean((0, 1))[:, None]
+        key = attention.k_norm.weight * key / size.mean(-1)[..., None, None]
+    elif attention.qk_norm:
+        key = attention.k_norm(key)
 
     query, key = (apply_rotary_pos_emb(x, *position_embeddings) for x in (query, key))
     complex_key = to_complex(key.double(), rotary_dim).permute(0, 3, 2, 1)  # [batch, F, G, seq]
-    query, heads = query.transpose(1, 2), form_heads(attention.k_a, key).transpose(1, 2)
+    heads = form_heads(k_a, key)
+    if attention.qk_norm == "heads":
+        heads = (heads / parts[..., None]).repeat_interleave(attention.num_key_value_groups, dim=2)
+    query, heads = query.transpose(1, 2) * attention.scaling, heads.transpose(1, 2)
     mask = None if mask is None else mask.expand(len(query), -1, -1, -1)
     num_heads, seq = query.shape[1:3]
     count = max(1, TOGETHER // (num_heads * seq * max(seq, value.shape[-1])))
     keys = values = 0
     for start in range(0, len(query), count):
         some = slice(start, start + count)
-        scores = query[some] @ heads[some].mT * attention.scaling
+        scores = query[some] @ heads[some].mT
         probabilities = attention_probabilities(scores, None if mask is None else mask[some])
         # Every head reads the values of all groups, to see what the others' values would be to it. Sums of products in
         # float32 are positive definite to its rounding only.

@@ -13,15 +13,16 @@ AS_ADAMW = 0.2  # the root mean square of AdamW's steps, as parts of its rate
 
 @torch.no_grad()
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """About U V^T of matrices U S V^T [..., m, n], all at once."""
+    """About U V^T of a matrix U S V^T [m, n], or of many [matrices, m, n], all at once."""
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
     x = x.bfloat16() if x.is_cuda else x
     x = x / x.float().norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30).to(x.dtype)
     (a, b, c), iterations = ORTHOGONAL
+    add_product = torch.baddbmm if x.dim() == 3 else torch.addmm
     for _ in range(iterations):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype)
 
 

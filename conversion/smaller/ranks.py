@@ -11,9 +11,9 @@ from ..files.errors import ConversionError
 Ranks = list[int] | None
 
 
-def row_bytes(rank: int, head_dim: int, itemsize: int, cache_dtype: str | None) -> int:
-    """Bytes of a token's row of B [rank, head_dim]: of numbers of `itemsize` bytes, or of a `cache_dtype`."""
-    layout = FactorLayout(rank, 0, head_dim)
+def row_bytes(rank: int, head_dim: int, itemsize: int, cache_dtype: str | None, num_heads: int = 0) -> int:
+    """Bytes of a token's row of A [rank, num_heads] and B [rank, head_dim]: of numbers of `itemsize` bytes, or of a `cache_dtype`."""
+    layout = FactorLayout(rank, num_heads, head_dim)
     if cache_dtype == "int4":
         return layout.quantized.width
     return layout.width * (itemsize if cache_dtype is None else CACHE_DTYPES[cache_dtype].itemsize)
@@ -73,17 +73,16 @@ def check_options(
         for rank in ranks or ():
             if not 1 <= rank <= full:
                 raise ConversionError(f"{option} {rank}: expected 1 to {full}, the source's number of key/value heads")
-    if config.qk_norm and k_ranks is not None and set(k_ranks) != {config.k_rank}:
-        raise ConversionError(
-            "--k-rank: this model normalises each key, which does not commute with mixing heads; its values "
-            "alone can be compressed, by --v-rank"
-        )
     if cache_dtype == "int4" and config.head_dim % 2:
         raise ConversionError(f"--cache-dtype int4 needs an even head_dim, this model has {config.head_dim}")
     if cache_ratio is not None:
-        least = (config.k_rank if config.qk_norm else 1, 1)
         smallest = cache_dtype or ("float8_e4m3fn" if config.head_dim % 2 else "int4")
-        size = sum(row_bytes(rank, config.head_dim, 2, None if smallest == "model" else smallest) for rank in least)
+
+        def least(k_rank: int, num_heads: int) -> int:
+            rows = None if smallest == "model" else smallest
+            return sum(row_bytes(rank, config.head_dim, 2, rows, num_heads) for rank in (k_rank, 1))
+
+        size = least(1, 0) if not config.qk_norm else min(least(config.k_rank, 0), least(1, config.k_rank))
         most = 2 * (config.k_rank + config.v_rank) * config.head_dim / size  # beside 16 bits
         if not 1 <= cache_ratio <= most:
             rows = "" if cache_dtype is None else f" with --cache-dtype {cache_dtype}"

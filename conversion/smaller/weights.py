@@ -10,6 +10,7 @@ from modeling_t6.modeling_t6 import T6Attention
 from .key_fits import KeyFit
 from .least_squares import matrix_powers
 from .moments import from_complex, to_complex
+from .normed_heads import constant_factors, constant_state
 from .value_fits import ValueFit
 
 
@@ -32,24 +33,28 @@ def compressed_attention(attention: T6Attention, keys: KeyFit | None, values: Va
     if keys is not None:
         config.k_rank = len(keys.a)
         size = keys.z.abs().square().mean(1).sqrt().clamp(min=1e-300)  # free between A and z
-        state["k_a"] = config.k_rank * keys.a * size
+        state |= constant_state(attention, "k", config.k_rank * keys.a * size)
         for part in parts:
             query, key = state[f"q_proj.{part}"], state[f"k_b_proj.{part}"]
-            new_query = key_space(query, attention) * (keys.z.conj() / size[:, None])[:, None]
             new_key = torch.einsum("frg,gxf->rxf", keys.m, key_space(key, attention))
-            state[f"q_proj.{part}"] = from_key_space(new_query, attention, query.shape)
             state[f"k_b_proj.{part}"] = from_key_space(new_key, attention, key.shape)
+            if not attention.qk_norm:  # else z is 1: queries are normed, too
+                new_query = key_space(query, attention) * (keys.z.conj() / size[:, None])[:, None]
+                state[f"q_proj.{part}"] = from_key_space(new_query, attention, query.shape)
     if values is not None:
         config.v_rank = len(values.a)
         size = values.u.square().mean((1, 2)).mul(attention.head_dim).sqrt().clamp(min=1e-300)  # 1 of a rotation
-        state["v_a"] = config.v_rank * values.a * size
+        state |= constant_state(attention, "v", config.v_rank * values.a * size)
         for part in parts:
             state[f"v_b_proj.{part}"] = values.m @ state[f"v_b_proj.{part}"].double()
-        output = state["o_proj.weight"].double().unflatten(1, (-1, attention.head_dim))
-        state["o_proj.weight"] = torch.einsum("xhd,hde->xhe", output, values.u / size[:, None, None]).flatten(1)
+        output = state["o_proj.weight"].double().unflatten(1, (len(size), -1, attention.head_dim))
+        output = torch.einsum("xgid,gde->xgie", output, values.u / size[:, None, None])
+        state["o_proj.weight"] = output.flatten(1)
     with torch.device("meta"):
         result = T6Attention(config, attention.layer_idx)
-    result.load_state_dict({name: tensor.to(attention.k_a.dtype) for name, tensor in state.items()}, assign=True)
+    result.load_state_dict(
+        {name: tensor.to(attention.q_proj.weight.dtype) for name, tensor in state.items()}, assign=True
+    )
     return result.train(attention.training)
 
 
@@ -88,8 +93,9 @@ def balance(attention: T6Attention, values: bool = True) -> None:
     Args:
         values: whether those are balanced, too. A source's own lose less in 8 and 4 bits as they are.
     """
-    if not attention.config.qk_norm:
-        even_rows(attention.k_a, attention.k_b_proj)
+    if attention.qk_norm is not True:
+        even_rows(constant_factors(attention, "k"), attention.k_b_proj)
+    if not attention.qk_norm:
         query, key = (key_space(proj.weight, attention) for proj in (attention.q_proj, attention.k_b_proj))
         factor = (query.abs().square().mean((0, 1)) / key.abs().square().mean((0, 1)).clamp(min=1e-300)) ** 0.25
         for projection, scale in ((attention.q_proj, 1 / factor), (attention.k_b_proj, factor)):
@@ -98,7 +104,7 @@ def balance(attention: T6Attention, values: bool = True) -> None:
 
     if not values:
         return
-    orthogonalize(attention.v_a, attention.v_b_proj)
+    orthogonalize(constant_factors(attention, "v"), attention.v_b_proj)
     d = attention.head_dim
     value = attention.v_b_proj.weight.double().unflatten(0, (-1, d))  # [R, d, hidden]
     output = attention.o_proj.weight.double().unflatten(1, (-1, d))  # [hidden, h, d]

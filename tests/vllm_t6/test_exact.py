@@ -1,12 +1,14 @@
 """Whatever the plugin serves, 32 requests at once: greedy tokens, and what they are worth, are those of `generate()`."""
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from conversion.__main__ import main as convert
+from conversion.smaller.compress import compress
 from modeling_t6 import T6ForCausalLM
 
-from ..conversion.common import FAMILIES, save_source
+from ..conversion.common import FAMILIES, exact_model, save_source
 from ..modeling_t6.common import random_model, tiny_config
 from .common import MIXED_LAYERS, ask, assert_same, engine, generate, random_prompts, serve_exactly
 
@@ -93,6 +95,13 @@ def test_converted_family(family, layout, tmp_path):
         outputs = ask(llm, prompts)
     for cls, folder in ((T6ForCausalLM, target), (AutoModelForCausalLM, source)):
         assert_same(outputs, generate(cls.from_pretrained(folder).eval(), prompts))
+
+
+def test_fewer_keys_that_are_normed(tmp_path):
+    """A Qwen3 whose keys have lost heads, by layer: the norm is that of formed heads, of constant A."""
+    source = exact_model("qwen3", "mha").float()
+    ids = torch.randint(99, (4, 60), generator=torch.Generator().manual_seed(0))
+    serve_exactly(compress(source, ids, [1, 3, 2], [2], quiet=True), tmp_path)
 
 
 def test_sharded_folder(tmp_path):

@@ -63,7 +63,7 @@ def test_report(folders, tmp_path, capsys, monkeypatch):
     assert rows["t6"]["kl"] < 1e-5 < rows["source in 4 bits"]["kl"]
     assert rows["t6"]["kl"] < rows["t6 in float8"]["kl"] < rows["t6 in int4"]["kl"]
     assert rows["t6"]["scores"] == [
-        score | {"log_probability": pytest.approx(score["log_probability"], rel=1e-4)}
+        score | {name: pytest.approx(score[name], rel=1e-4) for name in ("log_probability", "log_probabilities")}
         for score in rows["source"]["scores"]
     ]
     assert [(s["task"], s["length"]) for s in rows["t6"]["scores"]] == [(t, n) for n in (64, 97) for t in TASKS]
@@ -164,6 +164,21 @@ def test_the_worst_cache_is_warned_of(folders, tmp_path, capsys, monkeypatch):
     words = ["evaluate", str(folders / "t6"), "--beside", str(folders / "source"), "--lengths", "64", "--windows", "1"]
     assert main([*words, "--device", "cpu", "--cache-dtypes", "int4,model"]) == 0
     assert "warning: t6 in int4: of the values hidden" in capsys.readouterr().out
+
+
+def test_log_probabilities_are_compared_sample_by_sample():
+    def row(model: str, *parts: list[float]) -> dict:
+        scores = [
+            {"task": task, "length": length, "log_probability": sum(part) / len(part), "log_probabilities": part}
+            for (task, length), part in zip([("needle", 64), ("needle", 97), ("copying", 97)], parts)
+        ]
+        return {"model": model, "scores": scores}
+
+    first, second = row("source", [-1.0], [-1.0, -3.0], [-2.0] * 4), row("t6", [-1.5], [-1.5, -3.7], [-2.0] * 4)
+    assert report.log_probability_cell(first, first, 97) == "-2.000"
+    # Differences of -0.5 and -0.7, whose mean has the standard error 0.1, and of 0: the tasks count alike.
+    assert report.log_probability_cell(second, first, 97) == "-2.300 (-0.300 ± 0.050)"
+    assert report.log_probability_cell(second, first, 64) == "-1.500 (-0.500 ± inf)"  # of one sample
 
 
 def test_warning():

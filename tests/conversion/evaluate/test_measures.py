@@ -76,6 +76,7 @@ def test_score_is_that_of_the_whole_pass_and_of_greedy_decoding(model):
             log_probs = model(ids, use_cache=False).logits.log_softmax(-1)[0, len(sample.prompt) - 1 : -1]
         expected += log_probs.gather(-1, torch.tensor(sample.answer)[:, None]).mean().item() / 5
     assert score.log_probability == pytest.approx(expected, rel=1e-5)
+    assert len(score.log_probabilities) == 5 and sum(score.log_probabilities) / 5 == score.log_probability
 
 
 class Scripted(nn.Module):
@@ -181,7 +182,7 @@ def test_a_model_without_rows_of_4_bits_is_named():
 
 def test_long_samples_take_no_more_tokens_at_a_time_than_windows(monkeypatch):
     counts = {}
-    score = Score(0.0, 0.0, 0.0, 1)
+    score = Score(0.0, 0.0, 0.0, 1, [0.0])
     monkeypatch.setattr(
         order, "score_samples", lambda *words: counts.update({len(words[3][0].prompt): words[4]}) or score
     )

@@ -13,14 +13,16 @@ from conversion.smaller.key_fits import KeyFit, KeyProblem
 from conversion.smaller.least_squares import NOISE
 from conversion.smaller.measure import cache_bytes_per_token, divergence, log_probabilities
 from conversion.smaller.moments import Moments, collect_moments, from_complex, to_complex
+from conversion.smaller.normed_heads import with_normed_heads
 from conversion.smaller.options import METHODS
 from conversion.smaller.probe import Probe
 from conversion.smaller.questions import Questions
 from conversion.smaller.ranks import choose_ranks
 from conversion.smaller.value_fits import ValueFit, ValueProblem
-from conversion.smaller.weights import balance, compressed_attention, compressed_model
+from conversion.smaller.weights import balance, compressed_attention
 from conversion.sources.plan import unchanged
 from modeling_t6 import T6Cache, T6ForCausalLM
+from modeling_t6.cache_t6 import CACHE_NAME
 from modeling_t6.factors_t6 import apply_rotary_pos_emb
 
 from ..common import FAMILIES, LAYOUTS, exact_model, random_ids
@@ -375,20 +377,80 @@ def test_choose_ranks_against_all_choices():
             assert sum(cost[rank] for cost, rank in zip(costs, ranks)) == pytest.approx(best)
 
 
-def test_normalised_keys_are_not_mixed():
+@torch.no_grad()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_normed_heads_are_the_same_function(layout):
+    model, ids = exact_model("qwen3", layout), random_ids(3, 40)
+    logits = model(ids).logits
+    formed = with_normed_heads(model)
+    cached = formed(ids, **{CACHE_NAME: T6Cache(config=formed.config), "use_cache": True}).logits
+    for found in (formed(ids, use_cache=False).logits, cached):
+        torch.testing.assert_close(found, logits, rtol=0, atol=1e-12 * logits.abs().max().item())
+    assert torch.equal(model(ids).logits, logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_keys_of_formed_heads_are_normed(rank):
+    """Scores and outputs of a Qwen3's layer with fewer keys: each key head is a mixture of the source's, and then normed."""
     model = exact_model("qwen3", "mha")
-    ids = random_ids(4, 40)
-    with pytest.raises(ConversionError, match="does not commute with mixing heads"):
-        compress(model, ids, [2], [4], quiet=True)
-    small = compress(model, ids, None, [2], quiet=True)
-    assert (small.config.k_rank, small.config.v_rank) == (4, 2)
-    small = compress(model, ids, cache_ratio=1.5, quiet=True)
-    assert small.config.k_rank == 4
-    # Balancing must leave what the norms see alone.
-    attention = compressed_model(model, 3 * [(None, None)]).model.layers[0].self_attn
-    before = attention.q_proj.weight.clone()
+    small = compress(model, random_ids(8, 60), [rank], [2], quiet=True)
+    old, new, config = model.model.layers[0].self_attn, small.model.layers[0].self_attn, small.config
+    assert (config.k_rank, config.v_rank, config.qk_norm, config.num_key_value_heads) == (rank, 2, "heads", 4)
+    x = torch.randn(1, 11, config.hidden_size, dtype=torch.double)
+    angles = torch.zeros(1, 11, config.head_dim, dtype=torch.double)
+    factors = new.project(x, (angles.cos(), angles.sin()))
+    sources = old.k_b_proj(x).unflatten(-1, (-1, config.head_dim))[0]  # [t, G, d]
+    b = new.k_b_proj(x).unflatten(-1, (-1, config.head_dim))[0]
+    # A feature of each B is a mixture of that feature of the source's heads.
+    for feature in range(config.head_dim):
+        mixture = torch.linalg.lstsq(sources[..., feature], b[..., feature])
+        assert mixture.solution.shape == (4, rank) and (mixture.residuals < 1e-20).all()
+    heads = torch.einsum("gr,trd->tgd", new.k_a_proj.bias.view(4, rank), b) / rank
+    sizes = (heads.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+    expected = old.k_norm.weight * heads / sizes
+    formed = torch.einsum("trg,trd->tgd", factors.a_k[0], factors.b_k[0]) / rank
+    torch.testing.assert_close(formed, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(new.q_proj.weight, old.q_proj.weight)  # the norms of the queries see what they saw
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [1.5, 3, 5])
+@pytest.mark.parametrize("layout", ["mha", "gqa"])
+def test_smaller_caches_of_normalised_keys(layout, ratio):
+    """Keys stay whole, without A in their rows, or lose heads, whichever costs less; in no more bytes than were asked for."""
+    model, ids = exact_model("qwen3", layout, dtype=torch.float32, num_hidden_layers=2), random_ids(12, 60)
+    names, sizes = (None, "float8_e4m3fn", "int4"), 2 * 2 * 2 * model.config.k_rank * model.config.head_dim
+    if layout == "gqa" and ratio == 5:
+        with pytest.raises(ConversionError, match="expected 1 to 4 for this model"):
+            compress(model, ids, cache_ratio=ratio, quiet=True, cache_dtypes=names)
+        return
+    small = compress(model, ids, cache_ratio=ratio, quiet=True, cache_dtypes=names)
+    config = small.config
+    assert config.qk_norm == (True if config.k_rank == model.config.k_rank else "heads")
+    assert cache_bytes_per_token(small, T6Cache(config=config), 2) <= sizes / ratio
+    answer = small.generate(ids[:2], max_new_tokens=3, do_sample=False)
+    cached = {CACHE_NAME: T6Cache(config=config), "use_cache": True}
+    assert small(answer[:, :-1], **cached).logits[:, -3:].argmax(-1).equal(answer[:, -3:])
+
+
+@torch.no_grad()
+def test_fewer_keys_lose_less_than_mean_pool():
+    model, calibration, ids = exact_model("qwen3", "mha"), random_ids(8, 60), random_ids(4, 60)
+    expected = log_probabilities(model, ids)
+    for rank in (1, 2, 3):
+        fit, pooled = (
+            divergence(compress(model, calibration, [rank], [rank], method=method, quiet=True), ids, expected)
+            for method in ("fit", "mean-pool")
+        )
+        assert fit < 0.7 * pooled
+
+
+def test_balancing_leaves_what_norms_see():
+    attention = exact_model("qwen3", "mha").model.layers[0].self_attn
+    weights = [attention.q_proj.weight.clone(), attention.k_b_proj.weight.clone()]
     balance(attention)
-    assert torch.equal(attention.q_proj.weight, before)
+    assert all(map(torch.equal, (attention.q_proj.weight, attention.k_b_proj.weight), weights))
 
 
 @torch.no_grad()
@@ -403,11 +465,11 @@ def test_heads_that_do_nothing():
 
 
 def test_every_family_is_compressed():
-    """Whatever an exact model can be, its values can be compressed, and its keys unless they are normalised."""
+    """Whatever an exact model can be, its keys and values can be compressed."""
     for family in FAMILIES:
         model = exact_model(family, "gqa")
         ids = random_ids(2, 30)
-        small = compress(model, ids, None if model.config.qk_norm else [1], [1], quiet=True)
+        small = compress(model, ids, [1], [1], quiet=True)
         assert small(ids).logits.isfinite().all(), family
         # And it generates before it is saved and loaded.
         answer = small.generate(ids, max_new_tokens=3, do_sample=False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conversion.smaller.measure import log_probabilities
+from conversion.smaller.normed_heads import with_normed_heads
 from conversion.smaller.reconstruct import reconstruct
 from conversion.smaller.straight_through import as_read, rounded_rows
 from modeling_t6 import T6Cache
@@ -24,9 +25,10 @@ def through_cache(model, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
-@pytest.mark.parametrize("family", ["llama-biases", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-biases", "qwen3", "qwen3, normed heads"])
 def test_reads_what_the_cache_holds(family, cache_dtype):
-    model, ids = exact_model(family, "gqa"), random_ids(3, 40)
+    model, ids = exact_model(family.split(",")[0], "gqa"), random_ids(3, 40)
+    model = with_normed_heads(model) if "normed heads" in family else model
     whole = log_probabilities(model, ids)
     model.config.cache_dtype = cache_dtype
     expected = through_cache(model, ids)
@@ -42,7 +44,7 @@ def test_gradient_is_that_of_what_went_in():
     for index, layout in enumerate(layouts):
         b = torch.randn(2, 5, layout.rank, 24, requires_grad=True)
         weights = torch.randn(b.shape)
-        read = as_read(b, layouts, index, "float8_e4m3fn")
+        _, read = as_read(None, b, layouts, index, "float8_e4m3fn")
         assert 1e-3 < (read - b).norm() / b.norm() < 0.05
         (read * weights).sum().backward()
         assert torch.equal(b.grad, weights)
@@ -57,7 +59,7 @@ def test_learns_to_lower_what_makes_steps_large():
     constant.requires_grad_(True)
 
     def error(constant: torch.Tensor) -> torch.Tensor:
-        return (as_read(x + constant, layouts, 0, "int4") - constant - x).square().mean()
+        return (as_read(None, x + constant, layouts, 0, "int4")[1] - constant - x).square().mean()
 
     before = error(constant).item()
     optimizer = torch.optim.Adam([constant], lr=0.5)

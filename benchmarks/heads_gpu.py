@@ -156,9 +156,9 @@ def measure_layers(sweep: list[str], bandwidth: float) -> dict:
     results, plain = {}, tuple(getattr(heads_at_once_t6, name) for name in SIZES)
     others = [
         *itertools.product((256,), (4, 8, 16, 32), (2, 3, 4), (16,)),
-        (256, 8, 3, 32),
-        (128, 8, 1, 16),
-        (512, 16, 1, 16),
+        (64, 8, 1, 16),
+        (128, 8, 3, 32),
+        (512, 2, 2, 16),
     ]
     if sweep:
         jobs = [(LAYERS[name], sizes) for name in sweep for sizes in others]

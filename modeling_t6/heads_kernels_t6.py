@@ -129,11 +129,12 @@ def _form_part(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The heads of `BLOCK_T` tokens, into [tokens, h, d] without gaps, of A [h, R] from `A_START` and B [R, d] from `B_START`."""
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     features = tl.arange(0, BLOCK_D)[None, :]
     is_token = tokens < num_tokens
     mask = is_token[:, None] & (features < HEAD_DIM)
-    places = (tokens // length * angles_stride_n + tokens % length * ROTARY_DIM)[:, None]
+    places = ((tokens // length).to(tl.int64) * angles_stride_n + tokens % length * ROTARY_DIM)[:, None]
+    tokens = tokens.to(tl.int64)
     cos, sin, partners = _rotation(cos_ptr, sin_ptr, places, features, mask & ROTATES, ROTARY_DIM)
     factors_ptr = product_ptr + tokens * WIDTH
     b = _rows_of_b(factors_ptr[:, None] + B_START, features, mask, cos, sin, partners, RANK, HEAD_DIM, ROTATES)

@@ -12,6 +12,7 @@ once: factors and heads, and for gradients both of the factors'. `--sweep` and `
 import argparse
 import functools
 import itertools
+import os
 
 from options import add_output, describe, save
 
@@ -102,21 +103,27 @@ def measure_shape(shape: tuple[int, ...], bandwidth: float, with_products: bool)
     return result
 
 
+def layer_inputs(shape: tuple) -> tuple[list[torch.Tensor], tuple]:
+    """The gradients of Q, K and V, laid out as attention's operators do it, and the arguments that form these."""
+    batch, tokens, ranks, heads, kv_heads, head_dim = shape
+    num_heads, options = (heads, kv_heads, kv_heads), {"device": "cuda", "dtype": torch.bfloat16}
+    product = torch.randn(batch, tokens, -(-factor_columns(shape) // 8) * 8, **options)
+    angles = torch.rand(1, tokens, head_dim, **options)
+    gradients = [torch.randn(batch, tokens, number, head_dim, **options) for number in num_heads]
+    return gradients, (product, angles, angles, ranks, num_heads, head_dim)
+
+
+def factor_columns(shape: tuple) -> int:
+    _, _, ranks, heads, kv_heads, head_dim = shape
+    return sum(rank * (number + head_dim) for rank, number in zip(ranks, (heads, kv_heads, kv_heads)))
+
+
 def measure_layer(shape: tuple, bandwidth: float, repeats: int = 7) -> dict:
     """Times of a layer's heads and of the gradient of its product, each pass as a whole."""
     batch, tokens, ranks, heads, kv_heads, head_dim = shape
-    num_heads = heads, kv_heads, kv_heads
-    columns = sum(rank * (h + head_dim) for rank, h in zip(ranks, num_heads))
-    product_bytes, formed_bytes = (batch * tokens * n * 2 for n in (columns, sum(num_heads) * head_dim))
-    options = {"device": "cuda", "dtype": torch.bfloat16}
-    inputs = []
-    for _ in range(max(2, min(4, copies_larger_than_l2(formed_bytes)))):
-        product, angles = (
-            torch.randn(batch, tokens, -(-columns // 8) * 8, **options),
-            torch.rand(1, tokens, head_dim, **options),
-        )
-        gradients = [torch.randn(batch, h, tokens, head_dim, **options).transpose(1, 2) for h in num_heads]
-        inputs.append((gradients, (product, angles, angles, ranks, num_heads, head_dim)))
+    columns = factor_columns(shape)
+    product_bytes, formed_bytes = (batch * tokens * n * 2 for n in (columns, (heads + 2 * kv_heads) * head_dim))
+    inputs = [layer_inputs(shape) for _ in range(max(2, min(4, copies_larger_than_l2(formed_bytes))))]
     ways = {
         "heads": (lambda g, rest: heads_at_once_t6._form(*rest), product_bytes + formed_bytes),
         "gradient": (lambda g, rest: heads_at_once_t6._gradient(*g, *rest), 2 * product_bytes + formed_bytes),
@@ -128,24 +135,46 @@ def measure_layer(shape: tuple, bandwidth: float, repeats: int = 7) -> dict:
     return result
 
 
+SIZES = ("TILE", "TOKENS", "STAGES", "HEADS")  # of `heads_at_once_t6`
+
+
+def set_sizes(sizes: tuple[int, ...]) -> None:
+    for name, size in zip(SIZES, sizes):
+        setattr(heads_at_once_t6, name, size)
+
+
+def compile_layer(job: tuple) -> None:
+    """Fills Triton's cache on disk: for a few tokens, which a compiled kernel does not ask about."""
+    (_, _, *shape), sizes = job
+    set_sizes(sizes)
+    gradients, rest = layer_inputs((2, 64, *shape))
+    heads_at_once_t6._form(*rest)
+    heads_at_once_t6._gradient(*gradients, *rest)
+
+
 def measure_layers(sweep: list[str], bandwidth: float) -> dict:
-    results = {}
+    results, plain = {}, tuple(getattr(heads_at_once_t6, name) for name in SIZES)
+    others = [
+        *itertools.product((256,), (4, 8, 16, 32), (2, 3, 4), (16,)),
+        (64, 8, 1, 16),
+        (128, 8, 3, 32),
+        (512, 2, 2, 16),
+    ]
+    if sweep:
+        jobs = [(LAYERS[name], sizes) for name in sweep for sizes in others]
+        processes = min(16, len(os.sched_getaffinity(0)))
+        with torch.multiprocessing.get_context("spawn").Pool(processes) as pool:
+            pool.map(compile_layer, jobs, chunksize=1)
     for name, shape in LAYERS.items():
         results[name] = measure_layer(shape, bandwidth)
         cells = (f"{way} {row['seconds'] * 1e6:8.1f} us ({row['share']:4.0%})" for way, row in results[name].items())
         print(f"{name + ', Q, K and V':24}", "; ".join(cells), flush=True)
-        if name in sweep:
-            names = ("TILE", "TOKENS", "STAGES", "HEADS")
-            plain = [getattr(heads_at_once_t6, size_name) for size_name in names]
-            others = itertools.product((128,), (4, 8, 16), (2, 3, 4), (16,))
-            for sizes in (*others, (256, 8, 3, 32), (256, 8, 3, 64)):
-                for size_name, size in zip(names, sizes):
-                    setattr(heads_at_once_t6, size_name, size)
-                row = results[f"{name} {sizes}"] = measure_layer(shape, bandwidth, 3)
-                times = ", ".join(f"{x['seconds'] * 1e6:.1f} us" for x in row.values())
-                print(f"    tile, tokens, stages, heads {sizes}: {times}", flush=True)
-            for size_name, size in zip(names, plain):
-                setattr(heads_at_once_t6, size_name, size)
+        for sizes in others if name in sweep else ():
+            set_sizes(sizes)
+            row = results[f"{name} {sizes}"] = measure_layer(shape, bandwidth, 3)
+            times = ", ".join(f"{x['seconds'] * 1e6:.1f} us" for x in row.values())
+            print(f"    tile, tokens, stages, heads {sizes}: {times}", flush=True)
+        set_sizes(plain)
     return results
 
 

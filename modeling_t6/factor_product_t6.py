@@ -29,13 +29,16 @@ MAX_TOKENS_ONE_BY_ONE = 8
 PACK = True
 
 
+_UNCHANGED = contextlib.nullcontext()
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """
     A context in which `device` computes in the dtypes of the tensors that it is given. Autocast puts tensors of its own
     dtype and of float32 together, and fails on others: float8, or another half precision of the model.
     """
     enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)  # "meta" has none
-    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if enabled else _UNCHANGED
 
 
 def is_exporting() -> bool:

@@ -88,8 +88,8 @@ def chunks_of_rows(
     all_at_once: bool = False,
 ) -> tuple[FactorChunks, FactorChunks]:
     """
-    The factors of keys and of values, converted to `dtype`, of rows [batch, 1, length, width] that hold both factors as heads are
-    made of them. `all_at_once`: whether they are read as one chunk.
+    The factors of keys and of values of rows [batch, 1, length, width] that hold both factors as heads are made of them. Of many tokens
+    they are converted to `dtype`. `all_at_once`: whether they are read as one chunk.
     """
     place, length = None, rows[0].shape[2]
     if rows[0].is_cpu and length >= MIN_TOKENS_IN_BLOCKS and not torch.compiler.is_compiling():
@@ -100,9 +100,9 @@ def chunks_of_rows(
 
     def chunks(layout: FactorLayout, rows: torch.Tensor) -> FactorChunks:
         def read(at: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            if place is None:
-                return layout.unpack((rows if at.start == 0 and at.stop >= length else rows[:, :, at]).to(dtype))
-            chunk = rows[:, :, at]
+            chunk = rows if at.start == 0 and at.stop >= length else rows[:, :, at]
+            if place is None:  # what `unpack` puts together of pieces it cannot in every dtype
+                return layout.unpack(chunk.to(dtype) if layout.rotates else chunk)
             return layout.unpack(place[: chunk.numel()].view(chunk.shape).copy_(chunk))
 
         return FactorChunks(length, layout.rank, read)
@@ -127,7 +127,7 @@ def factor_space_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[`factor_space_attention`] over the factors of a cache; probabilities where the eager implementation is asked for."""
-    query = module.queries(factors).to(factors.dtype)
+    query = _converted(module.queries(factors), factors.dtype)
     output_attentions = implementation == "eager"
     with without_autocast(query.device):
         if factors.key_rows.dtype == torch.uint8:
@@ -216,27 +216,27 @@ def factor_space_attention(
     batch_size, query_length, num_heads, head_dim = query.shape
     keys, values = (x if isinstance(x, FactorChunks) else FactorChunks.of(*x) for x in (keys, values))
     key_length = keys.length
-    constant_a_k, constant_a_v = (_of_each_head(x.constant_a, num_heads) for x in (keys, values))
-    constant_a, constant_b = constant_a_k is not None, values.constant_b is not None
-    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
-    dtype = dtype_of_products(query)
-
     if attention_mask is None and query_length > 1:
         attention_mask = torch.ones(query_length, key_length, dtype=torch.bool, device=query.device)
         attention_mask = attention_mask.tril(key_length - query_length)[None, None]
-
     chunk_length = FACTOR_SPACE_CHUNK if query.is_cpu else FACTOR_SPACE_CHUNK * CHUNKS_AT_ONCE_ON_A_GPU
     chunk_length = key_length if output_attentions else min(chunk_length, key_length)
-    # What pays in long caches, but not under torch.compile, where lengths below 8, below 16 and above would each take a graph: all
-    # chunks use the same memory for scores, as what is allocated anew comes from the system, page by page; and a sum over
-    # the tokens of one sequence is that of blocks side by side.
-    is_long = key_length >= MIN_TOKENS_IN_BLOCKS and not torch.compiler.is_compiling()
-    # Of few tokens operators take as long as they are many, and a softmax is one. Of more, one of powers of 2 is faster.
-    is_short = key_length < MIN_TOKENS_IN_BLOCKS and chunk_length == key_length and not torch.compiler.is_compiling()
-    base = 1.0 if is_short else LOG2_E
+    constant_a, constant_b = keys.constant_a is not None, values.constant_b is not None
+    # Not under torch.compile, where lengths below 8, below 16 and above would each take a graph.
+    is_eager = not torch.compiler.is_compiling()
+    if is_eager and key_length < MIN_TOKENS_IN_BLOCKS and key_length == chunk_length:
+        if not (constant_a or constant_b or output_attentions):
+            return _attend_to_few_tokens(query, keys, values, attention_mask, scaling), None
+
+    constant_a_k, constant_a_v = (_of_each_head(x.constant_a, num_heads) for x in (keys, values))
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = dtype_of_products(query)
+    # What pays in long caches: all chunks use the same memory for scores, as what is allocated anew comes from the system, page by
+    # page; and a sum over the tokens of one sequence is that of blocks side by side.
+    is_long = is_eager and key_length >= MIN_TOKENS_IN_BLOCKS
 
     # Keys come first, heads last: the layout of A in the cache.
-    flat_query = query.to(dtype) * (base * scaling / keys.rank)
+    flat_query = query.to(dtype) * (LOG2_E * scaling / keys.rank)
     if constant_a:
         flat_query = torch.einsum("bqhd,rh->bqhrd", flat_query, constant_a_k.to(dtype)).flatten(3)
     flat_query = flat_query.flatten(1, 2).transpose(1, 2)  # [batch, d or R_K * d, query_length * h]
@@ -257,25 +257,16 @@ def factor_space_attention(
         else:
             scores = _weighted_scores(b, flat_query, _of_each_head(_converted(a, dtype), num_heads), products)
         if attention_mask is not None:
-            mask = attention_mask[..., start : start + chunk_length].permute(0, 3, 2, 1)
-            if mask.dtype == torch.bool:
-                scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-            else:
-                scores.add_((mask.to(dtype) * base).clamp(min=torch.finfo(dtype).min))
+            _mask_scores(scores, attention_mask[..., start : start + chunk_length], LOG2_E)
 
         weights = _converted(scores, softmax_dtype)
-        previous, chunk_normalizer = maximum, None
-        if is_short:
-            weights = torch.softmax(weights, dim=1)
-        else:
-            maximum = weights.amax(dim=1, keepdim=True)
-            if previous is not None:
-                maximum = torch.maximum(previous, maximum)
-            weights = weights.sub_(maximum).exp2_()
-            chunk_normalizer = weights.sum(dim=1, keepdim=True)
+        previous, maximum = maximum, weights.amax(dim=1, keepdim=True)
+        if previous is not None:
+            maximum = torch.maximum(previous, maximum)
+        weights = weights.sub_(maximum).exp2_()
+        chunk_normalizer = weights.sum(dim=1, keepdim=True)
         if output_attentions:  # before their memory is that of the products below
-            probabilities = weights if is_short else weights / chunk_normalizer
-            probabilities = probabilities.permute(0, 3, 2, 1).to(query.dtype)
+            probabilities = (weights / chunk_normalizer).permute(0, 3, 2, 1).to(query.dtype)
         a, b = values.read(chunk)
         if constant_a:
             weights, b = weights.flatten(2).to(dtype).unsqueeze(0), b.to(dtype).flatten(2).unsqueeze(2)
@@ -297,8 +288,7 @@ def factor_space_attention(
 
     if in_blocks:
         output = output.sum(dim=0, keepdim=True)
-    if normalizer is not None:
-        output = output.div_(normalizer.view(batch_size, -1, 1))
+    output = output.div_(normalizer.view(batch_size, -1, 1))
     output = (output / values.rank).to(query.dtype)
     if constant_a:
         output = output.view(batch_size, query_length, num_heads, values.rank, -1)
@@ -306,6 +296,53 @@ def factor_space_attention(
     elif constant_b:
         output = torch.matmul(output, values.constant_b)
     return output.unflatten(1, (query_length, num_heads)), probabilities
+
+
+def _attend_to_few_tokens(
+    query: torch.Tensor,
+    keys: FactorChunks,
+    values: FactorChunks,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """
+    [`factor_space_attention`] over few tokens, where operators take as long as they are many: all rows of B are one matrix, and the
+    softmax is one operator.
+    """
+    batch_size, query_length, num_heads, _ = query.shape
+    dtype, shape = dtype_of_products(query), (batch_size, keys.length, -1, query_length, num_heads)
+    # [batch, d, query_length * h]
+    flat_query = (query.to(dtype) * (scaling / keys.rank)).flatten(1, 2).transpose(1, 2)
+    a, b = _rows_of_all_ranks(keys, query, dtype)
+    scores, *others = torch.bmm(b, flat_query).view(shape).mul_(a).unbind(2)
+    for other in others:
+        scores = scores.add_(other)
+    if attention_mask is not None:
+        _mask_scores(scores, attention_mask[..., : keys.length], 1.0)
+    weights = torch.softmax(_converted(scores, torch.promote_types(dtype, torch.float32)), dim=1)
+    a, b = _rows_of_all_ranks(values, query, dtype)
+    weighted = (_converted(weights, dtype).unsqueeze(2) * a).flatten(3).flatten(1, 2)
+    output = torch.bmm(weighted.transpose(1, 2), b)
+    return (output / values.rank).to(query.dtype).view(query.shape)
+
+
+def _rows_of_all_ranks(
+    chunks: FactorChunks, query: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [batch, seq, R, 1, h] and B [batch, seq * R, d] of all tokens; each is converted by itself, which leaves B without gaps."""
+    a, b = chunks.read(slice(0, chunks.length))
+    if len(b) < len(query):
+        b = b.expand(len(query), -1, -1, -1)
+    return _of_each_head(_converted(a, dtype), query.shape[2]).unsqueeze(3), _converted(b, dtype).flatten(1, 2)
+
+
+def _mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor, base: float) -> None:
+    """Scores [batch, seq, query_length, h] times `base`, in place; a mask as [`factor_space_attention`] takes it."""
+    mask = attention_mask.permute(0, 3, 2, 1)
+    if mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores.add_((mask.to(scores.dtype) * base).clamp(min=torch.finfo(scores.dtype).min))
 
 
 def _converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

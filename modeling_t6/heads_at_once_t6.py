@@ -37,10 +37,11 @@ AT_ONCE = True
 # The kernel that forms heads keeps all rows of B in registers; that of gradients fills tiles up to this.
 MAX_RANK = 16
 # Sizes with which they are started, one warp each: numbers of a tile of heads; for gradients, the tokens of a program, one after
-# another, those that are read at a time, and heads of a tile.
+# another, stages (one less is read ahead, of so many bytes of shared memory at most), and heads of a tile.
 TILE = 256
 TOKENS = 8
 STAGES = 3
+AHEAD_BYTES = 48 * 1024
 HEADS = 16
 
 
@@ -148,20 +149,17 @@ def form_in_pytorch(
 
 def _launch(
     kernel,
+    num_programs: int,
     tensors: tuple[torch.Tensor, ...],
-    shape: torch.Size,
-    angles_stride: int,
-    strides: list[int],
+    numbers: list[int],
     sizes: tuple[list[int], list[int], int],
-    tokens: int,
     **constants: int,
 ) -> None:
-    """Starts a kernel for a product of this shape: programs for so many `tokens` each, and for queries, keys and values."""
-    (batch_size, length, width), (ranks, num_heads, head_dim) = shape, sizes
+    """Starts a kernel with so many programs for each of queries, keys and values."""
+    ranks, num_heads, head_dim = sizes
     with torch.cuda.device_of(tensors[0]):
-        kernel[(-(-batch_size * length // tokens), 3)](
-            *tensors, batch_size * length, length, angles_stride, *strides,
-            WIDTH=width, Q_RANK=ranks[0], K_RANK=ranks[1], V_RANK=ranks[2],
+        kernel[(num_programs, 3)](
+            *tensors, *numbers, Q_RANK=ranks[0], K_RANK=ranks[1], V_RANK=ranks[2],
             NUM_HEADS=num_heads[0], NUM_KV_HEADS=num_heads[1], HEAD_DIM=head_dim, num_warps=1, **constants,
         )  # fmt: skip
 
@@ -181,11 +179,12 @@ def _form(
 ) -> list[torch.Tensor]:
     product, (cos, sin, angles_stride) = product.contiguous(), _angles(cos, sin)
     heads = [product.new_empty(*product.shape[:2], number, head_dim) for number in num_heads]
-    block_d = power_of_2(head_dim, 16)
+    (batch_size, length, width), block_d = product.shape, power_of_2(head_dim, 16)
     block_t = max(1, TILE // block_d)
     _launch(
-        form_at_once_kernel, (product, cos, sin, *heads), product.shape, angles_stride, [], (ranks, num_heads, head_dim),
-        block_t, ROTARY_DIM=cos.shape[-1], BLOCK_T=block_t, BLOCK_D=block_d,
+        form_at_once_kernel, -(-batch_size * length // block_t), (product, cos, sin, *heads),
+        [batch_size * length, length, angles_stride], (ranks, num_heads, head_dim),
+        WIDTH=width, ROTARY_DIM=cos.shape[-1], BLOCK_T=block_t, BLOCK_D=block_d,
     )  # fmt: skip
     return heads
 
@@ -205,11 +204,16 @@ def _gradient(
     gradients = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_gradient, k_gradient, v_gradient)]
     strides = [stride for gradient in gradients for stride in gradient.stride()[:3]]
     result, rotary_dim = product.new_empty(product.shape), cos.shape[-1]
+    batch_size, length, width = product.shape
+    block_half, block_rest = power_of_2(rotary_dim // 2, 16), power_of_2(max(1, head_dim - rotary_dim), 16)
+    # Of each head its gradient and A. In float32 Triton reads nothing ahead for products.
+    token_bytes = -(-max(num_heads) // HEADS) * HEADS * (2 * block_half + block_rest + 16) * product.element_size()
     _launch(
-        gradients_at_once_kernel, (*gradients, product, cos, sin, result), product.shape, angles_stride, strides,
-        (ranks, num_heads, head_dim), TOKENS, ROTARY_DIM=rotary_dim, TOKENS=TOKENS, BLOCK_H=HEADS,
-        STAGES=STAGES if product.element_size() == 2 else 1,  # float32 of large heads would fill the shared memory
-        BLOCK_HALF=power_of_2(rotary_dim // 2, 16), BLOCK_REST=power_of_2(max(1, head_dim - rotary_dim), 16),
+        gradients_at_once_kernel, batch_size * -(-length // TOKENS), (*gradients, product, cos, sin, result),
+        [length, angles_stride, *strides], (ranks, num_heads, head_dim),
+        WIDTH=width, ROTARY_DIM=rotary_dim, TOKENS=TOKENS, BLOCK_H=HEADS,
+        STAGES=min(STAGES, 1 + AHEAD_BYTES // token_bytes) if product.element_size() == 2 else 1,
+        BLOCK_HALF=block_half, BLOCK_REST=block_rest,
     )  # fmt: skip
     return result
 

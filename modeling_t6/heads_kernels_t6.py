@@ -129,11 +129,12 @@ def _form_part(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The heads of `BLOCK_T` tokens, into [tokens, h, d] without gaps, of A [h, R] from `A_START` and B [R, d] from `B_START`."""
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     features = tl.arange(0, BLOCK_D)[None, :]
     is_token = tokens < num_tokens
     mask = is_token[:, None] & (features < HEAD_DIM)
-    places = (tokens // length * angles_stride_n + tokens % length * ROTARY_DIM)[:, None]
+    places = ((tokens // length).to(tl.int64) * angles_stride_n + tokens % length * ROTARY_DIM)[:, None]
+    tokens = tokens.to(tl.int64)
     cos, sin, partners = _rotation(cos_ptr, sin_ptr, places, features, mask & ROTATES, ROTARY_DIM)
     factors_ptr = product_ptr + tokens * WIDTH
     b = _rows_of_b(factors_ptr[:, None] + B_START, features, mask, cos, sin, partners, RANK, HEAD_DIM, ROTATES)
@@ -179,76 +180,96 @@ def form_at_once_kernel(
 
 
 @triton.jit
+def _tokens_of_a_sequence(length, TOKENS: tl.constexpr):
+    """The sequence, and the first of the `TOKENS` tokens of it, of a program of the grid's first axis; both are int64."""
+    blocks = tl.cdiv(length, TOKENS)
+    return (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks * TOKENS).to(tl.int64)
+
+
+@triton.jit
 def _gradients_of_part(
-    gradient_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+    gradient_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, length, angles_stride_n,
     gradient_stride_n, gradient_stride_t, gradient_stride_h,
     A_START: tl.constexpr, B_START: tl.constexpr, WIDTH: tl.constexpr,
     RANK: tl.constexpr, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, ROTATES: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """
-    The gradients of A and B of `TOKENS` tokens, of that of the heads, which is read once, some tokens before it is needed. They go
-    where A and B are in the rows of the product. Features are in three tiles: the two halves of those that RoPE mixes, and the rest.
+    The gradients of A and B of up to `TOKENS` tokens of a sequence, one after another, of that of the heads, which is read once,
+    tokens before it is needed: Triton does so if no product has it turned. They go where A and B are in the rows of the product.
+    Features are in three tiles: the two halves of those that RoPE mixes, and the rest.
     """
     HALF: tl.constexpr = ROTARY_DIM // 2
     BLOCK_R: tl.constexpr = 8 if RANK <= 8 else 16
     DTYPE: tl.constexpr = product_ptr.dtype.element_ty
     ranks, ranks_down = tl.arange(0, BLOCK_R)[None, :], tl.arange(0, BLOCK_R)[:, None]
+    ranks_of_a = tl.arange(0, 16)[:, None]  # the least rows of a product
     features, others = tl.arange(0, BLOCK_HALF)[None, :], 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
-    for i in tl.range(TOKENS, num_stages=STAGES):
-        token = tl.program_id(0) * TOKENS + i
-        exists = (token < num_tokens).to(tl.int32)  # a number, by which those of what is loaded are multiplied
-        sequence, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
-        factors_ptr = product_ptr + token.to(tl.int64) * WIDTH
-        factor_gradients_ptr = out_ptr + token.to(tl.int64) * WIDTH
-        token_ptr = gradient_ptr + sequence * gradient_stride_n + position * gradient_stride_t
-        places = B_START + ranks_down * HEAD_DIM
-        is_half, is_rest = features < HALF * exists, others < HEAD_DIM * exists
-        is_b, is_rest_of_b = is_half & (ranks_down < RANK), is_rest & (ranks_down < RANK)
+    is_half, is_rest = features < HALF, others < HEAD_DIM
+    is_b, is_rest_of_b = is_half & (ranks_down < RANK), is_rest & (ranks_down < RANK)
+    is_b_gradient, is_rest_gradient = is_half & (ranks_of_a < RANK), is_rest & (ranks_of_a < RANK)
+    places = B_START + ranks_down * HEAD_DIM
+    gradient_places = B_START + ranks_of_a * HEAD_DIM
+    sequence, first = _tokens_of_a_sequence(length, TOKENS)
+    product_ptr += (sequence * length + first) * WIDTH
+    out_ptr += (sequence * length + first) * WIDTH
+    gradient_ptr += sequence * gradient_stride_n + first * gradient_stride_t
+    cos_ptr += sequence * angles_stride_n + first * ROTARY_DIM
+    sin_ptr += sequence * angles_stride_n + first * ROTARY_DIM
+    for i in tl.range(tl.minimum(TOKENS, length - first).to(tl.int32), num_stages=STAGES):
+        factors_ptr, factor_gradients_ptr = product_ptr + i * WIDTH, out_ptr + i * WIDTH
+        token_ptr = gradient_ptr + i * gradient_stride_t
         left = tl.load(factors_ptr + places + features, mask=is_b, other=0.0)
         right = tl.load(factors_ptr + places + HALF + features, mask=is_b, other=0.0)
         if ROTATES:
-            angles = sequence * angles_stride_n + position * ROTARY_DIM
-            cos = tl.load(cos_ptr + angles + features, mask=is_half, other=0.0).to(tl.float32)
-            sin = tl.load(sin_ptr + angles + features, mask=is_half, other=0.0).to(tl.float32)
+            angles = i * ROTARY_DIM + features
+            # once for each row of B: such a tile is read ahead, too
+            cos = tl.load(cos_ptr + angles + 0 * ranks_down, mask=is_b, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + angles + 0 * ranks_down, mask=is_b, other=0.0).to(tl.float32)
             x, y = left.to(tl.float32), right.to(tl.float32)
             left, right = (x * cos - y * sin).to(DTYPE), (y * cos + x * sin).to(DTYPE)
-        left_gradient = tl.zeros([BLOCK_HALF, BLOCK_R], tl.float32)
-        right_gradient = tl.zeros([BLOCK_HALF, BLOCK_R], tl.float32)
+            cos = tl.load(cos_ptr + angles, mask=is_half, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + angles, mask=is_half, other=0.0).to(tl.float32)
+        left_gradient = tl.zeros([16, BLOCK_HALF], tl.float32)
+        right_gradient = tl.zeros([16, BLOCK_HALF], tl.float32)
         if HEAD_DIM > 2 * HALF:
             rest = tl.load(factors_ptr + places + others, mask=is_rest_of_b, other=0.0)
-            rest_gradient = tl.zeros([BLOCK_REST, BLOCK_R], tl.float32)
+            rest_gradient = tl.zeros([16, BLOCK_REST], tl.float32)
         for first_head in tl.static_range(0, NUM_HEADS, BLOCK_H):
             heads = first_head + tl.arange(0, BLOCK_H)[:, None]
-            is_head, is_a = heads < NUM_HEADS, (heads < NUM_HEADS * exists) & (ranks < RANK)
+            heads_of_a = first_head + tl.arange(0, BLOCK_H)[None, :]
+            is_head = heads < NUM_HEADS
             head_ptr = token_ptr + heads.to(tl.int64) * gradient_stride_h
             left_of_head = tl.load(head_ptr + features, mask=is_head & is_half, other=0.0)
             right_of_head = tl.load(head_ptr + HALF + features, mask=is_head & is_half, other=0.0)
-            places_of_a = A_START + heads * RANK + ranks
-            a = tl.load(factors_ptr + places_of_a, mask=is_a, other=0.0)
+            a = tl.load(
+                factors_ptr + A_START + heads_of_a * RANK + ranks_of_a,
+                mask=(heads_of_a < NUM_HEADS) & (ranks_of_a < RANK),
+                other=0.0,
+            )
             a_gradient = tl.dot(left_of_head, tl.trans(left), input_precision="ieee")
             a_gradient = tl.dot(right_of_head, tl.trans(right), a_gradient, input_precision="ieee")
-            left_gradient = tl.dot(tl.trans(left_of_head), a, left_gradient, input_precision="ieee")
-            right_gradient = tl.dot(tl.trans(right_of_head), a, right_gradient, input_precision="ieee")
+            left_gradient = tl.dot(a, left_of_head, left_gradient, input_precision="ieee")
+            right_gradient = tl.dot(a, right_of_head, right_gradient, input_precision="ieee")
             if HEAD_DIM > 2 * HALF:
                 rest_of_head = tl.load(head_ptr + others, mask=is_head & is_rest, other=0.0)
                 a_gradient = tl.dot(rest_of_head, tl.trans(rest), a_gradient, input_precision="ieee")
-                rest_gradient = tl.dot(tl.trans(rest_of_head), a, rest_gradient, input_precision="ieee")
-            a_gradient = (a_gradient / RANK).to(DTYPE)
-            tl.store(factor_gradients_ptr + places_of_a, a_gradient, mask=is_a)
-        x, y = tl.trans(left_gradient) / RANK, tl.trans(right_gradient) / RANK
+                rest_gradient = tl.dot(a, rest_of_head, rest_gradient, input_precision="ieee")
+            a_gradient = (a_gradient * (1.0 / RANK)).to(DTYPE)
+            tl.store(factor_gradients_ptr + A_START + heads * RANK + ranks, a_gradient, mask=is_head & (ranks < RANK))
+        x, y = left_gradient * (1.0 / RANK), right_gradient * (1.0 / RANK)
         if ROTATES:
             x, y = x * cos + y * sin, y * cos - x * sin
-        tl.store(factor_gradients_ptr + places + features, x.to(DTYPE), mask=is_b)
-        tl.store(factor_gradients_ptr + places + HALF + features, y.to(DTYPE), mask=is_b)
+        tl.store(factor_gradients_ptr + gradient_places + features, x.to(DTYPE), mask=is_b_gradient)
+        tl.store(factor_gradients_ptr + gradient_places + HALF + features, y.to(DTYPE), mask=is_b_gradient)
         if HEAD_DIM > 2 * HALF:
-            rest_gradient = (tl.trans(rest_gradient) / RANK).to(DTYPE)
-            tl.store(factor_gradients_ptr + places + others, rest_gradient, mask=is_rest_of_b)
+            rest_gradient = (rest_gradient * (1.0 / RANK)).to(DTYPE)
+            tl.store(factor_gradients_ptr + gradient_places + others, rest_gradient, mask=is_rest_gradient)
 
 
 @triton.jit
 def gradients_at_once_kernel(
-    q_ptr, k_ptr, v_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+    q_ptr, k_ptr, v_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, length, angles_stride_n,
     q_stride_n, q_stride_t, q_stride_h, k_stride_n, k_stride_t, k_stride_h, v_stride_n, v_stride_t, v_stride_h,
     WIDTH: tl.constexpr, Q_RANK: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
@@ -261,23 +282,25 @@ def gradients_at_once_kernel(
     part = tl.program_id(1)
     if part == 0:
         _gradients_of_part(
-            q_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+            q_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, length, angles_stride_n,
             q_stride_n, q_stride_t, q_stride_h, a_q, 0, WIDTH,
             Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, TOKENS, BLOCK_H, BLOCK_HALF, BLOCK_REST, STAGES,
         )  # fmt: skip
     elif part == 1:
         _gradients_of_part(
-            k_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+            k_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, length, angles_stride_n,
             k_stride_n, k_stride_t, k_stride_h, a_k, Q_RANK * HEAD_DIM, WIDTH,
             K_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, True, TOKENS, BLOCK_H, BLOCK_HALF, BLOCK_REST, STAGES,
         )  # fmt: skip
     else:
         _gradients_of_part(
-            v_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, num_tokens, length, angles_stride_n,
+            v_ptr, product_ptr, cos_ptr, sin_ptr, out_ptr, length, angles_stride_n,
             v_stride_n, v_stride_t, v_stride_h, a_v, (Q_RANK + K_RANK) * HEAD_DIM, WIDTH,
             V_RANK, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, False, TOKENS, BLOCK_H, BLOCK_HALF, BLOCK_REST, STAGES,
         )  # fmt: skip
-        tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)[:, None]
+        sequence, first = _tokens_of_a_sequence(length, TOKENS)
+        tokens = first + tl.arange(0, TOKENS)[:, None]
         columns = a_v + V_RANK * NUM_KV_HEADS + tl.arange(0, 8)[None, :]
+        mask = (tokens < length) & (columns < WIDTH)
         zeros = tl.zeros([TOKENS, 8], out_ptr.dtype.element_ty)
-        tl.store(out_ptr + tokens * WIDTH + columns, zeros, mask=(tokens < num_tokens) & (columns < WIDTH))
+        tl.store(out_ptr + (sequence * length + tokens) * WIDTH + columns, zeros, mask=mask)

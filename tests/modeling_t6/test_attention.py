@@ -180,7 +180,7 @@ class LargestResult(TorchDispatchMode):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_decoding_never_forms_keys_or_values(implementation):
-    config = tiny_config(attn_implementation=implementation, num_attention_heads=8, head_dim=32)
+    config = tiny_config(attn_implementation=implementation, num_attention_heads=16, head_dim=32)
     model, seq = random_model(config), 400
     cache = T6Cache(config=config)
     heads_numel = (seq + 1) * config.num_attention_heads * config.head_dim

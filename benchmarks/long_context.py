@@ -98,7 +98,7 @@ from conversion.smaller.fits import HeadFits
 from conversion.smaller.heal import heal
 from conversion.smaller.languages import Sentences
 from conversion.smaller.moments import attention_hooks, collect_moments
-from conversion.smaller.order import QUESTIONS, QUESTIONS_LENGTH, changes
+from conversion.smaller.order import changes
 from conversion.smaller.probe import Probe
 from conversion.smaller.questions import make_questions
 from conversion.smaller.reconstruct import reconstruct
@@ -168,8 +168,8 @@ class Study:
         some = torch.linspace(0, len(text) - 1, max(1, args.calibration_tokens // 1024)).long()
         self.calibration = text[some].to(self.device)
         self.calibration_language = Sentences(tokenizer, calibration)
-        count = max(2, int(QUESTIONS * args.calibration_tokens) // QUESTIONS_LENGTH)
-        self.questions = make_questions(self.calibration_language, QUESTIONS_LENGTH, count).to(self.device)
+        count = max(2, args.calibration_tokens // 4 // 2048)
+        self.questions = make_questions(self.calibration_language, 2048, count).to(self.device)
         self.source, _ = evaluation.load_model(source_of(args), torch.float32, self.device)
         self.took("preparing", start)
 

@@ -23,7 +23,7 @@ from .report import Row
 from .stages import fast_products, stage
 
 
-QUESTIONS, QUESTIONS_LENGTH = 1 / 2, 4096  # beside the calibration's tokens, and in a window at most
+QUESTIONS, QUESTIONS_LENGTH = 1 / 4, 2048  # beside the calibration's tokens, and in a window at most
 HEALED_QUESTIONS = 1 / 8  # of the windows of healing
 # Parts of a perplexity: sums in another order, and weights or activations in half precision.
 EXACT, ROUNDED = 2e-4, 1e-2

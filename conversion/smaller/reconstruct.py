@@ -30,11 +30,8 @@ from .straight_through import as_read
 
 STEP = 0.02  # the longest, as a part of the root mean square of the weights that it changes
 ROUNDED = 0.25  # part of it for layers whose ranks are the source's: there is but rounding to learn
-# What makes up for rounding among the tokens of a window is wrong among many more, where it averages out by itself: learnt from 256 tokens,
-# the error of a layer of SmolLM2 with rows of 4 bits fell from 0.36% to 0.27% there, and rose from 0.31% to 0.49% at 2,048.
-LENGTH = 4096  # tokens of a window, at most: of such as the model is to be used with
-WINDOWS = 2  # as they are given, in a step, or one that is longer: many small steps are worth more than few large ones
-AHEAD = 4  # steps whose windows the source reads at once, if not longer ones: a GPU is busy with one step's no longer
+WINDOWS = 2  # of text in a step: many small steps are worth more than few large ones
+AHEAD = 4  # steps whose windows the source reads at once: a GPU is busy with two no longer than with eight
 LEAST = 1e-4  # error below which there is nothing to learn: bfloat16 leaves a tenth of it
 CHECKED = 10  # every tenth window is not learnt from, and says whether a layer is better than before
 TOGETHER = 2**29  # numbers in the states of the layers that learn side by side
@@ -198,13 +195,6 @@ class Steps:
         self.done += 1
 
 
-def joined(ids: torch.Tensor, context: int) -> torch.Tensor:
-    """Windows [n, length] of text as fewer and longer ones, of at most `LENGTH` and the context, and no fewer than `CHECKED`."""
-    count, length = ids.shape
-    length *= max(1, min(min(context, LENGTH) // length, count // CHECKED))
-    return ids.flatten()[: ids.numel() // length * length].view(-1, length)
-
-
 def one_mask(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
     """Masks of some layers, [layers, batch or 1, 1, seq, seq], or `None` if none has one; bool, or to be added to scores."""
     others = [mask for mask in masks if mask is not None]
@@ -245,8 +235,8 @@ def reconstruct(
 
     Args:
         source: the model that was compressed, with as many layers.
-        ids: token ids [n, seq], windows of which some are read as one.
-        steps: of two of these windows, or one that is longer, of text and of `questions` in turn.
+        ids: token ids [n, seq].
+        steps: of two windows each or, in turn with them, of as many tokens of `questions`.
         questions: windows in which the tokens that are answered with weigh as much as all others.
 
     Returns:
@@ -256,14 +246,13 @@ def reconstruct(
     half, on_gpu = source.dtype.itemsize == 2, source.device.type == "cuda"
     low = source.dtype if half else torch.bfloat16
     dtype = torch.float32 if half else source.dtype
-    tokens, ids = WINDOWS * ids.shape[1], joined(ids, model.config.max_position_embeddings)
     texts = [(ids, torch.ones_like(ids, dtype=dtype))]
     if questions is not None:
         # An answer's token is predicted at the one before it.
         asked = questions.asked.roll(-1, 1).to(dtype)
         texts.append((questions.ids, 1 + asked * (asked.numel() / asked.sum().clamp(min=1))))
-    most = max([tokens, *(text.shape[1] for text, _ in texts)])
-    count = max(1, TOGETHER // (most * 6 * model.config.hidden_size))
+    tokens = WINDOWS * ids.shape[1]
+    count = max(1, TOGETHER // (tokens * 6 * model.config.hidden_size))
     groups = [range(start, min(start + count, len(attentions))) for start in range(0, len(attentions), count)]
     whole = [layer.self_attn for layer in source.model.layers]
     students = [
@@ -325,10 +314,8 @@ def reconstruct(
         for index in tqdm(range(steps), desc="reconstructing", unit="step", disable=quiet):
             kind = index % len(learnt)
             if not waiting[kind]:
-                text, weights = learnt[kind]
-                count = max(1, AHEAD * tokens // (orders[kind].batch * text.shape[1]))
-                some = [orders[kind].next() for _ in range(count)]
-                places = torch.cat(some).to(ids.device)
+                some = [orders[kind].next() for _ in range(AHEAD)]
+                places, (text, weights) = torch.cat(some).to(ids.device), learnt[kind]
                 looked, weights, end = look(text[places]), weights[places], 0
                 for one in some:
                     start, end = end, end + len(one)

@@ -4,7 +4,7 @@ equal bytes of cache, and equal training time.
 
     python examples/prepare.py --text PATHS --vocab-size 8192 --output-dir runs/tokens
     python examples/compare.py run --data runs/tokens --results runs/comparison.json --minutes 30
-    python examples/compare.py report --results runs/comparison.json --output docs/comparison.md
+    python examples/compare.py report --results runs/comparison.json --output runs/comparison.md
 
 All see the same batches in the same order. T6 is started as `recipe.py` says; twins are tried with QK norm and without. Each model has
 its own learning rate, doubled or halved until the best is not at the edge. What is known to be needed is done in this order: the
@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--no-compile", action="store_true", help="do not compile layers with torch.compile")
     run.add_argument("--cpu", action="store_true", help="do not use GPUs")
     report = commands.add_parser("report", help="tables and plot")
-    report.add_argument("--output", type=Path, default=Path("docs/comparison.md"), metavar="MD", help="(%(default)s)")
+    report.add_argument("--output", type=Path, default=Path("runs/comparison.md"), metavar="MD", help="(%(default)s)")
     for command in (run, plan, report):
         command.add_argument("--results", type=Path, required=True, metavar="JSON")
     return parser.parse_args(argv)

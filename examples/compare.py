@@ -50,7 +50,7 @@ SEEDS = (0, 1, 2, 3)
 FIRST_MODELS = 8  # that are all tried before rates and seeds of the best of them
 FARTHEST = 4  # a rate that is tried is at most so many times the first, or one of so many parts
 HELD_OUT_WINDOWS = 160  # of each kind of text, at the end; a quarter of them on the way
-ALIKE = 0.02  # times of a step that differ by less are equal
+ALIKE = 0.02  # times that differ by less are equal
 # Seconds: a run that would end so late after --minutes goes on; a step is timed by the first of a run.
 GRACE = 10.0
 TIMED_STEPS = 20
@@ -175,8 +175,9 @@ def rates_to_try(results: dict, name: str) -> list[float]:
 
 
 def step_seconds(results: dict, name: str) -> float | None:
-    runs = [run for run in results["runs"].values() if run["name"] == name]
-    return statistics.median(run["ms_per_step"] / 1e3 for run in runs) if runs else None
+    """The least of all its runs: what else the machine does makes steps slower, never faster."""
+    runs = results["runs"].values()
+    return min((run["ms_per_step"] / 1e3 for run in runs if run["name"] == name), default=None)
 
 
 def cache_limit(results: dict) -> float:
@@ -200,16 +201,19 @@ def contenders(results: dict, names: list[str]) -> list[str]:
 
 def timed_steps(results: dict, names: list[str]) -> dict[str, int]:
     """
-    How many steps of each of `names`, of which one is a T6, take as long as those of the slowest of them take for its `max_steps`.
+    How many steps of each of `names` take as long as the slowest of them takes for its `max_steps`; of a number that runs have already
+    and that is almost that, this one: times change a little as runs are added.
     """
     seconds = {name: step_seconds(results, name) for name in names}
     if None in seconds.values() or not seconds:
         return {}
-    slowest, steps = max(seconds.values()), results["settings"]["max_steps"]
-    return {
-        name: steps if slowest / of < 1 + ALIKE else round(steps * slowest / of / 10) * 10
-        for name, of in seconds.items()
-    }
+    slowest, steps, chosen = max(seconds.values()), results["settings"]["max_steps"], {}
+    for name, of in seconds.items():
+        wanted = steps * slowest / of
+        had = {steps, *(run["steps"] for run in results["runs"].values() if run["name"] == name)}
+        nearest = min(had, key=lambda number: abs(number - wanted))
+        chosen[name] = nearest if abs(nearest - wanted) < ALIKE * wanted else round(wanted / 10) * 10
+    return chosen
 
 
 def plan(results: dict, names: list[str]) -> list[Run]:
@@ -236,6 +240,7 @@ def plan(results: dict, names: list[str]) -> list[Run]:
     runs += [*rates(first, higher=True), *seeds(first, *SEEDS[:2]), *rates(first, higher=False)]
     runs += [Run(name, best_rate(results, name), SEEDS[0], of) for name, of in timed]
     runs += [first_run(name) for name in names] + seeds(first, *SEEDS)
+    runs += [Run(name, best_rate(results, name), seed, of) for seed in SEEDS for name, of in timed]
     others = [name for name in names if name not in first and losses_by_rate(results, name)]
     runs += [*rates(others, higher=True), *rates(others, higher=False), *seeds(others, *SEEDS)]
     return list(dict.fromkeys(runs))
@@ -349,8 +354,8 @@ class Training(CapturedTraining):
                     old.copy_(new)
         first = index
         while index < steps:
-            end = first + TIMED_STEPS if index == first else (index // eval_steps + 1) * eval_steps
-            end, begin, count = min(end, steps), time.monotonic(), index
+            end = min((index // eval_steps + 1) * eval_steps, first + TIMED_STEPS if index == first else steps, steps)
+            begin, count = time.monotonic(), index
             while index < end:
                 self.load(index)
                 self.take_step()
@@ -362,15 +367,18 @@ class Training(CapturedTraining):
                 curve.append({"step": index, **self.evaluate(every=4)})
             last = time.time() + statistics.median(times) * (steps - index)
             if index < steps and last > deadline + GRACE:
-                if index > first + TIMED_STEPS and time.time() < deadline:
+                if len(times) > 1 and time.time() < deadline:
                     continue  # it may yet be faster
-                if index > first + TIMED_STEPS:
+                if len(times) > 1:
                     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-                    torch.save((index, curve, time.monotonic() - started, self.state()), checkpoint)
+                    partial = checkpoint.with_suffix(".partial")
+                    torch.save((index, curve, time.monotonic() - started, self.state()), partial)
+                    partial.replace(checkpoint)
                 return None
         checkpoint.unlink(missing_ok=True)
         curve.append({"step": steps, **self.evaluate(every=4)})
-        final, seconds = self.evaluate(), statistics.median(times[1:] or times)
+        final = self.evaluate()
+        seconds = min(times[1:] or times)  # the process beside this one compiles now and then, and slows it
         embedding = self.model.get_input_embeddings().weight.numel()
         tokens_per_step = self.settings["block_length"] * self.settings["sequences_per_step"]
         return {
@@ -624,7 +632,7 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
     for name, runs in sorted(rows.items(), key=lambda row: mean_loss(row[1])):
         one = runs[0]
         kv = f" ({one['key_value_heads']})" if one["key_value_heads"] != one["heads"] else ""
-        ms = statistics.median(run["ms_per_step"] for run in runs)
+        ms = min(run["ms_per_step"] for run in runs)
         against = f"{mean_loss(runs) - min(twins):+.4f}" if twins else "-"
         lines.append(
             f"| {name} | {one['learning_rate']:g} | {one['heads']}{kv} | {one['intermediate_size']:,} "

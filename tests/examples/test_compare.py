@@ -103,6 +103,8 @@ def test_plan():
     assert rest[other].model == NAMES[-1]
     for name in NAMES:
         assert {run.seed for run in done if run.model == name and run.steps == 100} == set(compare.SEEDS)
+    for name in tuned - {"T6"}:
+        assert {run.seed for run in done if run.model == name and run.steps == 110} == set(compare.SEEDS)
     assert len(done) == len(set(done))
 
 
@@ -111,6 +113,10 @@ def test_equal_times():
     results = results_with(runs, {"T6": 50.0, "MHA": 40.0, "GQA": 49.5})
     assert compare.timed_steps(results, ["T6", "MHA", "GQA"]) == {"T6": 100, "MHA": 120, "GQA": 100}
     assert compare.timed_steps(results, ["T6", "MLA"]) == {}  # which has no time yet
+
+    other = {compare.Run("MHA", 2e-3, 0, 125): 2.0}
+    assert compare.timed_steps(results_with(runs | other, {"T6": 50.4, "MHA": 40.0}), ["T6", "MHA"])["MHA"] == 125
+    assert compare.timed_steps(results_with(runs | other, {"T6": 54.0, "MHA": 40.0}), ["T6", "MHA"])["MHA"] == 140
 
 
 @pytest.mark.parametrize(

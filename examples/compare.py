@@ -17,6 +17,7 @@ within --minutes, writes results as runs end, and may be called again. A run tha
 
 import argparse
 import gc
+import hashlib
 import itertools
 import json
 import math
@@ -29,7 +30,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from command_line import InputError, input_errors, number, read_text, write_json
+from command_line import InputError, input_errors, number, write_json
 
 
 # What the runs have in common; a later call must have the same.
@@ -95,7 +96,9 @@ import recipe
 from ablations import Ablation
 from captured import CapturedTraining, batch_starts, read_tokens
 from configuration.make_configs import cache_numbers
+from conversion.files.locks import release, take_lock
 from pretraining_data import open_prepared
+from runs import NO_TIME, end_with_parent, open_results, read_results
 
 
 # What is compared
@@ -263,20 +266,22 @@ def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
     return nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
+def kinds_of(facts: dict) -> dict[str, dict]:
+    """What a folder of `prepare.py` has of each kind of text; one that an earlier version made does not tell kinds."""
+    return facts.get("kinds") or {"text": facts}
+
+
 def held_out_windows(folder: Path, tokens: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
     """Windows [number, length + 1] of each kind of text, which `prepare.py` writes one after the other, evenly spaced."""
     _, facts = open_prepared(folder)
-    kinds = facts.get("kinds") or {"text": {"held_out_tokens": len(tokens)}}
     windows, start = {}, 0
-    for kind, sizes in kinds.items():
+    for kind, sizes in kinds_of(facts).items():
         of_kind = tokens[start : start + sizes["held_out_tokens"]]
         start += sizes["held_out_tokens"]
         if len(of_kind) > length:
             found = of_kind.unfold(0, length + 1, length)
             chosen = torch.linspace(0, len(found) - 1, min(HELD_OUT_WINDOWS, len(found)), device=tokens.device).long()
             windows[kind] = found[chosen].long()
-    if not windows:
-        raise InputError(f"{folder}: no kind of its held-out text has {length + 1} tokens, one window")
     return windows
 
 
@@ -407,18 +412,15 @@ class Training(CapturedTraining):
 # Running
 
 
-NO_TIME = "no time"
-
-
-def checkpoint_of(run: Run, work_dir: Path) -> Path:
-    return work_dir / f"{run.key.replace(' ', '-').replace(',', '')}.pt"
+def checkpoint_of(run: Run, folder: Path) -> Path:
+    return folder / f"{run.key.replace(' ', '-').replace(',', '')}.pt"
 
 
 class Worker:
     """A process of several, on one device."""
 
-    def __init__(self, args: argparse.Namespace, settings: dict, gpu: str | None, lock, deadline: float):
-        self.args, self.lock, self.deadline = args, lock, deadline
+    def __init__(self, args: argparse.Namespace, settings: dict, folder: Path, gpu: str | None, lock, deadline: float):
+        self.folder, self.lock, self.deadline = folder, lock, deadline
         device = torch.device("cpu" if gpu is None else "cuda")
         tokenizer, self.tokens = read_tokens(args.data, device)
         self.windows = held_out_windows(args.data, self.tokens["held_out"], settings["block_length"])
@@ -446,7 +448,7 @@ class Worker:
         training = self.prepared(run)
         try:
             with self.lock:  # of the GPU, so that times are those of one run alone
-                return training.train(self.deadline, checkpoint_of(run, self.args.work_dir))
+                return training.train(self.deadline, checkpoint_of(run, self.folder))
         finally:
             del training
             gc.collect()
@@ -454,45 +456,56 @@ class Worker:
                 torch.cuda.empty_cache()
 
 
-def work(args: argparse.Namespace, settings: dict, gpu: str | None, lock, todo, done, index: int, deadline: float):
+def work(
+    args: argparse.Namespace,
+    settings: dict,
+    folder: Path,
+    gpu: str | None,
+    lock,
+    deadline: float,
+    todo,
+    done,
+    index: int,
+) -> None:
     """Does the runs that it is given until that is `None`."""
+    end_with_parent()
     if gpu is not None:
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
-    worker = Worker(args, settings, gpu, lock, deadline)
+    worker = Worker(args, settings, folder, gpu, lock, deadline)
     for run in iter(todo.get, None):
         try:
             result, error = worker.do(run), None
         except Exception:  # the others go on
             result, error = None, traceback.format_exc()
+            if gpu is not None:
+                torch.cuda.synchronize()  # ends this process where the GPU is lost, for all other runs would fail, too
         done.put((index, run, result, error or (NO_TIME if result is None else None)))
 
 
-def read_results(path: Path) -> dict:
-    try:
-        results = json.loads(read_text(path))
-        results["runs"], results["settings"], results["learning_rate"]  # noqa: B018
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no file of compare.py") from error
-    return results
-
-
-def open_results(args: argparse.Namespace) -> tuple[dict, list[str]]:
+def opened(args: argparse.Namespace) -> tuple[dict, list[str]]:
     """The results so far, of the same settings and data, and the names of what is compared."""
-    tokenizer, facts = open_prepared(args.data)
+    _, facts = open_prepared(args.data)
     settings = {name: getattr(args, name) for name in SETTINGS}
     header = {"settings": settings, "learning_rate": args.learning_rate, "data": facts["sha256"]}
-    results = {**header, "text": facts.get("kinds"), "runs": {}}
-    if args.results.exists():
-        results = read_results(args.results)
-        for name, value in header.items():
-            if results.get(name) != value:
-                raise InputError(f"{args.results} has {name}={results.get(name)}, this command {value}")
+    results = open_results(args.results, "compare.py", header)
+    results.setdefault("text", facts.get("kinds"))
     names = list(models(settings))
     if unknown := set(args.models or ()) - set(names):
         raise InputError(f"--models: there is no {', '.join(sorted(unknown))}; there are {'; '.join(names)}")
-    if facts["train_tokens"] < 2 * args.block_length:
-        raise InputError(f"{args.data} has {facts['train_tokens']} tokens: expected at least two blocks")
+    if args.hidden_size % (4 * args.head_dim):
+        raise InputError(
+            f"--hidden-size {args.hidden_size}: expected a multiple of 4 heads of --head-dim {args.head_dim}"
+        )
+    held_out = max(kind["held_out_tokens"] for kind in kinds_of(facts).values())
+    for name, tokens, least in (
+        ("training", facts["train_tokens"], 2 * args.block_length),
+        ("held-out", held_out, args.block_length + 1),
+    ):
+        if tokens < least:
+            raise InputError(
+                f"{args.data} has {tokens} {name} tokens of a kind: expected {least}, or less --block-length"
+            )
     return results, args.models or names
 
 
@@ -508,14 +521,17 @@ class Scheduler:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.deadline = args, time.time() + 60 * args.minutes
-        self.results, self.names = open_results(args)
+        self.results, self.names = opened(args)
+        # Of checkpoints, which those of other settings or data are none for.
+        header = json.dumps([self.results[name] for name in ("settings", "data")])
+        self.folder = args.work_dir / hashlib.sha256(header.encode()).hexdigest()[:12]
         self.running, self.late, self.failures = {}, set(), {}
 
     def next_run(self) -> Run | None:
         skipped = {*self.results["runs"], *(run.key for run in self.running.values()), *self.late, *self.failures}
         for run in plan(self.results, self.names):
             seconds = (step_seconds(self.results, run.model) or 0) * run.steps
-            if checkpoint_of(run, self.args.work_dir).exists():
+            if checkpoint_of(run, self.folder).exists():
                 seconds = 0
             if run.key not in skipped and time.time() + seconds < self.deadline:
                 return run
@@ -529,13 +545,13 @@ class Scheduler:
         gpus = visible_gpus(self.args)
         places = [gpu for gpu in gpus for _ in range(2)] or [None]
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        context = multiprocessing.get_context("spawn")
+        context, settings = multiprocessing.get_context("spawn"), self.results["settings"]
         locks, done = {gpu: context.Lock() for gpu in places}, context.Queue()
         todo = [context.Queue() for _ in places]
         processes = [
             context.Process(
                 target=work,
-                args=(self.args, self.results["settings"], gpu, locks[gpu], todo[index], done, index, self.deadline),
+                args=(self.args, settings, self.folder, gpu, locks[gpu], self.deadline, todo[index], done, index),
                 daemon=True,
             )
             for index, gpu in enumerate(places)
@@ -554,7 +570,7 @@ class Scheduler:
         # The first process of each GPU before the second.
         idle = sorted(range(len(places)), key=lambda index: index % 2)
         while True:
-            for index in list(idle):
+            for index in [index for index in idle if processes[index].is_alive()]:
                 if (run := self.next_run()) is None:
                     break  # there may be one when others have ended
                 self.running[index] = run
@@ -565,8 +581,11 @@ class Scheduler:
             try:
                 index, run, result, error = done.get(timeout=1.0)
             except queue.Empty:
-                if dead := [i for i in self.running if not processes[i].is_alive()]:
-                    raise InputError(f"the process of {self.running[dead[0]].key} ended before its run") from None
+                for index in [index for index in self.running if not processes[index].is_alive()]:
+                    run, code = self.running.pop(index), processes[index].exitcode
+                    if code < 0:  # with the lock of its GPU, perhaps
+                        raise InputError(f"{run.key}: its process was killed by signal {-code}") from None
+                    self.take(run, None, "its process ended before it did")
                 continue
             del self.running[index]
             idle.append(index)
@@ -667,7 +686,7 @@ def verdict(rows: dict[str, list[dict]]) -> str:
 
 def report(args: argparse.Namespace) -> str:
     """Writes the tables as Markdown and the plot beside them; returns the Markdown."""
-    results = read_results(args.results)
+    results = read_results(args.results, "compare.py", ("settings", "learning_rate", "data"))
     settings = results["settings"]
     known = list(models(settings))
     rows = {name: runs for name in known if (runs := best_runs(results, name))}
@@ -774,11 +793,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with input_errors("compare.py"):
         if args.command == "run":
-            Scheduler(args).run()
+            args.work_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = take_lock(args.work_dir)
+            except BlockingIOError:
+                raise InputError(f"--work-dir {args.work_dir}: another call is at work with it") from None
+            try:
+                Scheduler(args).run()
+            finally:
+                release(lock)
         elif args.command == "report":
             print(report(args), end="")
         else:
-            results, names = open_results(args)
+            results, names = opened(args)
             for run in plan(results, names):
                 print(f"{'done' if run.key in results['runs'] else 'to do'}  {run.key}")
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import queue
 import re
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import ablations
 import compare
 from captured import batch_starts, read_tokens
 from configuration.make_configs import cache_numbers, count_parameters
+from conversion.files import locks
 from language_modeling import load_tokenizer
 
 
@@ -205,7 +208,7 @@ def test_stopped_run_goes_on(opened, tmp_path, monkeypatch):
 
 
 def test_loss_that_is_no_number(opened, tmp_path):
-    with pytest.raises(RuntimeError, match="the loss is nan at step 7"):
+    with pytest.raises(RuntimeError, match="the loss is nan at step 3"):
         new_training(opened, compare.Run("GQA", math.inf, 0, 7)).train(time.time() + 1e6, tmp_path / "x.pt")
 
 
@@ -233,6 +236,46 @@ def test_one_graph_for_all_layers(opened, name, monkeypatch):
 # Runs and their report
 
 
+class Thread(threading.Thread):
+    """In place of a process: it ends with code 1 where what it does raises."""
+
+    exitcode = 0
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except ZeroDivisionError:
+            self.exitcode = 1
+
+
+def test_lost_gpu(data, tmp_path, monkeypatch, capsys):
+    """A run ends with its process; the others are done by the processes that are left."""
+
+    def work(args, settings, folder, gpu, lock, deadline, todo, done, index):
+        for run in iter(todo.get, None):
+            if gpu == "1":
+                raise ZeroDivisionError
+            done.put((index, run, result(run, 2.0) | {"seconds": 1.0, "memory_gib": None}, None))
+
+    context = SimpleNamespace(Process=Thread, Queue=queue.Queue, Lock=threading.Lock)
+    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setattr(compare, "visible_gpus", lambda args: ["0", "1"])
+    monkeypatch.setattr(compare, "work", work)
+    monkeypatch.setattr(compare, "FARTHEST", 1)
+    options = ["--data", str(data), "--results", str(tmp_path / "r.json"), "--work-dir", str(tmp_path), *TINY]
+    with pytest.raises(SystemExit, match="[12] runs failed: .* seed 0 steps 7: its process ended before it did"):
+        compare.main(["run", *options])
+    output = capsys.readouterr()
+    failed = output.err.count("its process ended")
+    runs = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert failed in (1, 2) and len({run["name"] for run in runs.values()}) == len(compare.models(SIZES)) - failed
+
+    lock = locks.take_lock(tmp_path)
+    with pytest.raises(SystemExit, match="--work-dir .*: another call is at work with it"):
+        compare.main(["run", *options])
+    locks.release(lock)
+
+
 @pytest.mark.once
 def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     results_file, output = tmp_path / "results" / "comparison.json", tmp_path / "docs" / "comparison.md"
@@ -252,8 +295,15 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
         assert key == compare.Run(run["name"], run["learning_rate"], run["seed"], run["steps"]).key
         assert run["curve"][-1]["step"] == 7 and run["tokens"] == 7 * 64 and list(run["loss_by_kind"]) == ["text"]
     assert str(tmp_path) not in results_file.read_text()
-    with pytest.raises(SystemExit, match="has settings=.*, this command"):
+    with pytest.raises(SystemExit, match="has max_steps=7, this command 8"):
         compare.main([*options, "--max-steps", "8"])
+    for words, message in (
+        (["--head-dim", "16"], "--hidden-size 32: expected a multiple of 4 heads of --head-dim 16"),
+        (["--block-length", "2000"], "tokens has 2968 training tokens of a kind: expected 4000"),
+        (["--block-length", "900"], "tokens has 742 held-out tokens of a kind: expected 901, or less --block-length"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            compare.main([*options, *words, "--results", str(tmp_path / "other.json")])
     with pytest.raises(SystemExit, match="there is no T7; there are MHA, QK norm; T6; "):
         compare.main(["plan", *common[:-3], "T7"])
     compare.main(["plan", *common])

@@ -120,11 +120,10 @@ def models(settings: dict) -> dict[str, Ablation]:
     Every model by its name in the results, the most telling first. Those named after the mechanism alone have MHA's heads, and an MLP
     that is as much wider as brings the parameters to MHA's; the others get there by more heads, as in the paper.
     """
-    heads, dim = settings["hidden_size"] // settings["head_dim"], settings["head_dim"]
-    norm = {"qk_norm": True}
+    dim, norm = settings["head_dim"], {"qk_norm": True}
 
     def widened(base: str, fields: dict, **more) -> Ablation:
-        return Ablation(base, fields, heads=heads, widened=True, **more)
+        return Ablation(base, fields, widened=True, **more)
 
     def t6(groups: int = 1, **fields) -> Ablation:
         return widened("TPA", recipe.FIELDS | fields, prepare=recipe.start, groups=groups)
@@ -252,11 +251,7 @@ def plan(results: dict, names: list[str]) -> list[Run]:
 # Training
 
 
-def causal_attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register("causal", causal_attention)
+AttentionInterface.register("causal", sdpa_attention_forward)
 AttentionMaskInterface.register("causal", lambda *args, **kwargs: None)  # windows are full: causal, and nothing else
 
 

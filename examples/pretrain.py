@@ -271,6 +271,8 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         new = recipe.FIELDS if are_given else recipe.fields(config)
         args.set = [*new.items(), *args.set]
         config = make_config(args, data.tokenizer)
+        if not config.attention_bias:
+            raise InputError("--set attention_bias=false: the recipe starts A as biases; --paper does without")
     block_length = args.block_length or config.max_position_embeddings
     if block_length > config.max_position_embeddings:
         raise InputError(

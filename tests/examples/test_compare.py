@@ -175,14 +175,18 @@ def test_batches_fit():
         assert batch_starts(count, settings, 0).max() + 11 <= count
 
 
-def test_losses_are_those_of_the_model(opened):
-    training = new_training(opened)
+@pytest.mark.parametrize("name", ["T6", "GQA, QK norm", "MLA"])
+def test_losses_are_those_of_the_model(opened, name):
+    """With the causal masks of Transformers' eager attention."""
+    training = new_training(opened, RUN._replace(model=name))
+    training.load(0)
+    training.step()
+    found = training.evaluate()
     windows = opened[2]["text"]
-    labels = windows.clone()
+    training.model.set_attn_implementation("eager")
     with torch.no_grad():
         logits = training.model(windows[:, :-1]).logits
-    expected = nn.functional.cross_entropy(logits.double().flatten(0, 1), labels[:, 1:].flatten())
-    found = training.evaluate()
+    expected = nn.functional.cross_entropy(logits.double().flatten(0, 1), windows[:, 1:].flatten())
     assert found["loss"] == found["text"] == pytest.approx(expected.item(), abs=1e-4)
 
 

@@ -7,9 +7,14 @@ equal bytes of cache, and equal training time.
     python examples/compare.py report --results runs/comparison.json --output docs/comparison.md
 
 All see the same batches in the same order. T6 is started as `recipe.py` says; twins are tried with QK norm and without. Each model has
-its own learning rate, doubled or halved until the best is not at the edge. What is known to be needed is done in this order: the
-first models once, at one rate; rates, a second seed and runs of equal time for those that are lowest, with any cache and with GQA's at most;
-the other models once; further seeds of the lowest; then rates and seeds of all others.
+its own learning rate, doubled or halved until the best is not at the edge. Runs are done in this order:
+
+1. the first models once, at one rate;
+2. other rates, a second seed and a run of equal time of the finalists: the T6 and the twins that are lowest, and those that are lowest
+   with no more cache than GQA's;
+3. the other models once;
+4. further seeds of the finalists, at equal tokens and at equal time;
+5. rates and seeds of all others.
 
 `run` uses all GPUs, two processes each: one compiles the next model while the other trains. It starts no run that would not end
 within --minutes, writes results as runs end, and may be called again. A run that time runs out for leaves a checkpoint in WORK_DIR.
@@ -188,8 +193,11 @@ def cache_limit(results: dict) -> float:
     return max((run["cache_bytes_per_token"] for run in runs), default=math.inf)
 
 
-def contenders(results: dict, names: list[str]) -> list[str]:
-    """By the best run of the first seed the lowest T6 and the lowest twin, the lowest of each that caches no more than GQA, and at least two twins."""
+def finalists(results: dict, names: list[str]) -> list[str]:
+    """
+    By their best runs of the first seed the lowest T6 and the lowest twin, the lowest of each that caches no more than GQA, and at least
+    two twins.
+    """
     best = {name: min(losses.values()) for name in names if (losses := losses_by_rate(results, name))}
     caches = {run["name"]: run["cache_bytes_per_token"] for run in results["runs"].values()}
     chosen = []
@@ -237,7 +245,7 @@ def plan(results: dict, names: list[str]) -> list[Run]:
     runs = [first_run(name) for name in names[:FIRST_MODELS]]
     if any(run.key not in results["runs"] for run in runs[:3]):
         return [first_run(name) for name in names]
-    first = contenders(results, names)
+    first = finalists(results, names)
     timed = timed_steps(results, first).items()
     runs += [*rates(first, higher=True), *seeds(first, *SEEDS[:2]), *rates(first, higher=False)]
     runs += [Run(name, best_rate(results, name), SEEDS[0], of) for name, of in timed]
@@ -303,7 +311,7 @@ class Training(CapturedTraining):
             model, optimizer, tokens, starts, self.settings["block_length"] + 1, self.settings["warmup_steps"]
         )
         self.held_out, self.head_loss = held_out, head_loss
-        self.is_on_gpu = self.device.type == "cuda"
+        self.is_on_gpu, self.is_compiled = self.device.type == "cuda", is_compiled
         if is_compiled:
             torch._dynamo.reset()
             for module in (*model.model.layers, model.model.norm):
@@ -333,6 +341,7 @@ class Training(CapturedTraining):
 
     def prepare(self, is_captured: bool) -> None:
         """Compiles, and captures a step as a CUDA graph."""
+        self.is_captured = is_captured
         if self.is_on_gpu:
             torch.cuda.reset_peak_memory_stats()
         if is_captured:
@@ -398,6 +407,8 @@ class Training(CapturedTraining):
             "tokens_per_second": round(tokens_per_step / seconds),
             "seconds": round(time.monotonic() - started, 2),
             "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.is_on_gpu else None,
+            "is_compiled": self.is_compiled,
+            "is_captured": self.is_captured,
             "device": torch.cuda.get_device_name() if self.is_on_gpu else "cpu",
             "torch": torch.__version__,
             "curve": curve,
@@ -661,7 +672,7 @@ def verdict(rows: dict[str, list[dict]]) -> str:
     t6 = {name: runs for name, runs in rows.items() if is_t6(name)}
     twins = {name: runs for name, runs in rows.items() if not is_t6(name)}
     if not t6 or not twins:
-        return "There is no T6 and no twin here yet to compare."
+        return "There are not yet a T6 and a twin here to compare."
     ours, theirs = (min(of, key=lambda name: mean_loss(of[name])) for of in (t6, twins))
     difference = mean_loss(t6[ours]) - mean_loss(twins[theirs])
     lower, other = (ours, theirs) if difference < 0 else (theirs, ours)
@@ -688,7 +699,12 @@ def report(args: argparse.Namespace) -> str:
     if not rows:
         raise InputError(f"{args.results} has no runs yet: there is nothing to compare")
     one = next(iter(rows.values()))[0]
-    first = contenders(results, known)
+    places = {
+        f"{run['device']}, torch {run['torch']}, steps {'' if run['is_compiled'] else 'not '}compiled and "
+        f"{'' if run['is_captured'] else 'not '}captured"
+        for run in results["runs"].values()
+    }
+    first = finalists(results, known)
     heads = settings["hidden_size"] // settings["head_dim"]
     limit = cache_limit(results)
     timed = {
@@ -703,12 +719,12 @@ def report(args: argparse.Namespace) -> str:
         f"{settings['max_steps']:,} steps of {settings['sequences_per_step']} sequences of {settings['block_length']}: "
         f"{one['tokens'] / 1e6:.1f} million tokens. Losses are nats a token on held-out text, mean and half of the range over "
         f"seeds, each model at the best of its own learning rates. T6 is that of `examples/recipe.py`. "
-        f"{one['device']}, torch {one['torch']}; tokens {results['data'][:16]}.",
+        f"{'; '.join(sorted(places))}. Tokens {results['data'][:16]}.",
         "",
         f"![Held-out loss]({args.output.with_suffix('.png').name})",
     ]
     for title, said, chosen in (
-        ("Equal parameters", "Parameters are MHA's to within 1% or so, by more heads or by a wider MLP.", rows),
+        ("Equal parameters", "Parameters are MHA's to within 1%, by more heads or by a wider MLP.", rows),
         (
             "Equal heads",
             f"Those with MHA's {heads} heads; their parameters are MHA's, too, by the width of the MLP.",
@@ -721,7 +737,8 @@ def report(args: argparse.Namespace) -> str:
         ),
         (
             "Equal training time",
-            "Those that are lowest at equal tokens and, of these, at equal bytes of cache, each for as long as the slowest of them takes.",
+            "The T6 and the twins that are lowest at equal tokens, and those that are with a cache no larger than GQA's, each trained for as "
+            "long as the slowest of them takes.",
             timed,
         ),
     ):

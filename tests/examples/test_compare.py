@@ -136,7 +136,7 @@ def test_verdict(ours, theirs, expected):
     rows = {"T6": ours, "MHA": theirs, "GQA": [2.0]}
     text = compare.verdict({name: [{"loss": loss} for loss in losses] for name, losses in rows.items()})
     assert re.match(expected, text), text
-    assert "no T6 and no twin" in compare.verdict({"GQA": [{"loss": 2.0}]})
+    assert "There are not yet a T6 and a twin here" in compare.verdict({"GQA": [{"loss": 2.0}]})
 
 
 # Training
@@ -324,4 +324,6 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     assert row[6] == f"{sum(losses) / 2:.4f} ± {abs(losses[0] - losses[1]) / 2:.4f}"
     assert "| MHA, QK norm |" not in sections["Equal bytes of cache"] and "| GQA |" in sections["Equal bytes of cache"]
     assert all(" is lowest**" in sections[name] for name in list(sections)[:4] if "bytes" not in name)
+    assert "There are not yet a T6 and a twin here" in sections["Equal bytes of cache"]
+    assert "cpu, torch " in text and "steps not compiled and not captured. Tokens " in text
     assert "* MLA lr 0.001 seed 0 steps 7" in sections["Not run yet"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import queue
 import re
 import threading
@@ -214,6 +215,30 @@ def test_stopped_run_goes_on(opened, tmp_path, monkeypatch):
 def test_loss_that_is_no_number(opened, tmp_path):
     with pytest.raises(RuntimeError, match="the loss is nan at step 3"):
         new_training(opened, compare.Run("GQA", math.inf, 0, 7)).train(time.time() + 1e6, tmp_path / "x.pt")
+
+
+def moved_weights(data: Path, device: torch.device, name: str, is_captured: bool) -> torch.Tensor:
+    """All weights after seven steps less the first ones, [parameters]."""
+    tokenizer, tokens = read_tokens(data, device)
+    windows = compare.held_out_windows(data, tokens["held_out"], 16)
+    configurations = ablations.Configurations(SIZES, tokenizer)
+    training = compare.Training(RUN._replace(model=name), configurations, tokens["train"], windows, False)
+    first = nn.utils.parameters_to_vector(training.model.parameters()).detach().clone()
+    training.prepare(is_captured)
+    assert nn.utils.parameters_to_vector(training.model.parameters()).equal(first)
+    for index in range(7):
+        training.load(index)
+        training.take_step()
+        training.evaluate()
+    return nn.utils.parameters_to_vector(training.model.parameters()).detach() - first
+
+
+@pytest.mark.skipif(os.environ.get("T6_TEST_DEVICE") != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", ["T6", "GQA, QK norm", "MLA"])
+def test_captured_steps(data, name):
+    """A CUDA graph, replayed with other tokens and learning rates and with evaluations between, moves weights as steps without do."""
+    expected, found = (moved_weights(data, torch.device("cuda"), name, captured) for captured in (False, True))
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["MHA, QK norm", "T6", "T6, QK norm", "MLA"])

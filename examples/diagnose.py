@@ -101,7 +101,7 @@ import ablations
 from captured import CapturedTraining, batch_starts, read_tokens
 from configuration.make_configs import cache_numbers
 from pretraining_data import open_prepared
-from runs import NO_TIME, end_with_parent, open_results, read_results
+from results import NO_TIME, end_with_parent, open_results, read_results
 
 
 class Run(NamedTuple):

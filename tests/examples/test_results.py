@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from command_line import InputError
-from runs import open_results, read_results
+from results import open_results, read_results
 
 
 HEADER = {"settings": {"steps": 7, "size": 3}, "data": "abc"}
@@ -16,7 +16,7 @@ ORPHAN = """
 import multiprocessing, os
 context = multiprocessing.get_context("spawn")
 ready = context.Event()
-code = "import runs, time; runs.end_with_parent(); ready.set(); time.sleep(600)"
+code = "import results, time; results.end_with_parent(); ready.set(); time.sleep(600)"
 context.Process(target=exec, args=(code, {"ready": ready})).start()
 ready.wait()
 os.kill(os.getpid(), 9)

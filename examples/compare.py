@@ -646,6 +646,12 @@ def mean_loss(runs: list[dict]) -> float:
     return statistics.mean(run["loss"] for run in runs)
 
 
+def lowest(rows: dict[str, list[dict]]) -> str:
+    """Of those of several seeds, if there are any: the lowest of many that have one each is low by chance, too."""
+    several = [name for name, runs in rows.items() if len(runs) > 1]
+    return min(several or rows, key=lambda name: mean_loss(rows[name]))
+
+
 def table(rows: dict[str, list[dict]]) -> list[str]:
     """Rows by their loss, lowest first."""
     lines = [
@@ -653,12 +659,13 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
         "| cache, bytes a token | tokens, million | ms a step | seconds |",
         f"| --- |{' --: |' * 11}",
     ]
-    twins = [mean_loss(runs) for name, runs in rows.items() if not is_t6(name)]
+    twins = {name: runs for name, runs in rows.items() if not is_t6(name)}
+    best = mean_loss(twins[lowest(twins)]) if twins else math.nan
     for name, runs in sorted(rows.items(), key=lambda row: mean_loss(row[1])):
         one = runs[0]
         kv = f" ({one['key_value_heads']})" if one["key_value_heads"] != one["heads"] else ""
         ms = min(run["ms_per_step"] for run in runs)
-        against = f"{mean_loss(runs) - min(twins):+.4f}" if twins else "-"
+        against = f"{mean_loss(runs) - best:+.4f}" if twins else "-"
         lines.append(
             f"| {name} | {one['learning_rate']:g} | {one['heads']}{kv} | {one['intermediate_size']:,} "
             f"| {one['non_embedding_parameters']:,} | {len(runs)} | {spread([run['loss'] for run in runs])} | {against} "
@@ -668,12 +675,12 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
 
 
 def verdict(rows: dict[str, list[dict]]) -> str:
-    """Who is lowest, and whether by more than seeds differ."""
+    """Which is lowest, the best T6 or the best twin, and whether by more than seeds differ."""
     t6 = {name: runs for name, runs in rows.items() if is_t6(name)}
     twins = {name: runs for name, runs in rows.items() if not is_t6(name)}
     if not t6 or not twins:
         return "There are not yet a T6 and a twin here to compare."
-    ours, theirs = (min(of, key=lambda name: mean_loss(of[name])) for of in (t6, twins))
+    ours, theirs = lowest(t6), lowest(twins)
     difference = mean_loss(t6[ours]) - mean_loss(twins[theirs])
     lower, other = (ours, theirs) if difference < 0 else (theirs, ours)
     losses = [[run["loss"] for run in rows[name]] for name in (ours, theirs)]

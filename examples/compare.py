@@ -725,7 +725,8 @@ def report(args: argparse.Namespace) -> str:
         f"{settings['num_layers']} layers of hidden size {settings['hidden_size']}, heads of size {settings['head_dim']}, "
         f"{settings['max_steps']:,} steps of {settings['sequences_per_step']} sequences of {settings['block_length']}: "
         f"{one['tokens'] / 1e6:.1f} million tokens. Losses are nats a token on held-out text, mean and half of the range over "
-        f"seeds, each model at the best of its own learning rates. T6 is that of `examples/recipe.py`. "
+        f"seeds, each model at the best of its own learning rates; the lowest is looked for among those of several seeds, if there "
+        f"are any. T6 is that of `examples/recipe.py`. "
         f"{'; '.join(sorted(places))}. Tokens {results['data'][:16]}.",
         "",
         f"![Held-out loss]({args.output.with_suffix('.png').name})",

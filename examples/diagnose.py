@@ -21,8 +21,8 @@ Why a T6 learns late what its twins learn early: many small runs, each with one 
 All runs see the same batches in the same order; a seed is that of the weights. `run` does those that the results lack, the
 first seed's first, several side by side, and starts none that would not end in time; `--variants` chooses among those of
 `ablations.py`. Each run logs held-out loss; how well text of random tokens is copied that has been there before, which takes
-heads that look for the token after the last one like this (induction heads), and those need heads that look at the token before; gradients, updates and weights by part;
-entropies of attention, and how many directions keys and values use.
+heads that look for the token after the last one like this (induction heads), and those need heads that look at the token before;
+gradients (clipped), updates and weights by part; entropies of attention, and how many directions keys and values use.
 """
 
 import argparse

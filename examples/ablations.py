@@ -29,7 +29,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import pretrain
-from architectures import MAIN, architectures
+from architectures import architectures
 from configuration.make_configs import count_parameters
 from muon import Muon
 from recipe import BIASES, constants_in_a, heads_as_llama, one_after_the_other
@@ -44,11 +44,11 @@ FACTORS = tuple(f"{factor}_{name}" for name in "qkv" for factor in "ab")
 class Ablation:
     """
     Attributes:
-        base: an architecture of `architectures.architectures`. Its heads are counted anew, for MHA's parameters with the `fields`.
+        base: an architecture of `architectures.architectures`, with as many heads as bring its parameters nearest to MHA's.
         fields: of its configuration, replaced; of a twin, `EXTRAS` are those of `twins.py`.
         groups: query heads to a head of keys and values, of T6.
-        heads: how many, where parameters may differ from MHA's.
-        widened: they may not: the MLP is as wide, in multiples of 16, as brings them nearest to MHA's.
+        heads_of_mha: it has as many heads as MHA, and other parameters.
+        widened: it has as many heads as MHA, and an MLP as wide, in multiples of 16, as brings parameters nearest to MHA's.
         prepare: what is done to the weights of a new model.
         rates, decays: what the learning rate and the weight decay of parts are multiplied by.
         rate, warmup: the learning rate and the steps of warm-up are multiplied by.
@@ -59,7 +59,7 @@ class Ablation:
     base: str
     fields: dict = field(default_factory=dict)
     groups: int = 1
-    heads: int | None = None
+    heads_of_mha: bool = False
     widened: bool = False
     prepare: Callable[[PreTrainedModel], None] | None = None
     rates: dict[str, float] = field(default_factory=dict)
@@ -132,8 +132,9 @@ def ablations() -> dict[str, Ablation]:
     def rates(factor: float, *parts: str) -> Ablation:
         return replace(tpa, rates=dict.fromkeys(parts, factor))
 
-    named = {name: Ablation(name) for name in MAIN} | {"TPA, heads of MHA": Ablation("TPA, heads of MHA")}
+    named = {name: Ablation(name) for name in ("MHA", "MQA", "GQA", "MLA", "TPA-KVonly", "TPA")}
     named |= {
+        "TPA, heads of MHA": replace(tpa, heads_of_mha=True),
         # Twins with what T6 may have, too.
         "MHA, QK norm": Ablation("MHA", {"qk_norm": True}),
         "MHA, gate": Ablation("MHA", {"output_gate": True}),
@@ -187,7 +188,7 @@ def ablations() -> dict[str, Ablation]:
         "TPA, A starts constant, QK norm, V as Llama's, 4 to a KV head": replace(
             constant, fields=NORM | BIASES, prepare=constant_as_llama, groups=4
         ),
-        "TPA, A starts constant, heads of MHA": replace(constant, heads=8),
+        "TPA, A starts constant, heads of MHA": replace(constant, heads_of_mha=True),
         "TPA, A constant": replace(tpa, fields={"noncontextual_a": True}),
         "TPA, sigmoid of A": replace(tpa, fields={"head_factor_act": "sigmoid"}),
         "TPA, softmax of A": replace(tpa, fields={"head_factor_act": "softmax"}),
@@ -238,12 +239,13 @@ def ablations() -> dict[str, Ablation]:
 
 
 class Configurations:
-    """The configuration of every ablation, with as many heads as bring its parameters nearest to MHA's."""
+    """The configuration of every ablation."""
 
     def __init__(self, settings: dict, tokenizer: PreTrainedTokenizerBase):
         self.settings, self.tokenizer = settings, tokenizer
-        self.named = architectures(settings, lambda architecture: self._config(*architecture))
-        self.target = count_parameters(self._config(*self.named["MHA"]))
+        self.architectures = architectures(settings)
+        self.heads_of_mha = settings["hidden_size"] // settings["head_dim"]
+        self.target = self._parameters(Ablation("MHA"), self.heads_of_mha)
 
     def _config(self, folder: str, fields: dict) -> PreTrainedConfig:
         if "intermediate_size" in self.settings:
@@ -252,8 +254,9 @@ class Configurations:
         return pretrain.make_config(options, self.tokenizer)
 
     def _with_heads(self, ablation: Ablation, heads: int, width: int | None = None) -> PreTrainedConfig:
-        base, is_t6 = self.named[ablation.base], ablation.base.startswith("TPA")
-        folder, fields = base.folder, base.overrides | {"num_attention_heads": heads}
+        folder, fields = self.architectures[ablation.base]
+        is_t6 = ablation.base.startswith("TPA")
+        fields = fields | {"num_attention_heads": heads}
         fields |= {"intermediate_size": width} if width else {}
         fields |= {name: value for name, value in ablation.fields.items() if is_t6 or name not in EXTRAS}
         if is_t6:
@@ -271,10 +274,8 @@ class Configurations:
         return count_parameters(self._with_heads(ablation, heads, width)) + is_gated_twin * heads * math.prod(sizes)
 
     def of(self, ablation: Ablation) -> PreTrainedConfig:
-        if "heads of MHA" in ablation.base:
-            heads = self.named[ablation.base].overrides["num_attention_heads"]
-        elif ablation.heads is not None:
-            heads = ablation.heads
+        if ablation.heads_of_mha or ablation.widened:
+            heads = self.heads_of_mha
         else:
             step = 2 if ablation.base == "GQA" else ablation.groups
             few, more = (self._parameters(ablation, heads) for heads in (step, 2 * step))

@@ -11,24 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The attention mechanisms that are compared: MHA, MQA, GQA, MLA, TPA-KVonly and TPA, with as many parameters or as many heads."""
+"""The attention mechanisms that are compared: MHA, MQA, GQA, MLA, TPA-KVonly and TPA."""
 
-from collections.abc import Callable
 from typing import NamedTuple
-
-from configuration.make_configs import count_parameters
-
-
-MAIN = ("MHA", "MQA", "GQA", "MLA", "TPA-KVonly", "TPA")
 
 
 class Architecture(NamedTuple):
     folder: str  # of configuration/
-    overrides: dict[str, int | None]
+    fields: dict[str, int | None]  # of its configuration, replaced
 
 
-def architectures(settings: dict, make_config: Callable[[Architecture], object]) -> dict[str, Architecture]:
-    """Every architecture by its name in the results."""
+def architectures(settings: dict) -> dict[str, Architecture]:
+    """Every architecture by its name in the results, but the number of its heads."""
     hidden, layers, dim = settings["hidden_size"], settings["num_layers"], settings["head_dim"]
     common = {
         "hidden_size": hidden,
@@ -38,49 +32,19 @@ def architectures(settings: dict, make_config: Callable[[Architecture], object])
     # The paper's small model has hidden / 3 and 2 hidden / 3.
     unit = 64 if hidden >= 192 else 8
     latent = max(1, round(hidden / 3 / unit)) * unit
-
-    def llama(kind: str, heads: int, kv_heads: int) -> Architecture:
-        fields = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dim}
-        return Architecture(f"llama-{kind}-small", {**common, **fields})
-
-    def mla(heads: int) -> Architecture:
-        fields = {
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "kv_lora_rank": latent,
-            "q_lora_rank": 2 * latent,
-            "qk_rope_head_dim": dim // 2,
-            "qk_nope_head_dim": dim,
-            "v_head_dim": dim,
-            "first_k_dense_replace": layers,
-        }
-        return Architecture("deepseek-mla-small", {**common, **fields})
-
-    def t6(heads: int, rank: int = 2, kvonly: bool = False) -> Architecture:
-        fields = {"num_attention_heads": heads, "head_dim": dim, "k_rank": rank, "v_rank": rank}
-        return Architecture("t6-small-kvonly" if kvonly else "t6-small", {**common, **fields})
-
-    h = hidden // dim
-    mha = llama("mha", h, h)
-    target = count_parameters(make_config(mha))
-
-    def matched(make: Callable[[int], Architecture], step: int = 1) -> Architecture:
-        """The number of heads, a multiple of `step`, that comes closest to MHA's parameters, which are linear in it."""
-        few, more = (count_parameters(make_config(make(heads))) for heads in (step, 2 * step))
-        return make(max(1, round(1 + (target - few) / (more - few))) * step)
-
+    mla = {
+        "kv_lora_rank": latent,
+        "q_lora_rank": 2 * latent,
+        "qk_rope_head_dim": dim // 2,
+        "qk_nope_head_dim": dim,
+        "v_head_dim": dim,
+        "first_k_dense_replace": layers,
+    }
     return {
-        "MHA": mha,
-        "MQA": matched(lambda heads: llama("mqa", heads, 1)),
-        "GQA": matched(lambda heads: llama("gqa", heads, 2), step=2),
-        "MLA": matched(mla),
-        "TPA-KVonly": matched(lambda heads: t6(heads, kvonly=True)),
-        "TPA": matched(t6),
-        "MQA, heads of MHA": llama("mqa", h, 1),
-        "GQA, heads of MHA": llama("gqa", h, 2),
-        "MLA, heads of MHA": mla(h),
-        "TPA-KVonly, heads of MHA": t6(h, kvonly=True),
-        "TPA, heads of MHA": t6(h),
-        "TPA, rank 1": matched(lambda heads: t6(heads, 1)),
-        "TPA, rank 4": matched(lambda heads: t6(heads, 4)),
+        "MHA": Architecture("llama-mha-small", {**common, "head_dim": dim}),
+        "MQA": Architecture("llama-mqa-small", {**common, "head_dim": dim, "num_key_value_heads": 1}),
+        "GQA": Architecture("llama-gqa-small", {**common, "head_dim": dim, "num_key_value_heads": 2}),
+        "MLA": Architecture("deepseek-mla-small", {**common, **mla}),
+        "TPA-KVonly": Architecture("t6-small-kvonly", {**common, "head_dim": dim}),
+        "TPA": Architecture("t6-small", {**common, "head_dim": dim}),
     }

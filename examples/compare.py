@@ -7,9 +7,14 @@ equal bytes of cache, and equal training time.
     python examples/compare.py report --results runs/comparison.json --output runs/comparison.md
 
 All see the same batches in the same order. T6 is started as `recipe.py` says; twins are tried with QK norm and without. Each model has
-its own learning rate, doubled or halved until the best is not at the edge. What is known to be needed is done in this order: the
-first models once, at one rate; rates, a second seed and runs of equal time for those that are lowest, with any cache and with GQA's at most;
-the other models once; further seeds of the lowest; then rates and seeds of all others.
+its own learning rate, doubled or halved until the best is not at the edge. Runs are done in this order:
+
+1. the first models once, at one rate;
+2. other rates, a second seed and a run of equal time of the finalists: the T6 and the twins that are lowest, and those that are lowest
+   with no more cache than GQA's;
+3. the other models once;
+4. further seeds of the finalists, at equal tokens and at equal time;
+5. rates and seeds of all others.
 
 `run` uses all GPUs, two processes each: one compiles the next model while the other trains. It starts no run that would not end
 within --minutes, writes results as runs end, and may be called again. A run that time runs out for leaves a checkpoint in WORK_DIR.
@@ -17,6 +22,7 @@ within --minutes, writes results as runs end, and may be called again. A run tha
 
 import argparse
 import gc
+import hashlib
 import itertools
 import json
 import math
@@ -29,7 +35,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from command_line import InputError, input_errors, number, read_text, write_json
+from command_line import InputError, input_errors, number, write_json
 
 
 # What the runs have in common; a later call must have the same.
@@ -50,7 +56,7 @@ SEEDS = (0, 1, 2, 3)
 FIRST_MODELS = 8  # that are all tried before rates and seeds of the best of them
 FARTHEST = 4  # a rate that is tried is at most so many times the first, or one of so many parts
 HELD_OUT_WINDOWS = 160  # of each kind of text, at the end; a quarter of them on the way
-ALIKE = 0.02  # times of a step that differ by less are equal
+ALIKE = 0.02  # times that differ by less are equal
 # Seconds: a run that would end so late after --minutes goes on; a step is timed by the first of a run.
 GRACE = 10.0
 TIMED_STEPS = 20
@@ -95,7 +101,9 @@ import recipe
 from ablations import Ablation
 from captured import CapturedTraining, batch_starts, read_tokens
 from configuration.make_configs import cache_numbers
+from conversion.files.locks import release, take_lock
 from pretraining_data import open_prepared
+from results import NO_TIME, end_with_parent, open_results, read_results
 
 
 # What is compared
@@ -117,11 +125,10 @@ def models(settings: dict) -> dict[str, Ablation]:
     Every model by its name in the results, the most telling first. Those named after the mechanism alone have MHA's heads, and an MLP
     that is as much wider as brings the parameters to MHA's; the others get there by more heads, as in the paper.
     """
-    heads, dim = settings["hidden_size"] // settings["head_dim"], settings["head_dim"]
-    norm = {"qk_norm": True}
+    dim, norm = settings["head_dim"], {"qk_norm": True}
 
     def widened(base: str, fields: dict, **more) -> Ablation:
-        return Ablation(base, fields, heads=heads, widened=True, **more)
+        return Ablation(base, fields, widened=True, **more)
 
     def t6(groups: int = 1, **fields) -> Ablation:
         return widened("TPA", recipe.FIELDS | fields, prepare=recipe.start, groups=groups)
@@ -175,8 +182,9 @@ def rates_to_try(results: dict, name: str) -> list[float]:
 
 
 def step_seconds(results: dict, name: str) -> float | None:
-    runs = [run for run in results["runs"].values() if run["name"] == name]
-    return statistics.median(run["ms_per_step"] / 1e3 for run in runs) if runs else None
+    """The least of all its runs: what else the machine does makes steps slower, never faster."""
+    runs = results["runs"].values()
+    return min((run["ms_per_step"] / 1e3 for run in runs if run["name"] == name), default=None)
 
 
 def cache_limit(results: dict) -> float:
@@ -185,8 +193,11 @@ def cache_limit(results: dict) -> float:
     return max((run["cache_bytes_per_token"] for run in runs), default=math.inf)
 
 
-def contenders(results: dict, names: list[str]) -> list[str]:
-    """By the best run of the first seed the lowest T6 and the lowest twin, the lowest of each that caches no more than GQA, and at least two twins."""
+def finalists(results: dict, names: list[str]) -> list[str]:
+    """
+    By their best runs of the first seed the lowest T6 and the lowest twin, the lowest of each that caches no more than GQA, and at least
+    two twins.
+    """
     best = {name: min(losses.values()) for name in names if (losses := losses_by_rate(results, name))}
     caches = {run["name"]: run["cache_bytes_per_token"] for run in results["runs"].values()}
     chosen = []
@@ -200,16 +211,19 @@ def contenders(results: dict, names: list[str]) -> list[str]:
 
 def timed_steps(results: dict, names: list[str]) -> dict[str, int]:
     """
-    How many steps of each of `names`, of which one is a T6, take as long as those of the slowest of them take for its `max_steps`.
+    How many steps of each of `names` take as long as the slowest of them takes for its `max_steps`; of a number that runs have already
+    and that is almost that, this one: times change a little as runs are added.
     """
     seconds = {name: step_seconds(results, name) for name in names}
     if None in seconds.values() or not seconds:
         return {}
-    slowest, steps = max(seconds.values()), results["settings"]["max_steps"]
-    return {
-        name: steps if slowest / of < 1 + ALIKE else round(steps * slowest / of / 10) * 10
-        for name, of in seconds.items()
-    }
+    slowest, steps, chosen = max(seconds.values()), results["settings"]["max_steps"], {}
+    for name, of in seconds.items():
+        wanted = steps * slowest / of
+        had = {steps, *(run["steps"] for run in results["runs"].values() if run["name"] == name)}
+        nearest = min(had, key=lambda number: abs(number - wanted))
+        chosen[name] = nearest if abs(nearest - wanted) < ALIKE * wanted else round(wanted / 10) * 10
+    return chosen
 
 
 def plan(results: dict, names: list[str]) -> list[Run]:
@@ -231,11 +245,12 @@ def plan(results: dict, names: list[str]) -> list[Run]:
     runs = [first_run(name) for name in names[:FIRST_MODELS]]
     if any(run.key not in results["runs"] for run in runs[:3]):
         return [first_run(name) for name in names]
-    first = contenders(results, names)
+    first = finalists(results, names)
     timed = timed_steps(results, first).items()
     runs += [*rates(first, higher=True), *seeds(first, *SEEDS[:2]), *rates(first, higher=False)]
     runs += [Run(name, best_rate(results, name), SEEDS[0], of) for name, of in timed]
     runs += [first_run(name) for name in names] + seeds(first, *SEEDS)
+    runs += [Run(name, best_rate(results, name), seed, of) for seed in SEEDS for name, of in timed]
     others = [name for name in names if name not in first and losses_by_rate(results, name)]
     runs += [*rates(others, higher=True), *rates(others, higher=False), *seeds(others, *SEEDS)]
     return list(dict.fromkeys(runs))
@@ -244,11 +259,7 @@ def plan(results: dict, names: list[str]) -> list[Run]:
 # Training
 
 
-def causal_attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register("causal", causal_attention)
+AttentionInterface.register("causal", sdpa_attention_forward)
 AttentionMaskInterface.register("causal", lambda *args, **kwargs: None)  # windows are full: causal, and nothing else
 
 
@@ -258,20 +269,22 @@ def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
     return nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
+def kinds_of(facts: dict) -> dict[str, dict]:
+    """What a folder of `prepare.py` has of each kind of text; one that an earlier version made does not tell kinds."""
+    return facts.get("kinds") or {"text": facts}
+
+
 def held_out_windows(folder: Path, tokens: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
     """Windows [number, length + 1] of each kind of text, which `prepare.py` writes one after the other, evenly spaced."""
     _, facts = open_prepared(folder)
-    kinds = facts.get("kinds") or {"text": {"held_out_tokens": len(tokens)}}
     windows, start = {}, 0
-    for kind, sizes in kinds.items():
+    for kind, sizes in kinds_of(facts).items():
         of_kind = tokens[start : start + sizes["held_out_tokens"]]
         start += sizes["held_out_tokens"]
         if len(of_kind) > length:
             found = of_kind.unfold(0, length + 1, length)
             chosen = torch.linspace(0, len(found) - 1, min(HELD_OUT_WINDOWS, len(found)), device=tokens.device).long()
             windows[kind] = found[chosen].long()
-    if not windows:
-        raise InputError(f"{folder}: no kind of its held-out text has {length + 1} tokens, one window")
     return windows
 
 
@@ -298,7 +311,7 @@ class Training(CapturedTraining):
             model, optimizer, tokens, starts, self.settings["block_length"] + 1, self.settings["warmup_steps"]
         )
         self.held_out, self.head_loss = held_out, head_loss
-        self.is_on_gpu = self.device.type == "cuda"
+        self.is_on_gpu, self.is_compiled = self.device.type == "cuda", is_compiled
         if is_compiled:
             torch._dynamo.reset()
             for module in (*model.model.layers, model.model.norm):
@@ -328,6 +341,7 @@ class Training(CapturedTraining):
 
     def prepare(self, is_captured: bool) -> None:
         """Compiles, and captures a step as a CUDA graph."""
+        self.is_captured = is_captured
         if self.is_on_gpu:
             torch.cuda.reset_peak_memory_stats()
         if is_captured:
@@ -349,8 +363,8 @@ class Training(CapturedTraining):
                     old.copy_(new)
         first = index
         while index < steps:
-            end = first + TIMED_STEPS if index == first else (index // eval_steps + 1) * eval_steps
-            end, begin, count = min(end, steps), time.monotonic(), index
+            end = min((index // eval_steps + 1) * eval_steps, first + TIMED_STEPS if index == first else steps, steps)
+            begin, count = time.monotonic(), index
             while index < end:
                 self.load(index)
                 self.take_step()
@@ -362,15 +376,18 @@ class Training(CapturedTraining):
                 curve.append({"step": index, **self.evaluate(every=4)})
             last = time.time() + statistics.median(times) * (steps - index)
             if index < steps and last > deadline + GRACE:
-                if index > first + TIMED_STEPS and time.time() < deadline:
+                if len(times) > 1 and time.time() < deadline:
                     continue  # it may yet be faster
-                if index > first + TIMED_STEPS:
+                if len(times) > 1:
                     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-                    torch.save((index, curve, time.monotonic() - started, self.state()), checkpoint)
+                    partial = checkpoint.with_suffix(".partial")
+                    torch.save((index, curve, time.monotonic() - started, self.state()), partial)
+                    partial.replace(checkpoint)
                 return None
         checkpoint.unlink(missing_ok=True)
         curve.append({"step": steps, **self.evaluate(every=4)})
-        final, seconds = self.evaluate(), statistics.median(times[1:] or times)
+        final = self.evaluate()
+        seconds = min(times[1:] or times)  # the process beside this one compiles now and then, and slows it
         embedding = self.model.get_input_embeddings().weight.numel()
         tokens_per_step = self.settings["block_length"] * self.settings["sequences_per_step"]
         return {
@@ -390,6 +407,8 @@ class Training(CapturedTraining):
             "tokens_per_second": round(tokens_per_step / seconds),
             "seconds": round(time.monotonic() - started, 2),
             "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.is_on_gpu else None,
+            "is_compiled": self.is_compiled,
+            "is_captured": self.is_captured,
             "device": torch.cuda.get_device_name() if self.is_on_gpu else "cpu",
             "torch": torch.__version__,
             "curve": curve,
@@ -399,18 +418,15 @@ class Training(CapturedTraining):
 # Running
 
 
-NO_TIME = "no time"
-
-
-def checkpoint_of(run: Run, work_dir: Path) -> Path:
-    return work_dir / f"{run.key.replace(' ', '-').replace(',', '')}.pt"
+def checkpoint_of(run: Run, folder: Path) -> Path:
+    return folder / f"{run.key.replace(' ', '-').replace(',', '')}.pt"
 
 
 class Worker:
     """A process of several, on one device."""
 
-    def __init__(self, args: argparse.Namespace, settings: dict, gpu: str | None, lock, deadline: float):
-        self.args, self.lock, self.deadline = args, lock, deadline
+    def __init__(self, args: argparse.Namespace, settings: dict, folder: Path, gpu: str | None, lock, deadline: float):
+        self.folder, self.lock, self.deadline = folder, lock, deadline
         device = torch.device("cpu" if gpu is None else "cuda")
         tokenizer, self.tokens = read_tokens(args.data, device)
         self.windows = held_out_windows(args.data, self.tokens["held_out"], settings["block_length"])
@@ -438,7 +454,7 @@ class Worker:
         training = self.prepared(run)
         try:
             with self.lock:  # of the GPU, so that times are those of one run alone
-                return training.train(self.deadline, checkpoint_of(run, self.args.work_dir))
+                return training.train(self.deadline, checkpoint_of(run, self.folder))
         finally:
             del training
             gc.collect()
@@ -446,45 +462,56 @@ class Worker:
                 torch.cuda.empty_cache()
 
 
-def work(args: argparse.Namespace, settings: dict, gpu: str | None, lock, todo, done, index: int, deadline: float):
+def work(
+    args: argparse.Namespace,
+    settings: dict,
+    folder: Path,
+    gpu: str | None,
+    lock,
+    deadline: float,
+    todo,
+    done,
+    index: int,
+) -> None:
     """Does the runs that it is given until that is `None`."""
+    end_with_parent()
     if gpu is not None:
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
-    worker = Worker(args, settings, gpu, lock, deadline)
+    worker = Worker(args, settings, folder, gpu, lock, deadline)
     for run in iter(todo.get, None):
         try:
             result, error = worker.do(run), None
         except Exception:  # the others go on
             result, error = None, traceback.format_exc()
+            if gpu is not None:
+                torch.cuda.synchronize()  # ends this process where the GPU is lost, for all other runs would fail, too
         done.put((index, run, result, error or (NO_TIME if result is None else None)))
 
 
-def read_results(path: Path) -> dict:
-    try:
-        results = json.loads(read_text(path))
-        results["runs"], results["settings"], results["learning_rate"]  # noqa: B018
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no file of compare.py") from error
-    return results
-
-
-def open_results(args: argparse.Namespace) -> tuple[dict, list[str]]:
+def opened(args: argparse.Namespace) -> tuple[dict, list[str]]:
     """The results so far, of the same settings and data, and the names of what is compared."""
-    tokenizer, facts = open_prepared(args.data)
+    _, facts = open_prepared(args.data)
     settings = {name: getattr(args, name) for name in SETTINGS}
     header = {"settings": settings, "learning_rate": args.learning_rate, "data": facts["sha256"]}
-    results = {**header, "text": facts.get("kinds"), "runs": {}}
-    if args.results.exists():
-        results = read_results(args.results)
-        for name, value in header.items():
-            if results.get(name) != value:
-                raise InputError(f"{args.results} has {name}={results.get(name)}, this command {value}")
+    results = open_results(args.results, "compare.py", header)
+    results.setdefault("text", facts.get("kinds"))
     names = list(models(settings))
     if unknown := set(args.models or ()) - set(names):
         raise InputError(f"--models: there is no {', '.join(sorted(unknown))}; there are {'; '.join(names)}")
-    if facts["train_tokens"] < 2 * args.block_length:
-        raise InputError(f"{args.data} has {facts['train_tokens']} tokens: expected at least two blocks")
+    if args.hidden_size % (4 * args.head_dim):
+        raise InputError(
+            f"--hidden-size {args.hidden_size}: expected a multiple of 4 heads of --head-dim {args.head_dim}"
+        )
+    held_out = max(kind["held_out_tokens"] for kind in kinds_of(facts).values())
+    for name, tokens, least in (
+        ("training", facts["train_tokens"], 2 * args.block_length),
+        ("held-out", held_out, args.block_length + 1),
+    ):
+        if tokens < least:
+            raise InputError(
+                f"{args.data} has {tokens} {name} tokens of a kind: expected {least}, or less --block-length"
+            )
     return results, args.models or names
 
 
@@ -500,14 +527,17 @@ class Scheduler:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.deadline = args, time.time() + 60 * args.minutes
-        self.results, self.names = open_results(args)
+        self.results, self.names = opened(args)
+        # Of checkpoints, which those of other settings or data are none for.
+        header = json.dumps([self.results[name] for name in ("settings", "data")])
+        self.folder = args.work_dir / hashlib.sha256(header.encode()).hexdigest()[:12]
         self.running, self.late, self.failures = {}, set(), {}
 
     def next_run(self) -> Run | None:
         skipped = {*self.results["runs"], *(run.key for run in self.running.values()), *self.late, *self.failures}
         for run in plan(self.results, self.names):
             seconds = (step_seconds(self.results, run.model) or 0) * run.steps
-            if checkpoint_of(run, self.args.work_dir).exists():
+            if checkpoint_of(run, self.folder).exists():
                 seconds = 0
             if run.key not in skipped and time.time() + seconds < self.deadline:
                 return run
@@ -521,13 +551,13 @@ class Scheduler:
         gpus = visible_gpus(self.args)
         places = [gpu for gpu in gpus for _ in range(2)] or [None]
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        context = multiprocessing.get_context("spawn")
+        context, settings = multiprocessing.get_context("spawn"), self.results["settings"]
         locks, done = {gpu: context.Lock() for gpu in places}, context.Queue()
         todo = [context.Queue() for _ in places]
         processes = [
             context.Process(
                 target=work,
-                args=(self.args, self.results["settings"], gpu, locks[gpu], todo[index], done, index, self.deadline),
+                args=(self.args, settings, self.folder, gpu, locks[gpu], self.deadline, todo[index], done, index),
                 daemon=True,
             )
             for index, gpu in enumerate(places)
@@ -546,7 +576,7 @@ class Scheduler:
         # The first process of each GPU before the second.
         idle = sorted(range(len(places)), key=lambda index: index % 2)
         while True:
-            for index in list(idle):
+            for index in [index for index in idle if processes[index].is_alive()]:
                 if (run := self.next_run()) is None:
                     break  # there may be one when others have ended
                 self.running[index] = run
@@ -557,8 +587,11 @@ class Scheduler:
             try:
                 index, run, result, error = done.get(timeout=1.0)
             except queue.Empty:
-                if dead := [i for i in self.running if not processes[i].is_alive()]:
-                    raise InputError(f"the process of {self.running[dead[0]].key} ended before its run") from None
+                for index in [index for index in self.running if not processes[index].is_alive()]:
+                    run, code = self.running.pop(index), processes[index].exitcode
+                    if code < 0:  # with the lock of its GPU, perhaps
+                        raise InputError(f"{run.key}: its process was killed by signal {-code}") from None
+                    self.take(run, None, "its process ended before it did")
                 continue
             del self.running[index]
             idle.append(index)
@@ -613,6 +646,12 @@ def mean_loss(runs: list[dict]) -> float:
     return statistics.mean(run["loss"] for run in runs)
 
 
+def lowest(rows: dict[str, list[dict]]) -> str:
+    """Of those of several seeds, if there are any: the lowest of many that have one each is low by chance, too."""
+    several = [name for name, runs in rows.items() if len(runs) > 1]
+    return min(several or rows, key=lambda name: mean_loss(rows[name]))
+
+
 def table(rows: dict[str, list[dict]]) -> list[str]:
     """Rows by their loss, lowest first."""
     lines = [
@@ -620,12 +659,13 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
         "| cache, bytes a token | tokens, million | ms a step | seconds |",
         f"| --- |{' --: |' * 11}",
     ]
-    twins = [mean_loss(runs) for name, runs in rows.items() if not is_t6(name)]
+    twins = {name: runs for name, runs in rows.items() if not is_t6(name)}
+    best = mean_loss(twins[lowest(twins)]) if twins else math.nan
     for name, runs in sorted(rows.items(), key=lambda row: mean_loss(row[1])):
         one = runs[0]
         kv = f" ({one['key_value_heads']})" if one["key_value_heads"] != one["heads"] else ""
-        ms = statistics.median(run["ms_per_step"] for run in runs)
-        against = f"{mean_loss(runs) - min(twins):+.4f}" if twins else "-"
+        ms = min(run["ms_per_step"] for run in runs)
+        against = f"{mean_loss(runs) - best:+.4f}" if twins else "-"
         lines.append(
             f"| {name} | {one['learning_rate']:g} | {one['heads']}{kv} | {one['intermediate_size']:,} "
             f"| {one['non_embedding_parameters']:,} | {len(runs)} | {spread([run['loss'] for run in runs])} | {against} "
@@ -635,12 +675,12 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
 
 
 def verdict(rows: dict[str, list[dict]]) -> str:
-    """Who is lowest, and whether by more than seeds differ."""
+    """Which is lowest, the best T6 or the best twin, and whether by more than seeds differ."""
     t6 = {name: runs for name, runs in rows.items() if is_t6(name)}
     twins = {name: runs for name, runs in rows.items() if not is_t6(name)}
     if not t6 or not twins:
-        return "There is no T6 and no twin here yet to compare."
-    ours, theirs = (min(of, key=lambda name: mean_loss(of[name])) for of in (t6, twins))
+        return "There are not yet a T6 and a twin here to compare."
+    ours, theirs = lowest(t6), lowest(twins)
     difference = mean_loss(t6[ours]) - mean_loss(twins[theirs])
     lower, other = (ours, theirs) if difference < 0 else (theirs, ours)
     losses = [[run["loss"] for run in rows[name]] for name in (ours, theirs)]
@@ -659,14 +699,19 @@ def verdict(rows: dict[str, list[dict]]) -> str:
 
 def report(args: argparse.Namespace) -> str:
     """Writes the tables as Markdown and the plot beside them; returns the Markdown."""
-    results = read_results(args.results)
+    results = read_results(args.results, "compare.py", ("settings", "learning_rate", "data"))
     settings = results["settings"]
     known = list(models(settings))
     rows = {name: runs for name in known if (runs := best_runs(results, name))}
     if not rows:
         raise InputError(f"{args.results} has no runs yet: there is nothing to compare")
     one = next(iter(rows.values()))[0]
-    first = contenders(results, known)
+    places = {
+        f"{run['device']}, torch {run['torch']}, steps {'' if run['is_compiled'] else 'not '}compiled and "
+        f"{'' if run['is_captured'] else 'not '}captured"
+        for run in results["runs"].values()
+    }
+    first = finalists(results, known)
     heads = settings["hidden_size"] // settings["head_dim"]
     limit = cache_limit(results)
     timed = {
@@ -680,13 +725,14 @@ def report(args: argparse.Namespace) -> str:
         f"{settings['num_layers']} layers of hidden size {settings['hidden_size']}, heads of size {settings['head_dim']}, "
         f"{settings['max_steps']:,} steps of {settings['sequences_per_step']} sequences of {settings['block_length']}: "
         f"{one['tokens'] / 1e6:.1f} million tokens. Losses are nats a token on held-out text, mean and half of the range over "
-        f"seeds, each model at the best of its own learning rates. T6 is that of `examples/recipe.py`. "
-        f"{one['device']}, torch {one['torch']}; tokens {results['data'][:16]}.",
+        f"seeds, each model at the best of its own learning rates; the lowest is looked for among those of several seeds, if there "
+        f"are any. T6 is that of `examples/recipe.py`. "
+        f"{'; '.join(sorted(places))}. Tokens {results['data'][:16]}.",
         "",
         f"![Held-out loss]({args.output.with_suffix('.png').name})",
     ]
     for title, said, chosen in (
-        ("Equal parameters", "Parameters are MHA's to within 1% or so, by more heads or by a wider MLP.", rows),
+        ("Equal parameters", "Parameters are MHA's to within 1%, by more heads or by a wider MLP.", rows),
         (
             "Equal heads",
             f"Those with MHA's {heads} heads; their parameters are MHA's, too, by the width of the MLP.",
@@ -699,7 +745,8 @@ def report(args: argparse.Namespace) -> str:
         ),
         (
             "Equal training time",
-            "Those that are lowest at equal tokens and, of these, at equal bytes of cache, each for as long as the slowest of them takes.",
+            "The T6 and the twins that are lowest at equal tokens, and those that are with a cache no larger than GQA's, each trained for as "
+            "long as the slowest of them takes.",
             timed,
         ),
     ):
@@ -766,11 +813,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with input_errors("compare.py"):
         if args.command == "run":
-            Scheduler(args).run()
+            args.work_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                lock = take_lock(args.work_dir)
+            except BlockingIOError:
+                raise InputError(f"--work-dir {args.work_dir}: another call is at work with it") from None
+            try:
+                Scheduler(args).run()
+            finally:
+                release(lock)
         elif args.command == "report":
             print(report(args), end="")
         else:
-            results, names = open_results(args)
+            results, names = opened(args)
             for run in plan(results, names):
                 print(f"{'done' if run.key in results['runs'] else 'to do'}  {run.key}")
 

@@ -21,12 +21,11 @@ Why a T6 learns late what its twins learn early: many small runs, each with one 
 All runs see the same batches in the same order; a seed is that of the weights. `run` does those that the results lack, the
 first seed's first, several side by side, and starts none that would not end in time; `--variants` chooses among those of
 `ablations.py`. Each run logs held-out loss; how well text of random tokens is copied that has been there before, which takes
-heads that look for the token after the last one like this (induction heads), and those need heads that look at the token before; gradients, updates and weights by part;
-entropies of attention, and how many directions keys and values use.
+heads that look for the token after the last one like this (induction heads), and those need heads that look at the token before;
+gradients (clipped), updates and weights by part; entropies of attention, and how many directions keys and values use.
 """
 
 import argparse
-import json
 import os
 import queue
 import statistics
@@ -37,7 +36,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from command_line import InputError, input_errors, number, read_text, write_json
+from command_line import InputError, input_errors, number, write_json
 
 
 # What the runs have in common; a later call must have the same. A learning rate that is not named is this.
@@ -102,6 +101,7 @@ import ablations
 from captured import CapturedTraining, batch_starts, read_tokens
 from configuration.make_configs import cache_numbers
 from pretraining_data import open_prepared
+from results import NO_TIME, end_with_parent, open_results, read_results
 
 
 class Run(NamedTuple):
@@ -278,7 +278,6 @@ class Training(CapturedTraining):
 
 
 Outcome = tuple[Run, dict | None, str | None]  # the result, or why there is none: NO_TIME or a traceback
-NO_TIME = "no time"
 
 
 def do_runs(
@@ -318,6 +317,7 @@ def do_runs(
 
 def work(args: argparse.Namespace, settings: dict, todo, done, deadline: float, index: int) -> None:
     """A process of several: takes runs from one queue until it finds `None`, and puts outcomes into another."""
+    end_with_parent()
     for outcome in do_runs(args, settings, iter(todo.get, None), deadline, index):
         done.put(outcome)
 
@@ -349,15 +349,6 @@ def do_runs_in_parallel(
         process.join()
 
 
-def read_results(path: Path) -> dict:
-    try:
-        results = json.loads(read_text(path))
-        results["runs"], results["settings"]  # noqa: B018
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no file of diagnose.py") from error
-    return results
-
-
 def planned(args: argparse.Namespace) -> list[Run]:
     known, chosen = ablations.ablations(), []
     for text in args.variants or known:
@@ -380,13 +371,10 @@ def run_all(args: argparse.Namespace) -> None:
             raise InputError(
                 f"{args.data} has {name}_tokens={facts[f'{name}_tokens']}: expected at least {least}, or a smaller --block-length"
             )
-    header = {"settings": settings, "data": facts["sha256"]}
-    results = {**header, "torch": torch.__version__, "runs": {}}
-    if args.results.exists():
-        results = read_results(args.results)
-        for name, value in header.items():
-            if results.get(name) != value:
-                raise InputError(f"{args.results} has {name}={results.get(name)}, this command {value}")
+    if args.hidden_size % args.head_dim:
+        raise InputError(f"--hidden-size {args.hidden_size}: expected a multiple of --head-dim {args.head_dim}")
+    results = open_results(args.results, "diagnose.py", {"settings": settings, "data": facts["sha256"]})
+    results.setdefault("torch", torch.__version__)
     todo = [run for run in planned(args) if run.key not in results["runs"]]
     print(f"{len(todo)} runs to do", flush=True)
 
@@ -423,7 +411,7 @@ def fall(run: dict, level: float) -> float:
 
 
 def report(args: argparse.Namespace) -> str:
-    results = read_results(args.results)
+    results = read_results(args.results, "diagnose.py")
     rows = {}
     for run in results["runs"].values():
         rows.setdefault((run["variant"], run["learning_rate"]), []).append(run)

@@ -1,5 +1,5 @@
 """
-Pretrains any architecture of `configuration/` with the recipe of "Tensor Product Attention Is All You Need".
+Pretrains any architecture of `configuration/` with the data and the schedule of "Tensor Product Attention Is All You Need".
 
     torchrun --nproc-per-node 8 examples/pretrain.py --architecture t6-medium --batch-size 20 --output-dir runs/t6-medium
 
@@ -8,8 +8,8 @@ The defaults are those of the paper's runs: FineWeb-Edu, streamed from the Hub, 
 steps of warm-up, then a cosine; the learning rate is that of the size (paper, appendix H.1). `--data` takes a folder of
 `prepare.py` instead. `accelerate launch` and `torchrun` start it on several devices, with DDP or, with `--fsdp`, FSDP2.
 
-A T6 is started as `recipe.py` says, with which it learns as early as its twins, and unless sizes are given it has MHA's number of
-heads and a wider MLP; `--paper` is the paper's T6, with its heads.
+A T6 is started as `recipe.py` says, and unless `--set` gives heads or the width of the MLP, it has as many heads as MHA and a wider MLP;
+`--paper` is the paper's T6, with its heads and first weights.
 
 A run that was stopped goes on with `--resume`, as if it had never stopped: the same batches, the same losses. SIGTERM
 and `--max-minutes` save a checkpoint and end with exit code 75. `CHECKPOINT_DIR/log.jsonl` has the losses.
@@ -271,6 +271,8 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         new = recipe.FIELDS if are_given else recipe.fields(config)
         args.set = [*new.items(), *args.set]
         config = make_config(args, data.tokenizer)
+        if not config.attention_bias:
+            raise InputError("--set attention_bias=false: the recipe starts A as biases; --paper does without")
     block_length = args.block_length or config.max_position_embeddings
     if block_length > config.max_position_embeddings:
         raise InputError(

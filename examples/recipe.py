@@ -93,10 +93,10 @@ WIDTH_MULTIPLE = 64  # of the MLP, whose products are slow at other sizes
 
 def fields(config: PreTrainedConfig) -> dict:
     """
-    What a T6 by the recipe has in place of the fields of `config`, a T6 of the paper: the biases, as many heads as MHA has, and an MLP that
-    is as much wider as keeps the number of parameters.
+    What a T6 by the recipe has in place of the fields of `config`, a T6 of the paper: biases, as many heads as MHA, and an MLP so
+    much wider that the number of parameters stays.
     """
-    heads = config.hidden_size // config.head_dim
+    heads = max(1, config.hidden_size // config.head_dim)
 
     def parameters(width: int, **replaced) -> int:
         replaced |= {"intermediate_size": width}

@@ -60,6 +60,7 @@ def test_help_and_mistakes_are_answered_at_once():
         "muon",
         "pretraining_data",
         "recipe",
+        "results",
         "serve",
         "shapes",
         "throughput",

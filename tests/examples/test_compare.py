@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import queue
 import re
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +19,7 @@ import ablations
 import compare
 from captured import batch_starts, read_tokens
 from configuration.make_configs import cache_numbers, count_parameters
+from conversion.files import locks
 from language_modeling import load_tokenizer
 
 
@@ -103,6 +107,8 @@ def test_plan():
     assert rest[other].model == NAMES[-1]
     for name in NAMES:
         assert {run.seed for run in done if run.model == name and run.steps == 100} == set(compare.SEEDS)
+    for name in tuned - {"T6"}:
+        assert {run.seed for run in done if run.model == name and run.steps == 110} == set(compare.SEEDS)
     assert len(done) == len(set(done))
 
 
@@ -111,6 +117,10 @@ def test_equal_times():
     results = results_with(runs, {"T6": 50.0, "MHA": 40.0, "GQA": 49.5})
     assert compare.timed_steps(results, ["T6", "MHA", "GQA"]) == {"T6": 100, "MHA": 120, "GQA": 100}
     assert compare.timed_steps(results, ["T6", "MLA"]) == {}  # which has no time yet
+
+    other = {compare.Run("MHA", 2e-3, 0, 125): 2.0}
+    assert compare.timed_steps(results_with(runs | other, {"T6": 50.4, "MHA": 40.0}), ["T6", "MHA"])["MHA"] == 125
+    assert compare.timed_steps(results_with(runs | other, {"T6": 54.0, "MHA": 40.0}), ["T6", "MHA"])["MHA"] == 140
 
 
 @pytest.mark.parametrize(
@@ -124,10 +134,10 @@ def test_equal_times():
     ids=["T6", "overlap", "one seed", "twin"],
 )
 def test_verdict(ours, theirs, expected):
-    rows = {"T6": ours, "MHA": theirs, "GQA": [2.0]}
+    rows = {"T6": ours, "MHA": theirs, "GQA": [2.0] if len(theirs) == 1 else [0.5]}
     text = compare.verdict({name: [{"loss": loss} for loss in losses] for name, losses in rows.items()})
     assert re.match(expected, text), text
-    assert "no T6 and no twin" in compare.verdict({"GQA": [{"loss": 2.0}]})
+    assert "There are not yet a T6 and a twin here" in compare.verdict({"GQA": [{"loss": 2.0}]})
 
 
 # Training
@@ -166,14 +176,18 @@ def test_batches_fit():
         assert batch_starts(count, settings, 0).max() + 11 <= count
 
 
-def test_losses_are_those_of_the_model(opened):
-    training = new_training(opened)
+@pytest.mark.parametrize("name", ["T6", "GQA, QK norm", "MLA"])
+def test_losses_are_those_of_the_model(opened, name):
+    """With the causal masks of Transformers' eager attention."""
+    training = new_training(opened, RUN._replace(model=name))
+    training.load(0)
+    training.step()
+    found = training.evaluate()
     windows = opened[2]["text"]
-    labels = windows.clone()
+    training.model.set_attn_implementation("eager")
     with torch.no_grad():
         logits = training.model(windows[:, :-1]).logits
-    expected = nn.functional.cross_entropy(logits.double().flatten(0, 1), labels[:, 1:].flatten())
-    found = training.evaluate()
+    expected = nn.functional.cross_entropy(logits.double().flatten(0, 1), windows[:, 1:].flatten())
     assert found["loss"] == found["text"] == pytest.approx(expected.item(), abs=1e-4)
 
 
@@ -199,8 +213,32 @@ def test_stopped_run_goes_on(opened, tmp_path, monkeypatch):
 
 
 def test_loss_that_is_no_number(opened, tmp_path):
-    with pytest.raises(RuntimeError, match="the loss is nan at step 7"):
+    with pytest.raises(RuntimeError, match="the loss is nan at step 3"):
         new_training(opened, compare.Run("GQA", math.inf, 0, 7)).train(time.time() + 1e6, tmp_path / "x.pt")
+
+
+def moved_weights(data: Path, device: torch.device, name: str, is_captured: bool) -> torch.Tensor:
+    """All weights after seven steps less the first ones, [parameters]."""
+    tokenizer, tokens = read_tokens(data, device)
+    windows = compare.held_out_windows(data, tokens["held_out"], 16)
+    configurations = ablations.Configurations(SIZES, tokenizer)
+    training = compare.Training(RUN._replace(model=name), configurations, tokens["train"], windows, False)
+    first = nn.utils.parameters_to_vector(training.model.parameters()).detach().clone()
+    training.prepare(is_captured)
+    assert nn.utils.parameters_to_vector(training.model.parameters()).equal(first)
+    for index in range(7):
+        training.load(index)
+        training.take_step()
+        training.evaluate()
+    return nn.utils.parameters_to_vector(training.model.parameters()).detach() - first
+
+
+@pytest.mark.skipif(os.environ.get("T6_TEST_DEVICE") != "cuda", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", ["T6", "GQA, QK norm", "MLA"])
+def test_captured_steps(data, name):
+    """A CUDA graph, replayed with other tokens and learning rates and with evaluations between, moves weights as steps without do."""
+    expected, found = (moved_weights(data, torch.device("cuda"), name, captured) for captured in (False, True))
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["MHA, QK norm", "T6", "T6, QK norm", "MLA"])
@@ -227,6 +265,46 @@ def test_one_graph_for_all_layers(opened, name, monkeypatch):
 # Runs and their report
 
 
+class Thread(threading.Thread):
+    """In place of a process: it ends with code 1 where what it does raises."""
+
+    exitcode = 0
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except ZeroDivisionError:
+            self.exitcode = 1
+
+
+def test_lost_gpu(data, tmp_path, monkeypatch, capsys):
+    """A run ends with its process; the others are done by the processes that are left."""
+
+    def work(args, settings, folder, gpu, lock, deadline, todo, done, index):
+        for run in iter(todo.get, None):
+            if gpu == "1":
+                raise ZeroDivisionError
+            done.put((index, run, result(run, 2.0) | {"seconds": 1.0, "memory_gib": None}, None))
+
+    context = SimpleNamespace(Process=Thread, Queue=queue.Queue, Lock=threading.Lock)
+    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setattr(compare, "visible_gpus", lambda args: ["0", "1"])
+    monkeypatch.setattr(compare, "work", work)
+    monkeypatch.setattr(compare, "FARTHEST", 1)
+    options = ["--data", str(data), "--results", str(tmp_path / "r.json"), "--work-dir", str(tmp_path), *TINY]
+    with pytest.raises(SystemExit, match="[12] runs failed: .* seed 0 steps 7: its process ended before it did"):
+        compare.main(["run", *options])
+    output = capsys.readouterr()
+    failed = output.err.count("its process ended")
+    runs = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert failed in (1, 2) and len({run["name"] for run in runs.values()}) == len(compare.models(SIZES)) - failed
+
+    lock = locks.take_lock(tmp_path)
+    with pytest.raises(SystemExit, match="--work-dir .*: another call is at work with it"):
+        compare.main(["run", *options])
+    locks.release(lock)
+
+
 @pytest.mark.once
 def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     results_file, output = tmp_path / "results" / "comparison.json", tmp_path / "docs" / "comparison.md"
@@ -246,8 +324,15 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
         assert key == compare.Run(run["name"], run["learning_rate"], run["seed"], run["steps"]).key
         assert run["curve"][-1]["step"] == 7 and run["tokens"] == 7 * 64 and list(run["loss_by_kind"]) == ["text"]
     assert str(tmp_path) not in results_file.read_text()
-    with pytest.raises(SystemExit, match="has settings=.*, this command"):
+    with pytest.raises(SystemExit, match="has max_steps=7, this command 8"):
         compare.main([*options, "--max-steps", "8"])
+    for words, message in (
+        (["--head-dim", "16"], "--hidden-size 32: expected a multiple of 4 heads of --head-dim 16"),
+        (["--block-length", "2000"], "tokens has 2968 training tokens of a kind: expected 4000"),
+        (["--block-length", "900"], "tokens has 742 held-out tokens of a kind: expected 901, or less --block-length"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            compare.main([*options, *words, "--results", str(tmp_path / "other.json")])
     with pytest.raises(SystemExit, match="there is no T7; there are MHA, QK norm; T6; "):
         compare.main(["plan", *common[:-3], "T7"])
     compare.main(["plan", *common])
@@ -264,4 +349,6 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     assert row[6] == f"{sum(losses) / 2:.4f} ± {abs(losses[0] - losses[1]) / 2:.4f}"
     assert "| MHA, QK norm |" not in sections["Equal bytes of cache"] and "| GQA |" in sections["Equal bytes of cache"]
     assert all(" is lowest**" in sections[name] for name in list(sections)[:4] if "bytes" not in name)
+    assert "There are not yet a T6 and a twin here" in sections["Equal bytes of cache"]
+    assert "cpu, torch " in text and "steps not compiled and not captured. Tokens " in text
     assert "* MLA lr 0.001 seed 0 steps 7" in sections["Not run yet"]

@@ -326,7 +326,8 @@ def test_runs_go_on(data, tmp_path, capsys, monkeypatch):
         (["--variants", "GPA"], "there is no 'GPA'; there are MHA; MQA"),
         (["--variants", "MHA@fast"], "--variants MHA@fast: expected a number as its rate"),
         (["--block-length", "100000"], "has train_tokens=.*: expected at least 200000, or a smaller --block-length"),
-        (["--max-steps", "4"], "has settings=.*, this command"),
+        (["--head-dim", "48"], "--hidden-size 64: expected a multiple of --head-dim 48"),
+        (["--max-steps", "4"], "has max_steps=3, this command 4"),
     ):
         with pytest.raises(SystemExit, match=message):
             diagnose.main([*options, *words])

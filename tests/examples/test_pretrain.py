@@ -282,7 +282,14 @@ def test_t6_by_the_recipe(data, tmp_path, monkeypatch):
     size = ["--architecture", "t6-small", "--set", "hidden_size=256", "num_hidden_layers=2"]
     llama = ["--architecture", "llama-mha-small", *size[2:], "num_attention_heads=4", "num_key_value_heads=4"]
     given = [*size, "num_attention_heads=5"]
-    for name, options in (("recipe", size), ("paper", [*size, "--paper"]), ("given", given), ("Llama", llama)):
+    narrow = [*size[:3], "hidden_size=48", "num_hidden_layers=2"]
+    for name, options in (
+        ("recipe", size),
+        ("paper", [*size, "--paper"]),
+        ("given", given),
+        ("narrow", narrow),
+        ("Llama", llama),
+    ):
         models.clear()
         with pytest.raises(SystemExit):
             pretrain.main(
@@ -295,7 +302,21 @@ def test_t6_by_the_recipe(data, tmp_path, monkeypatch):
     assert config.attention_bias and not config.attention_out_bias and not paper.attention_bias
     assert configs["given"][0].num_attention_heads == 5 and configs["given"][0].attention_bias
     assert configs["given"][0].intermediate_size == paper.intermediate_size
-    assert not configs["Llama"][0].attention_bias
+    assert not configs["Llama"][0].attention_bias and configs["narrow"][0].num_attention_heads == 1
+    with pytest.raises(SystemExit, match="--set attention_bias=false: .* --paper does without"):
+        pretrain.main(
+            [
+                *size,
+                "attention_bias=false",
+                *RUN,
+                "--data",
+                str(data),
+                "--batch-size",
+                "4",
+                "--output-dir",
+                str(tmp_path / "x"),
+            ]
+        )
 
     inputs = torch.randn(300, 256)
     inputs = inputs / inputs.square().mean(-1, keepdim=True).sqrt()

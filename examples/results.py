@@ -1,0 +1,71 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What `compare.py` and `diagnose.py` have in common: a file of results, to which each call adds runs that it lacks, and processes that
+do them.
+"""
+
+import json
+import multiprocessing
+import os
+import threading
+from pathlib import Path
+
+from command_line import InputError, read_text
+
+
+NO_TIME = "no time"  # why a run has no result, where no error is
+
+
+def read_results(path: Path, command: str, fields: tuple[str, ...] = ("settings",)) -> dict:
+    """
+    Raises:
+        InputError: it cannot be read, or has no runs or not all `fields`.
+    """
+    try:
+        results = json.loads(read_text(path))
+        complete = {*fields, "runs"} <= results.keys()
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise InputError(f"{path} is no file of {command}") from error
+    if not complete:
+        raise InputError(f"{path} is no file of {command}: expected the fields {', '.join([*fields, 'runs'])}")
+    return results
+
+
+def open_results(path: Path, command: str, header: dict) -> dict:
+    """
+    The results so far, or new ones without runs.
+
+    Args:
+        header: what all runs have in common, some of it in a dictionary "settings".
+
+    Raises:
+        InputError: the results have another header; it names the first field that differs.
+    """
+    if not path.exists():
+        return {**header, "runs": {}}
+    results = read_results(path, command, tuple(header))
+    old, new = ({**fields, **fields["settings"]} for fields in (results, header))
+    for name in sorted(new, key="settings".__eq__):  # which differ in a field of theirs, if at all
+        if old.get(name) != new[name]:
+            raise InputError(
+                f"{path} has {name}={old.get(name)}, this command {new[name]}: expected another --results"
+            )
+    return results
+
+
+def end_with_parent() -> None:
+    """Ends this process of several when the one that started it is gone, however that ended; it would train on for nobody."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -485,7 +485,8 @@ def _launch_store(
     tensors = [*factors, cos, sin, q_norm, k_norm, slots, key_pages, value_pages, query, *states]
     if offsets is not None:
         offsets = (*offsets, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    kernel((num_tokens * programs, 1, 1), tensors, [*numbers, slots.shape[0], *places, first_formed, eps], offsets)
+    numbers = [*numbers, slots.shape[0], *places, first_formed, float(eps)]
+    kernel((num_tokens * programs, 1, 1), tensors, numbers, offsets)
 
 
 @functools.lru_cache(4096)

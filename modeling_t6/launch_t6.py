@@ -21,10 +21,14 @@ import torch
 
 
 try:
+    import triton
     from triton import knobs
     from triton.runtime import driver
 except ImportError:
     pass  # there are no kernels
+else:
+    # Versions of Triton whose `JITFunction.run` starts a compiled kernel as it is done here; others start all by themselves.
+    CAN_KEEP = (3, 5) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
 
 class KeptKernel:
@@ -35,7 +39,8 @@ class KeptKernel:
 
     Triton compiles anew for another dtype of a tensor, for one that does not start on 16 bytes, for numbers beyond 32 bits,
     and for 1 and multiples of 16 among numbers that the kernel does not list in `do_not_specialize`; the values of these
-    are told apart here, so that they should be few.
+    are told apart here, so that they should be few. Numbers are none below -2**31, and each always an integer, or always a
+    float.
 
     Args:
         kernel: of `triton.jit`, whose tensors are the parameters with names on `_ptr`; none is `None`.
@@ -86,7 +91,7 @@ class KeptKernel:
         aligned = None if low % 16 == 0 else tuple([p % 16 == 0 for p in pointers])
         key = (specialized, wide, aligned, *devices, *[x.dtype for x in tensors])
         compiled = self.compiled.get(key)
-        if compiled is None or self.kernel.pre_run_hooks or _has_launch_hooks():
+        if compiled is None or _is_watched(self.kernel):
             self._start_by_triton(key, grid, tensors, numbers, offsets)
             return
         arguments = self._in_order([*pointers, *numbers])
@@ -102,17 +107,18 @@ class KeptKernel:
                 for x, n in zip(tensors, offsets)
             ]
         compiled = self.kernel[grid](*self._in_order([*tensors, *numbers]), **self.constants)
-        if compiled is not None:  # it is in the interpreter
+        # Not in the interpreter, which compiles nothing; nor what a profiler may have put more into.
+        if compiled is not None and CAN_KEEP and not _is_watched(self.kernel):
             self.compiled[key] = compiled
 
     def _in_order(self, arguments: list) -> Sequence:
         return arguments if self.order is None else self.order(arguments)
 
 
-def _has_launch_hooks() -> bool:
-    """Whether somebody looks at launches, as a profiler of Triton's."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # chains of hooks, hooks, or `None`
+def _is_watched(kernel) -> bool:
+    """Whether somebody looks at the kernel's launches, as a profiler of Triton's."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # chains of hooks, hooks, or `None`
+    return bool(kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 @functools.cache

@@ -103,9 +103,8 @@ class FactorImpl(AttentionImpl):
             return output.zero_()
         key_pages, value_pages = self.pages(kv_cache)
         query = attn_metadata.query
-        if query is None or len(query) != len(heads):  # vLLM may keep the metadata for a pass over other tokens
-            query = attn_metadata.query = torch.empty_like(heads)
-            attn_metadata.prompt_states.clear()
+        if query is None or attn_metadata.first is self or len(query) != len(heads):
+            query = attn_metadata.start_pass(self, torch.empty_like(heads))
         formed = self.states_of_new_prompts(query, attn_metadata)
         self.store(projections, cos, sin, attn_metadata.slots, key_pages, value_pages, query, formed)
         if attn_metadata.num_decodes:

@@ -16,7 +16,7 @@
 from dataclasses import dataclass, field
 
 import torch
-from vllm.v1.attention.backend import AttentionMetadata
+from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata
 
 from modeling_t6.flash_tpa_pages_t6 import Pieces
 
@@ -39,6 +39,8 @@ class FactorMetadata(AttentionMetadata):
         max_decode_queries: query tokens of one of these at most.
         decode_pieces: what FlashTPA has scheduled for them.
         prompt_pieces: K and V that the prompts look at, piece by piece.
+        first: the first layer of a pass. vLLM may keep the metadata for another pass, over other tokens, or recorded as a CUDA
+            graph, which must not write into memory of one that is not.
         query: [tokens, h, d], of one layer after another.
         partials: of FlashTPA.
         prompt_states: by number of heads of K and V, of each piece the query [query tokens, h, d], K and V.
@@ -52,6 +54,13 @@ class FactorMetadata(AttentionMetadata):
     max_decode_queries: int
     decode_pieces: Pieces | None = None
     prompt_pieces: list[Piece] = field(default_factory=list)
+    first: AttentionImpl | None = None
     query: torch.Tensor | None = None
     partials: tuple[torch.Tensor, torch.Tensor] | None = None
     prompt_states: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+
+    def start_pass(self, first: AttentionImpl, query: torch.Tensor) -> torch.Tensor:
+        """From this layer on, all share `query`, and nothing of a pass before."""
+        self.first, self.query, self.partials = first, query, None
+        self.prompt_states.clear()
+        return query

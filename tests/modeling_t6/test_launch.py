@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from modeling_t6 import launch_t6
 from modeling_t6.launch_t6 import KeptKernel, keep
 
 
@@ -134,6 +135,39 @@ def test_hooks_are_called(where, monkeypatch):
             stack.callback(hooks.remove, hook)
         kept((1, 1, 1), tensors, numbers)
     assert len(asked) == 2
+
+
+def test_what_a_profiler_had_compiled_is_not_kept():
+    """Proton's instrumentation, while it is on, has Triton compile kernels that write into its buffers."""
+    kernel, (tensors, numbers) = make_kernel(), random_arguments(random.Random(3))
+    kept, hooks = KeptKernel(kernel, **CONSTANTS), jit.knobs.runtime.launch_enter_hook
+
+    def hook(metadata) -> None:
+        pass
+
+    with jit.knobs.compilation.scope():
+        jit.knobs.compilation.instrumentation_mode = "proton"
+        hooks.add(hook)
+        kept((1, 1, 1), tensors, numbers)
+        hooks.remove(hook)
+    (instrumented,) = kernel.device_caches[0][0].values()
+    kept((1, 1, 1), tensors, numbers)
+    _, plain = kernel.device_caches[0][0].values()
+    kept((1, 1, 1), tensors, numbers)
+    assert len(instrumented.launches) == 1 and len(plain.launches) == 2
+
+
+def test_another_triton_starts_all_kernels_itself(monkeypatch):
+    """One whose compiled kernels may be started in another way."""
+    kernel, (tensors, numbers) = make_kernel(), random_arguments(random.Random(4))
+    monkeypatch.setattr(launch_t6, "CAN_KEEP", False)
+    kept, asked, run = KeptKernel(kernel, **CONSTANTS), [], jit.JITFunction.run
+    monkeypatch.setattr(
+        jit.JITFunction, "run", lambda self, *args, **kwargs: asked.append(1) or run(self, *args, **kwargs)
+    )
+    for n in (1, 2):
+        kept((1, 1, 1), tensors, numbers)
+        assert len(asked) == n
 
 
 def test_one_for_each_set_of_constants():

@@ -1,5 +1,6 @@
 """The check of the pages at load passes on what works, and no fault that is put in gets by."""
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 from vllm_t6 import attention
+from vllm_t6.attention import FactorImpl
 from vllm_t6.layer import FactorAttention
+from vllm_t6.metadata import FactorMetadata
 from vllm_t6.self_check import check_pages
 
 from ..modeling_t6.common import random_model, tiny_config
@@ -60,6 +63,28 @@ def test_pages_that_are_given_back_are_freed(layers, monkeypatch):
     layer.kv_cache = torch.tensor([])
     del pages
     assert freed() is None
+
+
+@torch.no_grad()
+def test_layers_of_one_pass_share_queries_and_those_of_another_do_not(layers):
+    """A pass that is recorded as a CUDA graph must not write into memory of one before it."""
+    impl, kv_cache = layers[0].impl, layers[0].kv_cache
+    nothing = torch.empty(0, dtype=torch.int32)
+    metadata = FactorMetadata(torch.full((2,), -1), nothing, nothing, nothing, num_decodes=0, max_decode_queries=1)
+    columns = sum(impl.projection_sizes.values())
+
+    def attend(impl: FactorImpl, tokens: int = 3) -> torch.Tensor:
+        angles = torch.zeros(tokens, impl.config.rotary_dim // 2, dtype=impl.dtype)
+        output = torch.empty(tokens, impl.num_heads * impl.head_size, dtype=impl.dtype)
+        impl.forward(None, torch.zeros(tokens, columns, dtype=impl.dtype), angles, angles, kv_cache, metadata, output)
+        return metadata.query
+
+    query = attend(impl)
+    assert attend(copy.copy(impl)) is query
+    metadata.partials = query, query
+    again = attend(impl)
+    assert again is not query and again.shape == query.shape and metadata.partials is None
+    assert len(attend(impl, tokens=2)) == 2
 
 
 def with_slots(store: Callable, change: Callable) -> Callable:

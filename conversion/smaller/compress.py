@@ -63,7 +63,7 @@ class Compression:
         result = compressed_model(self.model, pairs)
         if self.method == "fit":
             for (_, values), layer in zip(pairs, result.model.layers):
-                balance(layer.self_attn, values=values is not None)
+                balance(layer.self_attn, values is not None, layer.input_layernorm.weight.double())
         result.config.cache_dtype = cache_dtype
         return result
 

@@ -179,6 +179,10 @@ def test_log_probabilities_are_compared_sample_by_sample():
     # Differences of -0.5 and -0.7, whose mean has the standard error 0.1, and of 0: the tasks count alike.
     assert report.log_probability_cell(second, first, 97) == "-2.300 (-0.300 ± 0.050)"
     assert report.log_probability_cell(second, first, 64) == "-1.500 (-0.500 ± inf)"  # of one sample
+    # A row of other samples, and one of an older file, have no difference.
+    assert report.log_probability_cell(row("t6", [-1.5, -0.5]), first, 64) == "-1.000"
+    del second["scores"][2]["log_probabilities"]
+    assert report.log_probability_cell(second, first, 97) == "-2.300"
 
 
 def test_warning():

@@ -79,10 +79,10 @@ def even_rows(a: torch.Tensor, projection: torch.nn.Linear) -> None:
     mix_factors(projection, size.diag())
 
 
-def size_before_norm(attention: T6Attention, states: torch.Tensor | float = 1.0) -> None:
+def size_before_norm(attention: T6Attention, states: torch.Tensor | float) -> None:
     """
-    Gives B_K a size of about 1 where the norm of heads follows, in place, and A_K what undoes it. The norm divides A by the size that
-    heads have, which is any number: rows of 8 bits would have room for neither of 1,000 and 1 / 1,000.
+    Gives B_K a size of about 1 where the norm of heads follows, in place. It takes out the size that heads have, but for its epsilon,
+    and divides A by it: rows of 8 bits would have room for neither of 1,000 and 1 / 1,000.
 
     Args:
         states: about the size of each feature that the layer reads, [hidden].
@@ -90,7 +90,6 @@ def size_before_norm(attention: T6Attention, states: torch.Tensor | float = 1.0)
     projection = attention.k_b_proj
     power = (projection.weight.double() * states).square().sum(1) + projection.bias.double().square()
     size = power.mean().sqrt().clamp(min=1e-300)
-    constant_factors(attention, "k").mul_(size)
     for tensor in projection.parameters():
         tensor.copy_(tensor.double() / size)
 

@@ -97,7 +97,8 @@ def size_before_norm(attention: T6Attention, states: torch.Tensor | float) -> No
 @torch.no_grad()
 def balance(attention: T6Attention, values: bool = True, states: torch.Tensor | float = 1.0) -> None:
     """
-    Gives the two sides of each product weights of one size, in place, without a change of what the layer computes.
+    Gives the two sides of each product weights of one size, in place, without a change of what the layer computes, but for the
+    epsilon of a norm of heads.
 
     The rows of A may be multiplied by any matrix, if B undoes it, the features of all B_K by any number, and those of all
     B_V by any matrix, if queries and output projection undo it. A fit leaves that open, and its heads can be small

@@ -157,7 +157,7 @@ def test_the_worst_cache_is_warned_of(folders, tmp_path, capsys, monkeypatch):
 
     def score_all(model, kind, name, *words):
         found = 0.1 if kind == "int4" else 0.9
-        scores = [{"task": "needle", "length": 64, "found": found}]
+        scores = [{"task": "needle", "length": 64, "found": found, "log_probability": -1.0}]
         return {"model": name, "found": found, "exact": found, "log_probability": -1.0, "scores": scores}
 
     monkeypatch.setattr(order, "score_all", score_all)

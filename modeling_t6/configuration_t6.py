@@ -87,7 +87,7 @@ class T6Config(PreTrainedConfig):
         qk_norm (`bool` or `str`, defaults to `False`):
             Whether RMS norms of size d act on every head of the queries before RoPE, and on which part of the keys: with
             `True` on every row of B_K, as in a Qwen3 that is converted; with `"heads"` on every head that A_K and B_K form,
-            as in a Qwen3 that is trained as T6 (see `T6KeyHeadRMSNorm`).
+            as in a Qwen3 that is trained as T6, or converted with fewer keys (see `T6KeyHeadRMSNorm`).
         head_norm (`bool`, defaults to `False`):
             Whether an RMS norm (epsilon 1e-5) of size d acts on every head's output before `o_proj` ("groupnorm" in the
             research code).

@@ -47,31 +47,30 @@ def table(rows: list[dict]) -> str:
         for row in rows:
             parts = [mean([s for s in row["scores"] if s["length"] == length], "found") for length in lengths]
             lines.append(f"{row['model']:<16}" + "".join(f"{part:>11.1%}" for part in parts))
-    if all("log_probabilities" in score for row in rows for score in row["scores"]):
-        lines.append("\nlog-prob., by tokens" + "".join(f"{length:>24,}" for length in lengths))
-        for row in rows:
-            cells = [log_probability_cell(row, rows[0], length) for length in lengths]
-            lines.append(f"{row['model']:<20}" + "".join(f"{cell:>24}" for cell in cells))
+    lines.append("\nlog-prob., by tokens" + "".join(f"{length:>24,}" for length in lengths))
+    for row in rows:
+        cells = [log_probability_cell(row, rows[0], length) for length in lengths]
+        lines.append(f"{row['model']:<20}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join([*lines, *position_lines(rows)])
 
 
 def log_probability_cell(row: dict, first: dict, length: int) -> str:
     """
     The log-probability of an answer's token at a length, the mean over tasks, and its difference from the first row's, with the standard
-    error of that: both were asked the same. It is finer than what is found, which says of an answer only whether all its tokens were likely.
+    error of that, where both were asked the same and say what each answer has. It is finer than what is found, which says of an
+    answer only whether all its tokens were likely.
     """
-    pairs = [
-        (score, other)
-        for score, other in zip(row["scores"], first["scores"], strict=True)
-        if score["length"] == length
-    ]
-    text = f"{mean([score for score, _ in pairs], 'log_probability'):.3f}"
-    if row is first:
+    own, others = ([score for score in x["scores"] if score["length"] == length] for x in (row, first))
+    text = f"{mean(own, 'log_probability'):.3f}"
+    asked, others_asked = (
+        [(score["task"], len(score.get("log_probabilities", ()))) for score in scores] for scores in (own, others)
+    )
+    if row is first or asked != others_asked or not all(count for _, count in asked):
         return text
+    pairs = list(zip(own, others))
     mean_difference = variance = 0.0
     for score, other in pairs:
-        both = zip(score["log_probabilities"], other["log_probabilities"], strict=True)
-        differences = [new - old for new, old in both]
+        differences = [new - old for new, old in zip(score["log_probabilities"], other["log_probabilities"])]
         mean_difference += statistics.fmean(differences) / len(pairs)
         spread = statistics.variance(differences) if len(differences) > 1 else math.inf
         variance += spread / len(differences) / len(pairs) ** 2

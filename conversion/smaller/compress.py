@@ -63,7 +63,7 @@ class Compression:
         result = compressed_model(self.model, pairs)
         if self.method == "fit":
             for (_, values), layer in zip(pairs, result.model.layers):
-                balance(layer.self_attn, values=values is not None)
+                balance(layer.self_attn, values is not None, layer.input_layernorm.weight.double())
         result.config.cache_dtype = cache_dtype
         return result
 
@@ -187,12 +187,13 @@ def compress(
         * (1 + 1e-12)
     )
     choices = []
-    for form in [model] + [with_normed_heads(model)] * (config.qk_norm is True):
+    for form in [model, with_normed_heads(model)] if config.qk_norm is True else [model]:
         compression = Compression(form, method, batches, quiet)
         found = compression.choices(probe, budget, dtype.itemsize, cache_dtypes)
         choices += [(cost, compression, ranks, name) for cost, ranks, name in found]
     if not choices:
         raise ConversionError(f"--cache-ratio {cache_ratio:g}: no ranks are small enough for this model")
     least = min(cost for cost, *_ in choices)
-    models = (compression.build(ranks, name) for cost, compression, ranks, name in choices if cost <= NEAR * least)
+    near = max(least, NEAR * least)  # where nothing is lost, rounding may make a cost of less than nothing
+    models = (compression.build(ranks, name) for cost, compression, ranks, name in choices if cost <= near)
     return min(models, key=lambda trial: probe.divergence(trial, trial.config.cache_dtype).item())

@@ -79,10 +79,26 @@ def even_rows(a: torch.Tensor, projection: torch.nn.Linear) -> None:
     mix_factors(projection, size.diag())
 
 
-@torch.no_grad()
-def balance(attention: T6Attention, values: bool = True) -> None:
+def size_before_norm(attention: T6Attention, states: torch.Tensor | float) -> None:
     """
-    Gives the two sides of each product weights of one size, in place, without a change of what the layer computes.
+    Gives B_K a size of about 1 where the norm of heads follows, in place. It takes out the size that heads have, but for its epsilon,
+    and divides A by it: rows of 8 bits would have room for neither of 1,000 and 1 / 1,000.
+
+    Args:
+        states: about the size of each feature that the layer reads, [hidden].
+    """
+    projection = attention.k_b_proj
+    power = (projection.weight.double() * states).square().sum(1) + projection.bias.double().square()
+    size = power.mean().sqrt().clamp(min=1e-300)
+    for tensor in projection.parameters():
+        tensor.copy_(tensor.double() / size)
+
+
+@torch.no_grad()
+def balance(attention: T6Attention, values: bool = True, states: torch.Tensor | float = 1.0) -> None:
+    """
+    Gives the two sides of each product weights of one size, in place, without a change of what the layer computes, but for the
+    epsilon of a norm of heads.
 
     The rows of A may be multiplied by any matrix, if B undoes it, the features of all B_K by any number, and those of all
     B_V by any matrix, if queries and output projection undo it. A fit leaves that open, and its heads can be small
@@ -92,9 +108,12 @@ def balance(attention: T6Attention, values: bool = True) -> None:
 
     Args:
         values: whether those are balanced, too. A source's own lose less in 8 and 4 bits as they are.
+        states: about the size of each feature that the layer reads, [hidden].
     """
     if attention.qk_norm is not True:
         even_rows(constant_factors(attention, "k"), attention.k_b_proj)
+    if attention.qk_norm == "heads":
+        size_before_norm(attention, states)
     if not attention.qk_norm:
         query, key = (key_space(proj.weight, attention) for proj in (attention.q_proj, attention.k_b_proj))
         factor = (query.abs().square().mean((0, 1)) / key.abs().square().mean((0, 1)).clamp(min=1e-300)) ** 0.25

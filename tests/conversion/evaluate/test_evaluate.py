@@ -157,7 +157,7 @@ def test_the_worst_cache_is_warned_of(folders, tmp_path, capsys, monkeypatch):
 
     def score_all(model, kind, name, *words):
         found = 0.1 if kind == "int4" else 0.9
-        scores = [{"task": "needle", "length": 64, "found": found}]
+        scores = [{"task": "needle", "length": 64, "found": found, "log_probability": -1.0}]
         return {"model": name, "found": found, "exact": found, "log_probability": -1.0, "scores": scores}
 
     monkeypatch.setattr(order, "score_all", score_all)
@@ -179,6 +179,10 @@ def test_log_probabilities_are_compared_sample_by_sample():
     # Differences of -0.5 and -0.7, whose mean has the standard error 0.1, and of 0: the tasks count alike.
     assert report.log_probability_cell(second, first, 97) == "-2.300 (-0.300 ± 0.050)"
     assert report.log_probability_cell(second, first, 64) == "-1.500 (-0.500 ± inf)"  # of one sample
+    # A row of other samples, and one of an older file, have no difference.
+    assert report.log_probability_cell(row("t6", [-1.5, -0.5]), first, 64) == "-1.000"
+    del second["scores"][2]["log_probabilities"]
+    assert report.log_probability_cell(second, first, 97) == "-2.300"
 
 
 def test_warning():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conversion.files.errors import ConversionError
-from conversion.smaller.compress import compress
+from conversion.smaller.compress import Compression, compress
 from conversion.smaller.fits import mean_pool, selections
 from conversion.smaller.key_fits import KeyFit, KeyProblem
 from conversion.smaller.least_squares import NOISE
@@ -349,6 +349,19 @@ def test_equal_ranks_are_not_tried_beyond_the_ratio(monkeypatch):
 
 
 @torch.no_grad()
+def test_costs_of_less_than_nothing():
+    """Where ranks hardly matter, rounding makes some costs negative; of these, too, the least is near enough to itself."""
+    model, ids = exact_model("llama", "mha", dtype=torch.float32, num_hidden_layers=2), random_ids(12, 60)
+    model.float()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(1e-5)
+    costs = Compression(model, "fit", ids.split(8), quiet=True).costs(Probe(model, ids))
+    assert min(min(cost.values()) for cost in costs) < 0
+    small = compress(model, ids, cache_ratio=2, quiet=True)
+    assert cache_bytes_per_token(small, T6Cache(config=small.config), 2) <= 2 * 2 * 2 * 64 / 2
+
+
+@torch.no_grad()
 def test_probe_begins_where_a_model_has_changed():
     model, ids = exact_model("mistral-sliding", "gqa"), random_ids(6, 60)
     probe = Probe(model, ids[:4], Questions(ids[4:], torch.rand(2, 60) < 0.3))
@@ -432,6 +445,31 @@ def test_smaller_caches_of_normalised_keys(layout, ratio):
     answer = small.generate(ids[:2], max_new_tokens=3, do_sample=False)
     cached = {CACHE_NAME: T6Cache(config=config), "use_cache": True}
     assert small(answer[:, :-1], **cached).logits[:, -3:].argmax(-1).equal(answer[:, -3:])
+
+
+@torch.no_grad()
+def test_normed_heads_are_saved_and_loaded(tmp_path):
+    """With a rank for each layer, beside heads that share a key, and with biases of all projections but the output's."""
+    model = exact_model("qwen3", "gqa")
+    ids = random_ids(4, 40)
+    small = compress(model, ids, [1, 2, 1], [2, 1, 2], quiet=True).float()
+    small.save_pretrained(tmp_path)
+    loaded, info = T6ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and (loaded.config.k_rank, loaded.config.qk_norm) == ([1, 2, 1], "heads")
+    assert torch.equal(loaded.eval()(ids).logits, small(ids).logits)
+
+
+@torch.no_grad()
+def test_keys_of_any_size_fit_into_rows_of_8_bits():
+    """A norm takes out the size of a source's keys: that of B, by which A is divided, is to be none of float8's concern."""
+    losses = []
+    for size in (1e-3, 1.0, 1e3):
+        model, ids = exact_model("qwen3", "mha", rms_norm_eps=1e-12), random_ids(8, 60)
+        probe = Probe(model, ids)
+        for layer in model.model.layers:
+            layer.self_attn.k_b_proj.weight.mul_(size)
+        losses.append(probe.divergence(compress(model, ids, [2], [2], quiet=True), "float8_e4m3fn").item())
+    assert losses == pytest.approx(3 * [losses[1]], rel=1e-3)
 
 
 @torch.no_grad()

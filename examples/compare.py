@@ -432,9 +432,9 @@ class Worker:
         self.windows = held_out_windows(args.data, self.tokens["held_out"], settings["block_length"])
         self.configurations = ablations.Configurations(settings, tokenizer)
         # How a step is taken, whether compiled and whether captured. What a GPU cannot do is told, and not tried again.
-        compiled = not args.no_compile
-        self.ways = [(False, True), (False, False)] if gpu is not None else [(False, False)]
-        self.ways = [(compiled, captured) for _, captured in self.ways] + self.ways * compiled
+        compiled = (False,) if args.no_compile else (True, False)
+        captured = (False,) if gpu is None else (True, False)
+        self.ways = list(itertools.product(compiled, captured))
 
     def prepared(self, run: Run) -> Training:
         while True:

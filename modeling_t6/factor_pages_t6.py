@@ -170,10 +170,8 @@ def store_factors(
     Returns:
         Queries [tokens, h, d], normalised and rotated, in the dtype of `b_q`.
     """
-    key_pages, value_pages = _as_numbers(key_pages), _as_numbers(value_pages)
-    k_rank, v_rank, head_dim = b_k.shape[1], b_v.shape[1], b_k.shape[2]
-    layouts = _layouts(k_rank, v_rank, 0 if a_k is None else a_k.shape[1], head_dim)
-    _check_widths(key_pages, value_pages, *layouts)
+    (_, k_rank, head_dim), v_rank, num_heads = b_k.shape, b_v.shape[1], 0 if a_k is None else a_k.shape[1]
+    key_pages, value_pages, *layouts = _rows_of(key_pages, value_pages, k_rank, v_rank, num_heads, head_dim)
     kernels = _in_triton(b_q, key_pages) if kernels is None else kernels
     store = _store_in_triton if kernels else _store_in_torch
     return store(
@@ -211,10 +209,12 @@ def store_projections(
             [`form_heads_from_pages`] forms them of the rows; neither where A is constant. In the same launch, if there are
             few tokens, but for `norms_key_heads`, and rows of another dtype than the heads'.
     """
-    key_pages, value_pages = _as_numbers(key_pages), _as_numbers(value_pages)
-    (_, k_rank, head_dim), v_rank = columns.b_k, columns.b_v[1]
-    layouts = _layouts(k_rank, v_rank, 0 if columns.a_k is None else columns.a_k[1], head_dim)
-    _check_widths(key_pages, value_pages, *layouts)
+    (_, k_rank, head_dim), v_rank, num_heads = (
+        columns.b_k,
+        columns.b_v[1],
+        0 if columns.a_k is None else columns.a_k[1],
+    )
+    key_pages, value_pages, *layouts = _rows_of(key_pages, value_pages, k_rank, v_rank, num_heads, head_dim)
     variant = q_norm, k_norm, eps, activation, norms_key_heads, *layouts
     forms_at_once = False
     if _in_triton(product, key_pages) if kernels is None else kernels:
@@ -284,12 +284,10 @@ def form_heads_from_pages(
         key_a, value_a: constant factors [R_K, h_kv] and [R_V, h_kv]; of both as `select_ranks` has them, the workspace has the
             G key/value heads [room, G, d].
     """
-    key_pages, value_pages = _as_numbers(key_pages), _as_numbers(value_pages)
-    head_dim = key.shape[2]
-    key_layout, value_layout = _layouts(k_rank, v_rank, key.shape[1] if key_a is None else 0, head_dim)
-    _check_widths(key_pages, value_pages, key_layout, value_layout)
+    num_heads = key.shape[1] if key_a is None else 0
+    key_pages, value_pages, *layouts = _rows_of(key_pages, value_pages, k_rank, v_rank, num_heads, key.shape[2])
     form = _form_in_triton if _in_triton(key, key_pages) else _form_in_torch
-    form(key_pages, value_pages, slots, key, value, key_a, value_a, key_layout, value_layout)
+    form(key_pages, value_pages, slots, key, value, key_a, value_a, *layouts)
 
 
 @functools.cache
@@ -301,14 +299,17 @@ def _as_numbers(pages: torch.Tensor) -> torch.Tensor:
     return pages.view(torch.float8_e4m3fn) if pages.dtype == torch.uint8 else pages
 
 
-def _check_widths(
-    key_pages: torch.Tensor, value_pages: torch.Tensor, key_layout: FactorLayout, value_layout: FactorLayout
-) -> None:
+def _rows_of(
+    key_pages: torch.Tensor, value_pages: torch.Tensor, k_rank: int, v_rank: int, num_heads: int, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, FactorLayout, FactorLayout]:
+    """Pages as the numbers that they hold, and the layouts of their rows, which must be as wide; `num_heads` is 0 of constant A."""
+    key_layout, value_layout = _layouts(k_rank, v_rank, num_heads, head_dim)
     if key_pages.shape[-1] != key_layout.width or value_pages.shape[-1] != value_layout.width:
         raise ValueError(
             f"`key_pages` and `value_pages` must have rows of {key_layout.width} and {value_layout.width} numbers, got sizes "
             f"{list(key_pages.shape)} and {list(value_pages.shape)}."
         )
+    return _as_numbers(key_pages), _as_numbers(value_pages), key_layout, value_layout
 
 
 def _in_triton(states: torch.Tensor, pages: torch.Tensor) -> bool:

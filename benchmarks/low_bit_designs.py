@@ -49,10 +49,9 @@ def low_bit(setting, query, key_rows, value_rows, rank):
 
 def settings():
     """n, warps, stages, programs on a multiprocessor, most registers"""
-    found = [(32, w, s, 8 // w, None) for w, s in itertools.product((1, 2, 4, 8), (1, 2, 3))]
-    found += [(32, w, s, 12 // w, 168) for w, s in itertools.product((1, 2, 4), (1, 2, 3))]
-    found += [(32, w, s, 16 // w, 128) for w, s in ((1, 2), (4, 2), (2, 2))]
-    found += [(64, w, 2, 8 // w, None) for w in (1, 4)]
+    found = [(32, w, s, 8 // w, None) for w, s in ((4, 1), (4, 2), (4, 3), (8, 2), (2, 2), (2, 3), (1, 2), (1, 3))]
+    found += [(32, w, s, 12 // w, 168) for w, s in ((4, 1), (4, 2), (4, 3), (2, 2), (1, 2))]
+    found += [(32, 4, 2, 4, 128), (32, 1, 2, 16, 128), (64, 4, 2, 2, None)]
     return found
 
 

@@ -35,15 +35,19 @@ IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 #     heads     8 i + g                   are heads 4 g + i of memory: one word of A in float8,
 #     features  16 q + 8 i + 2 t + e      of keys are 16 t + 4 q + 2 i + e: 16 bytes of float8, 8 of 4 bits,
 #     features  8 k + g                   of values are 8 g + k: 8 bytes of float8, 4 of 4 bits.
+#
+# Scores are in units of a power of 2, one of each head: 1, but where queries times the scale of scores do not fit float16.
 
+HEADS = tl.constexpr(32)  # of a program
 
 
 class LowBitLaunch(NamedTuple):
+    """Sizes with which the kernel is compiled and started."""
+
     block_n: int  # tokens in a tile of a warp
-    heads: int  # 32
     warps: int
-    stages: int
-    programs_per_sm: int
+    stages: int  # tiles in flight
+    programs_per_sm: int  # that fit side by side
 
 
 @triton.jit
@@ -202,8 +206,8 @@ def _float16(words, shift: tl.constexpr):
 
 @triton.jit
 def _scaled(words, scales, zeros):
-    low = (words & 15).to(tl.float32) * _float16(scales, 0).to(tl.float32) + _float16(zeros, 0).to(tl.float32)
-    high = ((words >> 16) & 15).to(tl.float32) * _float16(scales, 16).to(tl.float32) + _float16(zeros, 16).to(tl.float32)
+    low = (words & 15).to(tl.float32) * _float16(scales, 0) + _float16(zeros, 0)
+    high = ((words >> 16) & 15).to(tl.float32) * _float16(scales, 16) + _float16(zeros, 16)
     return _pair(low.to(tl.float16), high.to(tl.float16))
 
 
@@ -269,7 +273,6 @@ def _load(rows_ptr, offsets, tokens, num_rows, MASKED: tl.constexpr):
 def _key_b(rows_ptr, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
     """B of keys, [warps, head_dim, tokens]"""
     W: tl.constexpr = LAUNCH.warps
-    HEADS: tl.constexpr = LAUNCH.heads
     N: tl.constexpr = LAUNCH.block_n
     J: tl.constexpr = N // 8
     D: tl.constexpr = ROWS.head_dim
@@ -318,7 +321,6 @@ def _key_features(places):
 def _value_b(rows_ptr, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
     """B of values, [warps, tokens, head_dim]"""
     W: tl.constexpr = LAUNCH.warps
-    HEADS: tl.constexpr = LAUNCH.heads
     N: tl.constexpr = LAUNCH.block_n
     J: tl.constexpr = N // 8
     D: tl.constexpr = ROWS.head_dim
@@ -372,7 +374,6 @@ def _heads_of(places):
 def _load_a(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
     """A of even and of odd tokens, four heads in 32 bits: [tokens // 8, warps, 8 (heads), 4 (tokens)]"""
     W: tl.constexpr = LAUNCH.warps
-    HEADS: tl.constexpr = LAUNCH.heads
     N: tl.constexpr = LAUNCH.block_n
     D: tl.constexpr = ROWS.head_dim
     t = tl.arange(0, 4)[:, None, None, None]
@@ -381,38 +382,32 @@ def _load_a(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.co
     j = tl.arange(0, N // 8)[None, None, None, :]
     B_BYTES: tl.constexpr = D // 2 if ROWS.packed else D
     tokens = w * N + j * 8 + 2 * t
-    word = _without_order(g)
-    if ROWS.padded_heads % HEADS:
-        tokens = tl.where(first_head + 4 * word < ROWS.padded_heads, tokens, 2147483640)
-    offsets = (w * N + j * 8 + 2 * t) * (ROWS.width // 4) + word
-    IS_PART: tl.constexpr = MASKED or ROWS.padded_heads % HEADS != 0
+    offsets = tokens * (ROWS.width // 4) + _without_order(g)
     rows_ptr += (ROWS.rank * B_BYTES + r * ROWS.padded_heads) // 4 + first_head // 4
-    even = _load(rows_ptr, offsets, tokens, num_rows, IS_PART)
-    return even, _load(rows_ptr + ROWS.width // 4, offsets, tokens + 1, num_rows, IS_PART)
+    even = _load(rows_ptr, offsets, tokens, num_rows, MASKED)
+    return even, _load(rows_ptr + ROWS.width // 4, offsets, tokens + 1, num_rows, MASKED)
 
 
 @triton.jit
 def _heads_first(a, LAUNCH: tl.constexpr):
     """[tokens // 8, warps, 8, 4, 2, 2] to [warps, heads, tokens // 2]"""
-    return tl.reshape(tl.permute(a, (2, 4, 5, 1, 3, 0)), [LAUNCH.warps, LAUNCH.heads, LAUNCH.block_n // 2])
+    return tl.reshape(tl.permute(a, (2, 4, 5, 1, 3, 0)), [LAUNCH.warps, HEADS, LAUNCH.block_n // 2])
 
 
 @triton.jit
 def _weights(words, LAUNCH: tl.constexpr):
     """Weights [warps, heads, tokens // 2] of two tokens in 32 bits as those of [warps, heads, tokens]"""
-    weights = tl.reshape(_halves(words), [LAUNCH.warps, LAUNCH.heads, LAUNCH.block_n // 16, 2, 4, 2])
-    return tl.reshape(tl.permute(weights, (0, 1, 2, 4, 3, 5)), [LAUNCH.warps, LAUNCH.heads, LAUNCH.block_n])
+    weights = tl.reshape(_halves(words), [LAUNCH.warps, HEADS, LAUNCH.block_n // 16, 2, 4, 2])
+    return tl.reshape(tl.permute(weights, (0, 1, 2, 4, 3, 5)), [LAUNCH.warps, HEADS, LAUNCH.block_n])
 
 
 @triton.jit
 def _tile(
-    query, maximum, normalizer, output, key_ptr, value_ptr, first, first_head, num_rows, is_first,
+    query, unit, in_units, maximum, normalizer, output, key_ptr, value_ptr, first, first_head, num_rows, is_first,
     KEYS: tl.constexpr, VALUES: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = LAUNCH.warps
-    HEADS: tl.constexpr = LAUNCH.heads
     N: tl.constexpr = LAUNCH.block_n
-    D: tl.constexpr = KEYS.head_dim
     key_rows = key_ptr + first * tl.full((), KEYS.width // 4, tl.int64)
     value_rows = value_ptr + first * tl.full((), VALUES.width // 4, tl.int64)
     even = tl.broadcast_to(-maximum[:, :, None], [W, HEADS, N // 2])
@@ -433,12 +428,13 @@ def _tile(
         even = tl.where(places < num_rows, even, -float("inf"))
         odd = tl.where(places + 1 < num_rows, odd, -float("inf"))
     weights = _exponentials(even, odd)
-    # One of 2 or more: the maximum is raised. Until then it may lag.
-    if is_first | ((tl.reduce(weights, None, _or) & 0x40004000) != 0):
-        raised = maximum + tl.max(tl.maximum(even, odd), 2) + 6.0
+    # One of 2 or more: the maximum is raised. Until then it may lag. Units other than 1 are seldom, and only met here.
+    if is_first | in_units | ((tl.reduce(weights, None, _or) & 0x40004000) != 0):
+        raised = maximum + tl.max(tl.maximum(even, odd), 2) + 6.0 / unit
         raised = tl.maximum(tl.where(is_first, -1e30, maximum), raised)
-        decay = tl.where(is_first, 0.0, tl.exp2(maximum - raised))
-        weights = _exponentials(even + (maximum - raised)[:, :, None], odd + (maximum - raised)[:, :, None])
+        decay = tl.where(is_first, 0.0, tl.exp2((maximum - raised) * unit))
+        even = (even + (maximum - raised)[:, :, None]) * unit[:, :, None]
+        weights = _exponentials(even, (odd + (maximum - raised)[:, :, None]) * unit[:, :, None])
         normalizer *= decay[:, :, None]
         output *= decay[:, :, None]
         maximum = raised
@@ -457,9 +453,11 @@ def _tile(
 def _prepare_query(
     query_ptr, first_head, stride_h, scale, ROWS: tl.constexpr, LAUNCH: tl.constexpr
 ):  # fmt: skip
-    """Queries times `scale` in float16, rotated where rows are: [warps, heads, head_dim]"""
+    """
+    Queries times `scale` in float16, rotated where rows are, [warps, heads, head_dim]; divided by units [warps, heads],
+    powers of 2, where the largest number of a head is not from 2^-10 to 2^15.
+    """
     W: tl.constexpr = LAUNCH.warps
-    HEADS: tl.constexpr = LAUNCH.heads
     D: tl.constexpr = ROWS.head_dim
     heads = first_head + _heads_of(tl.arange(0, HEADS))[:, None]
     places = tl.arange(0, D)[None, :]
@@ -474,13 +472,19 @@ def _prepare_query(
         parity ^= parity >> 1
         hadamard = (1.0 - 2.0 * (parity & 1)).to(query.dtype)
         hadamard = tl.broadcast_to(hadamard[None, :, :], [D // 64, 64, 64])
-        query = tl.reshape(tl.permute(tl.dot(blocks, hadamard, input_precision="tf32x3"), (1, 0, 2)), [HEADS, D]) * 0.125
+        blocks = tl.dot(blocks, hadamard, input_precision="tf32x3") * 0.125
+        query = tl.reshape(tl.permute(blocks, (1, 0, 2)), [HEADS, D])
     else:
         query = tl.load(
             query_ptr + heads * stride_h + _key_features(places), mask=heads < ROWS.num_heads, other=0.0
         ).to(tl.float32)
-    query = (query * scale).to(tl.float16)
-    return tl.broadcast_to(query[None, :, :], [W, HEADS, D])
+    query *= scale
+    largest = tl.max(tl.abs(query), 1)
+    exponents = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    fits = (largest < 32768.0) & ((largest >= 2.0**-10) | (largest == 0.0))
+    unit = tl.where(fits, 1.0, tl.maximum(exponents, 2.0**-100) * 2.0**-14)
+    query = (query * (1.0 / unit)[:, None]).to(tl.float16)
+    return tl.broadcast_to(query[None, :, :], [W, HEADS, D]), tl.broadcast_to(unit[None, :], [W, HEADS])
 
 
 @triton.jit(do_not_specialize=["key_stride_b", "value_stride_b", "length_stride_b", "key_length", "num_splits"])
@@ -510,10 +514,9 @@ def low_bit_decode_kernel(
     NUM_HEADS: tl.constexpr = KEYS.num_heads
     D: tl.constexpr = KEYS.head_dim
     W: tl.constexpr = LAUNCH.warps
-    HEADS: tl.constexpr = LAUNCH.heads
     N: tl.constexpr = LAUNCH.block_n
     TILE: tl.constexpr = W * N
-    HEAD_BLOCKS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    HEAD_BLOCKS: tl.constexpr = KEYS.padded_heads // HEADS
     first_head = tl.program_id(0) % HEAD_BLOCKS * HEADS
     split = tl.program_id(0) // HEAD_BLOCKS
     batch = tl.program_id(1).to(tl.int64)
@@ -526,7 +529,8 @@ def low_bit_decode_kernel(
     end = tl.minimum(((split + 1) * num_tiles // num_splits) * TILE, length)
     whole = end // TILE * TILE
 
-    query = _prepare_query(query_ptr + batch * query_stride_b, first_head, query_stride_h, scale, KEYS, LAUNCH)
+    query, unit = _prepare_query(query_ptr + batch * query_stride_b, first_head, query_stride_h, scale, KEYS, LAUNCH)
+    in_units = tl.max(tl.max((unit != 1.0).to(tl.int32), 1), 0) > 0
     key_ptr = (key_ptr + batch * key_stride_b * STRIDE_UNIT).to(tl.pointer_type(tl.int32))
     value_ptr = (value_ptr + batch * value_stride_b * STRIDE_UNIT).to(tl.pointer_type(tl.int32))
     maximum = tl.zeros([W, HEADS], tl.float32)
@@ -534,24 +538,24 @@ def low_bit_decode_kernel(
     output = tl.zeros([W, HEADS, D], tl.float32)
     for first in tl.range(start, whole, TILE, num_stages=LAUNCH.stages):
         maximum, normalizer, output = _tile(
-            query, maximum, normalizer, output, key_ptr, value_ptr, first, first_head, TILE, first == start,
+            query, unit, in_units, maximum, normalizer, output, key_ptr, value_ptr, first, first_head, TILE, first == start,
             KEYS, VALUES, LAUNCH, False,
         )  # fmt: skip
     for first in tl.range(whole, end, TILE, num_stages=1):
         maximum, normalizer, output = _tile(
-            query, maximum, normalizer, output, key_ptr, value_ptr, first, first_head, end - first, first == start,
+            query, unit, in_units, maximum, normalizer, output, key_ptr, value_ptr, first, first_head, end - first, first == start,
             KEYS, VALUES, LAUNCH, True,
         )  # fmt: skip
 
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     highest = tl.max(maximum, 0)
-    decay = tl.exp2(maximum - highest[None, :])
+    decay = tl.exp2((maximum - highest[None, :]) * unit)
     normalizer = tl.sum(tl.max(normalizer, 2) * decay, 0)
     output = tl.sum(output * decay[:, :, None], 0)
     is_empty = normalizer == 0.0
     normalizer = tl.where(is_empty, 1.0, normalizer)
-    lse = tl.where(is_empty, -float("inf"), highest + tl.log2(normalizer))
+    lse = tl.where(is_empty, -float("inf"), highest * tl.max(unit, 0) + tl.log2(normalizer))
     heads = first_head + _heads_of(tl.arange(0, HEADS))
     row = (batch * num_splits + split) * NUM_HEADS + heads
     features = _value_features(tl.arange(0, D))

@@ -108,7 +108,8 @@ def test_two_ranks_in_one_product(heads, queries, ranks, dtype):
 
 
 LOW_BIT_SHAPES = {  # heads, groups, head_dim, k_rank, v_rank, queries, constant A
-    "two tiles of 128 tokens": (32, 1, 64, 1, 1, 1, False),
+    "a block of 32 heads, tiles of 128 tokens": (32, 1, 64, 1, 1, 1, False),
+    "two blocks of heads, the last not full": (59, 1, 64, 2, 1, 1, False),
     "ranks that differ, a last group of 16 features": (5, 1, 48, 2, 3, 3, False),
     "an odd multiple of 8 heads, loads one rank at a time": (34, 1, 64, 4, 4, 1, False),
     "grouped, three groups of features": (12, 3, 96, 2, 1, 1, False),

@@ -46,7 +46,6 @@ class LowBitLaunch(NamedTuple):
 
     block_n: int  # tokens in a tile of a warp
     warps: int
-    stages: int  # tiles in flight
     programs_per_sm: int  # that fit side by side
 
 
@@ -270,107 +269,6 @@ def _load(rows_ptr, offsets, tokens, num_rows, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _key_b(rows_ptr, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
-    """B of keys, [warps, head_dim, tokens]"""
-    W: tl.constexpr = LAUNCH.warps
-    N: tl.constexpr = LAUNCH.block_n
-    J: tl.constexpr = N // 8
-    D: tl.constexpr = ROWS.head_dim
-    C: tl.constexpr = D // 64
-    UNIT: tl.constexpr = 8 if ROWS.packed else 4
-    WORDS: tl.constexpr = 64 // UNIT
-    g = tl.arange(0, 8)[:, None, None, None]
-    w = tl.arange(0, W)[None, :, None, None]
-    x = tl.arange(0, C * J)[None, None, :, None]
-    word = tl.arange(0, WORDS)[None, None, None, :]
-    tokens = w * N + x % J * 8 + g
-    offsets = tokens * (ROWS.width // 4) + (x // J * WORDS + word)
-    words = _load(rows_ptr + r * (D // UNIT), offsets, tokens, num_rows, MASKED)
-    if ROWS.packed:
-        first: tl.constexpr = ROWS.rank * (D // 2 + ROWS.padded_heads) // 4
-        t = tl.arange(0, 4)[:, None, None, None]
-        g = tl.arange(0, 8)[None, :, None, None]
-        w = tl.arange(0, W)[None, None, :, None]
-        x = tl.arange(0, C * J)[None, None, None, :]
-        tokens = w * N + x % J * 8 + g
-        offsets = tokens * (ROWS.width // 4) + (x // J * 2 + t // 2)
-        scales = _load(rows_ptr + (first + r * (D // 32)), offsets, tokens, num_rows, MASKED)
-        scales = tl.permute(scales, (1, 2, 3, 0))
-        scale, zero = _halves_of(scales, scales)
-        word_0, word_1 = tl.split(tl.reshape(words, [8, W, C * J, 4, 2]))
-        a, b, c, d = _four_nibbles(word_0, scale, zero)
-        first_pairs = _join_4(a, b, c, d)
-        a, b, c, d = _four_nibbles(word_1, scale, zero)
-        pairs = tl.join(first_pairs, _join_4(a, b, c, d))  # [8, W, C * J, 4, i // 2, i % 2, z]
-        b = tl.reshape(_halves(pairs), [8, W, C, J, 4, 2, 2, 2, 2])
-        b = tl.permute(b, (1, 2, 7, 5, 4, 6, 8, 3, 0))
-    else:
-        first_pairs, last_pairs = _four(words)
-        b = _halves(tl.join(first_pairs, last_pairs))
-        b = tl.permute(tl.reshape(b, [8, W, C, J, 4, 4, 2, 2]), (1, 2, 5, 4, 6, 7, 3, 0))
-    return tl.reshape(b, [W, D, N])
-
-
-@triton.jit
-def _key_features(places):
-    """The features that lie in those places of a product."""
-    return places // 64 * 64 + places // 4 % 4 * 16 + places // 16 % 4 * 4 + places % 4
-
-
-@triton.jit
-def _value_b(rows_ptr, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
-    """B of values, [warps, tokens, head_dim]"""
-    W: tl.constexpr = LAUNCH.warps
-    N: tl.constexpr = LAUNCH.block_n
-    J: tl.constexpr = N // 8
-    D: tl.constexpr = ROWS.head_dim
-    C: tl.constexpr = D // 64
-    UNIT: tl.constexpr = 8 if ROWS.packed else 4
-    t = tl.arange(0, 4)[:, None, None, None]
-    g = tl.arange(0, 8)[None, :, None, None]
-    w = tl.arange(0, W)[None, None, :, None]
-    x = tl.arange(0, C * J)[None, None, None, :]
-    tokens = w * N + x % J * 8 + 2 * t
-    rows = tokens * (ROWS.width // 4)
-    rows_ptr += r * (D // UNIT)
-    if ROWS.packed:
-        offsets = rows + _without_order(x // J * 8 + g)
-        words = _load(rows_ptr, offsets, tokens, num_rows, MASKED)
-        others = _load(rows_ptr + ROWS.width // 4, offsets, tokens + 1, num_rows, MASKED)
-        first: tl.constexpr = ROWS.rank * (D // 2 + ROWS.padded_heads) // 4
-        rows_ptr += first + r * (D // 32 - D // UNIT)
-        offsets = rows + _without_order(x // J * 2 + g // 4)
-        scales = _load(rows_ptr, offsets, tokens, num_rows, MASKED)
-        other_scales = _load(rows_ptr + ROWS.width // 4, offsets, tokens + 1, num_rows, MASKED)
-        scale, zero = _halves_of(scales, other_scales)
-        even, odd = _halves_of(words, others)
-        a, b, c, d = _four_nibbles(even, scale, zero)
-        even = _join_4(a, b, c, d)
-        a, b, c, d = _four_nibbles(odd, scale, zero)
-        b = _halves(tl.join(even, _join_4(a, b, c, d)))
-    else:
-        z = tl.arange(0, 2)[None, None, None, None, :]
-        tokens = tokens[:, :, :, :, None]
-        offsets = rows[:, :, :, :, None] + ((x // J * 16 + 2 * g)[:, :, :, :, None] + z)
-        words = _load(rows_ptr, offsets, tokens, num_rows, MASKED)
-        others = _load(rows_ptr + ROWS.width // 4, offsets, tokens + 1, num_rows, MASKED)
-        a, b, c, d = _four_pairs(words, others)
-        b = _halves(_join_4(a, b, c, d))
-    b = tl.permute(tl.reshape(b, [4, 8, W, C, J // 2, 2, 2, 2, 2, 2]), (2, 4, 0, 5, 9, 3, 6, 7, 8, 1))
-    return tl.reshape(b, [W, N, D])
-
-
-@triton.jit
-def _value_features(places):
-    return places // 64 * 64 + places % 8 * 8 + places // 8 % 8
-
-
-@triton.jit
-def _heads_of(places):
-    return places % 8 * 4 + places // 8
-
-
-@triton.jit
 def _load_a(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
     """A of even and of odd tokens, four heads in 32 bits: [tokens // 8, warps, 8 (heads), 4 (tokens)]"""
     W: tl.constexpr = LAUNCH.warps
@@ -389,6 +287,136 @@ def _load_a(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.co
 
 
 @triton.jit
+def _load_keys(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
+    """The words of a rank of keys: those of A, of B, and of the scales of 4 bits."""
+    W: tl.constexpr = LAUNCH.warps
+    N: tl.constexpr = LAUNCH.block_n
+    J: tl.constexpr = N // 8
+    D: tl.constexpr = ROWS.head_dim
+    C: tl.constexpr = D // 64
+    UNIT: tl.constexpr = 8 if ROWS.packed else 4
+    WORDS: tl.constexpr = 64 // UNIT
+    even_a, odd_a = _load_a(rows_ptr, first_head, num_rows, r, ROWS, LAUNCH, MASKED)
+    g = tl.arange(0, 8)[:, None, None, None]
+    w = tl.arange(0, W)[None, :, None, None]
+    x = tl.arange(0, C * J)[None, None, :, None]
+    word = tl.arange(0, WORDS)[None, None, None, :]
+    tokens = w * N + x % J * 8 + g
+    offsets = tokens * (ROWS.width // 4) + (x // J * WORDS + word)
+    loaded = even_a, odd_a, _load(rows_ptr + r * (D // UNIT), offsets, tokens, num_rows, MASKED)
+    if ROWS.packed:
+        first: tl.constexpr = ROWS.rank * (D // 2 + ROWS.padded_heads) // 4
+        t = tl.arange(0, 4)[:, None, None, None]
+        g = tl.arange(0, 8)[None, :, None, None]
+        w = tl.arange(0, W)[None, None, :, None]
+        x = tl.arange(0, C * J)[None, None, None, :]
+        tokens = w * N + x % J * 8 + g
+        offsets = tokens * (ROWS.width // 4) + (x // J * 2 + t // 2)
+        loaded += (_load(rows_ptr + (first + r * (D // 32)), offsets, tokens, num_rows, MASKED),)
+    return loaded
+
+
+@triton.jit
+def _key_b(loaded, ROWS: tl.constexpr, LAUNCH: tl.constexpr):
+    """B of keys, [warps, head_dim, tokens]"""
+    W: tl.constexpr = LAUNCH.warps
+    N: tl.constexpr = LAUNCH.block_n
+    J: tl.constexpr = N // 8
+    D: tl.constexpr = ROWS.head_dim
+    C: tl.constexpr = D // 64
+    if ROWS.packed:
+        scales = tl.permute(loaded[3], (1, 2, 3, 0))
+        scale, zero = _halves_of(scales, scales)
+        word_0, word_1 = tl.split(tl.reshape(loaded[2], [8, W, C * J, 4, 2]))
+        a, b, c, d = _four_nibbles(word_0, scale, zero)
+        first_pairs = _join_4(a, b, c, d)
+        a, b, c, d = _four_nibbles(word_1, scale, zero)
+        pairs = tl.join(first_pairs, _join_4(a, b, c, d))  # [8, W, C * J, 4, i // 2, i % 2, z]
+        b = tl.reshape(_halves(pairs), [8, W, C, J, 4, 2, 2, 2, 2])
+        b = tl.permute(b, (1, 2, 7, 5, 4, 6, 8, 3, 0))
+    else:
+        first_pairs, last_pairs = _four(loaded[2])
+        b = _halves(tl.join(first_pairs, last_pairs))
+        b = tl.permute(tl.reshape(b, [8, W, C, J, 4, 4, 2, 2]), (1, 2, 5, 4, 6, 7, 3, 0))
+    return tl.reshape(b, [W, D, N])
+
+
+@triton.jit
+def _key_features(places):
+    """The features that lie in those places of a product."""
+    return places // 64 * 64 + places // 4 % 4 * 16 + places // 16 % 4 * 4 + places % 4
+
+
+@triton.jit
+def _load_values(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
+    """The words of a rank of values, of even and of odd tokens: those of A, of B, and of the scales of 4 bits."""
+    W: tl.constexpr = LAUNCH.warps
+    N: tl.constexpr = LAUNCH.block_n
+    J: tl.constexpr = N // 8
+    D: tl.constexpr = ROWS.head_dim
+    C: tl.constexpr = D // 64
+    UNIT: tl.constexpr = 8 if ROWS.packed else 4
+    NEXT: tl.constexpr = ROWS.width // 4
+    even_a, odd_a = _load_a(rows_ptr, first_head, num_rows, r, ROWS, LAUNCH, MASKED)
+    t = tl.arange(0, 4)[:, None, None, None]
+    g = tl.arange(0, 8)[None, :, None, None]
+    w = tl.arange(0, W)[None, None, :, None]
+    x = tl.arange(0, C * J)[None, None, None, :]
+    tokens = w * N + x % J * 8 + 2 * t
+    rows = tokens * NEXT
+    b_ptr = rows_ptr + r * (D // UNIT)
+    if ROWS.packed:
+        offsets = rows + _without_order(x // J * 8 + g)
+        words = _load(b_ptr, offsets, tokens, num_rows, MASKED)
+        others = _load(b_ptr + NEXT, offsets, tokens + 1, num_rows, MASKED)
+        first: tl.constexpr = ROWS.rank * (D // 2 + ROWS.padded_heads) // 4
+        rows_ptr += first + r * (D // 32)
+        offsets = rows + _without_order(x // J * 2 + g // 4)
+        scales = _load(rows_ptr, offsets, tokens, num_rows, MASKED)
+        other_scales = _load(rows_ptr + NEXT, offsets, tokens + 1, num_rows, MASKED)
+        loaded = even_a, odd_a, words, others, scales, other_scales
+    else:
+        z = tl.arange(0, 2)[None, None, None, None, :]
+        tokens = tokens[:, :, :, :, None]
+        offsets = rows[:, :, :, :, None] + ((x // J * 16 + 2 * g)[:, :, :, :, None] + z)
+        words = _load(b_ptr, offsets, tokens, num_rows, MASKED)
+        loaded = even_a, odd_a, words, _load(b_ptr + NEXT, offsets, tokens + 1, num_rows, MASKED)
+    return loaded
+
+
+@triton.jit
+def _value_b(loaded, ROWS: tl.constexpr, LAUNCH: tl.constexpr):
+    """B of values, [warps, tokens, head_dim]"""
+    W: tl.constexpr = LAUNCH.warps
+    N: tl.constexpr = LAUNCH.block_n
+    J: tl.constexpr = N // 8
+    D: tl.constexpr = ROWS.head_dim
+    C: tl.constexpr = D // 64
+    if ROWS.packed:
+        scale, zero = _halves_of(loaded[4], loaded[5])
+        even, odd = _halves_of(loaded[2], loaded[3])
+        a, b, c, d = _four_nibbles(even, scale, zero)
+        even = _join_4(a, b, c, d)
+        a, b, c, d = _four_nibbles(odd, scale, zero)
+        b = _halves(tl.join(even, _join_4(a, b, c, d)))
+    else:
+        a, b, c, d = _four_pairs(loaded[2], loaded[3])
+        b = _halves(_join_4(a, b, c, d))
+    b = tl.permute(tl.reshape(b, [4, 8, W, C, J // 2, 2, 2, 2, 2, 2]), (2, 4, 0, 5, 9, 3, 6, 7, 8, 1))
+    return tl.reshape(b, [W, N, D])
+
+
+@triton.jit
+def _value_features(places):
+    return places // 64 * 64 + places % 8 * 8 + places // 8 % 8
+
+
+@triton.jit
+def _heads_of(places):
+    return places % 8 * 4 + places // 8
+
+
+@triton.jit
 def _heads_first(a, LAUNCH: tl.constexpr):
     """[tokens // 8, warps, 8, 4, 2, 2] to [warps, heads, tokens // 2]"""
     return tl.reshape(tl.permute(a, (2, 4, 5, 1, 3, 0)), [LAUNCH.warps, HEADS, LAUNCH.block_n // 2])
@@ -402,31 +430,56 @@ def _weights(words, LAUNCH: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    query, unit, in_units, maximum, normalizer, output, key_ptr, value_ptr, first, first_head, num_rows, is_first,
+def _load_ahead(
+    i: tl.constexpr, key_ptr, value_ptr, first, following, first_head, end,
     KEYS: tl.constexpr, VALUES: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """The words of the `i`-th rank of the tile at `first`, keys' ranks before those of values, and then at `following`."""
+    K_RANK: tl.constexpr = KEYS.rank
+    RANKS: tl.constexpr = K_RANK + VALUES.rank
+    if i >= RANKS:
+        first = following
+    if i % RANKS < K_RANK:
+        rows_ptr = key_ptr + first * tl.full((), KEYS.width // 4, tl.int64)
+        loaded = _load_keys(rows_ptr, first_head, end - first, i % RANKS, KEYS, LAUNCH, MASKED)
+    else:
+        rows_ptr = value_ptr + first * tl.full((), VALUES.width // 4, tl.int64)
+        loaded = _load_values(rows_ptr, first_head, end - first, i % RANKS - K_RANK, VALUES, LAUNCH, MASKED)
+    return loaded
+
+
+@triton.jit
+def _tile(
+    query, unit, in_units, maximum, normalizer, output, loaded, later, key_ptr, value_ptr, first, following, first_head,
+    end, is_first,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """
+    Adds a tile to the running sums. The words of its first two ranks are `loaded` and `later`; those of the next tile are
+    returned, unless this is the last, with a part of its rows (`MASKED`).
+    """
     W: tl.constexpr = LAUNCH.warps
     N: tl.constexpr = LAUNCH.block_n
-    key_rows = key_ptr + first * tl.full((), KEYS.width // 4, tl.int64)
-    value_rows = value_ptr + first * tl.full((), VALUES.width // 4, tl.int64)
-    even = tl.broadcast_to(-maximum[:, :, None], [W, HEADS, N // 2])
-    odd = even
     K_RANK: tl.constexpr = KEYS.rank
     V_RANK: tl.constexpr = VALUES.rank
+    even = tl.broadcast_to(-maximum[:, :, None], [W, HEADS, N // 2])
+    odd = even
     for r in tl.static_range(0, K_RANK):
-        b = _key_b(key_rows, num_rows, r, KEYS, LAUNCH, MASKED)
-        even_a, odd_a = _load_a(key_rows, first_head, num_rows, r, KEYS, LAUNCH, MASKED)
-        products = tl.dot(query, b)
+        products = tl.dot(query, _key_b(loaded, KEYS, LAUNCH))
         even_products, odd_products = tl.split(tl.reshape(products, [W, HEADS, N // 2, 2]))
-        p, q, s, t = _four_float32(even_a)
+        p, q, s, t = _four_float32(loaded[0])
         even += even_products * _heads_first(_join_4(p, q, s, t), LAUNCH)
-        p, q, s, t = _four_float32(odd_a)
+        p, q, s, t = _four_float32(loaded[1])
         odd += odd_products * _heads_first(_join_4(p, q, s, t), LAUNCH)
+        loaded = later
+        if (r + 2 < K_RANK + V_RANK) or (not MASKED):
+            later = _load_ahead(
+                r + 2, key_ptr, value_ptr, first, following, first_head, end, KEYS, VALUES, LAUNCH, MASKED
+            )  # fmt: skip
     if MASKED:
-        places = tl.arange(0, W)[:, None, None] * N + 2 * tl.arange(0, N // 2)[None, None, :]
-        even = tl.where(places < num_rows, even, -float("inf"))
-        odd = tl.where(places + 1 < num_rows, odd, -float("inf"))
+        places = first + tl.arange(0, W)[:, None, None] * N + 2 * tl.arange(0, N // 2)[None, None, :]
+        even = tl.where(places < end, even, -float("inf"))
+        odd = tl.where(places + 1 < end, odd, -float("inf"))
     weights = _exponentials(even, odd)
     # One of 2 or more: the maximum is raised. Until then it may lag. Units other than 1 are seldom, and only met here.
     if is_first | in_units | ((tl.reduce(weights, None, _or) & 0x40004000) != 0):
@@ -438,15 +491,18 @@ def _tile(
         normalizer *= decay[:, :, None]
         output *= decay[:, :, None]
         maximum = raised
-    ones = tl.full([W, N, 16], 1.0, tl.float16)
+    ones = tl.full([W, N, 8], 1.0, tl.float16)
     normalizer = tl.dot(_weights(weights, LAUNCH), ones, normalizer)
     for r in tl.static_range(0, V_RANK):
-        even_a, odd_a = _load_a(value_rows, first_head, num_rows, r, VALUES, LAUNCH, MASKED)
-        b = _value_b(value_rows, num_rows, r, VALUES, LAUNCH, MASKED)
-        p, q, s, t = _four_pairs(even_a, odd_a)
+        p, q, s, t = _four_pairs(loaded[0], loaded[1])
         weighted = _product(weights, _heads_first(_join_4(p, q, s, t), LAUNCH))
-        output = tl.dot(_weights(weighted, LAUNCH), b, output)
-    return maximum, normalizer, output
+        output = tl.dot(_weights(weighted, LAUNCH), _value_b(loaded, VALUES, LAUNCH), output)
+        loaded = later
+        if (K_RANK + r + 2 < K_RANK + V_RANK) or (not MASKED):
+            later = _load_ahead(
+                K_RANK + r + 2, key_ptr, value_ptr, first, following, first_head, end, KEYS, VALUES, LAUNCH, MASKED
+            )  # fmt: skip
+    return maximum, normalizer, output, loaded, later
 
 
 @triton.jit
@@ -534,17 +590,22 @@ def low_bit_decode_kernel(
     key_ptr = (key_ptr + batch * key_stride_b * STRIDE_UNIT).to(tl.pointer_type(tl.int32))
     value_ptr = (value_ptr + batch * value_stride_b * STRIDE_UNIT).to(tl.pointer_type(tl.int32))
     maximum = tl.zeros([W, HEADS], tl.float32)
-    normalizer = tl.zeros([W, HEADS, 16], tl.float32)
+    normalizer = tl.zeros([W, HEADS, 8], tl.float32)
     output = tl.zeros([W, HEADS, D], tl.float32)
-    for first in tl.range(start, whole, TILE, num_stages=LAUNCH.stages):
-        maximum, normalizer, output = _tile(
-            query, unit, in_units, maximum, normalizer, output, key_ptr, value_ptr, first, first_head, TILE, first == start,
-            KEYS, VALUES, LAUNCH, False,
+    loaded = _load_ahead(0, key_ptr, value_ptr, start, start, first_head, whole, KEYS, VALUES, LAUNCH, True)
+    later = _load_ahead(1, key_ptr, value_ptr, start, start, first_head, whole, KEYS, VALUES, LAUNCH, True)
+    for first in tl.range(start, whole, TILE):
+        following = tl.minimum(first + TILE, whole - TILE)
+        maximum, normalizer, output, loaded, later = _tile(
+            query, unit, in_units, maximum, normalizer, output, loaded, later, key_ptr, value_ptr, first, following, first_head,
+            whole, first == start, KEYS, VALUES, LAUNCH, False,
         )  # fmt: skip
-    for first in tl.range(whole, end, TILE, num_stages=1):
-        maximum, normalizer, output = _tile(
-            query, unit, in_units, maximum, normalizer, output, key_ptr, value_ptr, first, first_head, end - first, first == start,
-            KEYS, VALUES, LAUNCH, True,
+    if whole < end:
+        loaded = _load_ahead(0, key_ptr, value_ptr, whole, whole, first_head, end, KEYS, VALUES, LAUNCH, True)
+        later = _load_ahead(1, key_ptr, value_ptr, whole, whole, first_head, end, KEYS, VALUES, LAUNCH, True)
+        maximum, normalizer, output, _, _ = _tile(
+            query, unit, in_units, maximum, normalizer, output, loaded, later, key_ptr, value_ptr, whole, whole, first_head,
+            end, whole == start, KEYS, VALUES, LAUNCH, True,
         )  # fmt: skip
 
     if OVERLAP:

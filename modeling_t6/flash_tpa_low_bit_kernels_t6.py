@@ -594,7 +594,7 @@ def low_bit_decode_kernel(
     output = tl.zeros([W, HEADS, D], tl.float32)
     loaded = _load_ahead(0, key_ptr, value_ptr, start, start, first_head, whole, KEYS, VALUES, LAUNCH, True)
     later = _load_ahead(1, key_ptr, value_ptr, start, start, first_head, whole, KEYS, VALUES, LAUNCH, True)
-    for first in tl.range(start, whole, TILE):
+    for first in tl.range(start, whole, TILE, num_stages=1):  # what is ahead is in registers
         following = tl.minimum(first + TILE, whole - TILE)
         maximum, normalizer, output, loaded, later = _tile(
             query, unit, in_units, maximum, normalizer, output, loaded, later, key_ptr, value_ptr, first, following, first_head,

@@ -342,12 +342,6 @@ def _key_b(loaded, ROWS: tl.constexpr, LAUNCH: tl.constexpr):
 
 
 @triton.jit
-def _key_features(places):
-    """The features that lie in those places of a product."""
-    return places // 64 * 64 + places // 4 % 4 * 16 + places // 16 % 4 * 4 + places % 4
-
-
-@triton.jit
 def _load_values(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
     """The words of a rank of values, of even and of odd tokens: those of A, of B, and of the scales of 4 bits."""
     W: tl.constexpr = LAUNCH.warps
@@ -404,11 +398,6 @@ def _value_b(loaded, ROWS: tl.constexpr, LAUNCH: tl.constexpr):
         b = _halves(_join_4(a, b, c, d))
     b = tl.permute(tl.reshape(b, [4, 8, W, C, J // 2, 2, 2, 2, 2, 2]), (2, 4, 0, 5, 9, 3, 6, 7, 8, 1))
     return tl.reshape(b, [W, N, D])
-
-
-@triton.jit
-def _value_features(places):
-    return places // 64 * 64 + places % 8 * 8 + places // 8 % 8
 
 
 @triton.jit
@@ -516,30 +505,25 @@ def _prepare_query(
     W: tl.constexpr = LAUNCH.warps
     D: tl.constexpr = ROWS.head_dim
     heads = first_head + _heads_of(tl.arange(0, HEADS))[:, None]
-    places = tl.arange(0, D)[None, :]
+    features = tl.arange(0, D)[None, :]
+    query = tl.load(query_ptr + heads * stride_h + features, mask=heads < ROWS.num_heads, other=0.0)
     if ROWS.packed:
-        query = tl.load(query_ptr + heads * stride_h + places, mask=heads < ROWS.num_heads, other=0.0)
         blocks = tl.permute(tl.reshape(query, [HEADS, D // 64, 64]), (1, 0, 2))
-        rows = tl.arange(0, 64)[:, None]
-        columns = _key_features(tl.arange(0, 64))[None, :]
-        parity = rows & columns
+        parity = tl.arange(0, 64)[:, None] & tl.arange(0, 64)[None, :]
         parity ^= parity >> 4
         parity ^= parity >> 2
         parity ^= parity >> 1
         hadamard = (1.0 - 2.0 * (parity & 1)).to(query.dtype)
         hadamard = tl.broadcast_to(hadamard[None, :, :], [D // 64, 64, 64])
-        blocks = tl.dot(blocks, hadamard, input_precision="tf32x3") * 0.125
-        query = tl.reshape(tl.permute(blocks, (1, 0, 2)), [HEADS, D])
-    else:
-        query = tl.load(
-            query_ptr + heads * stride_h + _key_features(places), mask=heads < ROWS.num_heads, other=0.0
-        ).to(tl.float32)
-    query *= scale
+        query = tl.reshape(tl.permute(tl.dot(blocks, hadamard) * 0.125, (1, 0, 2)), [HEADS, D])
+    query = query.to(tl.float32) * scale
     largest = tl.max(tl.abs(query), 1)
     exponents = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     fits = (largest < 32768.0) & ((largest >= 2.0**-10) | (largest == 0.0))
     unit = tl.where(fits, 1.0, tl.maximum(exponents, 2.0**-100) * 2.0**-14)
     query = (query * (1.0 / unit)[:, None]).to(tl.float16)
+    query = tl.permute(tl.reshape(query, [HEADS, D // 64, 4, 4, 4]), (0, 1, 3, 2, 4))
+    query = tl.reshape(query, [HEADS, D])
     return tl.broadcast_to(query[None, :, :], [W, HEADS, D]), tl.broadcast_to(unit[None, :], [W, HEADS])
 
 
@@ -619,10 +603,10 @@ def low_bit_decode_kernel(
     lse = tl.where(is_empty, -float("inf"), highest * tl.max(unit, 0) + tl.log2(normalizer))
     heads = first_head + _heads_of(tl.arange(0, HEADS))
     row = (batch * num_splits + split) * NUM_HEADS + heads
-    features = _value_features(tl.arange(0, D))
+    output = tl.reshape(output * (1.0 / normalizer)[:, None], [HEADS, D // 64, 8, 8])
     tl.store(
-        partial_ptr + row[:, None] * D + features[None, :],
-        output / normalizer[:, None],
+        partial_ptr + row[:, None] * D + tl.arange(0, D)[None, :],
+        tl.reshape(tl.permute(output, (0, 1, 3, 2)), [HEADS, D]),
         mask=(heads < NUM_HEADS)[:, None],
     )
     tl.store(lse_ptr + row, lse, mask=heads < NUM_HEADS)

@@ -98,8 +98,9 @@ def low_bit_candidates(shape: CacheShape) -> list[LowBitLaunch]:
     chosen = choose_low_bit_launch(
         shape.heads, shape.head_dim, shape.rank, shape.rank, torch.bfloat16, stored_dtype(shape)
     )  # fmt: skip
-    sizes = itertools.product((32, 16), (1, 2, 4))
-    found = [LowBitLaunch(n, warps, 8 // warps) for n, warps in sizes]  # 8 warps: as many as there are registers for
+    # As many warps on a multiprocessor as it has registers for.
+    sizes = ((32, 1, 8, None), (32, 2, 4, None), (32, 4, 2, None), (16, 1, 9, None), (16, 1, 12, 168), (16, 4, 3, 168))
+    found = [LowBitLaunch(*size) for size in sizes]
     return [chosen, *(launch for launch in found if launch != chosen)] if chosen else []
 
 

@@ -47,6 +47,7 @@ class LowBitLaunch(NamedTuple):
     block_n: int  # tokens in a tile of a warp
     warps: int
     programs_per_sm: int  # that fit side by side
+    registers: int | None = None  # of a thread at most, so that they do
 
 
 @triton.jit

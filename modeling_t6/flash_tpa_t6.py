@@ -428,6 +428,7 @@ def _flash_tpa_low_bit(
             STRIDE_UNIT=unit,
             OVERLAP=can_overlap(query.device),
             num_warps=launch.warps,
+            maxnreg=launch.registers,
         )
     return _combine(query, partial, lse, v_rank, packed)
 

@@ -262,29 +262,39 @@ def _join_4(a, b, c, d):
     return tl.join(tl.join(a, c), tl.join(b, d))
 
 
+# Pointers are made of what differs between threads first, and of what is known when compiling after that: it becomes a part of
+# the instruction that loads.
+
+
 @triton.jit
-def _load(rows_ptr, offsets, tokens, num_rows, MASKED: tl.constexpr):
+def _load(pointers, tokens, num_rows, MASKED: tl.constexpr):
     if MASKED:
-        return tl.load(rows_ptr + offsets, mask=tokens < num_rows, other=0)
-    return tl.load(rows_ptr + offsets)
+        return tl.load(pointers, mask=tokens < num_rows, other=0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _load_pair(pointers, tokens, num_rows, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """Words of even tokens, and of the odd ones after them."""
+    even = _load(pointers, tokens, num_rows, MASKED)
+    return even, _load(pointers + ROWS.width // 4, tokens + 1, num_rows, MASKED)
 
 
 @triton.jit
 def _load_a(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
-    """A of even and of odd tokens, four heads in 32 bits: [tokens // 8, warps, 8 (heads), 4 (tokens)]"""
+    """A of even and of odd tokens, four heads in 32 bits: [4 (tokens), 8 (heads), warps, tokens // 8]"""
     W: tl.constexpr = LAUNCH.warps
     N: tl.constexpr = LAUNCH.block_n
     D: tl.constexpr = ROWS.head_dim
+    WIDTH: tl.constexpr = ROWS.width // 4
+    B_BYTES: tl.constexpr = D // 2 if ROWS.packed else D
     t = tl.arange(0, 4)[:, None, None, None]
     g = tl.arange(0, 8)[None, :, None, None]
     w = tl.arange(0, W)[None, None, :, None]
     j = tl.arange(0, N // 8)[None, None, None, :]
-    B_BYTES: tl.constexpr = D // 2 if ROWS.packed else D
-    tokens = w * N + j * 8 + 2 * t
-    offsets = tokens * (ROWS.width // 4) + _without_order(g)
     rows_ptr += (ROWS.rank * B_BYTES + r * ROWS.padded_heads) // 4 + first_head // 4
-    even = _load(rows_ptr, offsets, tokens, num_rows, MASKED)
-    return even, _load(rows_ptr + ROWS.width // 4, offsets, tokens + 1, num_rows, MASKED)
+    pointers = rows_ptr + ((w * N + 2 * t) * WIDTH + _without_order(g)) + j * (8 * WIDTH)
+    return _load_pair(pointers, w * N + j * 8 + 2 * t, num_rows, ROWS, MASKED)
 
 
 @triton.jit
@@ -296,24 +306,24 @@ def _load_keys(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl
     D: tl.constexpr = ROWS.head_dim
     C: tl.constexpr = D // 64
     UNIT: tl.constexpr = 8 if ROWS.packed else 4
+    WIDTH: tl.constexpr = ROWS.width // 4
     WORDS: tl.constexpr = 64 // UNIT
     even_a, odd_a = _load_a(rows_ptr, first_head, num_rows, r, ROWS, LAUNCH, MASKED)
     g = tl.arange(0, 8)[:, None, None, None]
     w = tl.arange(0, W)[None, :, None, None]
     x = tl.arange(0, C * J)[None, None, :, None]
     word = tl.arange(0, WORDS)[None, None, None, :]
-    tokens = w * N + x % J * 8 + g
-    offsets = tokens * (ROWS.width // 4) + (x // J * WORDS + word)
-    loaded = even_a, odd_a, _load(rows_ptr + r * (D // UNIT), offsets, tokens, num_rows, MASKED)
+    pointers = rows_ptr + r * (D // UNIT) + ((w * N + g) * WIDTH + word) + (x % J * (8 * WIDTH) + x // J * WORDS)
+    loaded = even_a, odd_a, _load(pointers, w * N + x % J * 8 + g, num_rows, MASKED)
     if ROWS.packed:
         first: tl.constexpr = ROWS.rank * (D // 2 + ROWS.padded_heads) // 4
         t = tl.arange(0, 4)[:, None, None, None]
         g = tl.arange(0, 8)[None, :, None, None]
         w = tl.arange(0, W)[None, None, :, None]
         x = tl.arange(0, C * J)[None, None, None, :]
-        tokens = w * N + x % J * 8 + g
-        offsets = tokens * (ROWS.width // 4) + (x // J * 2 + t // 2)
-        loaded += (_load(rows_ptr + (first + r * (D // 32)), offsets, tokens, num_rows, MASKED),)
+        pointers = rows_ptr + (first + r * (D // 32)) + ((w * N + g) * WIDTH + t // 2)
+        pointers += x % J * (8 * WIDTH) + x // J * 2
+        loaded += (_load(pointers, w * N + x % J * 8 + g, num_rows, MASKED),)
     return loaded
 
 
@@ -351,31 +361,29 @@ def _load_values(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: 
     D: tl.constexpr = ROWS.head_dim
     C: tl.constexpr = D // 64
     UNIT: tl.constexpr = 8 if ROWS.packed else 4
-    NEXT: tl.constexpr = ROWS.width // 4
+    WIDTH: tl.constexpr = ROWS.width // 4
     even_a, odd_a = _load_a(rows_ptr, first_head, num_rows, r, ROWS, LAUNCH, MASKED)
     t = tl.arange(0, 4)[:, None, None, None]
     g = tl.arange(0, 8)[None, :, None, None]
     w = tl.arange(0, W)[None, None, :, None]
     x = tl.arange(0, C * J)[None, None, None, :]
     tokens = w * N + x % J * 8 + 2 * t
-    rows = tokens * NEXT
+    lanes = (w * N + 2 * t) * WIDTH
     b_ptr = rows_ptr + r * (D // UNIT)
     if ROWS.packed:
-        offsets = rows + _without_order(x // J * 8 + g)
-        words = _load(b_ptr, offsets, tokens, num_rows, MASKED)
-        others = _load(b_ptr + NEXT, offsets, tokens + 1, num_rows, MASKED)
+        pointers = b_ptr + (lanes + _without_order(g)) + (x % J * (8 * WIDTH) + x // J * 8)
+        even, odd = _load_pair(pointers, tokens, num_rows, ROWS, MASKED)
         first: tl.constexpr = ROWS.rank * (D // 2 + ROWS.padded_heads) // 4
         rows_ptr += first + r * (D // 32)
-        offsets = rows + _without_order(x // J * 2 + g // 4)
-        scales = _load(rows_ptr, offsets, tokens, num_rows, MASKED)
-        other_scales = _load(rows_ptr + NEXT, offsets, tokens + 1, num_rows, MASKED)
-        loaded = even_a, odd_a, words, others, scales, other_scales
+        pointers = rows_ptr + (lanes + _without_order(g // 4)) + (x % J * (8 * WIDTH) + x // J * 2)
+        even_scales, odd_scales = _load_pair(pointers, tokens, num_rows, ROWS, MASKED)
+        loaded = even_a, odd_a, even, odd, even_scales, odd_scales
     else:
         z = tl.arange(0, 2)[None, None, None, None, :]
-        tokens = tokens[:, :, :, :, None]
-        offsets = rows[:, :, :, :, None] + ((x // J * 16 + 2 * g)[:, :, :, :, None] + z)
-        words = _load(b_ptr, offsets, tokens, num_rows, MASKED)
-        loaded = even_a, odd_a, words, _load(b_ptr + NEXT, offsets, tokens + 1, num_rows, MASKED)
+        pointers = b_ptr + ((lanes + 2 * g)[:, :, :, :, None] + z)
+        pointers += (x % J * (8 * WIDTH) + x // J * 16)[:, :, :, :, None]
+        even, odd = _load_pair(pointers, tokens[:, :, :, :, None], num_rows, ROWS, MASKED)
+        loaded = even_a, odd_a, even, odd
     return loaded
 
 
@@ -570,15 +578,15 @@ def low_bit_decode_kernel(
     end = tl.minimum(((split + 1) * num_tiles // num_splits) * TILE, length)
     whole = end // TILE * TILE
 
-    query, unit = _prepare_query(query_ptr + batch * query_stride_b, first_head, query_stride_h, scale, KEYS, LAUNCH)
-    in_units = tl.max(tl.max((unit != 1.0).to(tl.int32), 1), 0) > 0
     key_ptr = (key_ptr + batch * key_stride_b * STRIDE_UNIT).to(tl.pointer_type(tl.int32))
     value_ptr = (value_ptr + batch * value_stride_b * STRIDE_UNIT).to(tl.pointer_type(tl.int32))
+    loaded = _load_ahead(0, key_ptr, value_ptr, start, start, first_head, whole, KEYS, VALUES, LAUNCH, True)
+    later = _load_ahead(1, key_ptr, value_ptr, start, start, first_head, whole, KEYS, VALUES, LAUNCH, True)
+    query, unit = _prepare_query(query_ptr + batch * query_stride_b, first_head, query_stride_h, scale, KEYS, LAUNCH)
+    in_units = tl.max(tl.max((unit != 1.0).to(tl.int32), 1), 0) > 0
     maximum = tl.zeros([W, HEADS], tl.float32)
     normalizer = tl.zeros([W, HEADS, 8], tl.float32)
     output = tl.zeros([W, HEADS, D], tl.float32)
-    loaded = _load_ahead(0, key_ptr, value_ptr, start, start, first_head, whole, KEYS, VALUES, LAUNCH, True)
-    later = _load_ahead(1, key_ptr, value_ptr, start, start, first_head, whole, KEYS, VALUES, LAUNCH, True)
     for first in tl.range(start, whole, TILE, num_stages=1):  # what is ahead is in registers
         following = tl.minimum(first + TILE, whole - TILE)
         maximum, normalizer, output, loaded, later = _tile(

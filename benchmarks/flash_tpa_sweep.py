@@ -4,7 +4,8 @@ The launch sizes of FlashTPA's kernels, tried one against another: what `choose_
     python benchmarks/flash_tpa_sweep.py --processes 15 --output sweep.json
 
 Prints, for each shape of model and cache, the time and the share of the copy bandwidth of the fastest settings and of
-the one that `choose_launch` takes; for rows of 8 and of 4 bits also the part that this is of the time of bfloat16 rows of the
+the one that is taken: by `choose_low_bit_launch` where its kernel reads the rows, which is tried beside the other then, else by
+`choose_launch`; for rows of 8 and of 4 bits also the part that this is of the time of bfloat16 rows of the
 same shape, where both are asked for. `--chosen` times nothing else: low-bit rows beside others by
 
     python benchmarks/flash_tpa_sweep.py --chosen --match "x 128k, h 32, rank"
@@ -55,7 +56,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
     parser.add_argument("--match", default="", metavar="TEXT", help="only shapes whose name has it")
-    parser.add_argument("--chosen", action="store_true", help="only what choose_launch takes")
+    parser.add_argument("--chosen", action="store_true", help="only what is taken")
+    parser.add_argument("--low-bit", action="store_true", help="besides, only other settings of the low-bit kernel")
     parser.add_argument("--top", type=int, default=4)
     add_output(parser, plots=False)
     return parser.parse_args()
@@ -72,13 +74,17 @@ from gpu import copies_larger_than_l2, copy_bandwidth, graph_seconds, machine, r
 from triton.runtime.errors import OutOfResources
 
 from modeling_t6 import flash_tpa_t6
-from modeling_t6.flash_tpa_t6 import Launch, choose_launch, flash_tpa
+from modeling_t6.flash_tpa_low_bit_kernels_t6 import LowBitLaunch
+from modeling_t6.flash_tpa_t6 import Launch, choose_launch, choose_low_bit_launch, flash_tpa
+
+
+def stored_dtype(shape: CacheShape) -> torch.dtype:
+    return torch.uint8 if shape.dtype == "int4" else getattr(torch, shape.dtype)
 
 
 def default_launch(shape: CacheShape) -> Launch:
-    _, _, heads, head_dim, rank, dtype, _ = shape
-    shared_memory = flash_tpa_t6.device_limits(device())[1]
-    stored = torch.uint8 if dtype == "int4" else getattr(torch, dtype)
+    _, _, heads, head_dim, rank, _, _ = shape
+    shared_memory, stored = flash_tpa_t6.device_limits(device())[1], stored_dtype(shape)
     itemsize, unit = stored.itemsize, flash_tpa_t6.numbers_at_once(rank, rank, head_dim, stored, True)
     return choose_launch(1, heads, head_dim, rank, rank, False, itemsize, shared_memory, unit=unit)
 
@@ -87,7 +93,24 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def candidates(shape: CacheShape) -> list[Launch]:
+def low_bit_candidates(shape: CacheShape) -> list[LowBitLaunch]:
+    """The chosen launch first; none for shapes that its kernel is not for."""
+    chosen = choose_low_bit_launch(
+        shape.heads, shape.head_dim, shape.rank, shape.rank, torch.bfloat16, stored_dtype(shape)
+    )  # fmt: skip
+    # As many warps on a multiprocessor as it has registers for.
+    sizes = ((32, 1, 8, None), (32, 2, 4, None), (32, 4, 2, None), (16, 1, 9, None), (16, 1, 12, 168), (16, 4, 3, 168))
+    found = [LowBitLaunch(*size) for size in sizes]
+    return [chosen, *(launch for launch in found if launch != chosen)] if chosen else []
+
+
+def candidates(shape: CacheShape, args: argparse.Namespace) -> list[Launch | LowBitLaunch]:
+    low_bit = low_bit_candidates(shape)
+    found = low_bit if args.low_bit and low_bit else low_bit + other_candidates(shape)
+    return found[:1] if args.chosen or args.low_bit and not low_bit else found
+
+
+def other_candidates(shape: CacheShape) -> list[Launch]:
     base, heads = default_launch(shape), shape.heads
     widths = {(base.block_h, base.rest_h), (32, 0), (min(64, 1 << (heads - 1).bit_length()), 0)}
     widths |= {(32, 16)} if 32 < heads <= 48 else {(64, 16)} if 64 < heads else set()
@@ -105,7 +128,8 @@ def candidates(shape: CacheShape) -> list[Launch]:
     return [base, *(launch for launch in found if launch != base)]
 
 
-def run(launch: Launch, query: torch.Tensor, rows, rank: int) -> torch.Tensor:
+def run(launch: Launch | LowBitLaunch, query: torch.Tensor, rows, rank: int) -> torch.Tensor:
+    flash_tpa_t6.choose_low_bit_launch = lambda *args: launch if isinstance(launch, LowBitLaunch) else None
     flash_tpa_t6.choose_launch = lambda *args: launch
     return flash_tpa(query, *rows, rank, rank, query.shape[-1] ** -0.5)
 
@@ -125,7 +149,7 @@ def compiles(job: tuple) -> tuple:
 def main() -> None:
     args = parse_args()
     shapes = {name: SHAPES[name] for name in args.shapes if args.match in name}
-    settings = {name: candidates(shape)[: 1 if args.chosen else None] for name, shape in shapes.items()}
+    settings = {name: candidates(shape, args) for name, shape in shapes.items()}
     # Neither the grid nor the size of the cache is part of what is compiled.
     one_program = lambda launch: launch._replace(programs_per_sm=1)  # noqa: E731
     compiled = lambda shape: shape._replace(batch=0, tokens=0)  # noqa: E731
@@ -151,7 +175,7 @@ def main() -> None:
                     "shape": name,
                     "seconds": seconds,
                     "share": num_bytes / seconds / bandwidth,
-                    **launch._asdict(),
+                    "launch": " ".join(f"{name} {value}" for name, value in launch._asdict().items()),
                 }
             )
             # All settings compute the same: one that does not was miscompiled.
@@ -168,8 +192,7 @@ def main() -> None:
         )
         for row in [chosen, *sorted(timed, key=lambda row: row["seconds"])[: args.top]]:
             print(
-                f"  {row['seconds'] * 1e6:7.1f} us {row['share']:4.0%}  tokens {row['block_n']} heads {row['block_h']}+{row['rest_h']} "
-                f"stages {row['stages']} step {row['step']} warps {row['warps']} programs {row['programs_per_sm']}"
+                f"  {row['seconds'] * 1e6:7.1f} us {row['share']:4.0%}  {row['launch']}"
                 + (" (chosen)" if row is chosen else "")
                 + (f" WRONG by {row['difference']:.0%}" if not row["difference"] < 0.01 else ""),
                 flush=True,

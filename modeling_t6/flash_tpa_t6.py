@@ -35,6 +35,7 @@ try:
     import triton
 
     from .flash_tpa_kernels_t6 import Mask, Rows, combine_kernel, decode_kernel
+    from .flash_tpa_low_bit_kernels_t6 import LowBitLaunch, low_bit_decode_kernel
 except ImportError:
     triton = None
 
@@ -189,6 +190,21 @@ def numbers_at_once(k_rank: int, v_rank: int, head_dim: int, stored_dtype: torch
     return 4 if stored_dtype == torch.float8_e4m3fn and is_aligned and head_dim % 4 == 0 and not is_even else 1
 
 
+@functools.cache
+def choose_low_bit_launch(
+    num_heads: int, head_dim: int, k_rank: int, v_rank: int, dtype: torch.dtype, stored_dtype: torch.dtype
+) -> "LowBitLaunch | None":  # fmt: skip
+    """
+    The sizes for one query token over rows of float8 or of 4 bits, with an A of each head and no mask. `None` for rows that
+    the other kernel reads: of other sizes, of heads that leave a part of 32 empty, or for queries of float32.
+    """
+    is_low_bit = stored_dtype in (torch.float8_e4m3fn, torch.uint8) and dtype != torch.float32
+    is_full = FactorLayout(k_rank, num_heads, head_dim).padded_heads % 32 == 0
+    if not (is_low_bit and is_full and head_dim == 64 and max(k_rank, v_rank) <= 2):
+        return None
+    return LowBitLaunch(block_n=32, warps=1, programs_per_sm=8)
+
+
 def rows_of(
     rank: int,
     num_heads: int,
@@ -290,6 +306,12 @@ def _flash_tpa(
         and key_rows.stride(2) % unit == value_rows.stride(2) % unit == 0
         and key_rows.data_ptr() % 16 == value_rows.data_ptr() % 16 == 0
     )
+    if num_queries == groups == 1 and not constant_a and mask is None and is_aligned:
+        low_bit_launch = choose_low_bit_launch(num_heads, head_dim, k_rank, v_rank, query.dtype, key_rows.dtype)
+        if low_bit_launch is not None:
+            return _flash_tpa_low_bit(
+                query, key_rows, value_rows, lengths, k_rank, v_rank, scaling, unit, low_bit_launch
+            )  # fmt: skip
     b_unit = numbers_at_once(k_rank, v_rank, head_dim, key_rows.dtype, is_aligned)
     launch = choose_launch(
         num_queries,
@@ -325,8 +347,6 @@ def _flash_tpa(
     )
     partial = query.new_empty((batch_size, num_splits, num_queries, num_heads, head_dim), dtype=torch.float32)
     lse = query.new_empty((batch_size, num_splits, num_queries, num_heads), dtype=torch.float32)
-    output = query.new_empty(query.shape)
-    overlap = can_overlap(query.device)
     with torch.cuda.device_of(query):
         decode_kernel[(columns * num_splits, batch_size)](
             query,
@@ -354,9 +374,70 @@ def _flash_tpa(
             LAUNCH=launch,
             HAS_LENGTHS=lengths is not None,
             STRIDE_UNIT=unit,
-            OVERLAP=overlap,
+            OVERLAP=can_overlap(query.device),
             num_warps=launch.warps,
         )
+    return _combine(query, partial, lse, v_rank, packed)
+
+
+def _flash_tpa_low_bit(
+    query: torch.Tensor,
+    key_rows: torch.Tensor,
+    value_rows: torch.Tensor,
+    lengths: torch.Tensor | None,
+    k_rank: int,
+    v_rank: int,
+    scaling: float,
+    unit: int,
+    launch: "LowBitLaunch",
+) -> torch.Tensor:
+    batch_size, _, num_heads, head_dim = query.shape
+    packed = key_rows.dtype == torch.uint8
+    keys, values = (
+        rows_of(rank, num_heads, head_dim, rows.stride(2), rows.shape[-1], False, 1, packed=packed)
+        for rank, rows in ((k_rank, key_rows), (v_rank, value_rows))
+    )
+    blocks = keys.padded_heads // 32
+    num_splits = choose_splits(
+        batch_size * blocks,
+        device_limits(query.device)[0] * launch.programs_per_sm,
+        -(-key_rows.shape[2] // (launch.block_n * launch.warps)),
+    )
+    partial = query.new_empty((batch_size, num_splits, 1, num_heads, head_dim), dtype=torch.float32)
+    lse = query.new_empty((batch_size, num_splits, 1, num_heads), dtype=torch.float32)
+    with torch.cuda.device_of(query):
+        low_bit_decode_kernel[(blocks * num_splits, batch_size)](
+            query,
+            key_rows,
+            value_rows,
+            query if lengths is None else lengths,
+            partial,
+            lse,
+            query.stride(0),
+            query.stride(2),
+            key_rows.stride(0) // unit,
+            value_rows.stride(0) // unit,
+            lengths.stride(0) if lengths is not None and lengths.shape[0] > 1 else 0,
+            key_rows.shape[2],
+            num_splits,
+            LOG2_E * scaling / k_rank,
+            KEYS=keys,
+            VALUES=values,
+            LAUNCH=launch,
+            HAS_LENGTHS=lengths is not None,
+            STRIDE_UNIT=unit,
+            OVERLAP=can_overlap(query.device),
+            num_warps=launch.warps,
+            maxnreg=launch.registers,
+        )
+    return _combine(query, partial, lse, v_rank, packed)
+
+
+def _combine(query: torch.Tensor, partial: torch.Tensor, lse: torch.Tensor, v_rank: int, packed: bool) -> torch.Tensor:
+    """The output, of partial results [batch, pieces, query, head, d] and their logarithms of sums of exponentials."""
+    batch_size, num_splits, num_queries, num_heads, head_dim = partial.shape
+    output, overlap = query.new_empty(query.shape), can_overlap(query.device)
+    with torch.cuda.device_of(query):
         combine_kernel[(num_queries * num_heads, batch_size)](
             partial,
             lse,
@@ -365,7 +446,7 @@ def _flash_tpa(
             COLUMNS=num_queries * num_heads,
             HEAD_DIM=head_dim,
             V_RANK=v_rank,
-            BLOCK_D=launch.block_d,
+            BLOCK_D=power_of_2(head_dim, least=16),
             BLOCK_S=COMBINED_SPLITS,
             MAX_SPLITS=MAX_SPLITS,
             OVERLAP=overlap,

@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 
 from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.flash_tpa_kernels_t6 import Mask, combine_kernel, combine_pages_kernel, decode_kernel, schedule_kernel
+from modeling_t6.flash_tpa_low_bit_kernels_t6 import LowBitLaunch, low_bit_decode_kernel
 from modeling_t6.flash_tpa_pages_t6 import SCHEDULE_WARPS, SCHEDULED_REQUESTS, SCHEDULED_SLOTS
 from modeling_t6.flash_tpa_t6 import (
     COMBINE_WARPS,
@@ -25,7 +26,9 @@ from modeling_t6.flash_tpa_t6 import (
     MAX_SPLITS,
     WITHOUT_PAGES,
     choose_launch,
+    choose_low_bit_launch,
     numbers_at_once,
+    power_of_2,
     rows_of,
 )
 
@@ -34,6 +37,8 @@ SHAPES = [  # heads (and groups), head_dim, k_rank, v_rank, queries, constant A,
     (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),
     (32, 64, 1, 1, 1, False, "bf16", "u8", "none", True),
     (32, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
+    (59, 64, 1, 2, 1, False, "fp16", "fp8e4nv", "none", True),
+    (34, 64, 1, 1, 1, False, "bf16", "u8", "none", True),
     (78, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
     (9, 96, 3, 3, 1, True, "fp16", "u8", "none", True),
     (34, 64, 2, 2, 1, False, "bf16", "bf16", "boolean", True),
@@ -86,6 +91,10 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
         queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability], aligned,
         groups, unit, dtype == "fp32",
     )  # fmt: skip
+    if not page_size and queries == groups == 1 and not constant_a and mask == "none" and aligned:
+        computed = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+        launch = choose_low_bit_launch(heads, head_dim, k_rank, v_rank, computed, stored) or launch
+    is_low_bit = isinstance(launch, LowBitLaunch)
     layouts = [FactorLayout(rank, 0 if constant_a else heads // groups, head_dim) for rank in (k_rank, v_rank)]
     widths = [layout.quantized.width if packed else layout.width for layout in layouts]
     strides = [sum(widths)] * 2 if page_size else [width + (not aligned) for width in widths]
@@ -98,7 +107,7 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
             stride,
             width,
             constant_a,
-            launch.step,
+            1 if is_low_bit else launch.step,
             gathered,
             groups=groups,
             packed=packed,
@@ -106,12 +115,14 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
         )
         for rank, width, stride in zip((k_rank, v_rank), widths, strides)
     ]
-    visible = Mask(queries, heads, True, mask, mask == "additive", sliding=page_size > 0 and queries > 1)
     constants = {
-        "KEYS": rows[0], "VALUES": rows[1], "MASK": visible, "LAUNCH": launch, "HAS_LENGTHS": True,
+        "KEYS": rows[0], "VALUES": rows[1], "LAUNCH": launch, "HAS_LENGTHS": True,
         "STRIDE_UNIT": 8 if packed else 16 // BYTES[cache_dtype] if aligned else 1, "OVERLAP": capability >= 90,
     }  # fmt: skip
-    constants |= {"PAGE_SIZE": page_size} if page_size else WITHOUT_PAGES
+    if not is_low_bit:
+        sliding = page_size > 0 and queries > 1
+        constants["MASK"] = Mask(queries, heads, True, mask, mask == "additive", sliding=sliding)
+        constants |= {"PAGE_SIZE": page_size} if page_size else WITHOUT_PAGES
     types = dict.fromkeys(("query_ptr", "key_a_ptr", "value_a_ptr", "out_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("slots_ptr", "query_starts_ptr", "table_ptr", "splits_ptr"), "*i32")
     types |= {
@@ -119,9 +130,10 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
         "partial_ptr": "*fp32", "lse_ptr": "*fp32", "mask_ptr": "*i1" if mask == "boolean" else f"*{dtype}",
         "scale": "fp32", "log2_e": "fp32",
     }  # fmt: skip
-    decode = compile_kernel(decode_kernel, types, constants, launch.warps, capability)
+    kernel = low_bit_decode_kernel if is_low_bit else decode_kernel
+    decode = compile_kernel(kernel, types, constants, launch.warps, capability)
     constants = {
-        "HEAD_DIM": head_dim, "V_RANK": v_rank, "BLOCK_D": launch.block_d, "BLOCK_S": COMBINED_SPLITS,
+        "HEAD_DIM": head_dim, "V_RANK": v_rank, "BLOCK_D": power_of_2(head_dim, least=16), "BLOCK_S": COMBINED_SPLITS,
         "MAX_SPLITS": MAX_SPLITS, "OVERLAP": capability >= 90,
     }  # fmt: skip
     if page_size:

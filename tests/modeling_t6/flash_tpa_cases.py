@@ -43,6 +43,18 @@ def random_case(seed: int, **fixed) -> dict:
         "rows": choose.choice(("model", "model", "float8_e4m3fn", "int4", "int4")),
         "seed": seed,
     }
+    if case["rows"] != "model" and choose.random() < 0.5:  # what the low-bit kernel reads
+        case |= {
+            "dtype": choose.choice((torch.bfloat16, torch.float16)),
+            "heads": choose.choice((25, 32, 61, 64)),
+            "head_dim": 64,
+            "k_rank": choose.randint(1, 2),
+            "v_rank": choose.randint(1, 2),
+            "queries": 1,
+            "constant_a": False,
+            "mask": "none",
+            "groups": 1,
+        }
     if case["constant_a"]:
         case["k_rank"], case["v_rank"] = choose.choice((1, 4, 8, 16)), choose.choice((1, 4, 8, 16))
     case |= ({"groups": 1, "rows": "model"} if "heads" in fixed else {}) | fixed

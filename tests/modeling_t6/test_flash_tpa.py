@@ -16,7 +16,13 @@ from transformers import DynamicCache, StaticCache
 from modeling_t6 import T6Cache, flash_tpa_t6
 from modeling_t6.cache_t6 import CACHE_NAME, FactorLayout
 from modeling_t6.factor_space_t6 import factor_space_attention
-from modeling_t6.flash_tpa_t6 import choose_launch, choose_splits, decode_with_flash_tpa, flash_tpa
+from modeling_t6.flash_tpa_t6 import (
+    choose_launch,
+    choose_low_bit_launch,
+    choose_splits,
+    decode_with_flash_tpa,
+    flash_tpa,
+)
 
 from ..versions import once_but
 from .common import DEVICE, random_ids, random_model, tiny_config
@@ -108,7 +114,8 @@ def test_two_ranks_in_one_product(heads, queries, ranks, dtype):
 
 
 LOW_BIT_SHAPES = {  # heads, groups, head_dim, k_rank, v_rank, queries, constant A
-    "two tiles of 128 tokens": (32, 1, 64, 1, 1, 1, False),
+    "a block of 32 heads, tiles of 128 tokens": (32, 1, 64, 1, 1, 1, False),
+    "two blocks of heads, the last not full": (59, 1, 64, 2, 1, 1, False),
     "ranks that differ, a last group of 16 features": (5, 1, 48, 2, 3, 3, False),
     "an odd multiple of 8 heads, loads one rank at a time": (34, 1, 64, 4, 4, 1, False),
     "grouped, three groups of features": (12, 3, 96, 2, 1, 1, False),
@@ -125,7 +132,7 @@ def test_rows_of_8_and_of_4_bits(name, rows, dtype):
     """As close to float64 of what the rows hold as with rows that are not rounded."""
     names = ("heads", "groups", "head_dim", "k_rank", "v_rank", "queries", "constant_a")
     fixed = dict(zip(names, LOW_BIT_SHAPES[name])) | {"dtype": dtype, "rows": rows, "batch": 1, "wide_rows": False}
-    fixed["tokens"] = 150 if fixed["k_rank"] == 1 else 70
+    fixed |= {"tokens": 150 if fixed["k_rank"] == 1 else 70, "mask": "none"}
     assert relative_error(random_case(7, **fixed), DEVICE) < TOLERANCES[dtype]
 
 
@@ -141,6 +148,25 @@ def test_rows_of_4_bits_that_start_anywhere(start, stride):
     view.copy_(rows)
     query = torch.randn(1, 1, 32, 64, dtype=torch.bfloat16, device=DEVICE)
     assert torch.equal(flash_tpa(query, view, view, 2, 2, 0.2), flash_tpa(query, rows, rows, 2, 2, 0.2))
+
+
+@pytest.mark.once
+@needs_triton
+@pytest.mark.parametrize("rows", ["float8_e4m3fn", "int4"])
+@pytest.mark.parametrize("ranks, heads, warps, splits", [((1, 1), 32, 1, 1), ((2, 1), 25, 2, 3), ((1, 2), 61, 1, 2)])
+def test_tiles_of_the_low_bit_kernel(ranks, heads, warps, splits, rows, monkeypatch):
+    """Whole ones, the last with a part of its rows, none at all: of pieces, of each sequence's length, of several warps."""
+    from modeling_t6.flash_tpa_low_bit_kernels_t6 import LowBitLaunch
+
+    launches = []
+    launch = LowBitLaunch(block_n=32, warps=warps, programs_per_sm=1)
+    monkeypatch.setattr(flash_tpa_t6, "choose_low_bit_launch", lambda *args: launches.append(args) or launch)
+    monkeypatch.setattr(flash_tpa_t6, "choose_splits", lambda *args: splits)
+    fixed = {"k_rank": ranks[0], "v_rank": ranks[1], "heads": heads, "rows": rows, "dtype": torch.float16, "batch": 2}
+    fixed |= {"head_dim": 64, "queries": 1, "constant_a": False, "groups": 1, "mask": "none", "wide_rows": False}
+    case = random_case(11, **fixed, tokens=150, room=7)
+    assert relative_error(case, DEVICE) < tolerance(case)
+    assert len(launches) == 1
 
 
 GROUPS = {  # heads, groups
@@ -480,6 +506,7 @@ def test_constants_can_be_written_as_json():
     from modeling_t6.flash_tpa_kernels_t6 import Mask
 
     constants = [
+        choose_low_bit_launch(32, 64, 1, 2, torch.bfloat16, torch.uint8),
         flash_tpa_t6.rows_of(2, 34, 64, 208, 208, False, 2),
         Mask(1, 34, True, "none", False),
         choose_launch(1, 34, 64, 2, 2, False, 2, 232448),

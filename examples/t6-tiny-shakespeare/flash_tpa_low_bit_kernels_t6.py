@@ -1,0 +1,1 @@
+../../modeling_t6/flash_tpa_low_bit_kernels_t6.py

@@ -1,0 +1,621 @@
+# Copyright 2026 The T6 for Transformers authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""FlashTPA's decode kernel for one query token over rows of float8 or of 4 bits"""
+
+import os
+from typing import NamedTuple
+
+
+try:  # the remote-code loader passes over packages that are imported here
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+
+IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+# Each warp goes through tokens of its own and shares nothing with the others until the end: a product has a batch of warps.
+# Its operands are made in registers, of words of 32 bits that are loaded where the instruction mma.m16n8k16 has their numbers: of
+# the 32 threads of a warp, thread 4 g + t has features 2 t and 2 t + 1 (and 8 more) of token g of a tile of 8 keys, and tokens
+# 2 t and 2 t + 1 of feature g of values. Which feature, or head, of memory is which of a product is free: a thread takes those
+# that lie side by side. So
+#
+#     heads     8 i + g                   are heads 4 g + i of memory: one word of A in float8,
+#     features  16 q + 8 i + 2 t + e      of keys are 16 t + 4 q + 2 i + e: 16 bytes of float8, 8 of 4 bits,
+#     features  8 k + g                   of values are 8 g + k: 8 bytes of float8, 4 of 4 bits.
+#
+# Scores are in units of a power of 2, one of each head: 1, but where queries times the scale of scores do not fit float16.
+
+HEADS = tl.constexpr(32)  # of a program
+
+
+class LowBitLaunch(NamedTuple):
+    """Sizes with which the kernel is compiled and started."""
+
+    block_n: int  # tokens in a tile of a warp
+    warps: int
+    programs_per_sm: int  # that fit side by side
+    registers: int | None = None  # of a thread at most, so that they do
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _without_order(x):
+    """The same integers, of which the compiler does not know that they follow one another: lanes are as dimensions are."""
+    if not IS_INTERPRETED:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
+def _halves(words):
+    """The two float16 numbers in each 32 bits, [..., 2]"""
+    low = words.to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.join(low, (words >> 16).to(tl.int16).to(tl.float16, bitcast=True))
+
+
+@triton.jit
+def _pair(low, high):
+    """Two tensors of float16 in 32 bits."""
+    low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def _byte(words, i: tl.constexpr):
+    return (words >> (8 * i)).to(tl.int8).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def _four(words):
+    """The four numbers of float8 in each 32 bits, as two words of two float16."""
+    if IS_INTERPRETED:
+        first = _pair(_byte(words, 0).to(tl.float16), _byte(words, 1).to(tl.float16))
+        last = _pair(_byte(words, 2).to(tl.float16), _byte(words, 3).to(tl.float16))
+    else:
+        first, last = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b16 low, high;
+            mov.b32 {low, high}, $2;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+            }
+            """,
+            "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return first, last
+
+
+@triton.jit
+def _four_float32(words):
+    """The four numbers of float8 in each 32 bits."""
+    if IS_INTERPRETED:
+        a, b = _byte(words, 0).to(tl.float32), _byte(words, 1).to(tl.float32)
+        c, d = _byte(words, 2).to(tl.float32), _byte(words, 3).to(tl.float32)
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b16 low, high, x, y;
+            .reg .b32 pair;
+            mov.b32 {low, high}, $4;
+            cvt.rn.f16x2.e4m3x2 pair, low;
+            mov.b32 {x, y}, pair;
+            cvt.f32.f16 $0, x;
+            cvt.f32.f16 $1, y;
+            cvt.rn.f16x2.e4m3x2 pair, high;
+            mov.b32 {x, y}, pair;
+            cvt.f32.f16 $2, x;
+            cvt.f32.f16 $3, y;
+            }
+            """,
+            "=f,=f,=f,=f,r", [words], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return a, b, c, d
+
+
+@triton.jit
+def _four_pairs(words, others):
+    """The numbers of float8 in two times 32 bits: four words, each with the i-th number of both in float16."""
+    if IS_INTERPRETED:
+        a = _pair(_byte(words, 0).to(tl.float16), _byte(others, 0).to(tl.float16))
+        b = _pair(_byte(words, 1).to(tl.float16), _byte(others, 1).to(tl.float16))
+        c = _pair(_byte(words, 2).to(tl.float16), _byte(others, 2).to(tl.float16))
+        d = _pair(_byte(words, 3).to(tl.float16), _byte(others, 3).to(tl.float16))
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b16 low, high;
+            .reg .b32 pairs;
+            prmt.b32 pairs, $4, $5, 0x5140;
+            mov.b32 {low, high}, pairs;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+            prmt.b32 pairs, $4, $5, 0x7362;
+            mov.b32 {low, high}, pairs;
+            cvt.rn.f16x2.e4m3x2 $2, low;
+            cvt.rn.f16x2.e4m3x2 $3, high;
+            }
+            """,
+            "=&r,=&r,=r,=r,r,r", [words, others], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return a, b, c, d
+
+
+@triton.jit
+def _four_nibbles(words, scales, zeros):
+    """
+    Of each 16 bits the four times 4 bits n, n * scale + zero, where `scales` and `zeros` hold one for each half of the words.
+
+    As last digits of a float16 number from 1024 on, 4 bits are that number; 4 bits higher 16 times it.
+    """
+    if IS_INTERPRETED:
+        a, b = _scaled(words, scales, zeros), _scaled(words >> 4, scales, zeros)
+        c, d = _scaled(words >> 8, scales, zeros), _scaled(words >> 12, scales, zeros)
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 w, n, least, sixteenth, less;
+            mov.b32 least, 0x64006400;
+            mov.b32 sixteenth, 0x2C002C00;
+            mov.b32 less, 0xD400D400;
+            lop3.b32 n, $4, 0x000F000F, least, 0xEA;
+            sub.rn.f16x2 n, n, least;
+            fma.rn.f16x2 $0, n, $5, $6;
+            lop3.b32 n, $4, 0x00F000F0, least, 0xEA;
+            fma.rn.f16x2 n, n, sixteenth, less;
+            fma.rn.f16x2 $1, n, $5, $6;
+            shr.b32 w, $4, 8;
+            lop3.b32 n, w, 0x000F000F, least, 0xEA;
+            sub.rn.f16x2 n, n, least;
+            fma.rn.f16x2 $2, n, $5, $6;
+            lop3.b32 n, w, 0x00F000F0, least, 0xEA;
+            fma.rn.f16x2 n, n, sixteenth, less;
+            fma.rn.f16x2 $3, n, $5, $6;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,r,r,r", [words, scales, zeros],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return a, b, c, d
+
+
+@triton.jit
+def _float16(words, shift: tl.constexpr):
+    return (words >> shift).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _scaled(words, scales, zeros):
+    low = (words & 15).to(tl.float32) * _float16(scales, 0) + _float16(zeros, 0)
+    high = ((words >> 16) & 15).to(tl.float32) * _float16(scales, 16) + _float16(zeros, 16)
+    return _pair(low.to(tl.float16), high.to(tl.float16))
+
+
+@triton.jit
+def _halves_of(words, others):
+    """The low halves of both as one word, and their high halves."""
+    if IS_INTERPRETED:
+        low, high = (words & 0xFFFF) | (others << 16), ((words >> 16) & 0xFFFF) | (others & -65536)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;",
+            "=&r,=r,r,r", [words, others], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    return low, high
+
+
+@triton.jit
+def _exponentials(first, second):
+    """Powers of 2 in float16, two in 32 bits."""
+    if IS_INTERPRETED:
+        words = _pair(tl.exp2(first).to(tl.float16), tl.exp2(second).to(tl.float16))
+    else:
+        words = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .f32 x, y;
+            ex2.approx.ftz.f32 x, $1;
+            ex2.approx.ftz.f32 y, $2;
+            cvt.rn.f16x2.f32 $0, y, x;
+            }
+            """,
+            "=r,f,f", [first, second], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return words
+
+
+@triton.jit
+def _product(words, others):
+    if IS_INTERPRETED:
+        low = _float16(words, 0) * _float16(others, 0)
+        words = _pair(low, _float16(words, 16) * _float16(others, 16))
+    else:
+        words = tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [words, others], dtype=tl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+    return words
+
+
+@triton.jit
+def _join_4(a, b, c, d):
+    """[..., 4], as [..., 2, 2]"""
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+# Pointers are made of what differs between threads first, and of what is known when compiling after that: it becomes a part of
+# the instruction that loads.
+
+
+@triton.jit
+def _load(pointers, tokens, num_rows, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointers, mask=tokens < num_rows, other=0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _load_pair(pointers, tokens, num_rows, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """Words of even tokens, and of the odd ones after them."""
+    even = _load(pointers, tokens, num_rows, MASKED)
+    return even, _load(pointers + ROWS.width // 4, tokens + 1, num_rows, MASKED)
+
+
+@triton.jit
+def _load_a(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
+    """A of even and of odd tokens, four heads in 32 bits: [4 (tokens), 8 (heads), warps, tokens // 8]"""
+    W: tl.constexpr = LAUNCH.warps
+    N: tl.constexpr = LAUNCH.block_n
+    D: tl.constexpr = ROWS.head_dim
+    WIDTH: tl.constexpr = ROWS.width // 4
+    B_BYTES: tl.constexpr = D // 2 if ROWS.packed else D
+    t = tl.arange(0, 4)[:, None, None, None]
+    g = tl.arange(0, 8)[None, :, None, None]
+    w = tl.arange(0, W)[None, None, :, None]
+    j = tl.arange(0, N // 8)[None, None, None, :]
+    rows_ptr += (ROWS.rank * B_BYTES + r * ROWS.padded_heads) // 4 + first_head // 4
+    pointers = rows_ptr + ((w * N + 2 * t) * WIDTH + _without_order(g)) + j * (8 * WIDTH)
+    return _load_pair(pointers, w * N + j * 8 + 2 * t, num_rows, ROWS, MASKED)
+
+
+@triton.jit
+def _load_keys(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
+    """The words of a rank of keys: those of A, of B, and of the scales of 4 bits."""
+    W: tl.constexpr = LAUNCH.warps
+    N: tl.constexpr = LAUNCH.block_n
+    J: tl.constexpr = N // 8
+    D: tl.constexpr = ROWS.head_dim
+    C: tl.constexpr = D // 64
+    UNIT: tl.constexpr = 8 if ROWS.packed else 4
+    WIDTH: tl.constexpr = ROWS.width // 4
+    WORDS: tl.constexpr = 64 // UNIT
+    even_a, odd_a = _load_a(rows_ptr, first_head, num_rows, r, ROWS, LAUNCH, MASKED)
+    g = tl.arange(0, 8)[:, None, None, None]
+    w = tl.arange(0, W)[None, :, None, None]
+    x = tl.arange(0, C * J)[None, None, :, None]
+    word = tl.arange(0, WORDS)[None, None, None, :]
+    pointers = rows_ptr + r * (D // UNIT) + ((w * N + g) * WIDTH + word) + (x % J * (8 * WIDTH) + x // J * WORDS)
+    loaded = even_a, odd_a, _load(pointers, w * N + x % J * 8 + g, num_rows, MASKED)
+    if ROWS.packed:
+        first: tl.constexpr = ROWS.rank * (D // 2 + ROWS.padded_heads) // 4
+        t = tl.arange(0, 4)[:, None, None, None]
+        g = tl.arange(0, 8)[None, :, None, None]
+        w = tl.arange(0, W)[None, None, :, None]
+        x = tl.arange(0, C * J)[None, None, None, :]
+        pointers = rows_ptr + (first + r * (D // 32)) + ((w * N + g) * WIDTH + t // 2)
+        pointers += x % J * (8 * WIDTH) + x // J * 2
+        loaded += (_load(pointers, w * N + x % J * 8 + g, num_rows, MASKED),)
+    return loaded
+
+
+@triton.jit
+def _key_b(loaded, ROWS: tl.constexpr, LAUNCH: tl.constexpr):
+    """B of keys, [warps, head_dim, tokens]"""
+    W: tl.constexpr = LAUNCH.warps
+    N: tl.constexpr = LAUNCH.block_n
+    J: tl.constexpr = N // 8
+    D: tl.constexpr = ROWS.head_dim
+    C: tl.constexpr = D // 64
+    if ROWS.packed:
+        scales = tl.permute(loaded[3], (1, 2, 3, 0))
+        scale, zero = _halves_of(scales, scales)
+        word_0, word_1 = tl.split(tl.reshape(loaded[2], [8, W, C * J, 4, 2]))
+        a, b, c, d = _four_nibbles(word_0, scale, zero)
+        first_pairs = _join_4(a, b, c, d)
+        a, b, c, d = _four_nibbles(word_1, scale, zero)
+        pairs = tl.join(first_pairs, _join_4(a, b, c, d))  # [8, W, C * J, 4, i // 2, i % 2, z]
+        b = tl.reshape(_halves(pairs), [8, W, C, J, 4, 2, 2, 2, 2])
+        b = tl.permute(b, (1, 2, 7, 5, 4, 6, 8, 3, 0))
+    else:
+        first_pairs, last_pairs = _four(loaded[2])
+        b = _halves(tl.join(first_pairs, last_pairs))
+        b = tl.permute(tl.reshape(b, [8, W, C, J, 4, 4, 2, 2]), (1, 2, 5, 4, 6, 7, 3, 0))
+    return tl.reshape(b, [W, D, N])
+
+
+@triton.jit
+def _load_values(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
+    """The words of a rank of values, of even and of odd tokens: those of A, of B, and of the scales of 4 bits."""
+    W: tl.constexpr = LAUNCH.warps
+    N: tl.constexpr = LAUNCH.block_n
+    J: tl.constexpr = N // 8
+    D: tl.constexpr = ROWS.head_dim
+    C: tl.constexpr = D // 64
+    UNIT: tl.constexpr = 8 if ROWS.packed else 4
+    WIDTH: tl.constexpr = ROWS.width // 4
+    even_a, odd_a = _load_a(rows_ptr, first_head, num_rows, r, ROWS, LAUNCH, MASKED)
+    t = tl.arange(0, 4)[:, None, None, None]
+    g = tl.arange(0, 8)[None, :, None, None]
+    w = tl.arange(0, W)[None, None, :, None]
+    x = tl.arange(0, C * J)[None, None, None, :]
+    tokens = w * N + x % J * 8 + 2 * t
+    lanes = (w * N + 2 * t) * WIDTH
+    b_ptr = rows_ptr + r * (D // UNIT)
+    if ROWS.packed:
+        pointers = b_ptr + (lanes + _without_order(g)) + (x % J * (8 * WIDTH) + x // J * 8)
+        even, odd = _load_pair(pointers, tokens, num_rows, ROWS, MASKED)
+        first: tl.constexpr = ROWS.rank * (D // 2 + ROWS.padded_heads) // 4
+        rows_ptr += first + r * (D // 32)
+        pointers = rows_ptr + (lanes + _without_order(g // 4)) + (x % J * (8 * WIDTH) + x // J * 2)
+        even_scales, odd_scales = _load_pair(pointers, tokens, num_rows, ROWS, MASKED)
+        loaded = even_a, odd_a, even, odd, even_scales, odd_scales
+    else:
+        z = tl.arange(0, 2)[None, None, None, None, :]
+        pointers = b_ptr + ((lanes + 2 * g)[:, :, :, :, None] + z)
+        pointers += (x % J * (8 * WIDTH) + x // J * 16)[:, :, :, :, None]
+        even, odd = _load_pair(pointers, tokens[:, :, :, :, None], num_rows, ROWS, MASKED)
+        loaded = even_a, odd_a, even, odd
+    return loaded
+
+
+@triton.jit
+def _value_b(loaded, ROWS: tl.constexpr, LAUNCH: tl.constexpr):
+    """B of values, [warps, tokens, head_dim]"""
+    W: tl.constexpr = LAUNCH.warps
+    N: tl.constexpr = LAUNCH.block_n
+    J: tl.constexpr = N // 8
+    D: tl.constexpr = ROWS.head_dim
+    C: tl.constexpr = D // 64
+    if ROWS.packed:
+        scale, zero = _halves_of(loaded[4], loaded[5])
+        even, odd = _halves_of(loaded[2], loaded[3])
+        a, b, c, d = _four_nibbles(even, scale, zero)
+        even = _join_4(a, b, c, d)
+        a, b, c, d = _four_nibbles(odd, scale, zero)
+        b = _halves(tl.join(even, _join_4(a, b, c, d)))
+    else:
+        a, b, c, d = _four_pairs(loaded[2], loaded[3])
+        b = _halves(_join_4(a, b, c, d))
+    b = tl.permute(tl.reshape(b, [4, 8, W, C, J // 2, 2, 2, 2, 2, 2]), (2, 4, 0, 5, 9, 3, 6, 7, 8, 1))
+    return tl.reshape(b, [W, N, D])
+
+
+@triton.jit
+def _heads_of(places):
+    return places % 8 * 4 + places // 8
+
+
+@triton.jit
+def _heads_first(a, LAUNCH: tl.constexpr):
+    """[tokens // 8, warps, 8, 4, 2, 2] to [warps, heads, tokens // 2]"""
+    return tl.reshape(tl.permute(a, (2, 4, 5, 1, 3, 0)), [LAUNCH.warps, HEADS, LAUNCH.block_n // 2])
+
+
+@triton.jit
+def _weights(words, LAUNCH: tl.constexpr):
+    """Weights [warps, heads, tokens // 2] of two tokens in 32 bits as those of [warps, heads, tokens]"""
+    weights = tl.reshape(_halves(words), [LAUNCH.warps, HEADS, LAUNCH.block_n // 16, 2, 4, 2])
+    return tl.reshape(tl.permute(weights, (0, 1, 2, 4, 3, 5)), [LAUNCH.warps, HEADS, LAUNCH.block_n])
+
+
+@triton.jit
+def _load_ahead(
+    i: tl.constexpr, key_ptr, value_ptr, first, following, first_head, end,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The words of the `i`-th rank of the tile at `first`, keys' ranks before those of values, and then at `following`."""
+    K_RANK: tl.constexpr = KEYS.rank
+    RANKS: tl.constexpr = K_RANK + VALUES.rank
+    if i >= RANKS:
+        first = following
+    if i % RANKS < K_RANK:
+        rows_ptr = key_ptr + first * tl.full((), KEYS.width // 4, tl.int64)
+        loaded = _load_keys(rows_ptr, first_head, end - first, i % RANKS, KEYS, LAUNCH, MASKED)
+    else:
+        rows_ptr = value_ptr + first * tl.full((), VALUES.width // 4, tl.int64)
+        loaded = _load_values(rows_ptr, first_head, end - first, i % RANKS - K_RANK, VALUES, LAUNCH, MASKED)
+    return loaded
+
+
+@triton.jit
+def _tile(
+    query, unit, in_units, maximum, normalizer, output, loaded, later, key_ptr, value_ptr, first, following, first_head,
+    end, is_first,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """
+    Adds a tile to the running sums. The words of its first two ranks are `loaded` and `later`; those of the next tile are
+    returned, unless this is the last, with a part of its rows (`MASKED`).
+    """
+    W: tl.constexpr = LAUNCH.warps
+    N: tl.constexpr = LAUNCH.block_n
+    K_RANK: tl.constexpr = KEYS.rank
+    V_RANK: tl.constexpr = VALUES.rank
+    even = tl.broadcast_to(-maximum[:, :, None], [W, HEADS, N // 2])
+    odd = even
+    for r in tl.static_range(0, K_RANK):
+        products = tl.dot(query, _key_b(loaded, KEYS, LAUNCH))
+        even_products, odd_products = tl.split(tl.reshape(products, [W, HEADS, N // 2, 2]))
+        p, q, s, t = _four_float32(loaded[0])
+        even += even_products * _heads_first(_join_4(p, q, s, t), LAUNCH)
+        p, q, s, t = _four_float32(loaded[1])
+        odd += odd_products * _heads_first(_join_4(p, q, s, t), LAUNCH)
+        loaded = later
+        if (r + 2 < K_RANK + V_RANK) or (not MASKED):
+            later = _load_ahead(
+                r + 2, key_ptr, value_ptr, first, following, first_head, end, KEYS, VALUES, LAUNCH, MASKED
+            )  # fmt: skip
+    if MASKED:
+        places = first + tl.arange(0, W)[:, None, None] * N + 2 * tl.arange(0, N // 2)[None, None, :]
+        even = tl.where(places < end, even, -float("inf"))
+        odd = tl.where(places + 1 < end, odd, -float("inf"))
+    weights = _exponentials(even, odd)
+    # One of 2 or more: the maximum is raised. Until then it may lag. Units other than 1 are seldom, and only met here.
+    if is_first | in_units | ((tl.reduce(weights, None, _or) & 0x40004000) != 0):
+        raised = maximum + tl.max(tl.maximum(even, odd), 2) + 6.0 / unit
+        raised = tl.maximum(tl.where(is_first, -1e30, maximum), raised)
+        decay = tl.where(is_first, 0.0, tl.exp2((maximum - raised) * unit))
+        even = (even + (maximum - raised)[:, :, None]) * unit[:, :, None]
+        weights = _exponentials(even, (odd + (maximum - raised)[:, :, None]) * unit[:, :, None])
+        normalizer *= decay[:, :, None]
+        output *= decay[:, :, None]
+        maximum = raised
+    ones = tl.full([W, N, 8], 1.0, tl.float16)
+    normalizer = tl.dot(_weights(weights, LAUNCH), ones, normalizer)
+    for r in tl.static_range(0, V_RANK):
+        p, q, s, t = _four_pairs(loaded[0], loaded[1])
+        weighted = _product(weights, _heads_first(_join_4(p, q, s, t), LAUNCH))
+        output = tl.dot(_weights(weighted, LAUNCH), _value_b(loaded, VALUES, LAUNCH), output)
+        loaded = later
+        if (K_RANK + r + 2 < K_RANK + V_RANK) or (not MASKED):
+            later = _load_ahead(
+                K_RANK + r + 2, key_ptr, value_ptr, first, following, first_head, end, KEYS, VALUES, LAUNCH, MASKED
+            )  # fmt: skip
+    return maximum, normalizer, output, loaded, later
+
+
+@triton.jit
+def _prepare_query(
+    query_ptr, first_head, stride_h, scale, ROWS: tl.constexpr, LAUNCH: tl.constexpr
+):  # fmt: skip
+    """
+    Queries times `scale` in float16, rotated where rows are, [warps, heads, head_dim]; divided by units [warps, heads],
+    powers of 2, where the largest number of a head is not from 2^-10 to 2^15.
+    """
+    W: tl.constexpr = LAUNCH.warps
+    D: tl.constexpr = ROWS.head_dim
+    heads = first_head + _heads_of(tl.arange(0, HEADS))[:, None]
+    features = tl.arange(0, D)[None, :]
+    query = tl.load(query_ptr + heads * stride_h + features, mask=heads < ROWS.num_heads, other=0.0)
+    if ROWS.packed:
+        blocks = tl.permute(tl.reshape(query, [HEADS, D // 64, 64]), (1, 0, 2))
+        parity = tl.arange(0, 64)[:, None] & tl.arange(0, 64)[None, :]
+        parity ^= parity >> 4
+        parity ^= parity >> 2
+        parity ^= parity >> 1
+        hadamard = (1.0 - 2.0 * (parity & 1)).to(query.dtype)
+        hadamard = tl.broadcast_to(hadamard[None, :, :], [D // 64, 64, 64])
+        query = tl.reshape(tl.permute(tl.dot(blocks, hadamard) * 0.125, (1, 0, 2)), [HEADS, D])
+    query = query.to(tl.float32) * scale
+    largest = tl.max(tl.abs(query), 1)
+    exponents = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    fits = (largest < 32768.0) & ((largest >= 2.0**-10) | (largest == 0.0))
+    unit = tl.where(fits, 1.0, tl.maximum(exponents, 2.0**-100) * 2.0**-14)
+    query = (query * (1.0 / unit)[:, None]).to(tl.float16)
+    query = tl.permute(tl.reshape(query, [HEADS, D // 64, 4, 4, 4]), (0, 1, 3, 2, 4))
+    query = tl.reshape(query, [HEADS, D])
+    return tl.broadcast_to(query[None, :, :], [W, HEADS, D]), tl.broadcast_to(unit[None, :], [W, HEADS])
+
+
+@triton.jit(do_not_specialize=["key_stride_b", "value_stride_b", "length_stride_b", "key_length", "num_splits"])
+def low_bit_decode_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    length_ptr,
+    partial_ptr,
+    lse_ptr,
+    query_stride_b,
+    query_stride_h,
+    key_stride_b,
+    value_stride_b,
+    length_stride_b,
+    key_length,
+    num_splits,
+    scale,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    LAUNCH: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One query token's attention over one of `num_splits` pieces of the cache, for a block of heads of one sequence."""
+    NUM_HEADS: tl.constexpr = KEYS.num_heads
+    D: tl.constexpr = KEYS.head_dim
+    W: tl.constexpr = LAUNCH.warps
+    N: tl.constexpr = LAUNCH.block_n
+    TILE: tl.constexpr = W * N
+    HEAD_BLOCKS: tl.constexpr = KEYS.padded_heads // HEADS
+    first_head = tl.program_id(0) % HEAD_BLOCKS * HEADS
+    split = tl.program_id(0) // HEAD_BLOCKS
+    batch = tl.program_id(1).to(tl.int64)
+    length = key_length
+    if HAS_LENGTHS:
+        length = tl.minimum(tl.load(length_ptr + batch * length_stride_b).to(tl.int32), key_length)
+    # Whole tiles for each piece, as many as another's or one more.
+    num_tiles = tl.cdiv(length, TILE)
+    start = (split * num_tiles // num_splits) * TILE
+    end = tl.minimum(((split + 1) * num_tiles // num_splits) * TILE, length)
+    whole = end // TILE * TILE
+
+    key_ptr = (key_ptr + batch * key_stride_b * STRIDE_UNIT).to(tl.pointer_type(tl.int32))
+    value_ptr = (value_ptr + batch * value_stride_b * STRIDE_UNIT).to(tl.pointer_type(tl.int32))
+    loaded = _load_ahead(0, key_ptr, value_ptr, start, start, first_head, whole, KEYS, VALUES, LAUNCH, True)
+    later = _load_ahead(1, key_ptr, value_ptr, start, start, first_head, whole, KEYS, VALUES, LAUNCH, True)
+    query, unit = _prepare_query(query_ptr + batch * query_stride_b, first_head, query_stride_h, scale, KEYS, LAUNCH)
+    in_units = tl.max(tl.max((unit != 1.0).to(tl.int32), 1), 0) > 0
+    maximum = tl.zeros([W, HEADS], tl.float32)
+    normalizer = tl.zeros([W, HEADS, 8], tl.float32)
+    output = tl.zeros([W, HEADS, D], tl.float32)
+    for first in tl.range(start, whole, TILE, num_stages=1):  # what is ahead is in registers
+        following = tl.minimum(first + TILE, whole - TILE)
+        maximum, normalizer, output, loaded, later = _tile(
+            query, unit, in_units, maximum, normalizer, output, loaded, later, key_ptr, value_ptr, first, following, first_head,
+            whole, first == start, KEYS, VALUES, LAUNCH, False,
+        )  # fmt: skip
+    if whole < end:
+        loaded = _load_ahead(0, key_ptr, value_ptr, whole, whole, first_head, end, KEYS, VALUES, LAUNCH, True)
+        later = _load_ahead(1, key_ptr, value_ptr, whole, whole, first_head, end, KEYS, VALUES, LAUNCH, True)
+        maximum, normalizer, output, _, _ = _tile(
+            query, unit, in_units, maximum, normalizer, output, loaded, later, key_ptr, value_ptr, whole, whole, first_head,
+            end, whole == start, KEYS, VALUES, LAUNCH, True,
+        )  # fmt: skip
+
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    highest = tl.max(maximum, 0)
+    decay = tl.exp2((maximum - highest[None, :]) * unit)
+    normalizer = tl.sum(tl.max(normalizer, 2) * decay, 0)
+    output = tl.sum(output * decay[:, :, None], 0)
+    is_empty = normalizer == 0.0
+    normalizer = tl.where(is_empty, 1.0, normalizer)
+    lse = tl.where(is_empty, -float("inf"), highest * tl.max(unit, 0) + tl.log2(normalizer))
+    heads = first_head + _heads_of(tl.arange(0, HEADS))
+    row = (batch * num_splits + split) * NUM_HEADS + heads
+    output = tl.reshape(output * (1.0 / normalizer)[:, None], [HEADS, D // 64, 8, 8])
+    tl.store(
+        partial_ptr + row[:, None] * D + tl.arange(0, D)[None, :],
+        tl.reshape(tl.permute(output, (0, 1, 3, 2)), [HEADS, D]),
+        mask=(heads < NUM_HEADS)[:, None],
+    )
+    tl.store(lse_ptr + row, lse, mask=heads < NUM_HEADS)

@@ -126,6 +126,19 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
     )
 
 
+def near_formed(actual: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
+    """
+    Which numbers of heads [heads, head_dim] are those of A [rank, heads] and B [rank, head_dim] as rows have them, rounded. The program
+    that forms heads computes A and B again, in another order than the one that stores them: now and then it rounds to a neighbour.
+    """
+    exact = torch.einsum("rh,rd->hd", a, b) / len(a)
+    rounded = exact.to(dtype).double()
+    exact = exact.where(rounded.isfinite(), rounded)  # beyond float16, perhaps
+    neighbours = 4 * RELATIVE[dtype] * torch.einsum("rh,rd->hd", a.abs(), b.abs()) / len(a)
+    torch.testing.assert_close(numbers(actual), exact, rtol=RELATIVE[dtype] * 1.01, atol=neighbours.max().item() + ABSOLUTE[dtype], msg=lambda m: f"{what}: {m}")  # fmt: skip
+    return torch.isclose(numbers(actual), exact, rtol=RELATIVE[dtype] * 1.01, atol=ABSOLUTE[dtype])
+
+
 def check_store(case: dict, device: str, store=store_factors) -> None:
     """
     Queries and rows are those of the model's module in float64; all else in the pages is as it was. The factors as columns of
@@ -206,12 +219,15 @@ def check_store(case: dict, device: str, store=store_factors) -> None:
         **states, first_formed=first,
     )  # fmt: skip
     for (name, formed), rows, layout in zip(states.items(), other_pages, layouts):
+        near = []
         for i, slot in enumerate(slots.tolist()[first:]):
             if slot >= 0:
                 a, b = layout.unpack(numbers(rows[slot // page_size, slot % page_size])[None, None, None])
-                heads_of_row = torch.einsum("rh,rd->hd", a[0, 0], b[0, 0]) / layout.rank
-                assert_near(formed[i], heads_of_row.to(dtype).double(), dtype, name)  # beyond float16, perhaps
+                near.append(near_formed(formed[i], a[0, 0], b[0, 0], dtype, name))
                 formed[i] = math.nan
+        if near:
+            near = torch.stack(near)
+            assert (~near).sum() <= max(1, 0.01 * near.numel()), f"{name}: {(~near).sum()} of {near.numel()} numbers"
         assert formed.isnan().all(), f"{name}: heads of tokens without a row are written"
     for name, x, other in zip(("query", "key rows", "value rows"), (query, *pages), (other_query, *other_pages)):
         assert torch.equal(x.float().nan_to_num(0.5), other.float().nan_to_num(0.5)), (

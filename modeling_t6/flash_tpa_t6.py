@@ -202,7 +202,8 @@ def choose_low_bit_launch(
     is_full = FactorLayout(k_rank, num_heads, head_dim).padded_heads % 32 == 0
     if not (is_low_bit and is_full and head_dim == 64 and max(k_rank, v_rank) <= 2):
         return None
-    return LowBitLaunch(block_n=32, warps=1, programs_per_sm=8)
+    warps = max(k_rank, v_rank)  # as measured: of rank 1 each warp alone, of rank 2 two that share a program
+    return LowBitLaunch(block_n=32, warps=warps, programs_per_sm=8 // warps)
 
 
 def rows_of(

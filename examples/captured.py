@@ -16,16 +16,20 @@ Training of small models in which the host does next to nothing: a step is captu
 """
 
 import contextlib
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import ablations
 from pretraining_data import open_prepared
+
+
+WEIGHT_DECAY = 0.1
 
 
 def read_tokens(folder: Path, device: torch.device) -> tuple[PreTrainedTokenizerBase, dict[str, torch.Tensor]]:
@@ -56,24 +60,34 @@ class CapturedTraining:
     One run on one device. `loss_of` is what a subclass has: the mean loss, in nats, of token ids [sequences, window].
 
     Args:
-        starts: where the windows of each step begin in `tokens`, [steps, sequences].
-        warmup: steps until the learning rates of `optimizer`, made by `ablations.make_optimizer`, are at their highest.
+        ablation: the model.
+        run: its `learning_rate`, of which `ablation` may have parts or multiples, and its `seed`, of the weights.
+        steps: of the run; other settings are those of `configurations`.
+        tokens: that windows of so many tokens as `window` are taken from.
+        attention: the attention function of Transformers.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        ablation: ablations.Ablation,
+        configurations: ablations.Configurations,
+        run: tuple,
+        steps: int,
         tokens: torch.Tensor,
-        starts: torch.Tensor,
         window: int,
-        warmup: int,
+        attention: str,
     ):
-        self.model, self.optimizer, self.tokens, self.warmup = model, optimizer, tokens, warmup
-        self.device = tokens.device
-        self.starts = starts.to(self.device)
+        self.settings, self.config = configurations.settings | {"max_steps": steps}, configurations.of(ablation)
+        self.run, self.tokens, self.device = run, tokens, tokens.device
+        self.is_on_gpu = self.device.type == "cuda"
+        torch.manual_seed(run.seed)
+        self.model = ablations.make_model(ablation, self.config, attention).to(self.device).train()
+        self.model.config.use_cache = False
+        self.optimizer = ablations.make_optimizer(ablation, self.model, run.learning_rate, WEIGHT_DECAY)
+        self.warmup = max(1, round(self.settings["warmup_steps"] * ablation.warmup))
+        self.starts = batch_starts(len(tokens), self.settings, 0).to(self.device)
         self.places = torch.arange(window, device=self.device)
-        self.batch = torch.zeros(starts.shape[1], window, dtype=torch.long, device=self.device)
+        self.batch = torch.zeros(self.starts.shape[1], window, dtype=torch.long, device=self.device)
         self.loss = torch.zeros((), device=self.device)
 
     def loss_of(self, ids: torch.Tensor) -> torch.Tensor:
@@ -108,6 +122,18 @@ class CapturedTraining:
                     for value in state.values():
                         value.zero_()
 
+    def prepare(self, is_captured: bool) -> None:
+        """Compiles what is to be compiled, and sets `take_step`: `step`, or a CUDA graph of it."""
+        self.is_captured = is_captured
+        if self.is_on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        if is_captured:
+            self.take_step = self.captured().replay
+        else:
+            with self.undone():
+                self.step()
+            self.take_step = self.step
+
     def captured(self) -> torch.cuda.CUDAGraph:
         """`step` as a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
@@ -130,3 +156,24 @@ class CapturedTraining:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         states = [self.optimizer.state[parameter] for parameter in parameters]
         return [p.detach() for p in parameters] + [state[name] for state in states for name in sorted(state)]
+
+
+def prepared(
+    ways: list[tuple[bool, bool]], new_training: Callable[[bool], CapturedTraining], name: str
+) -> CapturedTraining:
+    """
+    A training that is prepared in the first of `ways` that the device can: whether compiled, which `new_training` is told, and whether
+    captured. What it cannot is printed and taken off the list, not to be tried again.
+    """
+    while True:
+        is_compiled, is_captured = ways[0]
+        training = new_training(is_compiled)
+        try:
+            training.prepare(is_captured)
+            return training
+        except RuntimeError as error:
+            if len(ways) == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            print(f"{name}, compiled: {is_compiled}, captured: {is_captured}", file=sys.stderr)
+            traceback.print_exc()
+            del training, ways[0]

@@ -16,10 +16,12 @@ Training of small models in which the host does next to nothing: a step is captu
 """
 
 import contextlib
+import itertools
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +57,13 @@ def batch_starts(num_tokens: int, settings: dict, seed: int) -> torch.Tensor:
     return torch.cat(starts)[:needed].view(settings["max_steps"], -1)
 
 
+def evenly_spaced(tokens: torch.Tensor, window: int, stride: int, number: int) -> torch.Tensor:
+    """[number, window]: so many of the windows that begin every `stride` tokens, or all if there are fewer."""
+    windows = tokens.unfold(0, window, stride)
+    chosen = torch.linspace(0, len(windows) - 1, min(number, len(windows)), device=tokens.device).long()
+    return windows[chosen].long()
+
+
 class CapturedTraining:
     """
     One run on one device. `loss_of` is what a subclass has: the mean loss, in nats, of token ids [sequences, window].
@@ -71,7 +80,7 @@ class CapturedTraining:
         self,
         ablation: ablations.Ablation,
         configurations: ablations.Configurations,
-        run: tuple,
+        run: NamedTuple,
         steps: int,
         tokens: torch.Tensor,
         window: int,
@@ -158,22 +167,30 @@ class CapturedTraining:
         return [p.detach() for p in parameters] + [state[name] for state in states for name in sorted(state)]
 
 
-def prepared(
-    ways: list[tuple[bool, bool]], new_training: Callable[[bool], CapturedTraining], name: str
-) -> CapturedTraining:
+class Worker:
     """
-    A training that is prepared in the first of `ways` that the device can: whether compiled, which `new_training` is told, and whether
-    captured. What it cannot is printed and taken off the list, not to be tried again.
+    Does runs in a process of several (`scheduler.do_runs`), on one device. `new_training(run, is_compiled)` is what a subclass has.
     """
-    while True:
-        is_compiled, is_captured = ways[0]
-        training = new_training(is_compiled)
-        try:
-            training.prepare(is_captured)
-            return training
-        except RuntimeError as error:
-            if len(ways) == 1 or isinstance(error, torch.OutOfMemoryError):
-                raise
-            print(f"{name}, compiled: {is_compiled}, captured: {is_captured}", file=sys.stderr)
-            traceback.print_exc()
-            del training, ways[0]
+
+    def __init__(self, data: Path, settings: dict, may_compile: bool, may_capture: bool, device: torch.device):
+        if device.type == "cuda":
+            torch.set_num_threads(1)
+        tokenizer, self.tokens = read_tokens(data, device)
+        self.configurations = ablations.Configurations(settings, tokenizer)
+        # How a step is taken, whether compiled and whether captured. What a GPU cannot do is told, and not tried again.
+        allowed = may_compile, may_capture and device.type == "cuda"
+        self.ways = list(itertools.product(*([True, False] if may else [False] for may in allowed)))
+
+    def prepared(self, run: NamedTuple) -> CapturedTraining:
+        while True:
+            is_compiled, is_captured = self.ways[0]
+            training = self.new_training(run, is_compiled)
+            try:
+                training.prepare(is_captured)
+                return training
+            except RuntimeError as error:
+                if len(self.ways) == 1 or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                print(f"{run.key}, compiled: {is_compiled}, captured: {is_captured}", file=sys.stderr)
+                traceback.print_exc()
+                del training, self.ways[0]

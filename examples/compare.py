@@ -117,7 +117,7 @@ def do_missing_runs(args: argparse.Namespace) -> None:
             if run.key not in results["runs"] and needed < seconds:
                 yield run
 
-    new_worker = partial(Worker, args.data, results["settings"], checkpoints, deadline, not args.no_compile)
+    new_worker = partial(Worker, args.data, results["settings"], not args.no_compile, checkpoints, deadline)
     places = 2 * visible_gpus(args.cpu) or [None]  # the first process of each GPU before the second
     for run, result in do_runs(to_do, new_worker, places, deadline):
         results["runs"][run.key] = result

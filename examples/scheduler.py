@@ -1,16 +1,3 @@
-# Copyright 2026 The T6 for Transformers authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """
 Runs side by side, each in one of several processes on all GPUs. Which is next is asked anew whenever a process is idle, so that it may
 depend on the results so far; a run that fails leaves the others.
@@ -33,7 +20,7 @@ import torch
 from command_line import InputError
 
 
-Run = Any
+Run = Any  # a named tuple, whose `key` is its name in the results
 
 
 def visible_gpus(is_on_cpu: bool) -> list[str]:
@@ -51,8 +38,7 @@ def do_runs(
     Does runs until there are none left, or no time; yields each with its result when it has ended.
 
     Args:
-        to_do: the runs that the results lack, of those that would end in so many seconds; in the order in which they are wanted. A run
-            has a `key`, its name in the results.
+        to_do: the runs that the results lack, of those that would end in so many seconds; in the order in which they are wanted.
         new_worker: called in each process with its device and the turn of its GPU, a lock: what trains alone on it does so
             `with turn:`. Returns an object whose `do(run)` returns the result, at least "loss", "seconds" and "ms_per_step", or `None`
             where time ran out. It and runs can be pickled.

@@ -1,10 +1,8 @@
 """A run of the comparison, and the process of several that does it."""
 
-import itertools
 import math
 import statistics
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -12,8 +10,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import captured
 from ablations import Configurations
-from captured import CapturedTraining, prepared, read_tokens
 from configuration.make_configs import cache_numbers
 from pretraining_data import open_prepared
 
@@ -43,13 +41,11 @@ def held_out_windows(folder: Path, tokens: torch.Tensor, length: int) -> dict[st
         of_kind = tokens[start : start + sizes["held_out_tokens"]]
         start += sizes["held_out_tokens"]
         if len(of_kind) > length:
-            found = of_kind.unfold(0, length + 1, length)
-            chosen = torch.linspace(0, len(found) - 1, min(HELD_OUT_WINDOWS, len(found)), device=tokens.device).long()
-            windows[kind] = found[chosen].long()
+            windows[kind] = captured.evenly_spaced(of_kind, length + 1, length, HELD_OUT_WINDOWS)
     return windows
 
 
-class Training(CapturedTraining):
+class Training(captured.CapturedTraining):
     """A run, in bfloat16 where the device is a GPU; layers, norm and loss may be compiled."""
 
     def __init__(
@@ -165,37 +161,21 @@ def checkpoint_of(run: Run, folder: Path) -> Path:
     return folder / f"{run.key.replace(' ', '-').replace(',', '')}.pt"
 
 
-class Worker:
-    """Does runs in a process of several, on one device; the next is compiled while another process of the GPU has its turn."""
+class Worker(captured.Worker):
+    """One of two of a GPU: the next run is compiled while the other's has its turn."""
 
     def __init__(
-        self,
-        data: Path,
-        settings: dict,
-        checkpoints: Path,
-        deadline: float,
-        may_compile: bool,
-        device: torch.device,
-        turn: AbstractContextManager,
+        self, data: Path, settings: dict, may_compile: bool, checkpoints: Path, deadline: float, device, turn
     ):
+        super().__init__(data, settings, may_compile, True, device)
         self.checkpoints, self.deadline, self.turn = checkpoints, deadline, turn
-        is_on_gpu = device.type == "cuda"
-        if is_on_gpu:
-            torch.set_num_threads(1)
         torch.set_float32_matmul_precision("high")
-        tokenizer, self.tokens = read_tokens(data, device)
         self.windows = held_out_windows(data, self.tokens["held_out"], settings["block_length"])
-        self.configurations = Configurations(settings, tokenizer)
-        self.ways = list(
-            itertools.product((True, False) if may_compile else (False,), (True, False) if is_on_gpu else (False,))
-        )
+
+    def new_training(self, run: Run, is_compiled: bool) -> Training:
+        return Training(run, self.configurations, self.tokens["train"], self.windows, is_compiled)
 
     def do(self, run: Run) -> dict | None:
-        """See `Training.train`."""
-
-        def new_training(is_compiled: bool) -> Training:
-            return Training(run, self.configurations, self.tokens["train"], self.windows, is_compiled)
-
-        training = prepared(self.ways, new_training, run.key)
+        training = self.prepared(run)
         with self.turn:  # so that times are those of one run alone
             return training.train(self.deadline, checkpoint_of(run, self.checkpoints))

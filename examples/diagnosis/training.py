@@ -1,15 +1,14 @@
 """A run of the diagnosis, and the process of several that does it."""
 
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+import captured
 from ablations import Configurations, ablations, part_of
-from captured import CapturedTraining, prepared, read_tokens
 from configuration.make_configs import cache_numbers
 
 from .attention import COPIED, measured
@@ -34,7 +33,7 @@ def norms(tensors: dict[str, list[torch.Tensor]]) -> dict[str, float]:
     return {part: (total[part] / sum(x.numel() for x in of)).sqrt().item() for part, of in tensors.items()}
 
 
-class Training(CapturedTraining):
+class Training(captured.CapturedTraining):
     """A run that is measured as it goes."""
 
     def __init__(self, run: Run, configurations: Configurations, tokens: dict[str, torch.Tensor]):
@@ -42,9 +41,7 @@ class Training(CapturedTraining):
         settings, tokenizer = configurations.settings, configurations.tokenizer
         steps, length = settings["max_steps"], settings["block_length"]
         super().__init__(ablations()[run.variant], configurations, run, steps, tokens["train"], length, "measured")
-        windows = tokens["held_out"].unfold(0, length, length)
-        chosen = torch.linspace(0, len(windows) - 1, min(HELD_OUT_WINDOWS, len(windows)), device=self.device).long()
-        self.held_out = windows[chosen].long()
+        self.held_out = captured.evenly_spaced(tokens["held_out"], length, length, HELD_OUT_WINDOWS)
         generator = torch.Generator().manual_seed(0)
         random = torch.randint(len(tokenizer) // 2, len(tokenizer), (16, COPIED), generator=generator)
         self.copied = random.repeat(1, 2).to(self.device)
@@ -126,19 +123,15 @@ class Training(CapturedTraining):
         }
 
 
-class Worker:
-    """Does runs in a process of several, on one device, beside others: the models are too small for a GPU of their own."""
+class Worker(captured.Worker):
+    """One of several that train at once: the models are too small for a GPU of their own."""
 
-    def __init__(
-        self, data: Path, settings: dict, may_capture: bool, device: torch.device, turn: AbstractContextManager
-    ):
+    def __init__(self, data: Path, settings: dict, may_capture: bool, device, turn):
+        super().__init__(data, settings, False, may_capture, device)
         torch.set_num_threads(1)
-        tokenizer, self.tokens = read_tokens(data, device)
-        self.configurations = Configurations(settings, tokenizer)
-        self.ways = [(False, True), (False, False)] if may_capture and device.type == "cuda" else [(False, False)]
+
+    def new_training(self, run: Run, is_compiled: bool) -> Training:
+        return Training(run, self.configurations, self.tokens)
 
     def do(self, run: Run) -> dict:
-        def new_training(is_compiled: bool) -> Training:
-            return Training(run, self.configurations, self.tokens)
-
-        return prepared(self.ways, new_training, run.key).train()
+        return self.prepared(run).train()

@@ -137,7 +137,6 @@ def ablations() -> dict[str, Ablation]:
         "MHA, QK norm, gate": Ablation("MHA", {"qk_norm": True, "output_gate": True}),
         "GQA, QK norm": Ablation("GQA", {"qk_norm": True}),
         "GQA, gate": Ablation("GQA", {"output_gate": True}),
-        "GQA, QK norm, gate": Ablation("GQA", {"qk_norm": True, "output_gate": True}),
         "MQA, QK norm": Ablation("MQA", {"qk_norm": True}),
         "MLA, gate": Ablation("MLA", {"output_gate": True}),
         "MHA, Muon": Ablation("MHA", optimizer="muon"),
@@ -149,7 +148,6 @@ def ablations() -> dict[str, Ablation]:
         "TPA, QK as Llama's": replace(tpa, prepare=heads_as_llama(names="qk")),
         "TPA, V as Llama's": replace(tpa, prepare=heads_as_llama(names="v")),
         "TPA, QKV twice Llama's": replace(tpa, prepare=heads_as_llama(2.0)),
-        "TPA, QKV as Llama's, balanced": replace(tpa, prepare=heads_as_llama(balanced=True)),
         "TPA, A / 4, B x 4": replace(
             tpa, prepare=lambda model: _multiply(model, dict.fromkeys(a, 0.25) | dict.fromkeys(b, 4.0))
         ),

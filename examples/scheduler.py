@@ -125,15 +125,13 @@ class Processes:
             index, *outcome = self.done.get(timeout=1.0)
             return [(self.running.pop(index), *outcome)]
         except queue.Empty:
-            lost = [
-                (self.running.pop(index), self.processes[index].exitcode)
-                for index in self.lost()
-                if index in self.running
-            ]
-        for run, code in lost:
+            ended = []
+        for index in self.running.keys() & self.lost():
+            run, code = self.running.pop(index), self.processes[index].exitcode
             if code < 0:
                 raise InputError(f"{run.key}: its process was killed by signal {-code}")
-        return [(run, None, "its process ended before it did") for run, _ in lost]
+            ended.append((run, None, "its process ended before it did"))
+        return ended
 
     def end(self) -> None:
         for index in self.processes:

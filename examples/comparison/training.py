@@ -102,25 +102,26 @@ class Training(captured.CapturedTraining):
         first = index
         while index < steps:
             end = min((index // eval_steps + 1) * eval_steps, first + TRIAL_STEPS if index == first else steps, steps)
-            begin, count = time.monotonic(), index
+            began, before = time.monotonic(), index
             while index < end:
                 self.load(index)
                 self.take_step()
                 index += 1
             if not math.isfinite(self.loss.item()):
                 raise RuntimeError(f"the loss is {self.loss.item()} at step {index}")
-            times.append((time.monotonic() - begin) / (index - count))
+            times.append((time.monotonic() - began) / (index - before))
             if index % eval_steps == 0 and index < steps:
                 curve.append({"step": index, **self.evaluate(every=4)})
-            last = time.time() + statistics.median(times) * (steps - index)
-            if index < steps and last > deadline + GRACE:
-                if len(times) > 1 and time.time() < deadline:
-                    continue  # it may yet be faster
-                if len(times) > 1:
-                    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-                    partial = checkpoint.with_suffix(".partial")
-                    torch.save((index, curve, time.monotonic() - started, self.state()), partial)
-                    partial.replace(checkpoint)
+            ends_at = time.time() + statistics.median(times) * (steps - index)
+            if index == steps or ends_at <= deadline + GRACE:
+                continue
+            if len(times) == 1:
+                return None
+            if time.time() >= deadline:  # until then it may yet be faster
+                checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                partial = checkpoint.with_suffix(".partial")
+                torch.save((index, curve, time.monotonic() - started, self.state()), partial)
+                partial.replace(checkpoint)
                 return None
         checkpoint.unlink(missing_ok=True)
         curve.append({"step": steps, **self.evaluate(every=4)})

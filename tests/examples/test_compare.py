@@ -17,7 +17,7 @@ import ablations
 import compare
 from captured import batch_starts, read_tokens
 from comparison import plan, report
-from comparison.training import Training, checkpoint_of, held_out_windows
+from comparison.training import Training, Worker, checkpoint_of, held_out_windows
 from configuration.make_configs import cache_numbers, count_parameters
 from conversion.files import locks
 from language_modeling import load_tokenizer
@@ -217,6 +217,20 @@ def test_stopped_run_goes_on(opened, tmp_path, monkeypatch):
     assert not checkpoint.exists()
     for name in ("loss", "loss_by_kind", "curve"):
         assert resumed[name] == whole[name]
+
+
+def test_what_a_device_cannot(data, tmp_path, monkeypatch, capsys):
+    """It is told once, and steps are taken in the next way; what fails in the last way fails."""
+    worker = Worker(data, SIZES, False, tmp_path, math.inf, torch.device("cpu"), None)
+    assert worker.ways == [(False, False)]
+    worker.ways = [(False, True), (False, False)]  # as on a GPU
+    monkeypatch.setattr(Training, "captured", lambda self: torch.zeros(2).view(3))
+    for _ in range(2):
+        assert worker.prepared(RUN).is_captured is False
+    assert capsys.readouterr().err.count("T6 lr 0.001 seed 0 steps 7, compiled: False, captured: True\n") == 1
+    worker.ways = [(False, True)]
+    with pytest.raises(RuntimeError, match="shape"):
+        worker.prepared(RUN)
 
 
 def test_loss_that_is_no_number(opened, tmp_path):

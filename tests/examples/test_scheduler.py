@@ -34,17 +34,17 @@ os.kill(os.getpid(), 9)
 """
 
 
-def all_runs(names: list[str], done: dict, do: Callable, places: list[str | None], seconds: float = 1e6) -> None:
+def all_runs(names: list[str], done: dict, do: Callable, places: list[str | None]) -> None:
     """The results of runs of these names go into `done`; `do` is called with the device, the turn and the name of each."""
 
     def to_do(left: float) -> list[Run]:
-        assert left <= seconds or left == math.inf
+        assert left <= 1e6 or left == math.inf
         return [Run(name) for name in names if name not in done]
 
     def new_worker(device, turn):
         return SimpleNamespace(do=lambda run: do(device, turn, run.key))
 
-    for run, result in scheduler.do_runs(to_do, new_worker, places, time.time() + seconds):
+    for run, result in scheduler.do_runs(to_do, new_worker, places, time.time() + 1e6):
         done[run.key] = result
 
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What `diagnose.py` trains: attention mechanisms, and T6 with one thing changed at a time.
+What `diagnose.py` trains: attention mechanisms, and T6 with one thing changed at a time. The models of `compare.py` are described so, too.
 
 A change is of the architecture (fields of the configuration), of the first weights, or of how parts of them learn. Parts are
 the factors (`a_q`, `b_q`, `a_k`, ...; of MLA the two projections of queries are called so, too), the projections of mechanisms
@@ -91,10 +91,6 @@ def _multiply(model: PreTrainedModel, parts: dict[str, float]) -> None:
         parameter.mul_(parts.get(part_of(name), 1.0))
 
 
-def multiplied(factor: float, *parts: str) -> Callable[[PreTrainedModel], None]:
-    return lambda model: _multiply(model, dict.fromkeys(parts, factor))
-
-
 @torch.no_grad()
 def outputs_as_llama(model: PreTrainedModel) -> None:
     """The projections that write to the residual stream start as Llama's, not at zero."""
@@ -141,7 +137,6 @@ def ablations() -> dict[str, Ablation]:
         "MHA, QK norm, gate": Ablation("MHA", {"qk_norm": True, "output_gate": True}),
         "GQA, QK norm": Ablation("GQA", {"qk_norm": True}),
         "GQA, gate": Ablation("GQA", {"output_gate": True}),
-        "GQA, QK norm, gate": Ablation("GQA", {"qk_norm": True, "output_gate": True}),
         "MQA, QK norm": Ablation("MQA", {"qk_norm": True}),
         "MLA, gate": Ablation("MLA", {"output_gate": True}),
         "MHA, Muon": Ablation("MHA", optimizer="muon"),
@@ -153,7 +148,6 @@ def ablations() -> dict[str, Ablation]:
         "TPA, QK as Llama's": replace(tpa, prepare=heads_as_llama(names="qk")),
         "TPA, V as Llama's": replace(tpa, prepare=heads_as_llama(names="v")),
         "TPA, QKV twice Llama's": replace(tpa, prepare=heads_as_llama(2.0)),
-        "TPA, QKV as Llama's, balanced": replace(tpa, prepare=heads_as_llama(balanced=True)),
         "TPA, A / 4, B x 4": replace(
             tpa, prepare=lambda model: _multiply(model, dict.fromkeys(a, 0.25) | dict.fromkeys(b, 4.0))
         ),
@@ -179,39 +173,20 @@ def ablations() -> dict[str, Ablation]:
         "TPA, A starts constant, QKV as Llama's": replace(constant, prepare=constant_as_llama),
         "TPA, A starts constant, rate of A x 2": replace(constant, rates=dict.fromkeys(a, 2.0)),
         "TPA, A starts constant, QK norm": replace(constant, fields=NORM | BIASES),
-        "TPA, A starts constant, QK norm, V as Llama's": replace(
-            constant, fields=NORM | BIASES, prepare=constant_as_llama
-        ),
         "TPA, A starts constant, QK norm, gate": replace(constant, fields=NORM | BIASES | {"output_gate": True}),
         "TPA, A starts constant, 4 to a KV head": replace(constant, groups=4),
         "TPA, A starts constant, QK norm, 4 to a KV head": replace(constant, fields=NORM | BIASES, groups=4),
-        "TPA, A starts constant, QK norm, V as Llama's, 4 to a KV head": replace(
-            constant, fields=NORM | BIASES, prepare=constant_as_llama, groups=4
-        ),
         "TPA, A starts constant, heads of MHA": replace(constant, heads_of_mha=True),
         "TPA, A constant": replace(tpa, fields={"noncontextual_a": True}),
         "TPA, sigmoid of A": replace(tpa, fields={"head_factor_act": "sigmoid"}),
         "TPA, softmax of A": replace(tpa, fields={"head_factor_act": "softmax"}),
         "TPA-KVonly, A starts constant": Ablation("TPA-KVonly", BIASES, prepare=constants_in_a()),
-        "TPA-KVonly, A starts constant, QK norm": Ablation("TPA-KVonly", NORM | BIASES, prepare=constants_in_a()),
-        "TPA-KVonly, A starts constant, QK norm, 4 to a KV head": Ablation(
-            "TPA-KVonly", NORM | BIASES, prepare=constants_in_a(), groups=4
-        ),
         "TPA, biases, QK norm": replace(tpa, fields=NORM | BIASES),
-        "TPA, biases, QK norm, rate of A x 2": replace(tpa, fields=NORM | BIASES, rates=dict.fromkeys(a, 2.0)),
-        "TPA, biases, QK norm, gate": replace(tpa, fields=NORM | BIASES | {"output_gate": True}),
-        "TPA, biases, 4 to a KV head": replace(tpa, fields=BIASES, groups=4),
         "TPA, biases, QK norm, 4 to a KV head": replace(tpa, fields=NORM | BIASES, groups=4),
-        "TPA-KVonly, biases": Ablation("TPA-KVonly", BIASES),
-        "TPA-KVonly, biases, QK norm": Ablation("TPA-KVonly", NORM | BIASES),
-        "TPA-KVonly, biases, QK norm, 4 to a KV head": Ablation("TPA-KVonly", NORM | BIASES, groups=4),
         "MHA, biases": Ablation("MHA", {"attention_bias": True}),
         "MHA, biases, QK norm": Ablation("MHA", {"attention_bias": True, "qk_norm": True}),
         "GQA, biases": Ablation("GQA", {"attention_bias": True}),
         "GQA, biases, QK norm": Ablation("GQA", {"attention_bias": True, "qk_norm": True}),
-        "MQA, biases, QK norm": Ablation("MQA", {"attention_bias": True, "qk_norm": True}),
-        "TPA, QK norm of heads, rate of A x 4": replace(tpa, fields=NORM, rates=dict.fromkeys(a, 4.0)),
-        "TPA, 4 to a KV head, rate of A x 4": replace(tpa, rates=dict.fromkeys(a, 4.0), groups=4),
         # Its architecture.
         "TPA, QK norm of rows": replace(tpa, fields={"qk_norm": True}),
         "TPA, QK norm of heads": replace(tpa, fields={"qk_norm": "heads"}),
@@ -219,7 +194,6 @@ def ablations() -> dict[str, Ablation]:
         "TPA, head norm": replace(tpa, fields={"head_norm": True}),
         "TPA, 2 to a KV head": replace(tpa, groups=2),
         "TPA, 4 to a KV head": replace(tpa, groups=4),
-        "TPA, 4 to a KV head, QK norm": replace(tpa, fields={"qk_norm": "heads"}, groups=4),
         "TPA, rank 1": replace(tpa, fields={"k_rank": 1, "v_rank": 1}),
         "TPA, rank 4": replace(tpa, fields={"k_rank": 4, "v_rank": 4}),
         "TPA, Q of rank 12": replace(tpa, fields={"q_rank": 12}),
@@ -228,9 +202,6 @@ def ablations() -> dict[str, Ablation]:
         "TPA-KVonly, KV as Llama's": Ablation("TPA-KVonly", prepare=heads_as_llama(names="kv")),
         "TPA-KVonly, 4 to a KV head": Ablation("TPA-KVonly", groups=4),
         "TPA-KVonly, rank 4, 4 to a KV head": Ablation("TPA-KVonly", {"k_rank": 4, "v_rank": 4}, groups=4),
-        "TPA-KVonly, rank 4, 4 to a KV head, QK norm": Ablation(
-            "TPA-KVonly", {"k_rank": 4, "v_rank": 4, "qk_norm": "heads"}, groups=4
-        ),
     }
     return named
 

@@ -16,16 +16,22 @@ Training of small models in which the host does next to nothing: a step is captu
 """
 
 import contextlib
+import itertools
+import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import ablations
 from pretraining_data import open_prepared
+
+
+WEIGHT_DECAY = 0.1
 
 
 def read_tokens(folder: Path, device: torch.device) -> tuple[PreTrainedTokenizerBase, dict[str, torch.Tensor]]:
@@ -51,29 +57,46 @@ def batch_starts(num_tokens: int, settings: dict, seed: int) -> torch.Tensor:
     return torch.cat(starts)[:needed].view(settings["max_steps"], -1)
 
 
+def evenly_spaced(tokens: torch.Tensor, window: int, stride: int, number: int) -> torch.Tensor:
+    """[number, window]: so many of the windows that begin every `stride` tokens, or all if there are fewer."""
+    windows = tokens.unfold(0, window, stride)
+    chosen = torch.linspace(0, len(windows) - 1, min(number, len(windows)), device=tokens.device).long()
+    return windows[chosen].long()
+
+
 class CapturedTraining:
     """
     One run on one device. `loss_of` is what a subclass has: the mean loss, in nats, of token ids [sequences, window].
 
     Args:
-        starts: where the windows of each step begin in `tokens`, [steps, sequences].
-        warmup: steps until the learning rates of `optimizer`, made by `ablations.make_optimizer`, are at their highest.
+        ablation: the model.
+        run: its `learning_rate`, of which `ablation` may have parts or multiples, and its `seed`, of the weights.
+        steps: of the run; other settings are those of `configurations`.
+        tokens: that windows of so many tokens as `window` are taken from.
+        attention: the attention function of Transformers.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        ablation: ablations.Ablation,
+        configurations: ablations.Configurations,
+        run: NamedTuple,
+        steps: int,
         tokens: torch.Tensor,
-        starts: torch.Tensor,
         window: int,
-        warmup: int,
+        attention: str,
     ):
-        self.model, self.optimizer, self.tokens, self.warmup = model, optimizer, tokens, warmup
-        self.device = tokens.device
-        self.starts = starts.to(self.device)
+        self.settings, self.config = configurations.settings | {"max_steps": steps}, configurations.of(ablation)
+        self.run, self.tokens, self.device = run, tokens, tokens.device
+        self.is_on_gpu = self.device.type == "cuda"
+        torch.manual_seed(run.seed)
+        self.model = ablations.make_model(ablation, self.config, attention).to(self.device).train()
+        self.model.config.use_cache = False
+        self.optimizer = ablations.make_optimizer(ablation, self.model, run.learning_rate, WEIGHT_DECAY)
+        self.warmup = max(1, round(self.settings["warmup_steps"] * ablation.warmup))
+        self.starts = batch_starts(len(tokens), self.settings, 0).to(self.device)
         self.places = torch.arange(window, device=self.device)
-        self.batch = torch.zeros(starts.shape[1], window, dtype=torch.long, device=self.device)
+        self.batch = torch.zeros(self.starts.shape[1], window, dtype=torch.long, device=self.device)
         self.loss = torch.zeros((), device=self.device)
 
     def loss_of(self, ids: torch.Tensor) -> torch.Tensor:
@@ -108,6 +131,18 @@ class CapturedTraining:
                     for value in state.values():
                         value.zero_()
 
+    def prepare(self, is_captured: bool) -> None:
+        """Compiles what is to be compiled, and sets `take_step`: `step`, or a CUDA graph of it."""
+        self.is_captured = is_captured
+        if self.is_on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        if is_captured:
+            self.take_step = self.captured().replay
+        else:
+            with self.undone():
+                self.step()
+            self.take_step = self.step
+
     def captured(self) -> torch.cuda.CUDAGraph:
         """`step` as a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
@@ -130,3 +165,32 @@ class CapturedTraining:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         states = [self.optimizer.state[parameter] for parameter in parameters]
         return [p.detach() for p in parameters] + [state[name] for state in states for name in sorted(state)]
+
+
+class Worker:
+    """
+    Does runs in a process of several (`scheduler.do_runs`), on one device. `new_training(run, is_compiled)` is what a subclass has.
+    """
+
+    def __init__(self, data: Path, settings: dict, may_compile: bool, may_capture: bool, device: torch.device):
+        if device.type == "cuda":
+            torch.set_num_threads(1)
+        tokenizer, self.tokens = read_tokens(data, device)
+        self.configurations = ablations.Configurations(settings, tokenizer)
+        # How a step is taken, whether compiled and whether captured. What a GPU cannot do is told, and not tried again.
+        allowed = may_compile, may_capture and device.type == "cuda"
+        self.ways = list(itertools.product(*([True, False] if may else [False] for may in allowed)))
+
+    def prepared(self, run: NamedTuple) -> CapturedTraining:
+        while True:
+            is_compiled, is_captured = self.ways[0]
+            training = self.new_training(run, is_compiled)
+            try:
+                training.prepare(is_captured)
+                return training
+            except RuntimeError as error:
+                if len(self.ways) == 1 or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                print(f"{run.key}, compiled: {is_compiled}, captured: {is_captured}", file=sys.stderr)
+                traceback.print_exc()
+                del training, self.ways[0]

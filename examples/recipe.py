@@ -34,11 +34,8 @@ def attention_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [layer.self_attn for layer in model.model.layers]
 
 
-def heads_as_llama(factor: float = 1.0, names: str = "qkv", balanced: bool = False) -> Callable:
-    """
-    Formed heads start with the size that Llama's have, times `factor`; `balanced`: weights of A and B then have the same root
-    mean square.
-    """
+def heads_as_llama(factor: float = 1.0, names: str = "qkv") -> Callable[[PreTrainedModel], None]:
+    """Formed heads start with the size that Llama's have, times `factor`: B does."""
 
     @torch.no_grad()
     def prepare(model: PreTrainedModel) -> None:
@@ -49,14 +46,10 @@ def heads_as_llama(factor: float = 1.0, names: str = "qkv", balanced: bool = Fal
                 if not all(hasattr(layer, f"{name}_{factor}_proj") for factor in "ab"):
                     continue
                 a, b = getattr(layer, f"{name}_a_proj").weight, getattr(layer, f"{name}_b_proj").weight
-                rank = getattr(layer, f"{name}_rank")
                 a_size, b_size = (x.square().mean().sqrt().item() for x in (a, b))
                 # Of hidden states of size 1: (1 / R) times the root of R independent products.
-                formed = config.hidden_size * a_size * b_size / rank**0.5
-                gain = factor * target / formed
-                wanted = (a_size * b_size * gain) ** 0.5
-                a.mul_(wanted / a_size if balanced else 1.0)
-                b.mul_(wanted / b_size if balanced else gain)
+                formed = config.hidden_size * a_size * b_size / getattr(layer, f"{name}_rank") ** 0.5
+                b.mul_(factor * target / formed)
 
     return prepare
 

@@ -12,20 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What `compare.py` and `diagnose.py` have in common: a file of results, to which each call adds runs that it lacks, and processes that
-do them.
+Files of results of `compare.py` and `diagnose.py`, to which each call adds the runs that it lacks.
 """
 
 import json
-import multiprocessing
-import os
-import threading
+import statistics
 from pathlib import Path
 
 from command_line import InputError, read_text
-
-
-NO_TIME = "no time"  # why a run has no result, where no error is
 
 
 def read_results(path: Path, command: str, fields: tuple[str, ...] = ("settings",)) -> dict:
@@ -65,7 +59,7 @@ def open_results(path: Path, command: str, header: dict) -> dict:
     return results
 
 
-def end_with_parent() -> None:
-    """Ends this process of several when the one that started it is gone, however that ended; it would train on for nobody."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def spread(values: list[float]) -> str:
+    """The mean, and half of the range where there are several."""
+    half = (max(values) - min(values)) / 2
+    return f"{statistics.mean(values):.4f}" + (f" ± {half:.4f}" if len(values) > 1 else "")

@@ -61,6 +61,7 @@ def test_help_and_mistakes_are_answered_at_once():
         "pretraining_data",
         "recipe",
         "results",
+        "scheduler",
         "serve",
         "shapes",
         "throughput",

@@ -3,9 +3,7 @@
 import json
 import math
 import os
-import queue
 import re
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,8 @@ from torch import nn
 import ablations
 import compare
 from captured import batch_starts, read_tokens
+from comparison import plan, report
+from comparison.training import Training, Worker, checkpoint_of, held_out_windows
 from configuration.make_configs import cache_numbers, count_parameters
 from conversion.files import locks
 from language_modeling import load_tokenizer
@@ -28,7 +28,7 @@ SIZES = {
     "max_steps": 7, "warmup_steps": 1, "eval_steps": 3,
 }  # fmt: skip
 TINY = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-RUN = compare.Run("T6", 1e-3, 0, 7)
+RUN = plan.Run("T6", 1e-3, 0, 7)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_models(data):
     settings = compare.SETTINGS
     configurations = ablations.Configurations(settings, load_tokenizer(data))
     heads, caches = {}, {}
-    for name, ablation in compare.models(settings).items():
+    for name, ablation in plan.models(settings).items():
         config = configurations.of(ablation)
         count = count_parameters(config) - config.vocab_size * config.hidden_size
         assert count == pytest.approx(25.7e6, rel=0.01), name
@@ -60,12 +60,19 @@ def test_models(data):
 # Plan
 
 
-def result(run: compare.Run, loss: float, ms: float = 40.0) -> dict:
+def test_names_in_files():
+    """Results and checkpoints of earlier versions have these, and are gone on with."""
+    run = plan.Run("T6, ranks 2 and 1", 5e-4, 2, 1540)
+    assert run.key == "T6, ranks 2 and 1 lr 0.0005 seed 2 steps 1540"
+    assert checkpoint_of(run, Path("x")) == Path("x/T6-ranks-2-and-1-lr-0.0005-seed-2-steps-1540.pt")
+
+
+def result(run: plan.Run, loss: float, ms: float = 40.0) -> dict:
     cache = 4608 if run.model == "T6" else 16384 if run.model == "MHA" else 4096
     return {**run._asdict(), "name": run.model, "loss": loss, "ms_per_step": ms, "cache_bytes_per_token": cache}
 
 
-def results_with(losses: dict[compare.Run, float], ms: dict[str, float] | None = None) -> dict:
+def results_with(losses: dict[plan.Run, float], ms: dict[str, float] | None = None) -> dict:
     runs = {run.key: result(run, loss, (ms or {}).get(run.model, 40.0)) for run, loss in losses.items()}
     return {"settings": {"max_steps": 100}, "learning_rate": 1e-3, "runs": runs}
 
@@ -76,15 +83,15 @@ NAMES = [f"{mechanism}{end}" for end in ("", ", b", ", c") for mechanism in ("MH
 def test_plan():
     """The first models; rates and seeds of the lowest, and of the lowest with a cache as small as GQA's; equal times; the others."""
 
-    def loss_of(run: compare.Run) -> float:
+    def loss_of(run: plan.Run) -> float:
         best = 4e-3 if run.model == "GQA" else 1e-3
         return 2 + 0.1 * NAMES.index(run.model) + 10 * abs(run.learning_rate - best) + 1e-3 * run.seed
 
     losses, done, ms = {}, [], {"T6": 44.0}
-    while missing := [r for r in compare.plan(results_with(losses, ms), NAMES) if r not in losses]:
+    while missing := [r for r in plan.needed_runs(results_with(losses, ms), NAMES) if r not in losses]:
         done.append(missing[0])
         losses[missing[0]] = loss_of(missing[0])
-    count = compare.FIRST_MODELS
+    count = plan.FIRST_MODELS
     assert [run.model for run in done[:count]] == NAMES[:count]
     assert all((run.learning_rate, run.seed, run.steps) == (1e-3, 0, 100) for run in done[:count])
     tuned = {"T6", "T6, b", "MHA", "GQA"}
@@ -106,21 +113,21 @@ def test_plan():
     }
     assert rest[other].model == NAMES[-1]
     for name in NAMES:
-        assert {run.seed for run in done if run.model == name and run.steps == 100} == set(compare.SEEDS)
+        assert {run.seed for run in done if run.model == name and run.steps == 100} == set(plan.SEEDS)
     for name in tuned - {"T6"}:
-        assert {run.seed for run in done if run.model == name and run.steps == 110} == set(compare.SEEDS)
+        assert {run.seed for run in done if run.model == name and run.steps == 110} == set(plan.SEEDS)
     assert len(done) == len(set(done))
 
 
 def test_equal_times():
-    runs = {compare.Run(name, 1e-3, 0, 100): 2.0 for name in ("T6", "MHA", "GQA")}
+    runs = {plan.Run(name, 1e-3, 0, 100): 2.0 for name in ("T6", "MHA", "GQA")}
     results = results_with(runs, {"T6": 50.0, "MHA": 40.0, "GQA": 49.5})
-    assert compare.timed_steps(results, ["T6", "MHA", "GQA"]) == {"T6": 100, "MHA": 120, "GQA": 100}
-    assert compare.timed_steps(results, ["T6", "MLA"]) == {}  # which has no time yet
+    assert plan.steps_of_equal_time(results, ["T6", "MHA", "GQA"]) == {"T6": 100, "MHA": 120, "GQA": 100}
+    assert plan.steps_of_equal_time(results, ["T6", "MLA"]) == {}  # which has no time yet
 
-    other = {compare.Run("MHA", 2e-3, 0, 125): 2.0}
-    assert compare.timed_steps(results_with(runs | other, {"T6": 50.4, "MHA": 40.0}), ["T6", "MHA"])["MHA"] == 125
-    assert compare.timed_steps(results_with(runs | other, {"T6": 54.0, "MHA": 40.0}), ["T6", "MHA"])["MHA"] == 140
+    other = {plan.Run("MHA", 2e-3, 0, 125): 2.0}
+    assert plan.steps_of_equal_time(results_with(runs | other, {"T6": 50.4, "MHA": 40.0}), ["T6", "MHA"])["MHA"] == 125
+    assert plan.steps_of_equal_time(results_with(runs | other, {"T6": 54.0, "MHA": 40.0}), ["T6", "MHA"])["MHA"] == 140
 
 
 @pytest.mark.parametrize(
@@ -135,9 +142,9 @@ def test_equal_times():
 )
 def test_verdict(ours, theirs, expected):
     rows = {"T6": ours, "MHA": theirs, "GQA": [2.0] if len(theirs) == 1 else [0.5]}
-    text = compare.verdict({name: [{"loss": loss} for loss in losses] for name, losses in rows.items()})
+    text = report.verdict({name: [{"loss": loss} for loss in losses] for name, losses in rows.items()})
     assert re.match(expected, text), text
-    assert "There are not yet a T6 and a twin here" in compare.verdict({"GQA": [{"loss": 2.0}]})
+    assert "There are not yet a T6 and a twin here" in report.verdict({"GQA": [{"loss": 2.0}]})
 
 
 # Training
@@ -149,12 +156,12 @@ def opened(data) -> tuple[ablations.Configurations, torch.Tensor, dict[str, torc
     return (
         ablations.Configurations(SIZES, tokenizer),
         tokens["train"],
-        compare.held_out_windows(data, tokens["held_out"], 16),
+        held_out_windows(data, tokens["held_out"], 16),
     )
 
 
-def new_training(opened, run: compare.Run = RUN, is_compiled: bool = False) -> compare.Training:
-    training = compare.Training(run, *opened, is_compiled)
+def new_training(opened, run: plan.Run = RUN, is_compiled: bool = False) -> Training:
+    training = Training(run, *opened, is_compiled)
     training.prepare(is_captured=False)
     return training
 
@@ -162,9 +169,9 @@ def new_training(opened, run: compare.Run = RUN, is_compiled: bool = False) -> c
 def test_held_out_windows(tmp_path, data, monkeypatch):
     """Each kind has windows of its own tokens alone; a kind that is too short has none."""
     facts = {"kinds": {"c": {"held_out_tokens": 35}, "docs": {"held_out_tokens": 4}, "prose": {"held_out_tokens": 90}}}
-    monkeypatch.setattr(compare, "open_prepared", lambda folder: (None, facts))
-    monkeypatch.setattr(compare, "HELD_OUT_WINDOWS", 3)
-    windows = compare.held_out_windows(data, torch.arange(129), 16)
+    monkeypatch.setattr("comparison.training.open_prepared", lambda folder: (None, facts))
+    monkeypatch.setattr("comparison.training.HELD_OUT_WINDOWS", 3)
+    windows = held_out_windows(data, torch.arange(129), 16)
     assert windows["c"].equal(torch.stack([torch.arange(17), torch.arange(16, 33)])) and set(windows) == {"c", "prose"}
     assert windows["prose"][:, 0].tolist() == [39, 71, 103] and windows["prose"].shape == (3, 17)
 
@@ -193,7 +200,7 @@ def test_losses_are_those_of_the_model(opened, name):
 
 def test_stopped_run_goes_on(opened, tmp_path, monkeypatch):
     """From its checkpoint, to the losses of a run that was not stopped; one that could not end does not start."""
-    monkeypatch.setattr(compare, "TIMED_STEPS", 1)
+    monkeypatch.setattr("comparison.training.TRIAL_STEPS", 1)
     far, checkpoint = time.time() + 1e6, tmp_path / "work" / "run.pt"
     whole = new_training(opened).train(far, checkpoint)
     assert not checkpoint.exists() and [entry["step"] for entry in whole["curve"]] == [3, 6, 7]
@@ -203,7 +210,7 @@ def test_stopped_run_goes_on(opened, tmp_path, monkeypatch):
     clock = iter([0.0])  # past the end after the first look
     fake = SimpleNamespace(monotonic=time.monotonic, time=lambda: next(clock, 1e9))
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "time", fake)
+        patch.setattr("comparison.training.time", fake)
         assert new_training(opened).train(100.0, checkpoint) is None
     assert torch.load(checkpoint, weights_only=True)[0] == 3
     resumed = new_training(opened).train(far, checkpoint)
@@ -212,17 +219,31 @@ def test_stopped_run_goes_on(opened, tmp_path, monkeypatch):
         assert resumed[name] == whole[name]
 
 
+def test_what_a_device_cannot(data, tmp_path, monkeypatch, capsys):
+    """It is told once, and steps are taken in the next way; what fails in the last way fails."""
+    worker = Worker(data, SIZES, False, tmp_path, math.inf, torch.device("cpu"), None)
+    assert worker.ways == [(False, False)]
+    worker.ways = [(False, True), (False, False)]  # as on a GPU
+    monkeypatch.setattr(Training, "captured", lambda self: torch.zeros(2).view(3))
+    for _ in range(2):
+        assert worker.prepared(RUN).is_captured is False
+    assert capsys.readouterr().err.count("T6 lr 0.001 seed 0 steps 7, compiled: False, captured: True\n") == 1
+    worker.ways = [(False, True)]
+    with pytest.raises(RuntimeError, match="shape"):
+        worker.prepared(RUN)
+
+
 def test_loss_that_is_no_number(opened, tmp_path):
     with pytest.raises(RuntimeError, match="the loss is nan at step 3"):
-        new_training(opened, compare.Run("GQA", math.inf, 0, 7)).train(time.time() + 1e6, tmp_path / "x.pt")
+        new_training(opened, plan.Run("GQA", math.inf, 0, 7)).train(time.time() + 1e6, tmp_path / "x.pt")
 
 
 def moved_weights(data: Path, device: torch.device, name: str, is_captured: bool) -> torch.Tensor:
     """All weights after seven steps less the first ones, [parameters]."""
     tokenizer, tokens = read_tokens(data, device)
-    windows = compare.held_out_windows(data, tokens["held_out"], 16)
+    windows = held_out_windows(data, tokens["held_out"], 16)
     configurations = ablations.Configurations(SIZES, tokenizer)
-    training = compare.Training(RUN._replace(model=name), configurations, tokens["train"], windows, False)
+    training = Training(RUN._replace(model=name), configurations, tokens["train"], windows, False)
     first = nn.utils.parameters_to_vector(training.model.parameters()).detach().clone()
     training.prepare(is_captured)
     assert nn.utils.parameters_to_vector(training.model.parameters()).equal(first)
@@ -265,44 +286,12 @@ def test_one_graph_for_all_layers(opened, name, monkeypatch):
 # Runs and their report
 
 
-class Thread(threading.Thread):
-    """In place of a process: it ends with code 1 where what it does raises."""
-
-    exitcode = 0
-
-    def run(self) -> None:
-        try:
-            super().run()
-        except ZeroDivisionError:
-            self.exitcode = 1
-
-
-def test_lost_gpu(data, tmp_path, monkeypatch, capsys):
-    """A run ends with its process; the others are done by the processes that are left."""
-
-    def work(args, settings, folder, gpu, lock, deadline, todo, done, index):
-        for run in iter(todo.get, None):
-            if gpu == "1":
-                raise ZeroDivisionError
-            done.put((index, run, result(run, 2.0) | {"seconds": 1.0, "memory_gib": None}, None))
-
-    context = SimpleNamespace(Process=Thread, Queue=queue.Queue, Lock=threading.Lock)
-    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda method: context)
-    monkeypatch.setattr(compare, "visible_gpus", lambda args: ["0", "1"])
-    monkeypatch.setattr(compare, "work", work)
-    monkeypatch.setattr(compare, "FARTHEST", 1)
-    options = ["--data", str(data), "--results", str(tmp_path / "r.json"), "--work-dir", str(tmp_path), *TINY]
-    with pytest.raises(SystemExit, match="[12] runs failed: .* seed 0 steps 7: its process ended before it did"):
-        compare.main(["run", *options])
-    output = capsys.readouterr()
-    failed = output.err.count("its process ended")
-    runs = json.loads((tmp_path / "r.json").read_text())["runs"]
-    assert failed in (1, 2) and len({run["name"] for run in runs.values()}) == len(compare.models(SIZES)) - failed
-
-    lock = locks.take_lock(tmp_path)
-    with pytest.raises(SystemExit, match="--work-dir .*: another call is at work with it"):
-        compare.main(["run", *options])
-    locks.release(lock)
+# Of a run in the results, in those of earlier versions, too.
+FIELDS = [
+    "name", "learning_rate", "seed", "steps", "tokens", "loss", "loss_by_kind", "non_embedding_parameters", "heads",
+    "key_value_heads", "intermediate_size", "cache_bytes_per_token", "ms_per_step", "tokens_per_second", "seconds",
+    "memory_gib", "is_compiled", "is_captured", "device", "torch", "curve",
+]  # fmt: skip
 
 
 @pytest.mark.once
@@ -311,9 +300,9 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     models = ["--models", "MHA, QK norm", "T6", "GQA"]
     common = ["--data", str(data), "--results", str(results_file), *TINY, *models]
     options = ["run", *common, "--work-dir", str(tmp_path / "work"), "--cpu", "--no-compile"]
-    monkeypatch.setattr(compare, "SEEDS", (0, 1))
-    monkeypatch.setattr(compare, "FARTHEST", 1)  # no rate but the first
-    monkeypatch.setattr(compare, "ALIKE", math.inf)  # times of such steps are chance
+    monkeypatch.setattr(plan, "SEEDS", (0, 1))
+    monkeypatch.setattr(plan, "MAX_RATE_FACTOR", 1)  # no rate but the first
+    monkeypatch.setattr(plan, "SAME_TIME", math.inf)  # times of such steps are chance
     with pytest.raises(SystemExit, match="is no file of compare.py|cannot read"):
         compare.main(["report", "--results", str(results_file), "--output", str(output)])
     compare.main(options)
@@ -321,9 +310,14 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     results = json.loads(results_file.read_text())
     assert len(results["runs"]) == 6
     for key, run in results["runs"].items():
-        assert key == compare.Run(run["name"], run["learning_rate"], run["seed"], run["steps"]).key
+        assert key == plan.Run(run["name"], run["learning_rate"], run["seed"], run["steps"]).key
+        assert list(run) == FIELDS and list(run["curve"][0]) == ["step", "loss", "text"]
         assert run["curve"][-1]["step"] == 7 and run["tokens"] == 7 * 64 and list(run["loss_by_kind"]) == ["text"]
     assert str(tmp_path) not in results_file.read_text()
+    lock = locks.take_lock(tmp_path / "work")
+    with pytest.raises(SystemExit, match="--work-dir .*: another call is at work with it"):
+        compare.main(options)
+    locks.release(lock)
     with pytest.raises(SystemExit, match="has max_steps=7, this command 8"):
         compare.main([*options, "--max-steps", "8"])
     for words, message in (
@@ -344,7 +338,7 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and "](comparison.png)" in text
     sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     assert list(sections)[:4] == ["Equal parameters", "Equal heads", "Equal bytes of cache", "Equal training time"]
-    losses = [results["runs"][compare.Run("T6", 1e-3, seed, 7).key]["loss"] for seed in (0, 1)]
+    losses = [results["runs"][plan.Run("T6", 1e-3, seed, 7).key]["loss"] for seed in (0, 1)]
     row = next(line for line in sections["Equal parameters"].splitlines() if line.startswith("| T6 |")).split(" | ")
     assert row[6] == f"{sum(losses) / 2:.4f} ± {abs(losses[0] - losses[1]) / 2:.4f}"
     assert "| MHA, QK norm |" not in sections["Equal bytes of cache"] and "| GQA |" in sections["Equal bytes of cache"]

@@ -14,6 +14,7 @@ import captured
 import diagnose
 import muon
 import twins
+from diagnosis import attention, report
 from language_modeling import load_tokenizer
 from modeling_t6 import factors_t6, heads_t6
 
@@ -78,18 +79,14 @@ def test_first_weights(configurations):
     inputs = torch.randn(400, TINY["hidden_size"])
     inputs = inputs / inputs.square().mean(-1, keepdim=True).sqrt()
     llama = new_model(configurations, ablations.Ablation("MHA")).model.layers[0].self_attn
-    for balanced in (False, True):
-        prepare_weights = ablations.heads_as_llama(balanced=balanced)
-        model = new_model(configurations, ablations.Ablation("TPA", prepare=prepare_weights))
-        layer = model.model.layers[1].self_attn
-        for name in "qkv":
-            a, b = (getattr(layer, f"{name}_{factor}_proj") for factor in "ab")
-            rank = getattr(layer, f"{name}_rank")
-            heads = a(inputs).unflatten(-1, (-1, rank)) @ b(inputs).unflatten(-1, (rank, -1)) / rank
-            expected = getattr(llama, f"{name}_proj")(inputs).std().item()
-            assert heads.std().item() == pytest.approx(expected, rel=0.2)
-            if balanced:
-                assert a.weight.square().mean().item() == pytest.approx(b.weight.square().mean().item(), rel=1e-3)
+    model = new_model(configurations, ablations.Ablation("TPA", prepare=ablations.heads_as_llama()))
+    layer = model.model.layers[1].self_attn
+    for name in "qkv":
+        a, b = (getattr(layer, f"{name}_{factor}_proj") for factor in "ab")
+        rank = getattr(layer, f"{name}_rank")
+        heads = a(inputs).unflatten(-1, (-1, rank)) @ b(inputs).unflatten(-1, (rank, -1)) / rank
+        expected = getattr(llama, f"{name}_proj")(inputs).std().item()
+        assert heads.std().item() == pytest.approx(expected, rel=0.2)
     named = ablations.ablations()
     model = new_model(configurations, named["TPA, A starts constant, QKV as Llama's"])
     layer = model.model.layers[1].self_attn
@@ -286,23 +283,26 @@ def test_same_batches():
 
 def test_measured():
     """Of a model that attends to the token before, and of one that attends to what it copies."""
-    length, dim = 2 * diagnose.COPIED, 2 * diagnose.COPIED
+    length, dim = 2 * attention.COPIED, 2 * attention.COPIED
     value = torch.randn(1, 1, length, dim)
-    for distance, field in ((1, "to_previous"), (diagnose.COPIED - 1, "to_copied")):
+    for distance, field in ((1, "to_previous"), (attention.COPIED - 1, "to_copied")):
         key = torch.eye(length)[None, None]
         query = torch.roll(key, -distance, -1) * 1e4  # row i is that of key i - distance
-        numbers = diagnose.Measured.look(query, key, value, 1.0)
+        numbers = attention.MeasuredAttention.look(query, key, value, 1.0)
         assert numbers[field] > 0.95
         assert numbers["k_directions"] == pytest.approx(length, rel=0.01)
-    uniform = diagnose.Measured.look(torch.zeros(1, 1, 4, 8), torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8), 1.0)
+    uniform = attention.MeasuredAttention.look(
+        torch.zeros(1, 1, 4, 8), torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8), 1.0
+    )
     expected = sum(torch.tensor(n).float().log().item() for n in (1, 2, 3, 4)) / 4
     assert uniform["entropy"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_runs_go_on(data, tmp_path, capsys, monkeypatch):
+def test_runs_go_on(data, tmp_path, capsys, monkeypatch, threads):
     words = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     options = ["run", "--data", str(data), "--results", str(tmp_path / "r.json"), "--cpu", "--seeds", "0", *words]
-    monkeypatch.setattr(diagnose, "COPIED", 16)
+    monkeypatch.setattr("diagnosis.attention.COPIED", 16)
+    monkeypatch.setattr("diagnosis.training.COPIED", 16)
     diagnose.main([*options, "--variants", "MHA", "TPA, QK norm of heads@0.004"])
     first = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert list(first) == ["MHA lr 0.002 seed 0", "TPA, QK norm of heads lr 0.004 seed 0"]
@@ -315,11 +315,11 @@ def test_runs_go_on(data, tmp_path, capsys, monkeypatch):
 
     capsys.readouterr()
     diagnose.main([*options, "--variants", "MHA", "TPA, Muon", "TPA, Muon@0.002"])
-    assert "1 runs to do" in capsys.readouterr().out
+    assert capsys.readouterr().out.count(" ms a step\n") == 1
     results = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert results["MHA lr 0.002 seed 0"] == first["MHA lr 0.002 seed 0"] and len(results) == 3
     diagnose.main([*options, "--variants", "GQA", "--minutes", "0"])
-    assert "3 runs done, 1 left for another call, 0 failed" in capsys.readouterr().out
+    assert "1 of the runs known to be needed are left" in capsys.readouterr().out
     diagnose.main(["report", "--results", str(tmp_path / "r.json")])
     assert "| TPA, Muon | 0.002 |" in capsys.readouterr().out
     for words, message in (
@@ -335,5 +335,5 @@ def test_runs_go_on(data, tmp_path, capsys, monkeypatch):
 
 def test_fall():
     run = {"curve": [{"step": 0, "loss": 8.0}, {"step": 50, "loss": 6.0}, {"step": 100, "loss": 2.0}]}
-    assert diagnose.fall(run, 4.0) == 75
-    assert diagnose.fall(run, 1.0) == float("inf")
+    assert report.fall(run, 4.0) == 75
+    assert report.fall(run, 1.0) == float("inf")

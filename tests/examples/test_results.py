@@ -1,8 +1,6 @@
-"""Files of results, and that processes do not outlive the one that started them."""
+"""Files of results."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -11,16 +9,6 @@ from results import open_results, read_results
 
 
 HEADER = {"settings": {"steps": 7, "size": 3}, "data": "abc"}
-
-ORPHAN = """
-import multiprocessing, os
-context = multiprocessing.get_context("spawn")
-ready = context.Event()
-code = "import results, time; results.end_with_parent(); ready.set(); time.sleep(600)"
-context.Process(target=exec, args=(code, {"ready": ready})).start()
-ready.wait()
-os.kill(os.getpid(), 9)
-"""
 
 
 def test_results(tmp_path):
@@ -39,11 +27,3 @@ def test_results(tmp_path):
         path.write_text(text)
         with pytest.raises(InputError, match="r.json is no file of x.py"):
             read_results(path, "x.py")
-
-
-@pytest.mark.once
-def test_processes_end_with_their_parent():
-    """Who waits for what they print would wait for them, too."""
-    path = f"import sys; sys.path[:] = {sys.path}\n"
-    result = subprocess.run([sys.executable, "-c", path + ORPHAN], stdout=subprocess.PIPE, timeout=60)
-    assert result.returncode == -9

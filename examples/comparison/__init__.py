@@ -1,0 +1,1 @@
+"""What `compare.py` does: which runs are made (`plan`), how (`training`), and what they show (`report`)."""

@@ -1,0 +1,178 @@
+"""
+Which models the comparison trains, and in which order.
+
+Each model has its own learning rate, doubled or halved until the best is not at the edge. Runs are done in this order:
+
+1. the first models once, at one rate;
+2. other rates, a second seed and a run of equal time of the finalists: the T6 and the twins that are lowest, and those that are lowest
+   with no more cache than GQA's;
+3. the other models once;
+4. further seeds of the finalists, at equal tokens and at equal time;
+5. rates and seeds of all others.
+"""
+
+import math
+from typing import NamedTuple
+
+import recipe
+from ablations import Ablation
+
+
+SEEDS = (0, 1, 2, 3)
+FIRST_MODELS = 8  # that are all tried before rates and seeds of the best of them
+MAX_RATE_FACTOR = 4  # a rate that is tried is at most so many times the first, or one of so many parts
+SAME_TIME = 0.02  # times that differ by less, of the longer, are equal
+
+
+class Run(NamedTuple):
+    model: str
+    learning_rate: float
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.model} lr {self.learning_rate:g} seed {self.seed} steps {self.steps}"
+
+
+def models(settings: dict) -> dict[str, Ablation]:
+    """
+    Every model by its name in the results, the most telling first. Those named after the mechanism alone have MHA's heads, and an MLP
+    that is as much wider as brings the parameters to MHA's; the others get there by more heads, as in the paper.
+    """
+    dim, norm = settings["head_dim"], {"qk_norm": True}
+
+    def widened(base: str, fields: dict, **more) -> Ablation:
+        return Ablation(base, fields, widened=True, **more)
+
+    def t6(groups: int = 1, **fields) -> Ablation:
+        return widened("TPA", recipe.FIELDS | fields, prepare=recipe.start, groups=groups)
+
+    return {
+        "MHA, QK norm": Ablation("MHA", norm),
+        "T6": t6(),
+        "GQA": widened("GQA", {}),
+        "T6, ranks 2 and 1": t6(k_rank=2, v_rank=1),
+        "GQA, more heads": Ablation("GQA"),
+        # A latent for which MLA caches as much as GQA.
+        "MLA": widened("MLA", {"kv_lora_rank": 4 * dim - dim // 2}),
+        "T6, more heads": Ablation("TPA", recipe.FIELDS, prepare=recipe.start),
+        "GQA, QK norm": widened("GQA", norm),
+        "MQA": widened("MQA", {}),
+        "T6, rank 1": t6(k_rank=1, v_rank=1),
+        "MHA": Ablation("MHA"),
+        "MQA, more heads": Ablation("MQA"),
+        "T6 of the paper": Ablation("TPA"),
+        "T6, 4 to a KV head": t6(groups=4),
+        "T6, QK norm": t6(qk_norm="heads"),
+        "MQA, QK norm": widened("MQA", norm),
+        "T6-KVonly": widened("TPA-KVonly", recipe.FIELDS, prepare=recipe.start),
+    }
+
+
+def is_t6(name: str) -> bool:
+    return name.startswith("T6")
+
+
+def losses_by_rate(results: dict, name: str) -> dict[float, float]:
+    """Held-out losses of the first seed after `max_steps`."""
+    runs = [run for run in results["runs"].values() if run["name"] == name and run["seed"] == SEEDS[0]]
+    return {run["learning_rate"]: run["loss"] for run in runs if run["steps"] == results["settings"]["max_steps"]}
+
+
+def best_rate(results: dict, name: str) -> float:
+    """Of those tried so far; the first if there are none."""
+    losses = losses_by_rate(results, name)
+    return min(losses, key=losses.get, default=results["learning_rate"])
+
+
+def rates_to_try(results: dict, name: str) -> list[float]:
+    """Twice the best rate so far and half of it, unless they are tried or too far from the first."""
+    first, best = results["learning_rate"], best_rate(results, name)
+    tried = losses_by_rate(results, name)
+    near = [rate for rate in (2 * best, best / 2) if first / MAX_RATE_FACTOR <= rate <= first * MAX_RATE_FACTOR]
+    return [rate for rate in near if not any(math.isclose(rate, other) for other in tried)]
+
+
+def step_seconds(results: dict, name: str) -> float | None:
+    """Of a step, the least of all runs of the model: what else the machine does makes steps slower, never faster."""
+    runs = results["runs"].values()
+    return min((run["ms_per_step"] / 1e3 for run in runs if run["name"] == name), default=None)
+
+
+def cache_limit(results: dict) -> float:
+    """GQA's bytes a token, which the table of equal bytes allows; infinity as long as no GQA has run."""
+    runs = [run for run in results["runs"].values() if run["name"].startswith("GQA")]
+    return max((run["cache_bytes_per_token"] for run in runs), default=math.inf)
+
+
+def finalists(results: dict, names: list[str]) -> list[str]:
+    """
+    By their best runs of the first seed the lowest T6 and the lowest twin, the lowest of each that caches no more than GQA, and at least
+    two twins.
+    """
+    best = {name: min(losses.values()) for name in names if (losses := losses_by_rate(results, name))}
+    caches = {run["name"]: run["cache_bytes_per_token"] for run in results["runs"].values()}
+    ranked, limit = sorted(best, key=best.get), cache_limit(results)
+
+    def lowest(of: list[str]) -> list[str]:
+        return list(dict.fromkeys([*of[:1], *[name for name in of if caches[name] <= limit][:1]]))
+
+    twins = [name for name in ranked if not is_t6(name)]
+    chosen = lowest(twins)
+    return lowest([name for name in ranked if is_t6(name)]) + (chosen if len(chosen) > 1 else twins[:2])
+
+
+def steps_of_equal_time(results: dict, names: list[str]) -> dict[str, int]:
+    """
+    How many steps of each of `names` take as long as the slowest of them takes for its `max_steps`; none if one has not run yet. Times
+    change a little as runs are added: if a number that a model has runs of is almost that, it is this number.
+    """
+    seconds = {name: step_seconds(results, name) for name in names}
+    if None in seconds.values() or not seconds:
+        return {}
+    slowest, steps, chosen = max(seconds.values()), results["settings"]["max_steps"], {}
+    for name, of in seconds.items():
+        wanted = steps * slowest / of
+        had = {steps, *(run["steps"] for run in results["runs"].values() if run["name"] == name)}
+        nearest = min(had, key=lambda number: abs(number - wanted))
+        chosen[name] = nearest if abs(nearest - wanted) < SAME_TIME * wanted else round(wanted / 10) * 10
+    return chosen
+
+
+def needed_runs(results: dict, names: list[str]) -> list[Run]:
+    """All that are known to be needed, done or not, in the order in which they are to be done."""
+    steps = results["settings"]["max_steps"]
+
+    def first_runs(chosen: list[str]) -> list[Run]:
+        return [Run(name, results["learning_rate"], SEEDS[0], steps) for name in chosen]
+
+    def rates(chosen: list[str], higher: bool) -> list[Run]:
+        wanted = [(name, rate) for name in chosen for rate in rates_to_try(results, name)]
+        return [
+            Run(name, rate, SEEDS[0], steps) for name, rate in wanted if (rate > best_rate(results, name)) == higher
+        ]
+
+    def seeds(steps: dict[str, int], *of: int) -> list[Run]:
+        return [Run(name, best_rate(results, name), seed, steps[name]) for seed in of for name in steps]
+
+    first = first_runs(names[:FIRST_MODELS])
+    if any(run.key not in results["runs"] for run in first[:3]):
+        return first_runs(names)  # among which there are no finalists yet
+    best = finalists(results, names)
+    others = [name for name in names if name not in best and losses_by_rate(results, name)]
+    equal_tokens, equal_time = dict.fromkeys(best, steps), steps_of_equal_time(results, best)
+    runs = [
+        *first,
+        *rates(best, higher=True),
+        *seeds(equal_tokens, *SEEDS[:2]),
+        *rates(best, higher=False),
+        *seeds(equal_time, SEEDS[0]),
+        *first_runs(names),
+        *seeds(equal_tokens, *SEEDS),
+        *seeds(equal_time, *SEEDS),
+        *rates(others, higher=True),
+        *rates(others, higher=False),
+        *seeds(dict.fromkeys(others, steps), *SEEDS),
+    ]
+    return list(dict.fromkeys(runs))

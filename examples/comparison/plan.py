@@ -8,7 +8,7 @@ Each model has its own learning rate, doubled or halved until the best is not at
    with no more cache than GQA's;
 3. the other models once;
 4. further seeds of the finalists, at equal tokens and at equal time;
-5. rates and seeds of all others.
+5. rates of all others.
 """
 
 import math
@@ -45,28 +45,32 @@ def models(settings: dict) -> dict[str, Ablation]:
     def widened(base: str, fields: dict, **more) -> Ablation:
         return Ablation(base, fields, widened=True, **more)
 
-    def t6(groups: int = 1, **fields) -> Ablation:
-        return widened("TPA", recipe.FIELDS | fields, prepare=recipe.start, groups=groups)
+    def t6(base: str = "TPA", groups: int = 1, **fields) -> Ablation:
+        return widened(base, recipe.FIELDS | fields, prepare=recipe.start, groups=groups)
 
     return {
         "MHA, QK norm": Ablation("MHA", norm),
         "T6": t6(),
-        "GQA": widened("GQA", {}),
-        "T6, ranks 2 and 1": t6(k_rank=2, v_rank=1),
-        "GQA, more heads": Ablation("GQA"),
+        "GQA, QK norm": widened("GQA", norm),
+        "T6, QK norm": t6(qk_norm="heads"),
+        "T6, ranks 2 and 1, QK norm": t6(k_rank=2, v_rank=1, qk_norm="heads"),
         # A latent for which MLA caches as much as GQA.
         "MLA": widened("MLA", {"kv_lora_rank": 4 * dim - dim // 2}),
         "T6, more heads": Ablation("TPA", recipe.FIELDS, prepare=recipe.start),
-        "GQA, QK norm": widened("GQA", norm),
+        "GQA": widened("GQA", {}),
+        "T6-KVonly, QK norm": t6("TPA-KVonly", qk_norm="heads"),
+        "MQA, QK norm": widened("MQA", norm),
+        "T6, rank 1, QK norm": t6(k_rank=1, v_rank=1, qk_norm="heads"),
+        "T6, ranks 2 and 1": t6(k_rank=2, v_rank=1),
+        "T6, more heads, QK norm": Ablation("TPA", recipe.FIELDS | {"qk_norm": "heads"}, prepare=recipe.start),
+        "GQA, more heads": Ablation("GQA"),
         "MQA": widened("MQA", {}),
         "T6, rank 1": t6(k_rank=1, v_rank=1),
         "MHA": Ablation("MHA"),
         "MQA, more heads": Ablation("MQA"),
         "T6 of the paper": Ablation("TPA"),
         "T6, 4 to a KV head": t6(groups=4),
-        "T6, QK norm": t6(qk_norm="heads"),
-        "MQA, QK norm": widened("MQA", norm),
-        "T6-KVonly": widened("TPA-KVonly", recipe.FIELDS, prepare=recipe.start),
+        "T6-KVonly": t6("TPA-KVonly"),
     }
 
 
@@ -136,7 +140,7 @@ def steps_of_equal_time(results: dict, names: list[str]) -> dict[str, int]:
         wanted = steps * slowest / of
         had = {steps, *(run["steps"] for run in results["runs"].values() if run["name"] == name)}
         nearest = min(had, key=lambda number: abs(number - wanted))
-        chosen[name] = nearest if abs(nearest - wanted) < SAME_TIME * wanted else round(wanted / 10) * 10
+        chosen[name] = nearest if abs(nearest - wanted) < SAME_TIME * wanted else max(10, round(wanted / 10) * 10)
     return chosen
 
 
@@ -173,6 +177,5 @@ def needed_runs(results: dict, names: list[str]) -> list[Run]:
         *seeds(equal_time, *SEEDS),
         *rates(others, higher=True),
         *rates(others, higher=False),
-        *seeds(dict.fromkeys(others, steps), *SEEDS),
     ]
     return list(dict.fromkeys(runs))

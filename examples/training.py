@@ -60,7 +60,6 @@ def training_options(args: argparse.Namespace, on_gpu: bool) -> dict:
         "weight_decay": args.weight_decay,
         "max_grad_norm": 1.0,
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
-        "torch_compile": args.compile,
         "eval_strategy": "steps",
         "eval_steps": args.eval_steps,
         "save_strategy": "steps",

@@ -180,9 +180,10 @@ def pieces(text: str) -> Iterator[str]:
 
 def documents(sources: list[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
     """Kinds and texts; the kind that a source is given goes before that of its names."""
-    for given, path in sources:
+    for _, path in sources:
         if not path.exists():
             raise InputError(f"there is no {path}")
+    for given, path in sources:
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         for file in files:
             name = file.as_posix()

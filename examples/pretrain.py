@@ -17,12 +17,14 @@ and `--max-minutes` save a checkpoint and end with exit code 75. `CHECKPOINT_DIR
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import shutil
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 from command_line import (
@@ -126,6 +128,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import modeling_t6  # noqa: F401  (registers T6 with the Auto classes)
 import recipe
@@ -190,13 +193,22 @@ def make_model(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
 
 def compile_parts(model: PreTrainedModel) -> None:
     """
-    Compiles the layers, which are all one program, the last norm, and the loss, which then reads logits as they are, with no
-    float32 copy of them. A program of the whole model would take as many times longer to compile as there are layers.
+    Compiles the layers, which are all one program, the last norm, and the loss, which reads logits as they are. In training the
+    model returns its loss alone: `Trainer` would make a float32 copy of the logits.
+
+    A program of the whole model would take as many times longer to compile as there are layers.
     """
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     for module in (*layers, model.base_model.norm):
         module.compile(dynamic=False)
     model.loss_function = torch.compile(model.loss_function, dynamic=False)
+
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args, **kwargs) -> CausalLMOutputWithPast:
+        output = type(self).forward(self, *args, **kwargs)
+        return CausalLMOutputWithPast(loss=output.loss) if self.training else output
+
+    model.forward = types.MethodType(forward, model)
 
 
 # Training

@@ -12,7 +12,7 @@ mkdir -p "$1/debs" "$1/wheels"
 cd "$1"
 
 prose="anarchism bible-kjv-text debian-handbook dict-devil dict-foldoc dict-gcide dict-jargon dict-vera dict-wn fortunes
-    sword-comm-mhcc sword-comm-scofield sword-comm-tdavid sword-dict-naves sword-text-web"
+    sword-comm-mhcc sword-comm-scofield sword-comm-tdavid sword-text-web"
 docs="aptitude-doc-en clang-14-doc cppreference-doc-en-html debian-faq debian-policy debian-reference-en developers-reference erlang-doc
     exim4-doc-html gimp-help-en git-doc libboost1.81-doc libreoffice-help-en-us linux-doc-6.1 linuxcnc-doc-en llvm-14-doc manpages
     manpages-dev maxima-doc octave-doc openjdk-17-doc perl-doc postgresql-doc-15 python-django-doc python-pandas-doc python-scipy-doc
@@ -43,7 +43,7 @@ if [ ! -d tokens ]; then
         echo $rust/$book; done) --output-dir texts/docs
     gather wheels/*.whl --megabytes 330 --output-dir texts/python
     gather $(of $c) --megabytes 300 --output-dir texts/c
-    python "$here/prepare.py" --text texts --suffix .xz --vocab-size 32768 --tokenizer-megabytes 40 --held-out-fraction 0.004 \
+    python "$here/prepare.py" --text texts --suffix .xz --vocab-size 32768 --tokenizer-megabytes 30 --held-out-fraction 0.004 \
         --output-dir tokens
 fi
 python "$here/at_scale.py" run --data tokens --results at_scale.json --work-dir models

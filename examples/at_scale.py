@@ -109,6 +109,10 @@ def folder_of(args: argparse.Namespace, name: str) -> Path:
     return args.work_dir / name.lower().replace(", ", "-").replace(" ", "-")
 
 
+def steps_of(args: argparse.Namespace) -> int:
+    return math.ceil(args.tokens / (args.sequences_per_step * args.block_length))
+
+
 def command_of(args: argparse.Namespace, name: str, minutes: float | None) -> list[str]:
     """That trains a model with `pretrain.py`, or goes on with it."""
     folder, processes = folder_of(args, name), args.processes or torch.cuda.device_count() or 1
@@ -116,8 +120,7 @@ def command_of(args: argparse.Namespace, name: str, minutes: float | None) -> li
     if args.set:
         given += [] if "--set" in given else ["--set"]
         given += [f"{field}={json.dumps(value)}" for field, value in args.set]
-    steps = math.ceil(args.tokens / (args.sequences_per_step * args.block_length))
-    options = {"data": args.data, "output-dir": folder, "max-steps": steps, "batch-size": args.batch_size}
+    options = {"data": args.data, "output-dir": folder, "max-steps": steps_of(args), "batch-size": args.batch_size}
     options |= {name.replace("_", "-"): getattr(args, name) for name in SETTINGS if name != "tokens"}
     options |= {"eval-steps": args.eval_steps, "save-steps": args.save_steps, "max-minutes": minutes}
     options["learning-rate"] = dict(args.learning_rates).get(name)
@@ -136,8 +139,21 @@ def checkpoints_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-checkpoints")
 
 
-def is_trained(folder: Path) -> bool:
-    return folder.is_dir() and (checkpoints_of(folder) / "training.json").exists()
+def is_trained(args: argparse.Namespace, name: str) -> bool:
+    """
+    Raises:
+        InputError: it is, with other settings.
+    """
+    folder = folder_of(args, name)
+    path = checkpoints_of(folder) / "training.json"
+    if not folder.is_dir() or not path.exists():
+        return False
+    old = json.loads(read_text(path))
+    new = {"max_steps": steps_of(args)} | {name: getattr(args, name) for name in SETTINGS if name != "tokens"}
+    for field, value in new.items():
+        if old[field] != value:
+            raise InputError(f"{folder} was trained with {field}={old[field]}, this command has {value}")
+    return True
 
 
 def trained(args: argparse.Namespace, name: str, deadline: float) -> bool:
@@ -147,7 +163,7 @@ def trained(args: argparse.Namespace, name: str, deadline: float) -> bool:
     Raises:
         InputError: `pretrain.py` failed.
     """
-    if is_trained(folder_of(args, name)):
+    if is_trained(args, name):
         return True
     left = deadline - time.monotonic()
     if left <= 0:

@@ -87,6 +87,8 @@ def test_stopped(data, in_this_process, tmp_path, capsys):
     assert capsys.readouterr().out.count("no time") == 1
     runs = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert list(runs) == ["GQA"] and "held_out" not in runs["GQA"]
+    with pytest.raises(SystemExit, match="gqa was trained with max_steps=4, this command has 5"):
+        at_scale.main(["run", *options, "--tokens", "5000", "--results", str(tmp_path / "other.json")])
     with pytest.raises(SystemExit, match="MLA: pretrain.py ended with exit code 1"):
         at_scale.main(["run", *options, "--batch-size", "3"])
 

@@ -48,3 +48,6 @@ if [ ! -d tokens ]; then
 fi
 python "$here/at_scale.py" run --data tokens --results at_scale.json --work-dir models
 python "$here/at_scale.py" report --results at_scale.json --output at_scale.md
+# The card of the T6, with lm-eval's scores of held-out text; without --dry-run it goes to the Hub.
+python "$here/score.py" card models/t6 --data tokens --output t6-card.json
+python "$here/../hub_upload.py" models/t6 t6-small --eval-results t6-card.json --dry-run

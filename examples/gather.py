@@ -45,8 +45,9 @@ from command_line import InputError, Kind, input_errors, kind_and_path, new_fold
 KINDS = {
     "python": (".py", ".pyi"),
     "c": (".c", ".h", ".S", ".cc", ".cpp", ".cu", ".cuh", ".hpp"),
-    "docs": (".md", ".rst", ".txt", ".html", ".htm", ".adoc", ".dict"),
+    "docs": (".md", ".rst", ".txt", ".html", ".htm", ".adoc", ".dict", ".pod"),
 }
+SWORD = (".bzz", ".czz")  # books and commentaries of the SWORD project
 SKIPPED_TAGS = ("script", "style", "nav", "head")
 LARGEST = 2**20  # bytes of a file: larger ones are tables that a program wrote
 PIECE = 50_000  # characters: a dictionary is cut into documents, between its entries
@@ -150,6 +151,11 @@ def members(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
                     yield from members(member.name, archive.extractfile(member).read())
     elif re.search(r"\.tar\.(zst|lz4?|Z)$", name):
         raise ValueError(f"{name} is compressed in another way than gz, xz or bz2")
+    elif name.endswith(SWORD):
+        while data:  # chapters or books, compressed one by one, with zeros behind
+            block = zlib.decompressobj()
+            text, data = block.decompress(data), block.unused_data.lstrip(b"\0")
+            yield f"{name}.html", text
     elif name.endswith((".whl", ".zip")):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for member in archive.namelist():
@@ -160,7 +166,7 @@ def members(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def is_archive(name: str) -> bool:
-    return bool(re.search(r"\.(deb|whl|zip|tar(\.\w+)?|tgz|dict\.dz)$", name))
+    return bool(re.search(r"\.(deb|whl|zip|tar(\.\w+)?|tgz|dict\.dz)$", name)) or name.endswith(SWORD)
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -174,9 +180,10 @@ def pieces(text: str) -> Iterator[str]:
 
 def documents(sources: list[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
     """Kinds and texts; the kind that a source is given goes before that of its names."""
-    for given, path in sources:
+    for _, path in sources:
         if not path.exists():
             raise InputError(f"there is no {path}")
+    for given, path in sources:
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         for file in files:
             name = file.as_posix()

@@ -17,12 +17,14 @@ and `--max-minutes` save a checkpoint and end with exit code 75. `CHECKPOINT_DIR
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import shutil
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 from command_line import (
@@ -85,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--data-seed", type=number(int, 0, 2**31 - 1), default=0, metavar="N", help="order of --data (%(default)s)"
     )
     training.add_argument("--attention", default="sdpa", metavar="NAME", help="attention implementation (%(default)s)")
-    training.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    training.add_argument("--compile", action="store_true", help="compile layers and loss with torch.compile")
     training.add_argument("--fsdp", action="store_true", help="shard with FSDP2 instead of DDP (GPUs only)")
     training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more work")
     training.add_argument("--cpu", action="store_true", help="do not use a GPU")
@@ -126,6 +128,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import modeling_t6  # noqa: F401  (registers T6 with the Auto classes)
 import recipe
@@ -158,6 +161,7 @@ def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
     except (json.JSONDecodeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is no config.json of Transformers: {error!r}") from error
     given = dict(args.set)
+    model_type = given.pop("model_type", model_type)  # Qwen3 is Llama with QK norm
     if "hidden_size" in given:
         fields["intermediate_size"] = 8 * given["hidden_size"] // 3  # SwiGLU's, as in the paper
     # A multiple of 64, as the paper's 50304 for GPT-2's 50257 tokens: products of such sizes are faster.
@@ -185,6 +189,26 @@ def make_model(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
         if name.endswith((".o_proj", ".down_proj")):
             nn.init.zeros_(module.weight)
     return model
+
+
+def compile_parts(model: PreTrainedModel) -> None:
+    """
+    Compiles the layers, which are all one program, the last norm, and the loss, which reads logits as they are. In training the
+    model returns its loss alone: `Trainer` would make a float32 copy of the logits.
+
+    A program of the whole model would take as many times longer to compile as there are layers.
+    """
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    for module in (*layers, model.base_model.norm):
+        module.compile(dynamic=False)
+    model.loss_function = torch.compile(model.loss_function, dynamic=False)
+
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args, **kwargs) -> CausalLMOutputWithPast:
+        output = type(self).forward(self, *args, **kwargs)
+        return CausalLMOutputWithPast(loss=output.loss) if self.training else output
+
+    model.forward = types.MethodType(forward, model)
 
 
 # Training
@@ -342,6 +366,8 @@ def pretrain(args: argparse.Namespace) -> dict | None:
     model.config.use_cache = False
     if args.gradient_checkpointing:  # the option of `TrainingArguments` changes its name between versions
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        compile_parts(model)
     parameters = model.num_parameters()
     embedding = model.get_input_embeddings().weight.numel()
 

@@ -5,11 +5,13 @@ Evaluates a causal language model: the nine tasks of the T6 paper with lm-eval, 
     python examples/score.py perplexity runs/t6-medium book.txt
     python examples/score.py perplexity runs/t6-medium book.txt --cache-dtype float8_e4m3fn
     python examples/score.py held-out runs/t6-medium --data runs/tokens --windows 1024 2048
+    python examples/score.py card runs/t6-medium --data runs/tokens --output runs/t6-medium-card.json
 
 `tasks` runs lm-eval's group t6_paper at 0 and at 2 shots and prints the scores beside the paper's; the same with lm-eval
 alone is `lm_eval --model hf --model_args pretrained=MODEL,trust_remote_code=True --include_path examples/tasks --tasks t6_paper`. `table`
 prints results that are there already. Without a network, `export` on a machine that has one writes the tasks' data as
-files, and `--data DIR` evaluates on them; `local` makes a folder of your own files such a folder.
+files, and `--data DIR` evaluates on them; `local` makes a folder of your own files such a folder. `card` makes each kind of held-out
+text a task of lm-eval, for a model card where the data of no others are at hand.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import functools
 import json
 import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from command_line import InputError, input_errors, loading, number, one_line, read_text, write_json
 from configuration.sizes import SIZES
@@ -94,6 +97,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     held_out.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder of prepare.py")
     held_out.add_argument("--windows", nargs="+", type=number(int, 2), metavar="N", help="(max_position_embeddings)")
     held_out.add_argument("--output", type=Path, metavar="JSON", help="write the figures there too")
+
+    card = commands.add_parser("card", help="lm-eval's perplexities of prepare.py's held-out text, for a model card")
+    add_model(card)
+    card.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder of prepare.py")
+    card.add_argument("--limit", type=number(int, 1), metavar="N", help="documents of each kind (all)")
+    card.add_argument("--output", type=Path, required=True, metavar="JSON", help="for hub_upload.py --eval-results")
 
     export = commands.add_parser("export", help="write the tasks' data of the Hub as files")
     export.add_argument("directory", type=Path, metavar="DIR")
@@ -367,6 +376,55 @@ def perplexity(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 # Held-out text of `prepare.py`
 
 
+def held_out_tokens(folder: Path, facts: dict) -> dict[str, torch.Tensor]:
+    """The ids of each kind, which the folder has one after the other."""
+    counts = {kind: of["held_out_tokens"] for kind, of in facts.get("kinds", {"text": facts}).items()}
+    tokens = torch.from_numpy(np.fromfile(folder / "held_out.bin", dtype=facts["dtype"]).astype("int64"))
+    if len(tokens) != sum(counts.values()):
+        raise InputError(f"{folder}: the size of held_out.bin is not that which data.json states")
+    return dict(zip(counts, tokens.split(list(counts.values()))))
+
+
+def card(args: argparse.Namespace) -> dict:
+    """Evaluates each kind of held-out text as a task of lm-eval, of its documents; returns what was written, in the form of its files."""
+    lm_eval = import_lm_eval()
+    device, (tokenizer, facts) = find_device(args.device), open_prepared(args.data)
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    with loading("model", args.model):
+        model = lm_eval.models.huggingface.HFLM(
+            pretrained=args.model, device=device, batch_size=args.batch_size, dtype=args.dtype, prefix_token_id=start
+        )
+    with TemporaryDirectory() as folder:
+        tasks = []
+        for kind, tokens in held_out_tokens(args.data, facts).items():
+            if len(tokens) < 2:
+                continue
+            places = (tokens == start).nonzero()[1:, 0].tolist()
+            path = Path(folder) / f"{kind}.jsonl"
+            documents = tokenizer.batch_decode(tokens.tensor_split(places), skip_special_tokens=True)
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[: args.limit]))
+            tasks.append(
+                {
+                    "task": f"held_out_{kind}",
+                    "task_alias": f"held-out text: {kind}",
+                    "dataset_path": "json",
+                    "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": folder},
+                    "test_split": "test",
+                    "output_type": "loglikelihood_rolling",
+                    "doc_to_text": "",
+                    "doc_to_target": "text",
+                    "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
+                }
+            )
+        manager = lm_eval.tasks.TaskManager(include_defaults=False)
+        results = lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, log_samples=False)
+    found = {"results": results["results"], "n-shot": results["n-shot"], "model_name": args.model}
+    write_json(args.output, found, default=lm_eval.utils.handle_non_serializable)
+    for task, scores in results["results"].items():
+        print(f"{task}: {scores['bits_per_byte,none']:.4f} bits per byte")
+    return found
+
+
 def held_out(args: argparse.Namespace) -> dict[str, dict]:
     """
     The loss of each kind of held-out text, in windows that share one token, and that of all kinds by position.
@@ -376,10 +434,7 @@ def held_out(args: argparse.Namespace) -> dict[str, dict]:
         powers of two, by the first and the last place of a window's tokens, which are counted from 0.
     """
     device, (tokenizer, facts) = find_device(args.device), open_prepared(args.data)
-    kinds = facts.get("kinds", {"text": facts})
-    tokens = torch.from_numpy(np.fromfile(args.data / "held_out.bin", dtype=facts["dtype"]).astype("int64"))
-    if len(tokens) != sum(of["held_out_tokens"] for of in kinds.values()):
-        raise InputError(f"{args.data}: the size of held_out.bin is not that which data.json states")
+    kinds, texts = facts.get("kinds", {"text": facts}), held_out_tokens(args.data, facts)
     with loading("model", args.model):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
     if model.config.get_text_config().vocab_size < len(tokenizer):
@@ -391,10 +446,9 @@ def held_out(args: argparse.Namespace) -> dict[str, dict]:
     for window in windows:
         nats = torch.zeros(window - 1, dtype=torch.float64)
         counts = torch.zeros(window - 1, dtype=torch.long)
-        report, start = {}, 0
+        report = {}
         for kind, of in kinds.items():
-            part = tokens[start : start + of["held_out_tokens"]]
-            start += len(part)
+            part = texts[kind]
             if len(part) < 2:
                 continue
             kind_nats, kind_counts = position_losses(model, held_out_windows(part, window), args.batch_size)
@@ -440,6 +494,8 @@ def main(argv: list[str] | None = None):
             return perplexity(args)
         elif args.command == "held-out":
             return held_out(args)
+        elif args.command == "card":
+            return card(args)
         else:
             names = export_data(args) if args.command == "export" else write_local_group(args.directory)
             print(f"{args.directory}: {', '.join(names)}")

@@ -389,6 +389,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     on_gpu = torch.cuda.is_available()
     training_args = TrainingArguments(
         **training_options(args, on_gpu),
+        torch_compile=args.compile,
         gradient_accumulation_steps=args.gradient_accumulation,
         learning_rate=args.learning_rate,
         lr_scheduler_kwargs={"min_lr_rate": args.min_lr_ratio},

@@ -50,7 +50,7 @@ def training_options(args: argparse.Namespace, on_gpu: bool) -> dict:
     return {
         "output_dir": str(args.checkpoint_dir),
         "per_device_train_batch_size": args.batch_size,
-        "per_device_eval_batch_size": args.batch_size,
+        "per_device_eval_batch_size": min(args.batch_size, 16),  # of evaluation, logits are in float32
         "max_steps": args.max_steps,
         "optim": "adamw_torch_fused",
         "lr_scheduler_type": "cosine_with_min_lr",
@@ -60,7 +60,6 @@ def training_options(args: argparse.Namespace, on_gpu: bool) -> dict:
         "weight_decay": args.weight_decay,
         "max_grad_norm": 1.0,
         "bf16": on_gpu and torch.cuda.is_bf16_supported(),
-        "torch_compile": args.compile,
         "eval_strategy": "steps",
         "eval_steps": args.eval_steps,
         "save_strategy": "steps",

@@ -6,6 +6,7 @@ import json
 import lzma
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,15 @@ def test_kinds(sources, tmp_path):
 
     less = gather.main([*sources, "--output-dir", str(tmp_path / "less"), "--megabytes", "0.0001"])
     assert all(of["documents"] == 1 for of in less.values())
+
+
+def test_books_of_sword(tmp_path):
+    """Blocks of markup, compressed one by one, with zeros between."""
+    blocks = [f"<div><verse>{lines(name)}</verse><note n='1'/></div>" for name in ("genesis", "exodus")]
+    data = b"\0\0\0".join(zlib.compress(block.encode()) for block in blocks)
+    (tmp_path / "book.deb").write_bytes(deb_of({"./usr/share/sword/modules/ot.bzz": data}))
+    gather.main([f"prose={tmp_path / 'book.deb'}", "--output-dir", str(tmp_path / "out")])
+    assert {"prose": sorted(map(lines, ("exodus", "genesis")))} == read(tmp_path / "out")
 
 
 def test_prepare_reads_it(sources, tmp_path):

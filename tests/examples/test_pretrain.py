@@ -238,6 +238,24 @@ def test_every_architecture_by_name(data, tmp_path):
     assert (config.hidden_size, config.intermediate_size, config.q_rank) == (48, 128, None)
 
 
+def test_compiled(data, run, tmp_path, monkeypatch):
+    """Layers are one program, the last norm and the loss another each; the losses are those without."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_function(f, backend=backend, **kwargs))
+    folder = tmp_path / "model"
+    pretrain.main([*T6, *RUN, "--data", str(data), "--batch-size", "4", "--compile", "--output-dir", str(folder)])
+    assert len(graphs) == 3
+    for found, expected in zip(losses(folder), losses(run), strict=True):
+        assert [x is None for x in found] == [x is None for x in expected]
+        assert list(filter(None, found)) == pytest.approx(list(filter(None, expected)), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama-mha-small", "t6-small"])
 def test_flops(name):
     """Against counting by hand: 6 a weight of a matrix, 12 h d T for attention, and forming heads from factors."""

@@ -24,6 +24,7 @@ import prepare
 import score
 from conversion.__main__ import main as convert
 from conversion.smaller import measure
+from hub.card import read_results
 from modeling_t6 import T6Cache, factor_space_t6
 from tests.conversion.common import save_source
 from tests.modeling_t6.common import random_model, tiny_config
@@ -393,6 +394,26 @@ def test_held_out(tmp_path):
         assert reports[str(window)]["positions"] == pytest.approx(expected, rel=1e-5)
         every = statistics.mean(sum(places.values(), []))
         assert reports[str(window)]["kinds"]["all"]["loss_per_token"] == pytest.approx(every, rel=1e-5)
+
+    # Documents are shorter than the context, so that lm-eval sees what these windows are.
+    options = [
+        "--data",
+        str(tmp_path / "d"),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--output",
+        str(tmp_path / "c.json"),
+    ]
+    card = score.main(["card", str(SHIPPED), *options])
+    assert json.loads((tmp_path / "c.json").read_text()) == card
+    whole = score.main(["held-out", str(SHIPPED), *options[:6], "--windows", "1000"])["1000"]["kinds"]
+    for kind in texts:
+        bits = card["results"][f"held_out_{kind}"]["bits_per_byte,none"]
+        assert bits == pytest.approx(whole[kind]["bits_per_byte"], rel=1e-5)
+    scores = read_results([tmp_path / "c.json"], "text-generation")
+    assert {score.dataset_name for score in scores} == {"held-out text: code", "held-out text: prose"}
 
 
 def test_decoding_keeps_no_logits():

@@ -1,0 +1,110 @@
+"""Models of the small size, at a toy size: what `run` trains and measures, that it goes on, and its report."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import at_scale
+import pytest
+from token_data import write_tokens
+
+import pretrain
+
+
+COMMON = """--set hidden_size=32 num_hidden_layers=1 head_dim=8 --tokens 4000 --sequences-per-step 8 --block-length 128
+    --batch-size 4 --warmup-steps 1 --eval-steps 2 --no-compile --cpu --lengths 1000 --samples 1""".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_tokens(tmp_path_factory.mktemp("text"), 40, 60)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch) -> list[list[str]]:
+    """`pretrain.py` as a function: a process of its own would import for seconds. Holds the arguments of its calls."""
+    calls = []
+
+    def run(command: list[str]) -> SimpleNamespace:
+        calls.append(command[2:])
+        try:
+            pretrain.main(command[2:])
+        except SystemExit as error:
+            return SimpleNamespace(returncode=error.code if isinstance(error.code, int) else 1)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(at_scale.subprocess, "run", run)
+    return calls
+
+
+def test_run_and_report(data, in_this_process, tmp_path):
+    options = ["--data", str(data), "--results", str(tmp_path / "r.json"), "--work-dir", str(tmp_path / "work")]
+    at_scale.main(["run", *options, *COMMON, "--models", "T6", "--learning-rates", "T6=0.01"])
+    at_scale.main(["run", *options, *COMMON, "--models", "MHA, QK norm", "T6"])
+    assert [call[call.index("--max-steps") + 1] for call in in_this_process] == ["4", "4"]  # no model twice
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert list(results["runs"]) == ["T6", "MHA, QK norm"]
+    assert [run["learning_rate"] for run in results["runs"].values()] == [0.01, 6e-4]
+    assert [run["config"]["model_type"] for run in results["runs"].values()] == ["t6", "qwen3"]
+    for facts in results["runs"].values():
+        # Two programs measured it, in windows of the same length.
+        whole = facts["held_out"]["128"]["kinds"]["all"]
+        assert whole["loss_per_token"] == pytest.approx(facts["loss_per_token"], rel=1e-5)
+        assert whole["perplexity"] == pytest.approx(math.exp(facts["loss_per_token"]), rel=1e-5)
+        assert facts["held_out"]["256"]["positions"].keys() - facts["held_out"]["128"]["positions"].keys() == {
+            "128-255"
+        }
+        assert facts["curve"][-1] == {"step": 4, "loss": pytest.approx(facts["loss_per_token"], abs=1e-4)}
+        assert len(facts["retrieval"]["scores"]) == 5 and facts["tokens"] == 4 * 8 * 128
+    assert results["runs"]["T6"]["cache_bytes_per_token"] == 2 * (32 + 32)  # rows of 2 (4 + 8) numbers, filled up
+    assert results["runs"]["MHA, QK norm"]["cache_bytes_per_token"] == 2 * 2 * 12 * 8
+
+    output = tmp_path / "report" / "r.md"
+    at_scale.main(["report", "--results", str(tmp_path / "r.json"), "--output", str(output)])
+    text = output.read_text()
+    for facts in results["runs"].values():
+        assert f"| {facts['loss_per_token']:.4f} |" in text
+        assert f"{facts['held_out']['256']['kinds']['all']['perplexity']:.3f} |" in text
+    assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit, match="has tokens=4000, this command 5000: expected another --results"):
+        at_scale.main(["run", *options, *COMMON, "--tokens", "5000"])
+
+
+def test_stopped(data, in_this_process, tmp_path, capsys):
+    """A model that time ran out for goes on where it was; none is begun when there is no time left."""
+    options = ["--data", str(data), "--results", str(tmp_path / "r.json"), "--work-dir", str(tmp_path / "work")]
+    options += [*COMMON, "--models", "GQA", "MLA"]
+    at_scale.main(["run", *options, "--minutes", "0"])
+    assert not in_this_process
+    stop = ["--max-minutes", "0", "--logging-steps", "1"]
+    at_scale.subprocess.run(
+        ["python", *at_scale.command_of(at_scale.parse_args(["run", *options]), "GQA", None)[1:], *stop]
+    )
+    assert list((tmp_path / "work" / "gqa-checkpoints").glob("checkpoint-1"))
+    at_scale.main(["run", *options[:-1], "--no-measure"])
+    assert ["--resume" in call for call in in_this_process] == [False, True]
+    assert capsys.readouterr().out.count("no time") == 1
+    runs = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert list(runs) == ["GQA"] and "held_out" not in runs["GQA"]
+    with pytest.raises(SystemExit, match="gqa was trained with max_steps=4, this command has 5"):
+        at_scale.main(["run", *options, "--tokens", "5000", "--results", str(tmp_path / "other.json")])
+    with pytest.raises(SystemExit, match="MLA: pretrain.py ended with exit code 1"):
+        at_scale.main(["run", *options, "--batch-size", "3"])
+
+
+def test_unknown_model(capsys):
+    with pytest.raises(SystemExit):
+        at_scale.parse_args(["run", "--data", "d", "--results", "r", "--models", "RNN"])
+    assert "--models: there is no RNN; there are T6; MHA" in capsys.readouterr().err
+
+
+def test_several_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(at_scale.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(at_scale.torch.cuda, "device_count", lambda: 4)
+    args = at_scale.parse_args(["run", "--data", "d", "--results", "r", "--work-dir", str(tmp_path)])
+    command = at_scale.command_of(args, "T6 of the paper", 25.0)
+    assert command[1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", command[6]]
+    parsed = pretrain.parse_args(command[7:])
+    assert (parsed.max_steps, parsed.sequences_per_step, parsed.paper, parsed.compile) == (3815, 256, True, True)
+    assert (parsed.max_minutes, parsed.output_dir) == (25.0, tmp_path / "t6-of-the-paper")

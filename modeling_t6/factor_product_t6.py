@@ -134,9 +134,41 @@ class FactorProduct:
         return dict(zip(self.names, outputs.split_with_sizes(self.sizes, dim=-1)))
 
 
+class RowProduct:
+    """
+    The factor projections of a layer as one product whose outputs are queries' factors, and rows as a cache holds them but for
+    RoPE: a row is linear in factors as they are in hidden states, so that the row of the weights makes the rows of tokens.
+
+    Attributes:
+        weight, bias: [outputs, hidden_size] and [outputs] or `None`. Written to those of `other`, a product of before, where
+            they fit.
+        sizes: the numbers of B_Q, of a key row, which begins with B_K, of a value row, and of A_Q.
+    """
+
+    def __init__(
+        self, layer: "FactorProjections", projections: dict[str, nn.Linear], other: "RowProduct | None" = None
+    ):
+        def parts(outputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+            """Of outputs of the projections, [1, tokens, out_features], [..., tokens, number] each."""
+            a, b = ({x: make(x, outputs) for x in "qkv"} for make in (layer._head_factors, layer._feature_factors))
+            rows = layer.key_layout.pack(a["k"], b["k"]), layer.value_layout.pack(a["v"], b["v"])
+            return [b["q"].flatten(2), *rows, a["q"].flatten(2)]
+
+        weights = [x.flatten(0, -2).t() for x in parts({name: x.weight.t()[None] for name, x in projections.items()})]
+        self.sizes, self.bias = [len(weight) for weight in weights], None
+        self.weight = _concatenate(weights, 0, other and other.weight)
+        if all(projection.bias is not None for projection in projections.values()):
+            biases = parts({name: x.bias[None, None] for name, x in projections.items()})
+            self.bias = _concatenate([bias.flatten() for bias in biases], 0, other and other.bias)
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., outputs]"""
+        return nn.functional.linear(hidden_states, self.weight, self.bias)
+
+
 class PackedFactors:
     """
-    A layer's [`FactorProduct`] that is kept, as [`packed_factors`] makes it.
+    A layer's [`FactorProduct`], or what else its `_product_of` makes, that is kept, as [`packed_factors`] makes it.
 
     Attributes:
         product: its weights stay where they are when they are filled anew: compiled steps that were captured as CUDA graphs
@@ -152,9 +184,15 @@ class PackedFactors:
 
     @torch.inference_mode(False)  # what it makes could not be written to outside
     @torch.no_grad()
-    def fill(self, projections: dict[str, nn.Linear]) -> None:
-        self.product = FactorProduct(projections, self.product)
+    def fill(self, layer: "FactorProjections") -> None:
+        self.product = layer._product_of(layer._factor_projections(), self.product)
         self.is_valid = True
+
+    def of_type(self, cls: type):
+        """The product, if it is a `cls` and may be used now; else `None`."""
+        if self.is_valid and type(self.product) is cls and not torch.is_grad_enabled():
+            return self.product
+        return None
 
 
 class FactorProjections(nn.Module):
@@ -186,12 +224,17 @@ class FactorProjections(nn.Module):
         return None if product is None else product(hidden_states)
 
     def _product_for(self, hidden_states: torch.Tensor) -> FactorProduct | None:
-        if self.packed.is_valid and not torch.is_grad_enabled():
-            return self.packed.product
+        product = self.packed.of_type(FactorProduct)
+        if product is not None:
+            return product
         if are_few(hidden_states):
             return None
         projections = self._factor_projections()
         return FactorProduct(projections) if len(projections) > 1 and _are_plain(projections.values()) else None
+
+    def _product_of(self, projections: dict[str, nn.Linear], other: FactorProduct | None) -> FactorProduct:
+        """The product that [`packed_factors`] keeps."""
+        return FactorProduct(projections, other)
 
     def _apply(self, *args, **kwargs):
         """As in every module; weights that went to another device or dtype leave no copies where they were."""
@@ -223,11 +266,10 @@ def packed_factors(model: nn.Module) -> Iterator[None]:
     try:
         for layer in model.modules() if PACK else ():
             if isinstance(layer, FactorProjections) and not layer.packed.is_valid:  # else it is in one already
-                projections = layer._factor_projections()
-                linears = projections.values()
+                linears = layer._factor_projections().values()
                 if len(linears) > 1 and _are_plain(linears) and _are_whole(linears):
                     packed.append(layer.packed)
-                    layer.packed.fill(projections)
+                    layer.packed.fill(layer)
         yield
     finally:
         for weights in packed:

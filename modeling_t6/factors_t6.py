@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from .cache_t6 import cached_lengths, factor_layouts
 from .configuration_t6 import T6Config
-from .factor_product_t6 import FactorProjections, are_few, without_autocast
+from .factor_product_t6 import FactorProduct, FactorProjections, RowProduct, are_few, without_autocast
 from .tensor_parallel_t6 import softmax_over_heads
 
 
@@ -158,17 +158,18 @@ class Factors:
         query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens; `None` if `b_q` is rotated.
         key_rotation: cos and sin [batch or 1, key_length, rotary_dim] for a `b_k` that is not yet rotated, else `None`.
         key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them, if there is a cache. The keys'
-            and values' factors above are then still those of the new tokens: `TensorProductFactors.unpack` reads rows.
+            and values' factors above are then still those of the new tokens: `TensorProductFactors.unpack` reads rows. Before
+            `update_cache` those of the new tokens, if they were made as rows; there are no `a_k`, `b_k`, `a_v` and `b_v` then.
         lengths: int [1] on the device, how many of the rows count, of a cache with room for more; else `None`.
         is_query: whether `b_q` are what `TensorProductFactors.queries` returns; of keys and values there are only rows then.
     """
 
     a_q: torch.Tensor | None
     b_q: torch.Tensor
-    a_k: torch.Tensor
-    b_k: torch.Tensor
-    a_v: torch.Tensor
-    b_v: torch.Tensor
+    a_k: torch.Tensor | None
+    b_k: torch.Tensor | None
+    a_v: torch.Tensor | None
+    b_v: torch.Tensor | None
     dtype: torch.dtype
     query_rotation: tuple[torch.Tensor, torch.Tensor] | None
     key_rotation: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -195,6 +196,13 @@ class TensorProductFactors(FactorProjections):
         )
         self.q_rank = config.q_rank
         self.k_rank, self.v_rank = config.ranks(layer_idx)
+        # Nothing but RoPE stands between the projections and the heads.
+        self.has_plain_factors = (
+            self.caches_what_forms_heads
+            and config.q_rank is not None
+            and config.head_factor_act is None
+            and not config.qk_norm
+        )
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
         self.head_mesh = None  # with tensor parallelism, the processes that share the heads
 
@@ -260,6 +268,9 @@ class TensorProductFactors(FactorProjections):
         The factors of the tokens `hidden_states` [batch, seq, hidden_size]. `position_embeddings` are cos and sin for
         them, `key_position_embeddings` those for all rows of a cache that holds B_K before RoPE.
         """
+        product = self.packed.of_type(RowProduct)
+        if product is not None:
+            return self._project_to_rows(product, hidden_states, position_embeddings)
         projected = self.project_factors(hidden_states)
         if self.q_rank is None:
             a_q, b_q = None, self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -284,6 +295,29 @@ class TensorProductFactors(FactorProjections):
         dtype = position_embeddings[0].dtype
         return Factors(a_q, b_q, a_k, b_k, a_v, b_v, dtype, query_rotation, key_rotation)
 
+    def _project_to_rows(
+        self,
+        product: RowProduct,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> Factors:
+        dtype = position_embeddings[0].dtype
+        outputs = product(hidden_states).to(dtype)
+        b_q, key_rows, value_rows, a_q = outputs.split_with_sizes(product.sizes, dim=-1)
+        b = outputs[..., : (self.q_rank + self.k_rank) * self.head_dim].unflatten(
+            -1, (-1, self.head_dim)
+        )  # B_Q and B_K
+        b.copy_(apply_rotary_pos_emb(b, *position_embeddings))
+        a_q, b_q = a_q.unflatten(-1, (self.q_rank, -1)), b_q.unflatten(-1, (self.q_rank, -1))
+        rows = key_rows.unsqueeze(1), value_rows.unsqueeze(1)
+        return Factors(a_q, b_q, None, None, None, None, dtype, None, None, *rows)
+
+    def _product_of(self, projections: dict[str, nn.Linear], other: FactorProduct | RowProduct | None):
+        # On a GPU kernels take the outputs of a `FactorProduct`.
+        if self.has_plain_factors and self.k_b_proj.weight.is_cpu:
+            return RowProduct(self, projections, other)
+        return super()._product_of(projections, other)
+
     def project_tokens(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """
         A_Q, B_Q, A_K, B_K, A_V and B_V of tokens [tokens, hidden_size] as they are projected, [tokens, h, R] and
@@ -305,8 +339,10 @@ class TensorProductFactors(FactorProjections):
     def update_cache(self, factors: Factors, cache: Cache) -> None:
         """Stores the keys' and values' factors of the new tokens, and gives `factors` the rows of all the tokens."""
         with without_autocast(factors.b_q.device):
-            key_rows = self.key_layout.pack(factors.a_k, factors.b_k).to(factors.dtype)
-            value_rows = self.value_layout.pack(factors.a_v, factors.b_v).to(factors.dtype)
+            key_rows, value_rows = factors.key_rows, factors.value_rows
+            if key_rows is None:
+                key_rows = self.key_layout.pack(factors.a_k, factors.b_k).to(factors.dtype)
+                value_rows = self.value_layout.pack(factors.a_v, factors.b_v).to(factors.dtype)
             factors.key_rows, factors.value_rows = cache.update(key_rows, value_rows, self.layer_idx)
         factors.lengths = cached_lengths(cache, self.layer_idx)
 

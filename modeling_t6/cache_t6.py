@@ -141,13 +141,14 @@ class FactorLayout:
         an A of rotated rows.
         """
         sizes = [self.rank * self.head_dim, self.rank * self.padded_heads]
-        b, a = rows.squeeze(1).split_with_sizes(sizes, dim=-1)
-        a = a.unflatten(-1, (self.rank, self.padded_heads))
+        b, a = rows.split_with_sizes(sizes, dim=-1)
+        shape = len(rows), rows.shape[2], self.rank
+        a, b = a.view(*shape, self.padded_heads), b.view(*shape, self.head_dim)
         if self.rotates:
             a = torch.stack([row.roll(-8, -1) if r % 2 else row for r, row in enumerate(a.unbind(-2))], dim=-2)
         if self.padded_heads > self.num_heads:
             a = a[..., : self.num_heads]
-        return a, b.unflatten(-1, (self.rank, self.head_dim))
+        return a, b
 
     def read(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B in `dtype` of rows as a cache stores them, in any dtype or 4 bits."""

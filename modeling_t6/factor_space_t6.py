@@ -313,7 +313,7 @@ def _attend_to_few_tokens(
     batch_size, query_length, num_heads, _ = query.shape
     dtype, shape = dtype_of_products(query), (batch_size, -1, keys.length, query_length, num_heads)
     # [batch, 1, d, query_length * h]
-    flat_query = (query.to(dtype) * (scaling / keys.rank)).flatten(1, 2).transpose(1, 2).unsqueeze(1)
+    flat_query = (_converted(query, dtype) * (scaling / keys.rank)).flatten(1, 2).transpose(1, 2).unsqueeze(1)
     a, b = _ranks_before_tokens(keys, query, dtype)
     scores = torch.matmul(b, flat_query).view(shape).mul_(a).sum(dim=1)
     if attention_mask is not None:
@@ -322,8 +322,8 @@ def _attend_to_few_tokens(
     weights = _converted(torch.softmax(scores.transpose(1, 2), dim=-1), dtype).transpose(1, 2)
     a, b = _ranks_before_tokens(values, query, dtype)
     weighted = (weights.view(batch_size, 1, *shape[2:]) * a).flatten(3)
-    output = torch.matmul(weighted.transpose(2, 3), b).sum(dim=1)
-    return (output / values.rank).to(query.dtype).view(query.shape)
+    output = torch.matmul(weighted.transpose(2, 3), b).mean(dim=1)
+    return _converted(output, query.dtype).view(query.shape)
 
 
 def _ranks_before_tokens(

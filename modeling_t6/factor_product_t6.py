@@ -185,7 +185,9 @@ class PackedFactors:
     @torch.inference_mode(False)  # what it makes could not be written to outside
     @torch.no_grad()
     def fill(self, layer: "FactorProjections") -> None:
-        self.product = layer._product_of(layer._factor_projections(), self.product)
+        projections = layer._factor_projections()
+        with without_autocast(next(iter(projections.values())).weight.device):
+            self.product = layer._product_of(projections, self.product)
         self.is_valid = True
 
     def of_type(self, cls: type):

@@ -219,14 +219,15 @@ def factor_space_attention(
     if attention_mask is None and query_length > 1:
         attention_mask = torch.ones(query_length, key_length, dtype=torch.bool, device=query.device)
         attention_mask = attention_mask.tril(key_length - query_length)[None, None]
-    chunk_length = FACTOR_SPACE_CHUNK if query.is_cpu else FACTOR_SPACE_CHUNK * CHUNKS_AT_ONCE_ON_A_GPU
-    chunk_length = key_length if output_attentions else min(chunk_length, key_length)
     constant_a, constant_b = keys.constant_a is not None, values.constant_b is not None
     # Not under torch.compile, where lengths below 8, below 16 and above would each take a graph.
     is_eager = not torch.compiler.is_compiling()
-    if is_eager and key_length < MIN_TOKENS_IN_BLOCKS and key_length == chunk_length:
+    if is_eager and key_length < MIN_TOKENS_IN_BLOCKS and key_length <= FACTOR_SPACE_CHUNK:
         if not (constant_a or constant_b or output_attentions):
             return _attend_to_few_tokens(query, keys, values, attention_mask, scaling), None
+
+    chunk_length = FACTOR_SPACE_CHUNK if query.is_cpu else FACTOR_SPACE_CHUNK * CHUNKS_AT_ONCE_ON_A_GPU
+    chunk_length = key_length if output_attentions else min(chunk_length, key_length)
 
     constant_a_k, constant_a_v = (_of_each_head(x.constant_a, num_heads) for x in (keys, values))
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)

@@ -115,8 +115,9 @@ def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
 def rotate_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """What [`apply_rotary_pos_emb`] makes of factors of the tokens, in their place: fewer operators."""
     x_rot, cos, sin = x[..., : cos.shape[-1]], cos.unsqueeze(2), sin.unsqueeze(2)
-    rotated = rotate_half(x_rot).mul_(sin)
-    x_rot.mul_(cos).add_(rotated)
+    with without_autocast(x.device):
+        rotated = rotate_half(x_rot).mul_(sin)
+        x_rot.mul_(cos).add_(rotated)
 
 
 def form_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

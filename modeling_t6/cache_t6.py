@@ -45,7 +45,9 @@ def rename_past_key_values(function: Callable) -> Callable:
     """Takes the older name of `cache` too: where it is the current one, without a warning."""
     if CACHE_NAME == "cache":
         renamed = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
-        renamed.__signature__ = inspect.signature(function)  # `generate()` asks a model of remote code for it at each token
+        renamed.__signature__ = inspect.signature(
+            function
+        )  # `generate()` asks a model of remote code for it at each token
         return renamed
 
     @functools.wraps(function)

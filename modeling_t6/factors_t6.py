@@ -204,7 +204,7 @@ class TensorProductFactors(FactorProjections):
         )
         self.q_rank = config.q_rank
         self.k_rank, self.v_rank = config.ranks(layer_idx)
-        # Nothing but RoPE stands between the projections and the heads.
+        # Whether nothing but RoPE stands between the projections and the heads.
         self.has_plain_factors = (
             self.caches_what_forms_heads
             and config.q_rank is not None

@@ -134,19 +134,17 @@ class FactorProduct:
         return dict(zip(self.names, outputs.split_with_sizes(self.sizes, dim=-1)))
 
 
-class RowProduct:
+class RowProduct(FactorProduct):
     """
-    The factor projections of a layer as one product whose outputs are queries' factors, and rows as a cache holds them but for
-    RoPE: a row is linear in factors as they are in hidden states, so that the row of the weights makes the rows of tokens.
+    A [`FactorProduct`] whose outputs are queries' factors, and rows as a cache holds them but for RoPE: a row is linear in factors
+    as they are in hidden states, so that the row of the weights makes the rows of tokens.
 
     Attributes:
-        weight, bias: [outputs, hidden_size] and [outputs] or `None`. Written to those of `other`, a product of before, where
-            they fit.
         sizes: the numbers of B_Q, of a key row, which begins with B_K, of a value row, and of A_Q.
     """
 
     def __init__(
-        self, layer: "FactorProjections", projections: dict[str, nn.Linear], other: "RowProduct | None" = None
+        self, layer: "FactorProjections", projections: dict[str, nn.Linear], other: FactorProduct | None = None
     ):
         def parts(outputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
             """Of outputs of the projections, [1, tokens, out_features], [..., tokens, number] each."""
@@ -155,20 +153,26 @@ class RowProduct:
             return [b["q"].flatten(2), *rows, a["q"].flatten(2)]
 
         weights = [x.flatten(0, -2).t() for x in parts({name: x.weight.t()[None] for name, x in projections.items()})]
-        self.sizes, self.bias = [len(weight) for weight in weights], None
+        self.layouts, self.q_rank, self.bias = (layer.key_layout, layer.value_layout), layer.q_rank, None
+        self.sizes = [len(weight) for weight in weights]
         self.weight = _concatenate(weights, 0, other and other.weight)
         if all(projection.bias is not None for projection in projections.values()):
             biases = parts({name: x.bias[None, None] for name, x in projections.items()})
             self.bias = _concatenate([bias.flatten() for bias in biases], 0, other and other.bias)
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., outputs]"""
-        return nn.functional.linear(hidden_states, self.weight, self.bias)
+    def split(self, outputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        tokens = outputs.shape[:-1]
+        b_q, *rows, a_q = outputs.flatten(0, -2).split_with_sizes(self.sizes, dim=-1)
+        (a_k, b_k), (a_v, b_v) = (layout.unpack(x[None, None]) for layout, x in zip(self.layouts, rows))
+        b = {"q": b_q, "k": b_k.flatten(2), "v": b_v.flatten(2)}
+        a = {"q": a_q.unflatten(-1, (self.q_rank, -1)), "k": a_k, "v": a_v}
+        named = {f"{name}_b_proj": x.view(*tokens, -1) for name, x in b.items()}
+        return named | {f"{name}_a_proj": x.transpose(-1, -2).reshape(*tokens, -1) for name, x in a.items()}
 
 
 class PackedFactors:
     """
-    A layer's [`FactorProduct`], or what else its `_product_of` makes, that is kept, as [`packed_factors`] makes it.
+    A layer's [`FactorProduct`] that is kept, as [`packed_factors`] makes it.
 
     Attributes:
         product: its weights stay where they are when they are filled anew: compiled steps that were captured as CUDA graphs
@@ -189,12 +193,6 @@ class PackedFactors:
         with without_autocast(next(iter(projections.values())).weight.device):
             self.product = layer._product_of(projections, self.product)
         self.is_valid = True
-
-    def of_type(self, cls: type):
-        """The product, if it is a `cls` and may be used now; else `None`."""
-        if self.is_valid and type(self.product) is cls and not torch.is_grad_enabled():
-            return self.product
-        return None
 
 
 class FactorProjections(nn.Module):
@@ -226,9 +224,8 @@ class FactorProjections(nn.Module):
         return None if product is None else product(hidden_states)
 
     def _product_for(self, hidden_states: torch.Tensor) -> FactorProduct | None:
-        product = self.packed.of_type(FactorProduct)
-        if product is not None:
-            return product
+        if self.packed.is_valid and not torch.is_grad_enabled():
+            return self.packed.product
         if are_few(hidden_states):
             return None
         projections = self._factor_projections()

@@ -276,9 +276,6 @@ class TensorProductFactors(FactorProjections):
         The factors of the tokens `hidden_states` [batch, seq, hidden_size]. `position_embeddings` are cos and sin for
         them, `key_position_embeddings` those for all rows of a cache that holds B_K before RoPE.
         """
-        product = self.packed.of_type(RowProduct)
-        if product is not None:
-            return self._project_to_rows(product, hidden_states, position_embeddings)
         projected = self.project_factors(hidden_states)
         if self.q_rank is None:
             a_q, b_q = None, self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -303,13 +300,16 @@ class TensorProductFactors(FactorProjections):
         dtype = position_embeddings[0].dtype
         return Factors(a_q, b_q, a_k, b_k, a_v, b_v, dtype, query_rotation, key_rotation)
 
-    def _project_to_rows(
-        self,
-        product: RowProduct,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    ) -> Factors:
-        dtype = position_embeddings[0].dtype
+    def project_to_rows(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> Factors | None:
+        """
+        The factors of tokens with their rows, which `update_cache` stores, in place of those of keys and values: where a
+        [`RowProduct`] is packed, else `None`.
+        """
+        product, dtype = self.packed.product, position_embeddings[0].dtype
+        if not (self.packed.is_valid and isinstance(product, RowProduct)) or torch.is_grad_enabled():
+            return None
         outputs, tokens = product(hidden_states), hidden_states.shape[:2]
         if outputs.dtype != dtype:
             outputs = outputs.to(dtype)
@@ -320,7 +320,7 @@ class TensorProductFactors(FactorProjections):
         a_q, b_q = a_q.view(*tokens, self.q_rank, -1), b[:, :, : self.q_rank]
         return Factors(a_q, b_q, None, None, None, None, dtype, None, None, key_rows, value_rows)
 
-    def _product_of(self, projections: dict[str, nn.Linear], other: FactorProduct | RowProduct | None):
+    def _product_of(self, projections: dict[str, nn.Linear], other: FactorProduct | None) -> FactorProduct:
         # On a GPU kernels take the outputs of a `FactorProduct`.
         if self.has_plain_factors and self.k_b_proj.weight.is_cpu:
             return RowProduct(self, projections, other)

@@ -164,6 +164,8 @@ class T6Attention(TensorProductFactors):
             factors = None
             if cache is None and attend is heads_attention_forward:
                 factors = project_at_once(self, hidden_states, position_embeddings)
+            elif cache is not None:
+                factors = self.project_to_rows(hidden_states, position_embeddings)
             if factors is None:
                 factors = self.project(hidden_states, position_embeddings, key_position_embeddings)
             if cache is not None:

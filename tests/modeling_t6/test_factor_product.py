@@ -271,7 +271,9 @@ def test_rows_of_one_product(fields):
         rotation = model.model.rotary_emb(hidden_states, torch.arange(7, 7 + tokens)[None])
         apart = layer.project(hidden_states, rotation)
         with packed_factors(model):
-            made = layer.project(hidden_states, rotation)
+            made, parts = layer.project_to_rows(hidden_states, rotation), layer.project_factors(hidden_states)
+        assert layer.project_to_rows(hidden_states, rotation) is None
+        torch.testing.assert_close(parts, layer.project_factors(hidden_states), atol=1e-12, rtol=1e-12)
         rows = layouts[0].pack(apart.a_k, apart.b_k), layouts[1].pack(apart.a_v, apart.b_v)
         torch.testing.assert_close((made.key_rows, made.value_rows), rows, atol=1e-12, rtol=1e-12)
         torch.testing.assert_close(layer.queries(made), layer.queries(apart), atol=1e-12, rtol=1e-12)

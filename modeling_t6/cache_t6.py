@@ -14,6 +14,7 @@
 """The cache of a T6 model: rows of low-rank factors in place of keys and values (paper, section 3.2)"""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -43,7 +44,11 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 def rename_past_key_values(function: Callable) -> Callable:
     """Takes the older name of `cache` too: where it is the current one, without a warning."""
     if CACHE_NAME == "cache":
-        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
+        renamed = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
+        renamed.__signature__ = inspect.signature(
+            function
+        )  # `generate()` asks a model of remote code for it at each token
+        return renamed
 
     @functools.wraps(function)
     def renamed(*args, kwargs: dict | None = None, **others):
@@ -141,13 +146,14 @@ class FactorLayout:
         an A of rotated rows.
         """
         sizes = [self.rank * self.head_dim, self.rank * self.padded_heads]
-        b, a = rows.squeeze(1).split_with_sizes(sizes, dim=-1)
-        a = a.unflatten(-1, (self.rank, self.padded_heads))
+        b, a = rows.split_with_sizes(sizes, dim=-1)
+        shape = rows.shape[0], rows.shape[2], self.rank
+        a, b = a.view(*shape, self.padded_heads), b.view(*shape, self.head_dim)
         if self.rotates:
             a = torch.stack([row.roll(-8, -1) if r % 2 else row for r, row in enumerate(a.unbind(-2))], dim=-2)
         if self.padded_heads > self.num_heads:
             a = a[..., : self.num_heads]
-        return a, b.unflatten(-1, (self.rank, self.head_dim))
+        return a, b
 
     def read(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B in `dtype` of rows as a cache stores them, in any dtype or 4 bits."""
@@ -353,7 +359,7 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
 
     def _set_storage(self, storage: tuple[torch.Tensor, torch.Tensor], lengths: tuple[int, int]) -> None:
         self._storage = storage
-        self._views = tuple(tensor[:, :, :length] for tensor, length in zip(storage, lengths))
+        self._views = storage[0][:, :, : lengths[0]], storage[1][:, :, : lengths[1]]
         self.keys, self.values = self._views
 
     def _storage_of_rows(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -134,6 +134,42 @@ class FactorProduct:
         return dict(zip(self.names, outputs.split_with_sizes(self.sizes, dim=-1)))
 
 
+class RowProduct(FactorProduct):
+    """
+    A [`FactorProduct`] whose outputs are queries' factors, and rows as a cache holds them but for RoPE: a row is linear in factors
+    as they are in hidden states, so that the row of the weights makes the rows of tokens.
+
+    Attributes:
+        sizes: the numbers of B_Q, of a key row, which begins with B_K, of a value row, and of A_Q.
+    """
+
+    def __init__(
+        self, layer: "FactorProjections", projections: dict[str, nn.Linear], other: FactorProduct | None = None
+    ):
+        def parts(outputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+            """Of outputs of the projections, [1, tokens, out_features], [..., tokens, number] each."""
+            a, b = ({x: make(x, outputs) for x in "qkv"} for make in (layer._head_factors, layer._feature_factors))
+            rows = layer.key_layout.pack(a["k"], b["k"]), layer.value_layout.pack(a["v"], b["v"])
+            return [b["q"].flatten(2), *rows, a["q"].flatten(2)]
+
+        weights = [x.flatten(0, -2).t() for x in parts({name: x.weight.t()[None] for name, x in projections.items()})]
+        self.layouts, self.q_rank, self.bias = (layer.key_layout, layer.value_layout), layer.q_rank, None
+        self.sizes = [len(weight) for weight in weights]
+        self.weight = _concatenate(weights, 0, other and other.weight)
+        if all(projection.bias is not None for projection in projections.values()):
+            biases = parts({name: x.bias[None, None] for name, x in projections.items()})
+            self.bias = _concatenate([bias.flatten() for bias in biases], 0, other and other.bias)
+
+    def split(self, outputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        tokens = outputs.shape[:-1]
+        b_q, *rows, a_q = outputs.flatten(0, -2).split_with_sizes(self.sizes, dim=-1)
+        (a_k, b_k), (a_v, b_v) = (layout.unpack(x[None, None]) for layout, x in zip(self.layouts, rows))
+        b = {"q": b_q, "k": b_k.flatten(2), "v": b_v.flatten(2)}
+        a = {"q": a_q.unflatten(-1, (self.q_rank, -1)), "k": a_k, "v": a_v}
+        named = {f"{name}_b_proj": x.view(*tokens, -1) for name, x in b.items()}
+        return named | {f"{name}_a_proj": x.transpose(-1, -2).reshape(*tokens, -1) for name, x in a.items()}
+
+
 class PackedFactors:
     """
     A layer's [`FactorProduct`] that is kept, as [`packed_factors`] makes it.
@@ -152,8 +188,10 @@ class PackedFactors:
 
     @torch.inference_mode(False)  # what it makes could not be written to outside
     @torch.no_grad()
-    def fill(self, projections: dict[str, nn.Linear]) -> None:
-        self.product = FactorProduct(projections, self.product)
+    def fill(self, layer: "FactorProjections") -> None:
+        projections = layer._factor_projections()
+        with without_autocast(next(iter(projections.values())).weight.device):
+            self.product = layer._product_of(projections, self.product)
         self.is_valid = True
 
 
@@ -193,6 +231,10 @@ class FactorProjections(nn.Module):
         projections = self._factor_projections()
         return FactorProduct(projections) if len(projections) > 1 and _are_plain(projections.values()) else None
 
+    def _product_of(self, projections: dict[str, nn.Linear], other: FactorProduct | None) -> FactorProduct:
+        """The product that [`packed_factors`] keeps."""
+        return FactorProduct(projections, other)
+
     def _apply(self, *args, **kwargs):
         """As in every module; weights that went to another device or dtype leave no copies where they were."""
         super()._apply(*args, **kwargs)
@@ -223,11 +265,10 @@ def packed_factors(model: nn.Module) -> Iterator[None]:
     try:
         for layer in model.modules() if PACK else ():
             if isinstance(layer, FactorProjections) and not layer.packed.is_valid:  # else it is in one already
-                projections = layer._factor_projections()
-                linears = projections.values()
+                linears = layer._factor_projections().values()
                 if len(linears) > 1 and _are_plain(linears) and _are_whole(linears):
                     packed.append(layer.packed)
-                    layer.packed.fill(projections)
+                    layer.packed.fill(layer)
         yield
     finally:
         for weights in packed:

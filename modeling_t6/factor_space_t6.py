@@ -88,8 +88,8 @@ def chunks_of_rows(
     all_at_once: bool = False,
 ) -> tuple[FactorChunks, FactorChunks]:
     """
-    The factors of keys and of values of rows [batch, 1, length, width] that hold both factors as heads are made of them. Of many tokens
-    they are converted to `dtype`. `all_at_once`: whether they are read as one chunk.
+    The factors of keys and of values of rows [batch, 1, length, width] that hold both factors as heads are made of them, in
+    `dtype`. `all_at_once`: whether they are read as one chunk.
     """
     place, length = None, rows[0].shape[2]
     if rows[0].is_cpu and length >= MIN_TOKENS_IN_BLOCKS and not torch.compiler.is_compiling():
@@ -101,8 +101,8 @@ def chunks_of_rows(
     def chunks(layout: FactorLayout, rows: torch.Tensor) -> FactorChunks:
         def read(at: slice) -> tuple[torch.Tensor, torch.Tensor]:
             chunk = rows if at.start == 0 and at.stop >= length else rows[:, :, at]
-            if place is None:  # what `unpack` puts together of pieces it cannot in every dtype
-                return layout.unpack(chunk.to(dtype) if layout.rotates else chunk)
+            if place is None:
+                return layout.unpack(_converted(chunk, dtype))
             return layout.unpack(place[: chunk.numel()].view(chunk.shape).copy_(chunk))
 
         return FactorChunks(length, layout.rank, read)
@@ -219,14 +219,15 @@ def factor_space_attention(
     if attention_mask is None and query_length > 1:
         attention_mask = torch.ones(query_length, key_length, dtype=torch.bool, device=query.device)
         attention_mask = attention_mask.tril(key_length - query_length)[None, None]
-    chunk_length = FACTOR_SPACE_CHUNK if query.is_cpu else FACTOR_SPACE_CHUNK * CHUNKS_AT_ONCE_ON_A_GPU
-    chunk_length = key_length if output_attentions else min(chunk_length, key_length)
     constant_a, constant_b = keys.constant_a is not None, values.constant_b is not None
     # Not under torch.compile, where lengths below 8, below 16 and above would each take a graph.
     is_eager = not torch.compiler.is_compiling()
-    if is_eager and key_length < MIN_TOKENS_IN_BLOCKS and key_length == chunk_length:
+    if is_eager and key_length < MIN_TOKENS_IN_BLOCKS and key_length <= FACTOR_SPACE_CHUNK:
         if not (constant_a or constant_b or output_attentions):
             return _attend_to_few_tokens(query, keys, values, attention_mask, scaling), None
+
+    chunk_length = FACTOR_SPACE_CHUNK if query.is_cpu else FACTOR_SPACE_CHUNK * CHUNKS_AT_ONCE_ON_A_GPU
+    chunk_length = key_length if output_attentions else min(chunk_length, key_length)
 
     constant_a_k, constant_a_v = (_of_each_head(x.constant_a, num_heads) for x in (keys, values))
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
@@ -306,34 +307,33 @@ def _attend_to_few_tokens(
     scaling: float,
 ) -> torch.Tensor:
     """
-    [`factor_space_attention`] over few tokens, where operators take as long as they are many: all rows of B are one matrix, and the
-    softmax is one operator.
+    [`factor_space_attention`] over few tokens, where operators take as long as they are many: rows are converted as they lie, the
+    products with B are one for all ranks, and the softmax is one operator, over the last dimension: over another, a CPU wakes all
+    its threads for it.
     """
     batch_size, query_length, num_heads, _ = query.shape
-    dtype, shape = dtype_of_products(query), (batch_size, keys.length, -1, query_length, num_heads)
-    # [batch, d, query_length * h]
-    flat_query = (query.to(dtype) * (scaling / keys.rank)).flatten(1, 2).transpose(1, 2)
-    a, b = _rows_of_all_ranks(keys, query, dtype)
-    scores, *others = torch.bmm(b, flat_query).view(shape).mul_(a).unbind(2)
-    for other in others:
-        scores = scores.add_(other)
+    dtype, shape = dtype_of_products(query), (batch_size, -1, keys.length, query_length, num_heads)
+    # [batch, 1, d, query_length * h]
+    flat_query = (_converted(query, dtype) * (scaling / keys.rank)).flatten(1, 2).transpose(1, 2).unsqueeze(1)
+    a, b = _ranks_before_tokens(keys, query, dtype)
+    scores = torch.matmul(b, flat_query).view(shape).mul_(a).sum(dim=1)
     if attention_mask is not None:
         _mask_scores(scores, attention_mask[..., : keys.length], 1.0)
-    weights = torch.softmax(_converted(scores, torch.promote_types(dtype, torch.float32)), dim=1)
-    a, b = _rows_of_all_ranks(values, query, dtype)
-    weighted = (_converted(weights, dtype).unsqueeze(2) * a).flatten(3).flatten(1, 2)
-    output = torch.bmm(weighted.transpose(1, 2), b)
-    return (output / values.rank).to(query.dtype).view(query.shape)
+    scores = _converted(scores, torch.promote_types(dtype, torch.float32)).flatten(2)
+    weights = _converted(torch.softmax(scores.transpose(1, 2), dim=-1), dtype).transpose(1, 2)
+    a, b = _ranks_before_tokens(values, query, dtype)
+    weighted = (weights.view(batch_size, 1, *shape[2:]) * a).flatten(3)
+    output = torch.matmul(weighted.transpose(2, 3), b).mean(dim=1)
+    return _converted(output, query.dtype).view(query.shape)
 
 
-def _rows_of_all_ranks(
+def _ranks_before_tokens(
     chunks: FactorChunks, query: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [batch, seq, R, 1, h] and B [batch, seq * R, d] of all tokens; each is converted by itself, which leaves B without gaps."""
+    """A [batch, R, seq, 1, h] and B [batch or 1, R, seq, d] of all tokens."""
     a, b = chunks.read(slice(0, chunks.length))
-    if len(b) < len(query):
-        b = b.expand(len(query), -1, -1, -1)
-    return _of_each_head(_converted(a, dtype), query.shape[2]).unsqueeze(3), _converted(b, dtype).flatten(1, 2)
+    a = _of_each_head(_converted(a, dtype), query.shape[2])
+    return a.transpose(1, 2).unsqueeze(3), _converted(b, dtype).transpose(1, 2)
 
 
 def _mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor, base: float) -> None:

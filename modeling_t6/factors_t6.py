@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 
 from .cache_t6 import cached_lengths, factor_layouts
 from .configuration_t6 import T6Config
-from .factor_product_t6 import FactorProjections, are_few, without_autocast
+from .factor_product_t6 import FactorProduct, FactorProjections, RowProduct, are_few, without_autocast
 from .tensor_parallel_t6 import softmax_over_heads
 
 
@@ -112,6 +112,14 @@ def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
         return torch.cat((x_rot, x[..., rotary_dim:].expand(*x_rot.shape[:-1], -1)), dim=-1) if is_partial else x_rot
 
 
+def rotate_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """What [`apply_rotary_pos_emb`] makes of factors of the tokens, in their place: fewer operators."""
+    x_rot, cos, sin = x[..., : cos.shape[-1]], cos.unsqueeze(2), sin.unsqueeze(2)
+    with without_autocast(x.device):
+        rotated = rotate_half(x_rot).mul_(sin)
+        x_rot.mul_(cos).add_(rotated)
+
+
 def form_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(1 / R) A^T B: A [batch, seq, R, h] and B [batch, seq, R, d], one of them possibly constant, [R, h] or [R, d]."""
     return torch.matmul(a.transpose(-1, -2), b) / a.shape[-2]
@@ -158,17 +166,18 @@ class Factors:
         query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens; `None` if `b_q` is rotated.
         key_rotation: cos and sin [batch or 1, key_length, rotary_dim] for a `b_k` that is not yet rotated, else `None`.
         key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them, if there is a cache. The keys'
-            and values' factors above are then still those of the new tokens: `TensorProductFactors.unpack` reads rows.
+            and values' factors above are then still those of the new tokens: `TensorProductFactors.unpack` reads rows. Before
+            `update_cache` those of the new tokens, if they were made as rows; there are no `a_k`, `b_k`, `a_v` and `b_v` then.
         lengths: int [1] on the device, how many of the rows count, of a cache with room for more; else `None`.
         is_query: whether `b_q` are what `TensorProductFactors.queries` returns; of keys and values there are only rows then.
     """
 
     a_q: torch.Tensor | None
     b_q: torch.Tensor
-    a_k: torch.Tensor
-    b_k: torch.Tensor
-    a_v: torch.Tensor
-    b_v: torch.Tensor
+    a_k: torch.Tensor | None
+    b_k: torch.Tensor | None
+    a_v: torch.Tensor | None
+    b_v: torch.Tensor | None
     dtype: torch.dtype
     query_rotation: tuple[torch.Tensor, torch.Tensor] | None
     key_rotation: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -195,6 +204,13 @@ class TensorProductFactors(FactorProjections):
         )
         self.q_rank = config.q_rank
         self.k_rank, self.v_rank = config.ranks(layer_idx)
+        # Whether nothing but RoPE stands between the projections and the heads.
+        self.has_plain_factors = (
+            self.caches_what_forms_heads
+            and config.q_rank is not None
+            and config.head_factor_act is None
+            and not config.qk_norm
+        )
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
         self.head_mesh = None  # with tensor parallelism, the processes that share the heads
 
@@ -284,6 +300,32 @@ class TensorProductFactors(FactorProjections):
         dtype = position_embeddings[0].dtype
         return Factors(a_q, b_q, a_k, b_k, a_v, b_v, dtype, query_rotation, key_rotation)
 
+    def project_to_rows(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> Factors | None:
+        """
+        The factors of tokens with their rows, which `update_cache` stores, in place of those of keys and values: where a
+        [`RowProduct`] is packed, else `None`.
+        """
+        product, dtype = self.packed.product, position_embeddings[0].dtype
+        if not (self.packed.is_valid and isinstance(product, RowProduct)) or torch.is_grad_enabled():
+            return None
+        outputs, tokens = product(hidden_states), hidden_states.shape[:2]
+        if outputs.dtype != dtype:
+            outputs = outputs.to(dtype)
+        _, key_rows, value_rows, a_q = outputs.unsqueeze(1).split_with_sizes(product.sizes, dim=-1)
+        # B_Q, and B_K of the key row behind it
+        b = outputs[..., : (self.q_rank + self.k_rank) * self.head_dim].view(*tokens, -1, self.head_dim)
+        rotate_in_place(b, *position_embeddings)
+        a_q, b_q = a_q.view(*tokens, self.q_rank, -1), b[:, :, : self.q_rank]
+        return Factors(a_q, b_q, None, None, None, None, dtype, None, None, key_rows, value_rows)
+
+    def _product_of(self, projections: dict[str, nn.Linear], other: FactorProduct | None) -> FactorProduct:
+        # On a GPU kernels take the outputs of a `FactorProduct`.
+        if self.has_plain_factors and self.k_b_proj.weight.is_cpu:
+            return RowProduct(self, projections, other)
+        return super()._product_of(projections, other)
+
     def project_tokens(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """
         A_Q, B_Q, A_K, B_K, A_V and B_V of tokens [tokens, hidden_size] as they are projected, [tokens, h, R] and
@@ -305,8 +347,10 @@ class TensorProductFactors(FactorProjections):
     def update_cache(self, factors: Factors, cache: Cache) -> None:
         """Stores the keys' and values' factors of the new tokens, and gives `factors` the rows of all the tokens."""
         with without_autocast(factors.b_q.device):
-            key_rows = self.key_layout.pack(factors.a_k, factors.b_k).to(factors.dtype)
-            value_rows = self.value_layout.pack(factors.a_v, factors.b_v).to(factors.dtype)
+            key_rows, value_rows = factors.key_rows, factors.value_rows
+            if key_rows is None:
+                key_rows = self.key_layout.pack(factors.a_k, factors.b_k).to(factors.dtype)
+                value_rows = self.value_layout.pack(factors.a_v, factors.b_v).to(factors.dtype)
             factors.key_rows, factors.value_rows = cache.update(key_rows, value_rows, self.layer_idx)
         factors.lengths = cached_lengths(cache, self.layer_idx)
 

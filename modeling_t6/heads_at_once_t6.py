@@ -78,11 +78,7 @@ def project_at_once(
 def _has_plain_factors(module: nn.Module) -> bool:
     """Whether nothing but RoPE stands between the projections of a layer and its heads, and the kernels have room."""
     return (
-        module.q_rank is not None
-        and not (module.noncontextual_a or module.noncontextual_b or module.shared_b)
-        and module.c_factor_dim is None
-        and module.head_factor_act is None
-        and not module.qk_norm
+        module.has_plain_factors
         and max(module.q_rank, module.k_rank, module.v_rank) <= MAX_RANK
         and module.head_dim <= MAX_HEAD_DIM
     )

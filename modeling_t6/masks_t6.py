@@ -174,16 +174,17 @@ def key_positions(
     config: T6Config,
     position_ids: torch.LongTensor,
     cache: Cache | PagedFactors | None,
-    layer_types: list[str],
+    layers: list[int],
 ) -> tuple[torch.LongTensor, dict[str, torch.LongTensor]]:
     """
     Positions of the new tokens, and by layer type those of all rows of a cache that holds B_K before RoPE: of models that
-    rotate it where it is read. Others need none.
+    rotate it where it is read. Others need none. `layers` are the indices of the layers that `cache` has.
     """
     if not config.rotates_on_read or cache is None:
         return position_ids, {}
     if isinstance(cache, PagedFactors):
         return position_ids, cache.row_positions
+    layer_types = [config.layer_type(layer_idx) for layer_idx in layers]
     return row_positions(layer_types, cache, position_ids.shape[-1], position_ids.device)
 
 

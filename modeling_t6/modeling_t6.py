@@ -96,7 +96,6 @@ class T6RotaryEmbedding(nn.Module):
         inv_freq = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim))
         return inv_freq, 1.0
 
-    @torch.no_grad()
     @dynamic_rope_update  # power user: used with advanced RoPE types (e.g. dynamic rope)
     def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
         freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
@@ -165,6 +164,8 @@ class T6Attention(TensorProductFactors):
             factors = None
             if cache is None and attend is heads_attention_forward:
                 factors = project_at_once(self, hidden_states, position_embeddings)
+            elif cache is not None:
+                factors = self.project_to_rows(hidden_states, position_embeddings)
             if factors is None:
                 factors = self.project(hidden_states, position_embeddings, key_position_embeddings)
             if cache is not None:
@@ -344,11 +345,10 @@ class T6Model(T6PreTrainedModel):
         if use_cache and cache is None:
             cache = T6Cache(config=self.config)
 
-        stage_cache = self.cache_of_this_stage(cache)
+        stage_cache, layers = self.cache_of_this_stage(cache), self.layers_of_this_stage()
         is_paged = isinstance(cache, PagedAttentionCache)  # continuous batching
         if cache is not None and not is_paged and not torch.compiler.is_compiling():
-            layers, query_length = self.layers_of_this_stage(), inputs_embeds.shape[1]
-            validate_cache(stage_cache, self.config, self.row_layouts, layers, query_length)
+            validate_cache(stage_cache, self.config, self.row_layouts, layers, inputs_embeds.shape[1])
         validate_inputs(inputs_embeds, attention_mask, stage_cache)
 
         if position_ids is None:
@@ -365,8 +365,7 @@ class T6Model(T6PreTrainedModel):
 
         hidden_states = inputs_embeds
         layer_types = self.config.layer_types or ["full_attention"] * len(self.layers)
-        types_here = [layer_types[layer_idx] for layer_idx in self.layers_of_this_stage()]
-        position_ids, key_position_ids = key_positions(self.config, position_ids, stage_cache, types_here)
+        position_ids, key_position_ids = key_positions(self.config, position_ids, stage_cache, layers)
         key_position_embeddings = {
             layer_type: self.rotary_emb(hidden_states, position_ids=ids)
             for layer_type, ids in key_position_ids.items()

@@ -11,7 +11,7 @@ from modeling_t6 import T6ForCausalLM, factor_product_t6
 from modeling_t6.factor_product_t6 import FactorProjections, packed_factors
 
 from .common import projected_one_by_one, random_ids, random_model
-from .test_variants import VARIANTS, config_of
+from .test_variants import HALF_ROPE, VARIANTS, config_of
 
 
 # Sums of at most some hundred products, in another order: what rounding leaves of 16 and of 7 digits.
@@ -248,6 +248,35 @@ def test_generate_packs_once(variant, bias, products):
     assert not products
     torch.testing.assert_close(generated_logits(model, ids), expected, atol=1e-11, rtol=1e-11)
     assert len(products) == 2 and not any(layer.is_valid for layer in packed(model))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_attention_heads": 5},
+        {"num_attention_heads": 24, "v_rank": 2},
+        {"num_attention_heads": 6, "num_key_value_heads": 3, "rope_parameters": HALF_ROPE},
+    ],
+    ids=["padded", "rotated", "grouped-partial-RoPE"],
+)
+@torch.no_grad()
+def test_rows_of_one_product(fields):
+    """On a CPU the product makes rows as the layout packs factors, for prompts and for tokens."""
+    model = random_model(config_of("TPA", attention_bias=True, **fields), dtype=torch.float64)
+    layer = model.model.layers[1].self_attn
+    layouts = layer.key_layout, layer.value_layout
+    assert all(layout.rotates == (layout.num_heads == 24) for layout in layouts)
+    for tokens in (1, 11):
+        hidden_states = torch.randn(3, tokens, model.config.hidden_size, dtype=torch.float64)
+        rotation = model.model.rotary_emb(hidden_states, torch.arange(7, 7 + tokens)[None])
+        apart = layer.project(hidden_states, rotation)
+        with packed_factors(model):
+            made, parts = layer.project_to_rows(hidden_states, rotation), layer.project_factors(hidden_states)
+        assert layer.project_to_rows(hidden_states, rotation) is None
+        torch.testing.assert_close(parts, layer.project_factors(hidden_states), atol=1e-12, rtol=1e-12)
+        rows = layouts[0].pack(apart.a_k, apart.b_k), layouts[1].pack(apart.a_v, apart.b_v)
+        torch.testing.assert_close((made.key_rows, made.value_rows), rows, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(layer.queries(made), layer.queries(apart), atol=1e-12, rtol=1e-12)
 
 
 def copy_into_data(model, other):

@@ -14,7 +14,6 @@
 """The cache of a T6 model: rows of low-rank factors in place of keys and values (paper, section 3.2)"""
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -44,11 +43,7 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 def rename_past_key_values(function: Callable) -> Callable:
     """Takes the older name of `cache` too: where it is the current one, without a warning."""
     if CACHE_NAME == "cache":
-        renamed = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
-        renamed.__signature__ = inspect.signature(
-            function
-        )  # `generate()` asks a model of remote code for it at each token
-        return renamed
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
 
     @functools.wraps(function)
     def renamed(*args, kwargs: dict | None = None, **others):

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -291,6 +292,14 @@ def test_heals_on_some_tokens(folder, tmp_path):
     args.heal_tokens = None
     whole = Texts(args, folder / "source", config).healing
     assert len(whole) > 3 and torch.equal(texts.healing, whole[:3])
+
+    # Windows of tokens are healed on as they are.
+    given = torch.arange(5 * 32).view(5, 32) % 99
+    args.heal = tmp_path / "heal.npy"
+    np.save(args.heal, given.to(torch.uint8).numpy())
+    assert torch.equal(Texts(args, folder / "source", config).healing, given)
+    args.heal_tokens = 100
+    assert torch.equal(Texts(args, folder / "source", config).healing, given[:3])
 
 
 def test_defaults_of_methods():

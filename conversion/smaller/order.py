@@ -14,7 +14,7 @@ from ..files.folders import new_folder
 from ..files.tokenizer import load_tokenizer
 from . import text
 from .compress import compress
-from .heal import heal
+from .heal import COMPILED_STEPS, heal
 from .languages import find_language
 from .measure import cache_bytes_per_token, perplexity
 from .questions import make_questions
@@ -200,6 +200,7 @@ def make_smaller(
         heal(
             model, source_model, texts.healing, working / "checkpoints", args.heal_steps, args.batch_size,
             args.heal_accumulation, args.heal_optimizer, args.heal_learning_rate, args.heal_cross_entropy, args.seed, device,
+            compiled=torch.device(device).type == "cuda" and args.heal_steps >= COMPILED_STEPS,
         )  # fmt: skip
     save(model, folder)
     measure("healed", load(T6ForCausalLM, folder))

@@ -112,6 +112,7 @@ from modeling_t6.factors_t6 import apply_rotary_pos_emb, form_heads
 POWER = 1e6  # of whole keys beside keys less their mean: the fit by power, as it was before
 HEALED_TOKENS = 20_000_000  # at most
 QUESTIONS = 1024  # different windows of questions in healing, at most: each takes a tokenizer some milliseconds
+COMPILED_MINUTES = 4  # of healing from which on layers are compiled, which takes one
 TRIES = 2  # of a process: several on one GPU met faults of it
 CACHE_DTYPES = (None, "float8_e4m3fn", "int4")
 
@@ -254,6 +255,7 @@ class Study:
         done = heal(
             model, self.source, ids, args.work / f"checkpoints-{step}", steps, args.heal_windows, 1, optimizer,
             args.heal_learning_rate / (1 if optimizer == "muon" else 3), 0.0, 0, self.device, [] if args.heal_steps else [deadline],
+            compiled=self.device.startswith("cuda") and args.heal_minutes >= COMPILED_MINUTES,
         )  # fmt: skip
         self.found |= {"steps": done, "tokens": done * tokens}
         print(f"healed {name}: {done} steps, {done * tokens:,} tokens", flush=True)

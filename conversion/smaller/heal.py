@@ -48,8 +48,8 @@ def distillation_loss(
     """
     KL(teacher || model), in nats per token, plus the error of the hidden states behind each layer, of each token as a part of its
     power: with it, the same number of tokens heals more than by KL alone. To these, `cross_entropy` times the loss on the text
-    itself may come. (Of all tokens together the power is often that of the first, to which heads look that look for nothing: in
-    SmolLM2's layers 12 to 20 it has nine tenths and more of that of 1,024 tokens, and errors of the others counted nothing.)
+    itself may come. (The power of all tokens together is often that of the first, to which heads look that look for nothing: behind
+    SmolLM2's 12th to 21st layer it has nine tenths and more of that of 1,024 tokens, and errors of the others would hardly count.)
 
     Args:
         logits, expected_logits: of model and teacher, [batch, seq, vocab].

@@ -415,7 +415,11 @@ def convert(args: argparse.Namespace) -> None:
         if run[2] not in variants:
             sys.exit(f"compression.py: error: --runs {name_of(run)}: expected --variant {run[2]} OPTIONS")
     threads = str(max(1, len(os.sched_getaffinity(0)) // min(len(free), len(waiting))))
-    names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")  # torch, tokenizers, torch.compile
+    names = (
+        "OMP_NUM_THREADS",
+        "RAYON_NUM_THREADS",
+        "TORCHINDUCTOR_COMPILE_THREADS",
+    )  # torch, tokenizers, torch.compile
     limits = dict.fromkeys(names, threads)
     while waiting or running:
         while waiting and free:

@@ -7,8 +7,8 @@ What a smaller cache costs: a Llama trained from scratch, converted to smaller c
     python benchmarks/compression.py report WORK [--output DIR]              table, JSON and picture
 
 Each conversion is a call of `python -m conversion hf`, healed on at most a twentieth of the tokens of the training. A run is called
-METHOD-RATIO: `fit-4` may have rows of 16, 8 or 4 bits, `rows16-4` and `rows8-8` have those. `rows16-4-long`
-is one more of the first, with the options that `--variant long OPTIONS` adds.
+METHOD-RATIO: `fit-4` may have rows of 16, 8 or 4 bits, `rows16-4` and `rows8-8` have those. `rows16-4-long` is one more of the first,
+with the options that `--variant long OPTIONS` adds.
 
 A model that finds what it has read needs texts that ask for it: `prepare --retrieval-windows`, and parts of the training for these
 and for repeated text. Its conversions are healed on the first twentieth of the windows of which it was trained, whatever the method.
@@ -378,8 +378,8 @@ def train(args: argparse.Namespace) -> None:
 
 def write_mix(work: Path, trained: int, retrieval: float, repeated: float) -> None:
     """
-    Of a training on so many tokens, the first twentieth, windows of its mix, and a text for calibration; of text that healing may
-    read, if the training's tokens were not kept.
+    WORK/heal.npy, the first twentieth of the windows of a training on so many tokens, and a text for calibration. Where the tokens
+    of the training's text were not kept, those of heal.txt, which is a part of it, take their place.
     """
     text, tokens = (work / "heal.txt").read_text(encoding="utf-8"), work / "train.bin"
     if not tokens.exists():
@@ -415,12 +415,8 @@ def convert(args: argparse.Namespace) -> None:
         if run[2] not in variants:
             sys.exit(f"compression.py: error: --runs {name_of(run)}: expected --variant {run[2]} OPTIONS")
     threads = str(max(1, len(os.sched_getaffinity(0)) // min(len(free), len(waiting))))
-    names = (
-        "OMP_NUM_THREADS",
-        "RAYON_NUM_THREADS",
-        "TORCHINDUCTOR_COMPILE_THREADS",
-    )  # torch, tokenizers, torch.compile
-    limits = dict.fromkeys(names, threads)
+    # Of torch, tokenizers and torch.compile.
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), threads)
     while waiting or running:
         while waiting and free:
             run = method, ratio, variant = waiting.pop(0)

@@ -112,7 +112,7 @@ def ask_for_values(language: Language, generator: random.Random) -> Question:
 
 
 def ask_along_chain(language: Language, generator: random.Random) -> Question:
-    """The value of a name of which the text says whose it is, too."""
+    """The value of the last of some names, of which each is said to have that of the one before."""
     names = make_names(language, generator, generator.randint(*CHAINED))
     value = make_value(language, generator)
     first, other, question, beginning = generator.choice(CHAINED_FORMS)
@@ -132,7 +132,7 @@ def ask_for_passage(language: Language, generator: random.Random) -> Question:
     return Question([passage[:PASSAGE]], ask(language, AGAIN, "") + passage[:GIVEN], passage[GIVEN:PASSAGE])
 
 
-# How often each is asked. Of what is asked, and of the tokens that it takes, single values stay half: they are asked for most.
+# How often each is asked. Single values stay two of three questions, half of the tokens, and half of those that are asked for.
 KINDS = {ask_for_value: 6, ask_for_values: 1, ask_along_chain: 1, ask_for_passage: 1}
 
 

@@ -28,22 +28,16 @@ def constant_state(attention: T6Attention, side: str, a: torch.Tensor) -> dict[s
     return {f"{name}.weight": a.new_zeros(a.numel(), columns), f"{name}.bias": a.T.flatten()}
 
 
-def with_normed_heads(model: T6ForCausalLM) -> T6ForCausalLM:
-    """The same function as that of a converted model with `qk_norm=True`, in the form with `qk_norm="heads"`."""
-    return with_contextual_a(model, "heads")
-
-
 @torch.no_grad()
-def with_contextual_a(model: T6ForCausalLM, qk_norm: bool | str = False) -> T6ForCausalLM:
+def with_normed_heads(model: T6ForCausalLM) -> T6ForCausalLM:
     """
-    The same function as that of a converted model, with A that are cached for each token, and will be the token's if healing makes them so. It
-    has the other's parameters but those of its attentions. Keys that are normed have an A for each of the heads that they are; others, as
-    constants do, for each head that reads them.
+    The same function as that of a converted model with `qk_norm=True`, in the form with `qk_norm="heads"`. It has the other's parameters but those
+    of its attentions.
     """
     result = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     config = result.config
-    config.num_key_value_heads = config.k_rank if qk_norm else config.num_attention_heads
-    config.noncontextual_a, config.qk_norm, config.attention_bias = False, qk_norm, True
+    config.num_key_value_heads = config.k_rank
+    config.noncontextual_a, config.qk_norm, config.attention_bias = False, "heads", True
     for old, layer in zip(model.model.layers, result.model.layers):
         attention, state = old.self_attn, old.self_attn.state_dict()
         with torch.device("meta"):

@@ -44,10 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the cache's rows (model; with --cache-ratio that with which it loses least)",
     )  # fmt: skip
     group.add_argument(
-        "--contextual-a", action="store_true",
-        help="rows hold each token's own A beside B, and fewer ranks: constants at first, which healing makes the token's",
-    )  # fmt: skip
-    group.add_argument(
         "--calibration", type=Path, metavar="TEXT", help="a UTF-8 file on whose activations to lose least"
     )
     group.add_argument(
@@ -128,10 +124,6 @@ def wanted(args: argparse.Namespace) -> bool:
         raise ConversionError("a smaller cache needs --calibration TEXT")
     if (args.heal is None) != (args.heal_steps is None):
         raise ConversionError("--heal and --heal-steps go together")
-    if args.contextual_a and args.heal is None:
-        raise ConversionError(
-            "--contextual-a needs --heal: before it, A are constants that the cache would hold in vain"
-        )
     if args.method == "mean-pool" and args.cache_ratio is not None:
         raise ConversionError("--method mean-pool has one rank for all layers: expected --k-rank and --v-rank")
     for package in ["matplotlib"] + ["accelerate"] * (args.heal is not None):

@@ -17,7 +17,6 @@ from .compress import compress
 from .heal import COMPILED_STEPS, heal
 from .languages import find_language
 from .measure import cache_bytes_per_token, perplexity
-from .normed_heads import with_contextual_a
 from .questions import make_questions
 from .reconstruct import reconstruct
 from .report import Row
@@ -125,8 +124,6 @@ def smaller_model(
     cache_dtypes = [args.cache_dtype]
     if args.cache_dtype is None:
         cache_dtypes = ["model", "float8_e4m3fn"] + ["int4"] * (exact_model.config.head_dim % 2 == 0)
-    if args.contextual_a and not exact_model.config.qk_norm:
-        exact_model = with_contextual_a(exact_model)
     model = compress(
         exact_model, calibration, args.k_rank, args.v_rank, args.cache_ratio, args.method, args.batch_size,
         questions=questions, dtype=dtype, cache_dtypes=[None if name == "model" else name for name in cache_dtypes],

@@ -139,13 +139,9 @@ class Attentions(nn.Module):
         if self.first.qk_norm == "heads":
             rank, weight = key.shape[-2], self.k_norm_weight[:, None, None, None]
             k_a, key = norm_key_heads(k_a[:, None, None] * rank, key, weight, self.first.k_norm.variance_epsilon)
-            k_a = k_a / rank
+            k_a, v_a = k_a / rank, v_a[:, None, None].expand(*value.shape[:-1], -1)
         elif self.first.qk_norm:
             key = self._norm("k_norm", key)
-        if not self.first.noncontextual_a:
-            k_a, v_a = (
-                a if a.dim() > 3 else a[:, None, None].expand(*b.shape[:-1], -1) for a, b in ((k_a, key), (v_a, value))
-            )
         query, key = (apply_rotary_pos_emb(x, *rotation) for x in (query, key))
         key, value = self._form(0, k_a, key), self._form(1, v_a, value)
         query, key, value = (x.flatten(0, 1) for x in (query.transpose(2, 3), key, value))

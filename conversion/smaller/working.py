@@ -24,7 +24,7 @@ SETTINGS = "settings.json"
 TEXTS = ("calibration", "held_out", "heal")
 # Options that the result depends on, beside the inputs.
 OPTIONS = (
-    "revision", "dtype", "verify", "k_rank", "v_rank", "cache_ratio", "cache_dtype", "contextual_a", "calibration_tokens", "method", "reconstruct_steps",
+    "revision", "dtype", "verify", "k_rank", "v_rank", "cache_ratio", "cache_dtype", "calibration_tokens", "method", "reconstruct_steps",
     "window", "compute_dtype", "heal_steps", "heal_tokens", "batch_size", "heal_accumulation", "heal_optimizer",
     "heal_learning_rate", "heal_cross_entropy", "seed",
 )  # fmt: skip

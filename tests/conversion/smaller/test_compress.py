@@ -13,12 +13,11 @@ from conversion.smaller.key_fits import KeyFit, KeyProblem
 from conversion.smaller.least_squares import NOISE
 from conversion.smaller.measure import cache_bytes_per_token, divergence, log_probabilities
 from conversion.smaller.moments import Moments, collect_moments, from_complex, to_complex
-from conversion.smaller.normed_heads import with_contextual_a, with_normed_heads
+from conversion.smaller.normed_heads import with_normed_heads
 from conversion.smaller.options import METHODS
 from conversion.smaller.probe import Probe
 from conversion.smaller.questions import Questions
 from conversion.smaller.ranks import choose_ranks
-from conversion.smaller.reconstruct import reconstruct
 from conversion.smaller.value_fits import ValueFit, ValueProblem
 from conversion.smaller.weights import balance, compressed_attention
 from conversion.sources.plan import unchanged
@@ -401,26 +400,6 @@ def test_normed_heads_are_the_same_function(layout):
     for found in (formed(ids, use_cache=False).logits, cached):
         torch.testing.assert_close(found, logits, rtol=0, atol=1e-12 * logits.abs().max().item())
     assert torch.equal(model(ids).logits, logits)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family, layout", [("llama", "mha"), ("qwen2", "gqa")])
-def test_contextual_a_are_constants_at_first(family, layout):
-    """Whole and compressed, in rows that hold them: nothing but bytes is another."""
-    model, ids = exact_model(family, layout), random_ids(8, 60)
-    contextual = with_contextual_a(model)
-    torch.testing.assert_close(contextual(ids).logits, model(ids).logits, rtol=0, atol=1e-12)
-    errors = [
-        [before for before, _ in reconstruct(compress(source, ids, [1], [2], quiet=True), source, ids, 0, quiet=True)]
-        for source in (model, contextual)
-    ]
-    assert errors[1] == pytest.approx(errors[0], rel=1e-2)
-    ratio = {"mha": 2, "gqa": 1}[layout]
-    small = compress(contextual, ids, cache_ratio=ratio, quiet=True)
-    config, whole = small.config, 2 * 3 * model.config.k_rank * model.config.head_dim * 4
-    assert whole / 4 < cache_bytes_per_token(small, T6Cache(config=config), 4) <= whole / ratio
-    layer = small.model.layers[1].self_attn
-    assert not config.noncontextual_a and layer.k_a_proj.weight.shape[0] == layer.k_rank * config.num_key_value_heads
 
 
 @torch.no_grad()

@@ -147,17 +147,6 @@ def test_rows_of_8_bits_are_chosen_where_they_lose_less(folder, tmp_path, capsys
     assert cache.layers[1].keys.dtype == cache.layers[1].values.dtype == torch.float8_e4m3fn
 
 
-def test_healing_makes_a_contextual(folder, tmp_path):
-    target = tmp_path / "t6"
-    heals = [*healing(folder, 30), "--heal-optimizer", "muon", "--contextual-a", "--retrieval-samples", "0"]
-    assert main(options(folder, target, "--cache-ratio", "2", "--cache-dtype", "model", *heals)) == 0
-    rows = {row["model"]: row for row in json.loads((target / "conversion.json").read_text())["perplexity"]}
-    assert rows["healed"]["cache_bytes_per_token"] <= rows["source"]["cache_bytes_per_token"] / 2
-    model = T6ForCausalLM.from_pretrained(target)
-    attention = model.model.layers[0].self_attn
-    assert attention.k_a_proj.weight.abs().max() > 0 and attention.v_a_proj.weight.abs().max() > 0
-
-
 @pytest.mark.once
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_goes_on_after_a_kill(optimizer, folder, tmp_path, capsys):
@@ -224,7 +213,6 @@ REFUSED = {
     "ratio-below-one": (["--cache-ratio", "0.5"], "--cache-ratio 0.5: expected 1 to 8"),
     "dtype-without-ranks": (["--cache-dtype", "model"], "--calibration needs --k-rank"),
     "heal-without-ranks": (HEAL, "--calibration needs --k-rank"),
-    "contextual-a-without-heal": (["--k-rank", "1", "--contextual-a"], "--contextual-a needs --heal"),
     "heal-without-steps": (["--k-rank", "1", *HEAL[:2]], "--heal and --heal-steps go together"),
     "mean-pool-by-layer": (["--method", "mean-pool", "--cache-ratio", "2"], "one rank for all layers"),
     "no-text": (["--k-rank", "1", "--held-out", "nowhere.txt"], "nowhere.txt"),

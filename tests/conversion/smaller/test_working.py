@@ -51,7 +51,7 @@ def unfinished(source, tmp_path, monkeypatch, capsys):
     words = ["hf", str(tmp_path / "source"), str(tmp_path / "t6"), "--k-rank", "1", "--v-rank", "2", "--device", "cpu"]
     words += ["--calibration", texts[0], "--heal", texts[1], "--heal-steps", "1", "--reconstruct-steps", "0"]
 
-    def stopped(*arguments) -> None:
+    def stopped(*arguments, **options) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -63,7 +63,7 @@ def unfinished(source, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["compressed", "exact", "settings.json"]
     assert not list(tmp_path.glob(".t6.*.partial")) and not (tmp_path / "t6").exists()
     # Healing is Trainer's: what it starts from shows as well without.
-    monkeypatch.setattr(order, "heal", lambda *arguments: None)
+    monkeypatch.setattr(order, "heal", lambda *arguments, **options: None)
     return words
 
 
@@ -171,7 +171,7 @@ def test_one_run_at_a_time(unfinished, tmp_path, capsys):
 
 
 def test_a_target_filled_meanwhile_loses_nothing(unfinished, tmp_path, capsys, monkeypatch):
-    def filled(*arguments) -> None:
+    def filled(*arguments, **options) -> None:
         (tmp_path / "t6").mkdir()
         (tmp_path / "t6" / "notes.txt").write_text("hours of work")
 

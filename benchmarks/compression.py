@@ -7,11 +7,13 @@ What a smaller cache costs: a Llama trained from scratch, converted to smaller c
     python benchmarks/compression.py report WORK [--output DIR]              table, JSON and picture
 
 Each conversion is a call of `python -m conversion hf`, healed on at most a twentieth of the tokens of the training. A run is called
-METHOD-RATIO: `fit-4` may have rows of 16, 8 or 4 bits, `rows16-4` and `rows8-8` have those.
+METHOD-RATIO: `fit-4` may have rows of 16, 8 or 4 bits, `rows16-4` and `rows8-8` have those. `rows16-4-long` is one more of the first,
+with the options that `--variant long OPTIONS` adds.
 
 A model that finds what it has read needs texts that ask for it: `prepare --retrieval-windows`, and parts of the training for these
-and for repeated text. About 66M parameters, 400M tokens, in sittings of some minutes, each the same command; one H200 trains on
-about 0.7M tokens a second:
+and for repeated text. Its conversions are healed on the first twentieth of the windows of which it was trained, whatever the method.
+`convert` needs llama/, training.json, held_out.txt, heal.npy and calibration.txt of WORK, and no more. About 66M parameters, 400M tokens,
+in sittings of some minutes, each the same command; one H200 trains on about 0.7M tokens a second:
 
     python benchmarks/compression.py prepare WORK --sources DIR --retrieval-windows 40000 --passes 2
     python benchmarks/compression.py train WORK --hidden-size 768 --layers 9 --heads 12 --learning-rate 1e-3 --steps 6100 \\
@@ -21,14 +23,22 @@ about 0.7M tokens a second:
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from options import describe
 
 
-def run_name(text: str) -> tuple[str, int]:
-    method, ratio = text.rsplit("-", 1)
-    return method, int(ratio)
+def read_name(text: str) -> tuple[str, int, str]:
+    """Method, ratio and variant of METHOD-RATIO[-VARIANT]."""
+    match = re.fullmatch(r"([a-z]\S*?)-(\d+)(?:-(\S+))?", text)
+    if match is None:
+        raise ValueError
+    return match[1], int(match[2]), match[3] or ""
+
+
+def name_of(run: tuple[str, int, str]) -> str:
+    return "-".join(map(str, filter(None, run)))
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,7 +70,13 @@ def parse_args() -> argparse.Namespace:
                 "--sitting-minutes", type=float, help="a checkpoint then, from which the same command goes on"
             )
         if name == "convert":
-            command.add_argument("--runs", nargs="+", type=run_name, metavar="METHOD-RATIO")
+            command.add_argument("--runs", nargs="+", type=read_name, metavar="METHOD-RATIO[-VARIANT]")
+            command.add_argument(
+                "--variant", nargs=2, action="append", default=[], metavar=("VARIANT", "OPTIONS"),
+                help="what its runs add to --options, as one word",
+            )  # fmt: skip
+            for part in ("retrieval", "repeated"):
+                command.add_argument(f"--{part}-part", type=float, help="of the windows (as training.json says)")
             command.add_argument("--processes", type=int, default=1, help="at a time on each GPU")
             command.add_argument("--heal-windows", type=int, default=8, help="windows of 1024 tokens in a step")
             command.add_argument("--passes", type=int, default=1, help="of healing through its tokens")
@@ -87,7 +103,7 @@ import math
 import multiprocessing
 import os
 import random
-import re
+import shlex
 import subprocess
 import sys
 import time
@@ -122,8 +138,8 @@ PORTION, FILLER = 500, 4_000_000  # windows that a process makes at a time, char
 STOPPED = 75  # exit code of a training that has more to do: EX_TEMPFAIL of sysexits.h
 HEALED_PART = 0.05
 ROWS = {"fit": [], "rows16": ["--cache-dtype", "model"], "rows8": ["--cache-dtype", "float8_e4m3fn"]}
-RUNS = [(method, ratio) for ratio in (4, 2, 8) for method in ("fit", "mean-pool")]
-CONTROL = ("fit", 1)  # the whole cache: what the loss on the text does to the source itself
+RUNS = [(method, ratio, "") for ratio in (4, 2, 8) for method in ("fit", "mean-pool")]
+CONTROL = ("fit", 1, "")  # the whole cache: what the loss on the text does to the source itself
 FINAL_RATE = 0.1  # of the highest
 TRIES = 3  # several processes on a GPU met faults of it in Muon's steps; a conversion goes on from its checkpoint
 
@@ -216,16 +232,18 @@ class SampledWindows(Dataset):
     Windows at random places of the tokens in a folder of `prepare`; which, the index says.
 
     Args:
+        tokens: the file of these, of 16 bits each.
         retrieval: the part of the windows that are of those that ask for what was read.
         repeated: the part of the windows of a short text said again and again.
     """
 
-    def __init__(self, work: Path, count: int, retrieval: float = 0.0, repeated: float = 0.0):
-        self.tokens, self.count = np.memmap(work / "train.bin", dtype=np.uint16, mode="r"), count
+    def __init__(self, tokens: Path, count: int, retrieval: float = 0.0, repeated: float = 0.0):
+        self.tokens, self.count = np.memmap(tokens, dtype=np.uint16, mode="r"), count
         self.parts = retrieval, repeated
         self.asking = None
         if retrieval:
-            self.asking = np.memmap(work / "retrieval.bin", dtype=np.uint16, mode="r").reshape(-1, WINDOW)
+            path = tokens.with_name("retrieval.bin")
+            self.asking = np.memmap(path, dtype=np.uint16, mode="r").reshape(-1, WINDOW)
 
     def __len__(self) -> int:
         return self.count
@@ -327,7 +345,8 @@ def train(args: argparse.Namespace) -> None:
     )  # fmt: skip
     world = training.world_size
     count = args.steps * args.batch_size * world
-    data = SampledWindows(args.work, count, args.retrieval_part, args.repeated_part)
+    parts = args.retrieval_part, args.repeated_part
+    data = SampledWindows(args.work / "train.bin", count, *parts)
     trainer = ScheduledTrainer(model=model, args=training, train_dataset=data)
     start = time.time()
     if args.max_minutes is not None:
@@ -349,45 +368,76 @@ def train(args: argparse.Namespace) -> None:
             "parameters": model.num_parameters(), "tokens": tokens, "steps": steps, "seconds": seconds,
             "distinct_tokens": len(data.tokens), "devices": world,
             "device": torch.cuda.get_device_name() if on_gpu else "cpu", "learning_rate": args.learning_rate,
+            "retrieval_part": args.retrieval_part, "repeated_part": args.repeated_part,
         }  # fmt: skip
+        if any(parts):
+            write_mix(args.work, tokens, *parts)
         (args.work / "training.json").write_text(json.dumps(facts, indent=2))
         print(json.dumps(facts))
+
+
+def write_mix(work: Path, trained: int, retrieval: float, repeated: float) -> None:
+    """
+    WORK/heal.npy, the first twentieth of the windows of a training on so many tokens, and a text for calibration. Where the tokens
+    of the training's text were not kept, those of heal.txt, which is a part of it, take their place.
+    """
+    text, tokens = (work / "heal.txt").read_text(encoding="utf-8"), work / "train.bin"
+    if not tokens.exists():
+        tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
+        tokens, files = work / "heal.bin", text.split("\n\n")
+        encodings = tokenizer.encode_batch([f"{file}\n\n" for file in files])
+        np.concatenate([np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]).tofile(tokens)
+    data = SampledWindows(tokens, int(HEALED_PART * trained) // WINDOW, retrieval, repeated)
+    windows = torch.stack([data[index]["input_ids"] for index in range(len(data))])
+    (work / "calibration.txt").write_text(text[:FILLER], encoding="utf-8")
+    np.save(work / "heal.npy", windows.numpy().astype(np.uint16))
 
 
 def convert(args: argparse.Namespace) -> None:
     """Every run in a process of its own, `--processes` at a time on each GPU."""
     facts = json.loads((args.work / "training.json").read_text())
     tokens = int(HEALED_PART * facts["tokens"])
+    parts = [getattr(args, name) or facts.get(name, 0.0) for name in ("retrieval_part", "repeated_part")]
+    healing, calibration = args.work / "heal.txt", args.work / "heal.txt"
+    if any(parts):
+        healing, calibration = args.work / "heal.npy", args.work / "calibration.txt"
+        if not healing.exists():
+            write_mix(args.work, facts["tokens"], *parts)
     steps = max(1, args.passes * tokens // (args.heal_windows * WINDOW))
     config = json.loads((args.work / "llama" / "config.json").read_text())
     waiting, running = list(args.runs or RUNS + [CONTROL] * (args.cross_entropy > 0)), {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else list(map(str, range(max(1, torch.cuda.device_count()))))
     free = [(device, n) for n in range(args.processes) for device in devices]
-    failures: Counter[tuple[str, int]] = Counter()
+    failures: Counter[tuple[str, int, str]] = Counter()
+    variants = {"": [], **{name: shlex.split(options) for name, options in args.variant}}
+    for run in waiting:
+        if run[2] not in variants:
+            sys.exit(f"compression.py: error: --runs {name_of(run)}: expected --variant {run[2]} OPTIONS")
     threads = str(max(1, len(os.sched_getaffinity(0)) // min(len(free), len(waiting))))
-    limits = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}  # torch, tokenizers
+    # Of torch, tokenizers and torch.compile.
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), threads)
     while waiting or running:
         while waiting and free:
-            method, ratio = waiting.pop(0)
+            run = method, ratio, variant = waiting.pop(0)
             rank = max(1, round(config["num_key_value_heads"] / ratio))
             ranks = ["--k-rank", str(rank), "--v-rank", str(rank), "--method", method]
             if method in ROWS:
                 ranks = ["--cache-ratio", str(ratio), *ROWS[method]]
-            place, target = free.pop(0), args.work / f"{method}-{ratio}"
+            place, target = free.pop(0), args.work / name_of(run)
             command = [
                 sys.executable, "-m", "conversion", "hf", str(args.work / "llama"), str(target),
                 *["--overwrite"] * target.exists(),  # which begins anew: a run that failed goes on without
-                *ranks, "--calibration", str(args.work / "heal.txt"),
-                "--held-out", str(args.work / "held_out.txt"), "--heal", str(args.work / "heal.txt"),
+                *ranks, "--calibration", str(calibration),
+                "--held-out", str(args.work / "held_out.txt"), "--heal", str(healing),
                 "--heal-tokens", str(tokens), "--heal-steps", str(steps), "--batch-size", str(args.heal_windows),
-                "--heal-cross-entropy", str(args.cross_entropy), *args.options,
+                "--heal-cross-entropy", str(args.cross_entropy), *args.options, *variants[variant],
             ]  # fmt: skip
-            mode = "a" if failures[method, ratio] else "w"
+            mode = "a" if failures[run] else "w"
             log = open(args.work / f"{target.name}.log", mode)  # noqa: SIM115  the process writes to it
             environment = limits | os.environ | {"CUDA_VISIBLE_DEVICES": place[0]}
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-            running[place] = (method, ratio), target, time.time(), process
+            running[place] = run, target, time.time(), process
         for place, (run, target, start, process) in list(running.items()):
             if process.poll() is not None:
                 del running[place]
@@ -410,16 +460,26 @@ def stage_times(log: Path) -> str:
     return ", ".join(found + [line for line in lines if re.fullmatch(r"perplexity, [a-z]+: [\d.]+", line)])
 
 
+def found_parts(retrieval: list[dict]) -> str:
+    """What a result finds of what its source does, in all and by task."""
+    if not retrieval:
+        return ""
+    source, result = retrieval
+    tasks = [
+        f"{old['task']} {new['found']:.0%} of {old['found']:.0%}"
+        for old, new in zip(source["scores"], result["scores"])
+    ]
+    return f"{result['found']:>22.1%} of {source['found']:.1%} ({', '.join(tasks)})"
+
+
 def report(args: argparse.Namespace) -> None:
     facts = json.loads((args.work / "training.json").read_text())
     results = {}
-    names = sorted({*RUNS, *((method, ratio) for method in ROWS for ratio in (2, 4, 8))})
-    for method, ratio in [*names, CONTROL]:
-        path = args.work / f"{method}-{ratio}" / "conversion.json"
+    for log in sorted(args.work.glob("*-*.log")):
+        path = log.with_suffix("") / "conversion.json"
         if path.exists():
-            results[f"{method}-{ratio}"] = json.loads(path.read_text())
-        if (log := args.work / f"{method}-{ratio}.log").exists():
-            print(f"{method}-{ratio}{'' if path.exists() else ', unfinished'}: {stage_times(log)}")
+            results[log.stem] = json.loads(path.read_text())
+        print(f"{log.stem}{'' if path.exists() else ', unfinished'}: {stage_times(log)}")
     if not results:
         raise SystemExit(f"{args.work} holds no finished conversion")
     rows = {name: {row["model"]: row for row in result["perplexity"]} for name, result in results.items()}
@@ -430,21 +490,20 @@ def report(args: argparse.Namespace) -> None:
         return 100 * (perplexity / base - 1)
 
     print(json.dumps(facts))
-    found = {name: [row["found"] for row in result.get("retrieval", ())] for name, result in results.items()}
-    print(f"{'':<14}{'bytes per token':>16}{'compressed':>22}{'healed':>22}{'found, of the source':>30}")
-    print(f"{'source':<14}{source['cache_bytes_per_token']:>16,.0f}{base:>13.4f}")
+    found = {name: result.get("retrieval", ()) for name, result in results.items()}
+    print(f"{'':<20}{'bytes per token':>16}{'compressed':>22}{'healed':>22}{'found, of the source':>30}")
+    print(f"{'source':<20}{source['cache_bytes_per_token']:>16,.0f}{base:>13.4f}")
     sizes = sorted({row["compressed"]["cache_bytes_per_token"] for row in rows.values()})
-    control = rows.pop("{}-{}".format(*CONTROL), {}).get("healed")
+    control = rows.pop(name_of(CONTROL), {}).get("healed")
     if control is not None:
         perplexity = control["perplexity"]
-        print(f"{'  trained on':<14}{'':>16}{'':>22}{perplexity:>13.4f} {above(perplexity):>+7.2f}%")
+        print(f"{'  trained on':<20}{'':>16}{'':>22}{perplexity:>13.4f} {above(perplexity):>+7.2f}%")
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["compressed"]["cache_bytes_per_token"]):
         columns = "".join(
             f"{row[stage]['perplexity']:>13.4f} {above(row[stage]['perplexity']):>+7.2f}%"
             for stage in ("compressed", "healed")
         )
-        parts = f"{found[name][1]:>22.1%} of {found[name][0]:.1%}" if found[name] else ""
-        print(f"{name:<14}{row['compressed']['cache_bytes_per_token']:>16,.0f}{columns}{parts}")
+        print(f"{name:<20}{row['compressed']['cache_bytes_per_token']:>16,.0f}{columns}{found_parts(found[name])}")
     args.output.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"training": facts, "conversions": results}, indent=2)
     (args.output / "compression.json").write_text(content + "\n", encoding="utf-8")

@@ -98,7 +98,7 @@ from conversion.smaller.fits import HeadFits
 from conversion.smaller.heal import heal
 from conversion.smaller.languages import Sentences
 from conversion.smaller.moments import attention_hooks, collect_moments
-from conversion.smaller.order import changes
+from conversion.smaller.order import HEALED_QUESTIONS, changes
 from conversion.smaller.probe import Probe
 from conversion.smaller.questions import make_questions
 from conversion.smaller.reconstruct import reconstruct
@@ -111,6 +111,8 @@ from modeling_t6.factors_t6 import apply_rotary_pos_emb, form_heads
 
 POWER = 1e6  # of whole keys beside keys less their mean: the fit by power, as it was before
 HEALED_TOKENS = 20_000_000  # at most
+QUESTIONS = 1024  # different windows of questions in healing, at most: each takes a tokenizer some milliseconds
+COMPILED_MINUTES = 4  # of healing from which on layers are compiled, which takes one
 TRIES = 2  # of a process: several on one GPU met faults of it
 CACHE_DTYPES = (None, "float8_e4m3fn", "int4")
 
@@ -239,9 +241,12 @@ class Study:
         length, tokens = args.heal_window, args.heal_windows * args.heal_window
         steps = args.heal_steps or HEALED_TOKENS // tokens
         count = steps * args.heal_windows
+        asked = max(1, int(HEALED_QUESTIONS * count))
         tokenizer = load_tokenizer(self.exact)
         kept = healing_windows(tokenizer, args.text, args.heal_text, length, count)
-        kept.append(make_questions(self.calibration_language, length, max(1, min(count // 8, 1024)), seed=1).ids)
+        kept.append(
+            repeat(make_questions(self.calibration_language, length, min(asked, QUESTIONS), seed=1).ids, asked)
+        )
         ids = torch.cat(kept)
         if not args.heal_steps:  # of a checkpoint, nobody knows what was left of the minutes
             shutil.rmtree(args.work / f"checkpoints-{step}", ignore_errors=True)
@@ -250,6 +255,7 @@ class Study:
         done = heal(
             model, self.source, ids, args.work / f"checkpoints-{step}", steps, args.heal_windows, 1, optimizer,
             args.heal_learning_rate / (1 if optimizer == "muon" else 3), 0.0, 0, self.device, [] if args.heal_steps else [deadline],
+            compiled=self.device.startswith("cuda") and args.heal_minutes >= COMPILED_MINUTES,
         )  # fmt: skip
         self.found |= {"steps": done, "tokens": done * tokens}
         print(f"healed {name}: {done} steps, {done * tokens:,} tokens", flush=True)
@@ -260,13 +266,18 @@ class Study:
 def healing_windows(
     tokenizer: PreTrainedTokenizerBase, text: Path, others: list[Path], length: int, count: int
 ) -> list[torch.Tensor]:
-    """Seven eighths of `count` windows: as much of one text as of all others, which are read as one."""
+    """The part of `count` windows that is of text: as much of one text as of all others, which are read as one."""
     read = [(f"--text {text}", texts.read_text(text))]
     if others:
         read.append((f"--heal-text {' '.join(map(str, others))}", "\n".join(map(texts.read_text, others))))
-    each = math.ceil(count * 7 / 8 / len(read))
+    each = math.ceil(count * (1 - HEALED_QUESTIONS) / len(read))
     found = [texts.windows(tokenizer, whole, length, name, each) for name, whole in read]
-    return [ids.repeat(math.ceil(each / len(ids)), 1)[:each] for ids in found]
+    return [repeat(ids, each) for ids in found]
+
+
+def repeat(ids: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` windows, the same ones again if there are fewer."""
+    return ids.repeat(math.ceil(count / len(ids)), 1)[:count]
 
 
 @torch.no_grad()

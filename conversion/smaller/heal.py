@@ -1,13 +1,15 @@
 """Healing: a compressed model learns its source's predictions and hidden states (knowledge distillation)."""
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import ModelOutput
 
 from modeling_t6 import T6ForCausalLM
 
@@ -28,34 +30,98 @@ class Windows(Dataset):
         return {"input_ids": self.ids[index]}
 
 
-class DistillationTrainer(Trainer):
-    """
-    The loss is KL(teacher || model), in nats per token, plus the error of the hidden states behind each layer as a part
-    of their power: with it, the same number of tokens heals more than by KL alone. To these, `cross_entropy` times
-    the loss on the text itself may come.
-    """
+# Steps from which on it is worth the time, up to a minute, that layers take to be compiled for a GPU: one by one, the operators of a
+# step are thousands, most of which read and write all that they are given for a sum or a product of it.
+COMPILED_STEPS = 1000
+TINY = torch.finfo(torch.float32).tiny
+FORMS = 64  # of a layer that are compiled, one for each pair of ranks
 
-    def __init__(self, *args, teacher: PreTrainedModel, cross_entropy: float = 0.0, **kwargs):
+
+def distillation_loss(
+    logits: torch.Tensor,
+    expected_logits: torch.Tensor,
+    states: Sequence[torch.Tensor],
+    expected_states: Sequence[torch.Tensor],
+    ids: torch.Tensor,
+    cross_entropy: float,
+) -> torch.Tensor:
+    """
+    KL(teacher || model), in nats per token, plus the error of the hidden states behind each layer, of each token as a part of its
+    power: with it, the same number of tokens heals more than by KL alone. To these, `cross_entropy` times the loss on the text
+    itself may come. (The power of all tokens together is often that of the first, to which heads look that look for nothing: behind
+    SmolLM2's 12th to 21st layer it has nine tenths and more of that of 1,024 tokens, and errors of the others would hardly count.)
+
+    Args:
+        logits, expected_logits: of model and teacher, [batch, seq, vocab].
+        states, expected_states: of each layer, [batch, seq, hidden].
+        ids: [batch, seq].
+    """
+    log_probs, expected_log_probs = (x.log_softmax(-1, dtype=torch.float32) for x in (logits, expected_logits))
+    loss = F.kl_div(log_probs, expected_log_probs, log_target=True, reduction="sum") / ids.numel()
+    for state, target in zip(states, expected_states):
+        state, target = state.float(), target.float()
+        error, power = (x.square().mean(-1) for x in (state - target, target))
+        loss = loss + (error / power.clamp(min=TINY)).mean() / len(states)
+    if cross_entropy > 0:
+        loss = loss + cross_entropy * F.nll_loss(log_probs[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return loss
+
+
+class DistillationTrainer(Trainer):
+    """The loss is `loss_function`, by default `distillation_loss`."""
+
+    def __init__(
+        self, *args, teacher: PreTrainedModel, cross_entropy: float = 0.0, loss_function=distillation_loss, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.teacher, self.cross_entropy = teacher.to(self.args.device).eval(), cross_entropy
+        self.loss_function = loss_function
         self.model_accepts_loss_kwargs = False  # the loss is a mean already
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        options = {"input_ids": inputs["input_ids"], "use_cache": False, "output_hidden_states": True}
-        with torch.no_grad(), self.accelerator.autocast():  # as Trainer runs the model
-            expected = self.teacher(**options)
-        outputs = model(**options)
-        log_probs, expected_log_probs = (x.logits.log_softmax(-1, dtype=torch.float32) for x in (outputs, expected))
         ids = inputs["input_ids"]
-        loss = F.kl_div(log_probs, expected_log_probs, log_target=True, reduction="sum") / ids.numel()
-        errors = [
-            F.mse_loss(state.float(), target.float()) / target.float().square().mean()
-            for state, target in zip(outputs.hidden_states[1:], expected.hidden_states[1:])
-        ]
-        loss = loss + sum(errors) / len(errors)
-        if self.cross_entropy > 0:
-            loss = loss + self.cross_entropy * F.nll_loss(log_probs[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        with torch.no_grad(), self.accelerator.autocast():  # as Trainer runs the model
+            expected, expected_states = run(self.teacher, ids)
+        outputs, states = run(model, ids)
+        loss = self.loss_function(outputs.logits, expected.logits, states, expected_states, ids, self.cross_entropy)
         return (loss, outputs) if return_outputs else loss
+
+
+def run(model: PreTrainedModel, ids: torch.Tensor) -> tuple[ModelOutput, list[torch.Tensor]]:
+    """
+    What a model makes of `ids` [batch, seq], and `hidden_states[1:]` of it. The hooks of Transformers that find these are within
+    layers, too, which would be compiled in pieces.
+    """
+    states: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda *call: states.append(call[-1])) for layer in model.base_model.layers[:-1]
+    ]
+    handles.append(model.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state)))
+    try:
+        return model(ids, use_cache=False), states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def compiled_layers(*models: PreTrainedModel, **options) -> Iterator[None]:
+    """
+    In the block, the layers of models are compiled, each by itself: those with the same ranks are one graph. What does not compile
+    runs as it is.
+
+    Args:
+        options: of `torch.compile`.
+    """
+    layers = [layer for model in models for layer in model.base_model.layers]
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False, **options)  # and not its hooks
+    try:
+        with torch._dynamo.config.patch(recompile_limit=FORMS, suppress_errors=True):
+            yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 class Together(torch.optim.Optimizer):
@@ -132,6 +198,7 @@ def heal(
     seed: int,
     device: str,
     callbacks: Sequence[TrainerCallback] = (),
+    compiled: bool = False,
 ) -> int:
     """
     Trains all weights of `model` in place, from the last checkpoint in `folder` if there is one. It reads its keys and values as
@@ -145,6 +212,7 @@ def heal(
             steps; a cosine leads to zero.
         cross_entropy: the weight of the loss on the text beside that of the teacher's predictions.
         callbacks: of `Trainer`, which may end it sooner.
+        compiled: whether layers and loss are compiled first.
 
     Returns:
         The number of the last step.
@@ -167,6 +235,7 @@ def heal(
         logging_steps=max(1, steps // 20),
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
         remove_unused_columns=False,
+        dataloader_drop_last=compiled and len(ids) >= batch_size,  # a smaller batch would be compiled again
         seed=seed,
         report_to="none",
     )
@@ -178,13 +247,14 @@ def heal(
         train_dataset=Windows(ids),
         teacher=teacher,
         cross_entropy=cross_entropy,
+        loss_function=torch.compile(distillation_loss, dynamic=False) if compiled else distillation_loss,
         callbacks=[FiniteLoss(), *callbacks],
         optimizers=(make_optimizer(model, optimizer, learning_rate, fused=on_gpu), None),
     )
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         print(f"healing goes on from {checkpoint.name}")
-    with rounded_rows(model):
+    with rounded_rows(model), compiled_layers(model, teacher) if compiled else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache  # Trainer turns it off
     model.eval()

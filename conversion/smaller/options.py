@@ -76,7 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in which models are calibrated and measured (%(default)s)",
     )  # fmt: skip
     group = parser.add_argument_group("healing", "a compressed model learns the source's predictions")
-    group.add_argument("--heal", type=Path, metavar="TEXT", help="a UTF-8 file")
+    group.add_argument(
+        "--heal",
+        type=Path,
+        metavar="TEXT",
+        help="a UTF-8 file, or windows of token ids, integers [n, window] in a .npy file",
+    )
     group.add_argument("--heal-steps", type=positive(int), metavar="N")
     group.add_argument("--heal-accumulation", type=positive(int), default=1, metavar="N", help="batches a step (1)")
     group.add_argument(

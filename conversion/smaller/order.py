@@ -14,7 +14,7 @@ from ..files.folders import new_folder
 from ..files.tokenizer import load_tokenizer
 from . import text
 from .compress import compress
-from .heal import heal
+from .heal import COMPILED_STEPS, heal
 from .languages import find_language
 from .measure import cache_bytes_per_token, perplexity
 from .questions import make_questions
@@ -24,13 +24,20 @@ from .stages import fast_products, stage
 
 
 QUESTIONS, QUESTIONS_LENGTH = 1 / 4, 2048  # beside the calibration's tokens, and in a window at most
-HEALED_QUESTIONS = 1 / 8  # of the windows of healing
+HEALED_QUESTIONS = 1 / 4  # of the windows of healing
 # Parts of a perplexity: sums in another order, and weights or activations in half precision.
 EXACT, ROUNDED = 2e-4, 1e-2
 
 
 class Texts:
-    """The token windows of all texts that a run reads; a text that cannot be used is found before any work."""
+    """
+    The token windows of all texts that a run reads; a text that cannot be used is found before any work.
+
+    Of a text for healing, a part of the windows, and of its tokens, are questions. Single values are half of what these ask, so that an
+    eighth asks for them, with which a quarter of the cache came to find all that its source does; lists, chains and passages, of which
+    healing had none, were what a smaller cache had lost of them. More would take from the text, which is what perplexity is about. Windows
+    that are given as tokens are read as they are: of the mix that the source was trained on, who made it has them.
+    """
 
     def __init__(self, args: argparse.Namespace, source: Path, config: T6Config):
         tokenizer = load_tokenizer(source)
@@ -55,14 +62,17 @@ class Texts:
         self.questions = make_questions(language, long, count, args.seed) if args.method == "fit" else None
         self.healing = None
         most = None if args.heal_tokens is None else max(1, args.heal_tokens // length)
-        if args.heal is not None and args.heal.resolve() == args.calibration.resolve():
+        given = args.heal is not None and text.is_windows(args.heal)
+        if given:
+            self.healing = text.read_windows(args.heal, length)[:most]
+        elif args.heal is not None and args.heal.resolve() == args.calibration.resolve():
             self.healing = whole[:most]  # a long text takes long to tokenise
         elif args.heal is not None:
             healing = text.read_text(args.heal)
             if args.held_out is None:
                 healing = text.split_held_out(healing)[0]
             self.healing = text.windows(tokenizer, healing, length, f"--heal {args.heal}", most)
-        if self.healing is not None and args.method == "fit":
+        if self.healing is not None and not given and args.method == "fit":
             kept = len(self.healing) - int(HEALED_QUESTIONS * len(self.healing))
             asked = make_questions(language, length, len(self.healing) - kept, args.seed + 1)
             self.healing = torch.cat([self.healing[:kept], asked.ids])
@@ -190,6 +200,7 @@ def make_smaller(
         heal(
             model, source_model, texts.healing, working / "checkpoints", args.heal_steps, args.batch_size,
             args.heal_accumulation, args.heal_optimizer, args.heal_learning_rate, args.heal_cross_entropy, args.seed, device,
+            compiled=torch.device(device).type == "cuda" and args.heal_steps >= COMPILED_STEPS,
         )  # fmt: skip
     save(model, folder)
     measure("healed", load(T6ForCausalLM, folder))

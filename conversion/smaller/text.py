@@ -1,7 +1,8 @@
-"""Text for calibration, healing and measurement."""
+"""Text for calibration, healing and measurement, and windows of tokens."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -60,3 +61,28 @@ def windows(
     if len(ids) < length:
         raise ConversionError(f"{name} has {len(ids)} tokens: expected at least one window of {length}")
     return ids[: len(ids) // length * length].view(-1, length)[:most]
+
+
+def is_windows(path: Path) -> bool:
+    """Whether a file is to hold windows of token ids, not text."""
+    return path.suffix == ".npy"
+
+
+def read_windows(path: Path, length: int) -> torch.Tensor:
+    """
+    The token ids [n, length] of a NumPy file.
+
+    Raises:
+        ConversionError: if it holds anything else.
+    """
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ConversionError(f"{path} is no NumPy file: {error}") from error
+    if ids.ndim != 2 or ids.shape[1] != length or not len(ids) or ids.dtype.kind not in "iu":
+        raise ConversionError(
+            f"{path} holds {ids.dtype} {list(ids.shape)}: expected token ids [n, {length}], the tokens of a window"
+        )
+    if ids.min() < 0:
+        raise ConversionError(f"{path} holds {ids.min()}: expected token ids, of 0 and more")
+    return torch.from_numpy(ids.astype(np.int64))

@@ -52,12 +52,12 @@ def read_digests(args: argparse.Namespace) -> dict[str, dict[str, str] | None]:
     Raises:
         ConversionError: naming a text that is not there, not in UTF-8, or empty.
     """
-    from .text import read_text
+    from .text import is_windows, read_text
 
     digests = {}
     for name in TEXTS:
         path = getattr(args, name)
-        if path is not None:
+        if path is not None and not (name == "heal" and is_windows(path)):
             read_text(path)
         digests[name] = None if path is None else describe(path, [path])
     return digests

@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerState, TrainingArguments
 
 from conversion.__main__ import main, parse_args
@@ -20,9 +22,10 @@ from conversion.files.folders import last_checkpoint
 from conversion.files.tokenizer import load_tokenizer
 from conversion.smaller import options as smaller_options
 from conversion.smaller import text
-from conversion.smaller.heal import DistillationTrainer, make_optimizer
+from conversion.smaller.heal import DistillationTrainer, compiled_layers, distillation_loss, make_optimizer, run
 from conversion.smaller.measure import divergence, log_probabilities
 from conversion.smaller.order import Texts
+from conversion.smaller.straight_through import rounded_rows
 from modeling_t6 import T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
 
@@ -269,7 +272,8 @@ def test_loss_of_healing(model, folder, tmp_path):
     p, q = (x.logits.double().softmax(-1) for x in (expected, outputs))
     loss = (p * (p / q).log()).sum(-1).mean()
     for state, target in zip(outputs.hidden_states[1:], expected.hidden_states[1:]):
-        loss += (state - target).double().square().sum() / target.double().square().sum() / 2  # layers
+        error, power = ((x.double() ** 2).sum(-1) for x in (state - target, target))  # of each token
+        loss += (error / power).mean() / 2  # layers
 
     def healing_loss(weight: float) -> torch.Tensor:
         arguments = TrainingArguments(str(tmp_path / "trainer"), use_cpu=True, report_to="none")
@@ -291,6 +295,14 @@ def test_heals_on_some_tokens(folder, tmp_path):
     args.heal_tokens = None
     whole = Texts(args, folder / "source", config).healing
     assert len(whole) > 3 and torch.equal(texts.healing, whole[:3])
+
+    # Windows of tokens are healed on as they are.
+    given = torch.arange(5 * 32).view(5, 32) % 99
+    args.heal = tmp_path / "heal.npy"
+    np.save(args.heal, given.to(torch.uint8).numpy())
+    assert torch.equal(Texts(args, folder / "source", config).healing, given)
+    args.heal_tokens = 100
+    assert torch.equal(Texts(args, folder / "source", config).healing, given[:3])
 
 
 def test_defaults_of_methods():
@@ -350,3 +362,37 @@ def test_windows_hold_the_text(folder, monkeypatch):
     assert first.flatten().tolist() == ids[: 99 * 32] and len(read) == 2
     kept, held_out = text.split_held_out(lines)
     assert kept + held_out == lines and kept.endswith("\n") and 0.09 < len(held_out) / len(lines) < 0.11
+
+
+def test_compiled_layers_compute_the_same(folder):
+    """One graph for each pair of ranks, one for all layers of the source, one for the loss."""
+    torch._dynamo.reset()
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "source").eval()
+    config = T6Config(
+        vocab_size=99, hidden_size=64, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4, head_dim=16, q_rank=None,
+        k_rank=[1, 3, 1, 2], v_rank=[2, 2, 2, 1], noncontextual_a=True, qk_norm=False, cache_dtype="float8_e4m3fn",
+    )  # fmt: skip
+    model = T6ForCausalLM(config).train()
+    for name, parameter in model.named_parameters():  # outputs are zeros at first
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.randint(0, 99, (3, 17))
+    counter = CompileCounterWithBackend("eager")
+
+    def gradients(loss_function) -> list[torch.Tensor]:
+        (expected, expected_states), (outputs, states) = run(teacher, ids), run(model, ids)
+        assert [len(states), len(expected_states)] == [4, 2]
+        loss = loss_function(outputs.logits, expected.logits, states[-2:], expected_states, ids, 0.5)
+        found = list(torch.autograd.grad(loss, [*model.parameters()]))
+        assert all(gradient.abs().max() > 1e-5 for gradient in found)
+        return found
+
+    with rounded_rows(model):
+        expected = gradients(distillation_loss)
+        with compiled_layers(model, teacher, backend=counter):
+            loss_function = torch.compile(distillation_loss, backend=counter)
+            for _ in range(2):
+                torch.testing.assert_close(gradients(loss_function), expected, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 3 + 1 + 1
+    assert "forward" not in vars(model.model.layers[0])
+    assert torch.equal(run(model, ids)[1][0], model(ids, output_hidden_states=True).hidden_states[1])

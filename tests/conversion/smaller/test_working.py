@@ -6,6 +6,7 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,7 +51,7 @@ def unfinished(source, tmp_path, monkeypatch, capsys):
     words = ["hf", str(tmp_path / "source"), str(tmp_path / "t6"), "--k-rank", "1", "--v-rank", "2", "--device", "cpu"]
     words += ["--calibration", texts[0], "--heal", texts[1], "--heal-steps", "1", "--reconstruct-steps", "0"]
 
-    def stopped(*arguments) -> None:
+    def stopped(*arguments, **options) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -62,7 +63,7 @@ def unfinished(source, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["compressed", "exact", "settings.json"]
     assert not list(tmp_path.glob(".t6.*.partial")) and not (tmp_path / "t6").exists()
     # Healing is Trainer's: what it starts from shows as well without.
-    monkeypatch.setattr(order, "heal", lambda *arguments: None)
+    monkeypatch.setattr(order, "heal", lambda *arguments, **options: None)
     return words
 
 
@@ -170,7 +171,7 @@ def test_one_run_at_a_time(unfinished, tmp_path, capsys):
 
 
 def test_a_target_filled_meanwhile_loses_nothing(unfinished, tmp_path, capsys, monkeypatch):
-    def filled(*arguments) -> None:
+    def filled(*arguments, **options) -> None:
         (tmp_path / "t6").mkdir()
         (tmp_path / "t6" / "notes.txt").write_text("hours of work")
 
@@ -187,6 +188,16 @@ def test_mistakes_are_found_before_any_work(source, tmp_path, capsys, monkeypatc
     (tmp_path / "line.txt").write_text(" ".join(["w1"] * 100))
     (tmp_path / "line-end.txt").write_text(" ".join(["w1"] * 100) + "\n")
     (tmp_path / "short.txt").write_text("w1\nw2\n")
+    (tmp_path / "text.npy").write_text("w1\n")
+    windows = np.ones((2, 32), dtype=int)
+    for name, ids in (
+        ("short", windows[:, 1:]),
+        ("floats", windows / 2),
+        ("negative", -windows),
+        ("large", 99 * windows),
+    ):
+        np.save(tmp_path / f"{name}.npy", ids)
+    steps = ["--heal-steps", "1", "--heal"]
     before = sorted(path.name for path in tmp_path.iterdir())
     nowhere = str(tmp_path / "no" / "such" / "source")
     cases = [
@@ -206,6 +217,12 @@ def test_mistakes_are_found_before_any_work(source, tmp_path, capsys, monkeypatc
             ["--heal", str(tmp_path / "short.txt"), "--heal-steps", "1"],
             f"--heal {tmp_path / 'short.txt'} has 2 tokens",
         ),
+        (source, text, [*steps, str(tmp_path / "missing.npy")], "missing.npy: No such file"),
+        (source, text, [*steps, str(tmp_path / "text.npy")], "text.npy is no NumPy file"),
+        (source, text, [*steps, str(tmp_path / "short.npy")], "int64 [2, 31]: expected token ids [n, 32]"),
+        (source, text, [*steps, str(tmp_path / "floats.npy")], "float64 [2, 32]: expected token ids"),
+        (source, text, [*steps, str(tmp_path / "negative.npy")], "negative.npy holds -1"),
+        (source, text, [*steps, str(tmp_path / "large.npy")], "token 99 of a text"),
         (source, text, ["--window", "33"], "--window 33: expected 2 to 32"),
         (source, text, ["--window", "1"], "--window 1: expected 2 to 32"),
         (source, text, ["--revision", "main"], "--revision main is of a source on the Hub"),

@@ -35,7 +35,7 @@ try:
     import triton
 
     from .flash_tpa_kernels_t6 import Mask, Rows, combine_kernel, decode_kernel
-    from .flash_tpa_low_bit_kernels_t6 import LowBitLaunch, low_bit_decode_kernel
+    from .flash_tpa_low_bit_kernels_t6 import LowBitLaunch, Pages, low_bit_decode_kernel
 except ImportError:
     triton = None
 
@@ -422,11 +422,18 @@ def _flash_tpa_low_bit(
             key_rows.shape[2],
             num_splits,
             LOG2_E * scaling / k_rank,
+            slots_ptr=None,
+            table_ptr=None,
+            out_ptr=None,
+            table_stride=None,
+            out_stride_t=None,
+            out_stride_h=None,
             KEYS=keys,
             VALUES=values,
             LAUNCH=launch,
             HAS_LENGTHS=lengths is not None,
             STRIDE_UNIT=unit,
+            PAGES=Pages(),
             OVERLAP=can_overlap(query.device),
             num_warps=launch.warps,
             maxnreg=launch.registers,

@@ -52,6 +52,14 @@ class LowBitLaunch(NamedTuple):
     programs_per_sm: int  # that fit side by side
     registers: int | None = None  # of a thread at most, so that they do
 
+    @property
+    def tile(self) -> int:
+        """Tokens in the tiles of all warps."""
+        return self.block_n * self.warps
+
+    def column_blocks(self, num_queries: int, num_heads: int) -> int:
+        return -(-num_heads // HEADS.value)
+
 
 class Pages(NamedTuple):
     """How rows lie in pages."""

@@ -72,6 +72,10 @@ class Launch(NamedTuple):
     warps: int
     programs_per_sm: int  # that fit side by side
 
+    @property
+    def tile(self) -> int:
+        return self.block_n
+
     def column_blocks(self, num_queries: int, num_heads: int) -> int:
         return -(-num_queries // self.block_t) * -(-num_heads // (self.block_h + self.rest_h))
 
@@ -398,11 +402,11 @@ def _flash_tpa_low_bit(
         rows_of(rank, num_heads, head_dim, rows.stride(2), rows.shape[-1], False, 1, packed=packed)
         for rank, rows in ((k_rank, key_rows), (v_rank, value_rows))
     )
-    blocks = keys.padded_heads // 32
+    blocks = launch.column_blocks(1, num_heads)
     num_splits = choose_splits(
         batch_size * blocks,
         device_limits(query.device)[0] * launch.programs_per_sm,
-        -(-key_rows.shape[2] // (launch.block_n * launch.warps)),
+        -(-key_rows.shape[2] // launch.tile),
     )
     partial = query.new_empty((batch_size, num_splits, 1, num_heads, head_dim), dtype=torch.float32)
     lse = query.new_empty((batch_size, num_splits, 1, num_heads), dtype=torch.float32)

@@ -94,6 +94,49 @@ def test_float8(page_size):
     check(random_case(2, **PLAIN | fixed | {"lengths": [150, 31]}))
 
 
+LOW_BIT = PLAIN | {
+    "float8": True, "dtype": torch.bfloat16, "heads": 32, "head_dim": 64, "k_rank": 1, "lengths": [200, 0, 1, 33, 64, 97],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "heads, k_rank, v_rank, page_size",
+    [(32, 1, 1, 16), (32, 1, 1, 24), (32, 1, 1, 64), (25, 2, 1, 8), (25, 2, 1, 32), (61, 1, 2, 24), (61, 1, 2, 64)],
+)
+def test_pages_of_the_low_bit_kernel(heads, k_rank, v_rank, page_size, monkeypatch):
+    """Tiles within a page, of several pages, of pages that end within them; pieces of several tiles, whole requests."""
+    monkeypatch.setattr(flash_tpa_pages_t6, "device_limits", lambda device: (1, 232448))
+    monkeypatch.setattr(flash_tpa_pages_t6, "decode_kernel", None)
+    flash_tpa_pages_t6._launches.cache_clear()
+    fixed = {"heads": heads, "k_rank": k_rank, "v_rank": v_rank, "page_size": page_size, "shared": True}
+    check(random_case(page_size, **LOW_BIT | fixed))
+
+
+def test_low_bit_kernel_over_pieces_of_half_its_tiles(monkeypatch):
+    """As of layers of other ranks, which may have the same pieces: tiles then begin within a page's."""
+    from modeling_t6.flash_tpa_low_bit_kernels_t6 import LowBitLaunch
+
+    launches = [LowBitLaunch(32, 1, 1), LowBitLaunch(32, 2, 1)]
+    monkeypatch.setattr(flash_tpa_pages_t6, "_low_bit_launch", lambda *args: launches.pop(0))
+    flash_tpa_pages_t6._launches.cache_clear()
+    check(random_case(3, **LOW_BIT | {"page_size": 64, "dtype": torch.float16}))
+    assert not launches
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"sliding_window": 70}, {"max_queries": 2}, {"page_size": 12}, {"wide_rows": True}, {"head_dim": 32}],
+    ids=lambda field: next(iter(field)),
+)
+def test_pages_that_the_other_kernel_reads(field, monkeypatch):
+    """Pieces that begin within tiles, several tokens, pages that end within 8 tokens, rows that do not start on 16 bytes."""
+    monkeypatch.setattr(flash_tpa_pages_t6, "low_bit_decode_kernel", None)
+    flash_tpa_pages_t6._launches.cache_clear()
+    case = random_case(2, **LOW_BIT | {"lengths": [90, 40], "page_size": 16} | field)
+    assert not case["wide_rows"] or Batch(case, DEVICE).key_pages.stride(1) % 16
+    check(case)
+
+
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_float8_values_that_start_in_the_middle_of_16_bytes(rank, page_size):

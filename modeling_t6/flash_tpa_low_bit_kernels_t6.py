@@ -38,8 +38,8 @@ IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 #
 # Scores are in units of a power of 2, one of each head: 1, but where queries times the scale of scores do not fit float16.
 #
-# On pages, the tokens of a tile that lie in one for sure, 8 or more, have a pointer to rows, which 8 tokens have to have. The
-# numbers of pages are read two tiles ahead, since words are sent for one tile ahead.
+# On pages, the tokens of a tile that lie in one page for sure share a pointer: 8 or more, since those of a thread's words are 8
+# apart. The numbers of pages are read two tiles ahead, for words that are sent for one tile ahead.
 
 HEADS = tl.constexpr(32)  # of a program
 
@@ -64,8 +64,8 @@ class LowBitLaunch(NamedTuple):
 class Pages(NamedTuple):
     """How rows lie in pages."""
 
-    size: int = 0  # tokens of a page; 0: there are none, the rows of a sequence lie one after another
-    together: int = 0  # tokens that lie in one page, those of a tile in as many after each other: 8 or more
+    size: int = 0  # tokens of a page; 0: none, the rows of a sequence lie one after another
+    together: int = 0  # of a tile, the tokens one after another that lie in one page for sure: 8 or more
 
 
 @triton.jit
@@ -651,9 +651,9 @@ def low_bit_decode_kernel(
     """
     One query token's attention over one of `num_splits` pieces of the cache, for a block of heads of one sequence.
 
-    On pages (`PAGES.size` is not 0; what follows `scale` is theirs, and `None` without), a stride of rows is
-    that of a page, and a program takes the piece in its slot, see `schedule_kernel`. A piece that is all of its request goes
-    straight into the output.
+    On pages (`PAGES.size` is not 0; what follows `scale` is theirs, and `None` without), a stride of rows is that of a page,
+    and a program takes the piece in its slot, see `schedule_kernel`. A piece that is all of its request goes straight into
+    the output.
     """
     NUM_HEADS: tl.constexpr = KEYS.num_heads
     D: tl.constexpr = KEYS.head_dim
@@ -674,6 +674,7 @@ def low_bit_decode_kernel(
         if request < 0:
             return
         table_ptr += request.to(tl.int64) * table_stride
+        whole = start + (end - start) // TILE * TILE
     else:
         batch = tl.program_id(1).to(tl.int64)
         length = key_length
@@ -683,10 +684,7 @@ def low_bit_decode_kernel(
         num_tiles = tl.cdiv(length, TILE)
         start = (split * num_tiles // num_splits) * TILE
         end = tl.minimum(((split + 1) * num_tiles // num_splits) * TILE, length)
-    whole = end // TILE * TILE
-    if PAGES.size:
-        whole = start + (end - start) // TILE * TILE
-    else:
+        whole = end // TILE * TILE
         key_ptr += batch * key_stride_b * STRIDE_UNIT
         value_ptr += batch * value_stride_b * STRIDE_UNIT
     key_stride, value_stride = key_stride_b * (STRIDE_UNIT // 4), value_stride_b * (STRIDE_UNIT // 4)
@@ -741,7 +739,9 @@ def low_bit_decode_kernel(
         if partial_row < 0:
             V_RANK: tl.constexpr = VALUES.rank
             out_ptr += batch * out_stride_t
-            tl.store(out_ptr + heads[:, None] * out_stride_h + features, output * (1.0 / V_RANK), mask=is_head[:, None])
+            tl.store(
+                out_ptr + heads[:, None] * out_stride_h + features, output * (1.0 / V_RANK), mask=is_head[:, None]
+            )
             return
     tl.store(partial_ptr + row[:, None] * D + features, output, mask=is_head[:, None])
     tl.store(lse_ptr + row, lse, mask=is_head)

@@ -312,12 +312,9 @@ def _launches(
     num_sms, shared_memory = device_limits(device)
     (page_size, key_width), itemsize = key_sizes, stored_dtype.itemsize
     unit = stride_unit(itemsize, key_strides[0], value_strides[0])
-    # Of both a row's first and all later ones. Copies of 8 bytes are in flight as those of 16 are: FP8 rows of values may start
-    # in the middle of 16.
-    distances = [n for start, strides in zip(starts, (key_strides, value_strides)) for n in (start, strides[1] * itemsize)]
-    is_aligned, is_aligned_to_16 = (
-        unit * itemsize >= size and not any(n % size for n in distances) for size in (8, 16)
-    )  # fmt: skip
+    # Copies of 8 bytes are in flight as those of 16 are: FP8 rows of values may start in the middle of 16.
+    offsets = [*starts, key_strides[1] * itemsize, value_strides[1] * itemsize]
+    is_aligned, is_aligned_to_16 = (unit * itemsize >= n and not any(x % n for x in offsets) for n in (8, 16))
     low_bit_launch = None
     if is_aligned_to_16 and page_size % 8 == 0:
         low_bit_launch = _low_bit_launch(

@@ -127,7 +127,8 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
     elif page_size:
         constants["PAGES"] = Pages(page_size, math.gcd(page_size, launch.block_n * launch.warps))
     else:
-        constants |= {name: None for name in low_bit_decode_kernel.arg_names if name in WITHOUT_PAGES} | {"PAGES": Pages()}
+        constants["PAGES"] = Pages()
+        constants |= {name: None for name in low_bit_decode_kernel.arg_names if name in WITHOUT_PAGES}
     types = dict.fromkeys(("query_ptr", "key_a_ptr", "value_a_ptr", "out_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("slots_ptr", "query_starts_ptr", "table_ptr", "splits_ptr"), "*i32")
     types |= {

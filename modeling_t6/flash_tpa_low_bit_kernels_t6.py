@@ -311,34 +311,38 @@ def _pages_of(table_ptr, first, end, LAUNCH: tl.constexpr, PAGES: tl.constexpr):
 
 
 @triton.jit
-def _rows_of(rows_ptr, page_stride, first, pages, ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr):
+def _rows_at(place, warps, tokens, ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr):
     """
-    Pointers to the row of a tile's first token: one for as many tokens as lie together, which is right for these alone.
+    Pointers from which the rows of a tile's tokens, of these warps, are counted as if they lay one after another. `place`: a
+    pointer to all rows, words from a page to the next, the tile's first token and its pages.
     """
+    rows_ptr, page_stride, first, pages = place
     WIDTH: tl.constexpr = ROWS.width // 4
-    rows = ()
-    if PAGES.size:
-        for i in tl.static_range(0, LAUNCH.warps * LAUNCH.block_n // PAGES.together):
-            row = (first + i * PAGES.together) % PAGES.size - i * PAGES.together
-            rows += (rows_ptr + pages[i].to(tl.int64) * page_stride + row * WIDTH,)
+    N: tl.constexpr = LAUNCH.block_n
+    if PAGES.size == 0:
+        rows = rows_ptr + first * tl.full((), WIDTH, tl.int64)
+    elif PAGES.together == LAUNCH.warps * N:
+        rows = rows_ptr + pages[0].to(tl.int64) * page_stride + first % PAGES.size * WIDTH
     else:
-        rows += (rows_ptr + first * tl.full((), WIDTH, tl.int64),)
+        PARTS: tl.constexpr = N // PAGES.together
+        WARPS: tl.constexpr = LAUNCH.warps
+        for i in tl.static_range(0, PARTS):
+            page = pages[i]
+            for w in tl.static_range(1, WARPS):
+                page = tl.where(warps == w, pages[w * PARTS + i], page)
+            start = warps * N + i * PAGES.together
+            row = (first + start) % PAGES.size - start
+            part = rows_ptr + page.to(tl.int64) * page_stride + row * WIDTH
+            if i == 0:
+                rows = part
+            else:
+                rows = tl.where(tokens >= start, part, rows)
     return rows
 
 
 @triton.jit
-def _rows_at(rows, tokens, LAUNCH: tl.constexpr, PAGES: tl.constexpr):
-    """Of the pointers of [`_rows_of`] those that are right for these tokens of the tile."""
-    rows_ptr = rows[0]
-    if PAGES.size:
-        for i in tl.static_range(1, LAUNCH.warps * LAUNCH.block_n // PAGES.together):
-            rows_ptr = tl.where(tokens >= i * PAGES.together, rows[i], rows_ptr)
-    return rows_ptr
-
-
-@triton.jit
 def _load_a(
-    rows, first_head, num_rows, r,
+    place, first_head, num_rows, r,
     ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """A of even and of odd tokens, four heads in 32 bits: [4 (tokens), 8 (heads), warps, tokens // 8]"""
@@ -351,7 +355,7 @@ def _load_a(
     g = tl.arange(0, 8)[None, :, None, None]
     w = tl.arange(0, W)[None, None, :, None]
     j = tl.arange(0, N // 8)[None, None, None, :]
-    rows_ptr = _rows_at(rows, w * N + j * 8, LAUNCH, PAGES)
+    rows_ptr = _rows_at(place, w, w * N + j * 8, ROWS, LAUNCH, PAGES)
     rows_ptr += (ROWS.rank * B_BYTES + r * ROWS.padded_heads) // 4 + first_head // 4
     pointers = rows_ptr + ((w * N + 2 * t) * WIDTH + _without_order(g)) + j * (8 * WIDTH)
     return _load_pair(pointers, w * N + j * 8 + 2 * t, num_rows, ROWS, MASKED)
@@ -359,7 +363,7 @@ def _load_a(
 
 @triton.jit
 def _load_keys(
-    rows, first_head, num_rows, r,
+    place, first_head, num_rows, r,
     ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The words of a rank of keys: those of A, of B, and of the scales of 4 bits."""
@@ -371,12 +375,12 @@ def _load_keys(
     UNIT: tl.constexpr = 8 if ROWS.packed else 4
     WIDTH: tl.constexpr = ROWS.width // 4
     WORDS: tl.constexpr = 64 // UNIT
-    even_a, odd_a = _load_a(rows, first_head, num_rows, r, ROWS, LAUNCH, PAGES, MASKED)
+    even_a, odd_a = _load_a(place, first_head, num_rows, r, ROWS, LAUNCH, PAGES, MASKED)
     g = tl.arange(0, 8)[:, None, None, None]
     w = tl.arange(0, W)[None, :, None, None]
     x = tl.arange(0, C * J)[None, None, :, None]
     word = tl.arange(0, WORDS)[None, None, None, :]
-    rows_ptr = _rows_at(rows, w * N + x % J * 8, LAUNCH, PAGES)
+    rows_ptr = _rows_at(place, w, w * N + x % J * 8, ROWS, LAUNCH, PAGES)
     pointers = rows_ptr + r * (D // UNIT) + ((w * N + g) * WIDTH + word) + (x % J * (8 * WIDTH) + x // J * WORDS)
     loaded = even_a, odd_a, _load(pointers, w * N + x % J * 8 + g, num_rows, MASKED)
     if ROWS.packed:
@@ -418,7 +422,7 @@ def _key_b(loaded, ROWS: tl.constexpr, LAUNCH: tl.constexpr):
 
 @triton.jit
 def _load_values(
-    rows, first_head, num_rows, r,
+    place, first_head, num_rows, r,
     ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The words of a rank of values, of even and of odd tokens: those of A, of B, and of the scales of 4 bits."""
@@ -429,14 +433,14 @@ def _load_values(
     C: tl.constexpr = D // 64
     UNIT: tl.constexpr = 8 if ROWS.packed else 4
     WIDTH: tl.constexpr = ROWS.width // 4
-    even_a, odd_a = _load_a(rows, first_head, num_rows, r, ROWS, LAUNCH, PAGES, MASKED)
+    even_a, odd_a = _load_a(place, first_head, num_rows, r, ROWS, LAUNCH, PAGES, MASKED)
     t = tl.arange(0, 4)[:, None, None, None]
     g = tl.arange(0, 8)[None, :, None, None]
     w = tl.arange(0, W)[None, None, :, None]
     x = tl.arange(0, C * J)[None, None, None, :]
     tokens = w * N + x % J * 8 + 2 * t
     lanes = (w * N + 2 * t) * WIDTH
-    rows_ptr = _rows_at(rows, w * N + x % J * 8, LAUNCH, PAGES)
+    rows_ptr = _rows_at(place, w, w * N + x % J * 8, ROWS, LAUNCH, PAGES)
     b_ptr = rows_ptr + r * (D // UNIT)
     if ROWS.packed:
         pointers = b_ptr + (lanes + _without_order(g)) + (x % J * (8 * WIDTH) + x // J * 8)
@@ -512,11 +516,11 @@ def _load_ahead(
     key_ptr, value_ptr, key_stride, value_stride = cache
     first, pages = tiles[i // RANKS]
     if i % RANKS < K_RANK:
-        rows = _rows_of(key_ptr, key_stride, first, pages, KEYS, LAUNCH, PAGES)
-        loaded = _load_keys(rows, first_head, end - first, i % RANKS, KEYS, LAUNCH, PAGES, MASKED)
+        place = key_ptr, key_stride, first, pages
+        loaded = _load_keys(place, first_head, end - first, i % RANKS, KEYS, LAUNCH, PAGES, MASKED)
     else:
-        rows = _rows_of(value_ptr, value_stride, first, pages, VALUES, LAUNCH, PAGES)
-        loaded = _load_values(rows, first_head, end - first, i % RANKS - K_RANK, VALUES, LAUNCH, PAGES, MASKED)
+        place = value_ptr, value_stride, first, pages
+        loaded = _load_values(place, first_head, end - first, i % RANKS - K_RANK, VALUES, LAUNCH, PAGES, MASKED)
     return loaded
 
 

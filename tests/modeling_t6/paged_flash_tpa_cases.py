@@ -44,7 +44,7 @@ def random_case(seed: int, **fixed) -> dict:
         "groups": choose.choice((1, 1, 1, 2, 3, 4, 8, 34)),
         "seed": seed,
     }
-    if case["float8"] and choose.random() < 0.6:  # what the low-bit kernel reads, mostly
+    if (case | fixed)["float8"] and choose.random() < 0.6:  # what the low-bit kernel reads, mostly
         case |= {
             "dtype": choose.choice((torch.bfloat16, torch.float16)),
             "heads": choose.choice((25, 32, 61, 64)),

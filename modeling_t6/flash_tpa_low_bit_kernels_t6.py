@@ -351,12 +351,19 @@ def _load_a(
     D: tl.constexpr = ROWS.head_dim
     WIDTH: tl.constexpr = ROWS.width // 4
     B_BYTES: tl.constexpr = D // 2 if ROWS.packed else D
+    A_WORDS: tl.constexpr = ROWS.padded_heads // 4
     t = tl.arange(0, 4)[:, None, None, None]
     g = tl.arange(0, 8)[None, :, None, None]
     w = tl.arange(0, W)[None, None, :, None]
     j = tl.arange(0, N // 8)[None, None, None, :]
     rows_ptr = _rows_at(place, w, w * N + j * 8, ROWS, LAUNCH, PAGES)
-    rows_ptr += (ROWS.rank * B_BYTES + r * ROWS.padded_heads) // 4 + first_head // 4
+    rows_ptr += ROWS.rank * B_BYTES // 4 + r * A_WORDS
+    if A_WORDS % 8:
+        g = tl.minimum(g + first_head // 4, A_WORDS - 1)  # heads that there are not have another's A, and no query
+        if A_WORDS % 4 == 2 and A_WORDS > 2 and r % 2 and not ROWS.packed:  # see `FactorLayout`
+            g = (g + 2) % A_WORDS
+    else:
+        rows_ptr += first_head // 4
     pointers = rows_ptr + ((w * N + 2 * t) * WIDTH + _without_order(g)) + j * (8 * WIDTH)
     return _load_pair(pointers, w * N + j * 8 + 2 * t, num_rows, ROWS, MASKED)
 
@@ -664,7 +671,7 @@ def low_bit_decode_kernel(
     W: tl.constexpr = LAUNCH.warps
     N: tl.constexpr = LAUNCH.block_n
     TILE: tl.constexpr = W * N
-    HEAD_BLOCKS: tl.constexpr = KEYS.padded_heads // HEADS
+    HEAD_BLOCKS: tl.constexpr = (KEYS.padded_heads + HEADS - 1) // HEADS
     first_head = tl.program_id(0) % HEAD_BLOCKS * HEADS
     split = tl.program_id(0) // HEAD_BLOCKS
     if PAGES.size:

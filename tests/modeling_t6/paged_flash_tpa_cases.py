@@ -47,7 +47,7 @@ def random_case(seed: int, **fixed) -> dict:
     if (case | fixed)["float8"] and choose.random() < 0.6:  # what the low-bit kernel reads, mostly
         case |= {
             "dtype": choose.choice((torch.bfloat16, torch.float16)),
-            "heads": choose.choice((25, 32, 61, 64)),
+            "heads": choose.choice((12, 25, 32, 34, 47, 61, 64, 78)),
             "head_dim": 64,
             "k_rank": choose.randint(1, 2),
             "v_rank": choose.randint(1, 2),

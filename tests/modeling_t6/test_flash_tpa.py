@@ -153,7 +153,9 @@ def test_rows_of_4_bits_that_start_anywhere(start, stride):
 @pytest.mark.once
 @needs_triton
 @pytest.mark.parametrize("rows", ["float8_e4m3fn", "int4"])
-@pytest.mark.parametrize("ranks, heads, warps, splits", [((1, 1), 32, 1, 1), ((2, 1), 25, 2, 3), ((1, 2), 61, 1, 2)])
+@pytest.mark.parametrize(
+    "ranks, heads, warps, splits", [((1, 1), 32, 1, 1), ((2, 1), 25, 2, 3), ((1, 2), 61, 1, 2), ((2, 2), 34, 2, 2)]
+)
 def test_tiles_of_the_low_bit_kernel(ranks, heads, warps, splits, rows, monkeypatch):
     """Whole ones, the last with a part of its rows, none at all: of pieces, of each sequence's length, of several warps."""
     from modeling_t6.flash_tpa_low_bit_kernels_t6 import LowBitLaunch

@@ -563,11 +563,14 @@ def _tile(
     weights = _exponentials(even, odd)
     # One of 2 or more: the maximum is raised. Until then it may lag. Units other than 1 are seldom, and only met here.
     if is_first | in_units | ((tl.reduce(weights, None, _or) & 0x40004000) != 0):
-        raised = maximum + tl.max(tl.maximum(even, odd), 2) + 6.0 / unit
-        raised = tl.maximum(tl.where(is_first, -1e30, maximum), raised)
-        decay = tl.where(is_first, 0.0, tl.exp2((maximum - raised) * unit))
-        even = (even + (maximum - raised)[:, :, None]) * unit[:, :, None]
-        weights = _exponentials(even, (odd + (maximum - raised)[:, :, None]) * unit[:, :, None])
+        ahead = tl.max(tl.maximum(even, odd), 2) + 6.0 / unit
+        ahead = tl.maximum(ahead, tl.where(is_first, -1e30, 0.0))
+        raised = maximum + ahead
+        # As rounded, so that all weights are relative to it; but times a large unit that error is no weight, or infinite.
+        shift = tl.where(unit == 1.0, maximum - raised, -ahead)
+        decay = tl.where(is_first, 0.0, tl.exp2(shift * unit))
+        even = (even + shift[:, :, None]) * unit[:, :, None]
+        weights = _exponentials(even, (odd + shift[:, :, None]) * unit[:, :, None])
         normalizer *= decay[:, :, None]
         output *= decay[:, :, None]
         maximum = raised

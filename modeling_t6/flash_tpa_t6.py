@@ -200,13 +200,10 @@ def choose_low_bit_launch(
 ) -> "LowBitLaunch | None":  # fmt: skip
     """
     The sizes for one query token over rows of float8 or of 4 bits, with an A of each head and no mask. `None` for rows that
-    the other kernel reads: of other sizes, of heads that leave more than half of blocks of 32 empty, or for queries of float32.
+    the other kernel reads: of other sizes, of heads that fill less than half of a block of 32, or for queries of float32.
     """
     is_low_bit = stored_dtype in (torch.float8_e4m3fn, torch.uint8) and dtype != torch.float32
-    if not (is_low_bit and head_dim == 64 and max(k_rank, v_rank) <= 2):
-        return None
-    heads = FactorLayout(k_rank, num_heads, head_dim).padded_heads
-    if heads < 16 * -(-heads // 32):
+    if not (is_low_bit and num_heads > 8 and head_dim == 64 and max(k_rank, v_rank) <= 2):
         return None
     warps = max(k_rank, v_rank)  # as measured: of rank 1 each warp alone, of rank 2 two that share a program
     return LowBitLaunch(block_n=32, warps=warps, programs_per_sm=8 // warps)

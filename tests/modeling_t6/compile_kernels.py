@@ -39,7 +39,7 @@ SHAPES = [  # heads (and groups), head_dim, k_rank, v_rank, queries, constant A,
     (32, 64, 1, 1, 1, False, "bf16", "u8", "none", True),
     (32, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
     (59, 64, 1, 2, 1, False, "fp16", "fp8e4nv", "none", True),
-    (34, 64, 1, 1, 1, False, "bf16", "u8", "none", True),
+    (34, 64, 3, 1, 1, False, "bf16", "u8", "none", True),
     (78, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
     (9, 96, 3, 3, 1, True, "fp16", "u8", "none", True),
     (34, 64, 2, 2, 1, False, "bf16", "bf16", "boolean", True),
@@ -62,6 +62,8 @@ PAGED_SHAPES = {  # by tokens of a page: whole tiles, parts of one
     16: (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
     64: (5, 64, 2, 3, 16, False, "bf16", "bf16", "none", True),
     32: ((48, 4), 128, 4, 4, 1, False, "bf16", "bf16", "none", True),
+    256: (32, 64, 1, 1, 1, False, "bf16", "fp8e4nv", "none", True),
+    24: ((32, 4), 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
 }
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1, "u8": 1}
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}

@@ -506,8 +506,10 @@ def test_constants_can_be_written_as_json():
     """Triton gives them as such to whoever watches compilations, such as vLLM's monitor."""
     from modeling_t6.factor_pages_kernels_t6 import PagedRows, Rotation
     from modeling_t6.flash_tpa_kernels_t6 import Mask
+    from modeling_t6.flash_tpa_low_bit_kernels_t6 import Pages
 
     constants = [
+        Pages(64, 32),
         choose_low_bit_launch(32, 64, 1, 2, torch.bfloat16, torch.uint8),
         flash_tpa_t6.rows_of(2, 34, 64, 208, 208, False, 2),
         Mask(1, 34, True, "none", False),

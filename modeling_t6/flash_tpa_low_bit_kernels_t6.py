@@ -703,6 +703,10 @@ def low_bit_decode_kernel(
         value_ptr += batch * value_stride_b * STRIDE_UNIT
     key_stride, value_stride = key_stride_b * (STRIDE_UNIT // 4), value_stride_b * (STRIDE_UNIT // 4)
     key_ptr, value_ptr = key_ptr.to(tl.pointer_type(tl.int32)), value_ptr.to(tl.pointer_type(tl.int32))
+    if KEYS.start_8:
+        key_ptr = tl.multiple_of(key_ptr, 8)
+    if VALUES.start_8:
+        value_ptr = tl.multiple_of(value_ptr, 8)
     cache = key_ptr, value_ptr, key_stride, value_stride
     pages = _pages_of(table_ptr, start, whole, LAUNCH, PAGES)
     next_pages = _pages_of(table_ptr, tl.maximum(tl.minimum(start + TILE, whole - TILE), start), whole, LAUNCH, PAGES)

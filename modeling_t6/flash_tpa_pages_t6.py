@@ -314,9 +314,9 @@ def _launches(
     unit = stride_unit(itemsize, key_strides[0], value_strides[0])
     # Copies of 8 bytes are in flight as those of 16 are: FP8 rows of values may start in the middle of 16.
     offsets = [*starts, key_strides[1] * itemsize, value_strides[1] * itemsize]
-    is_aligned, is_aligned_to_16 = (unit * itemsize >= n and not any(x % n for x in offsets) for n in (8, 16))
+    is_aligned = unit * itemsize >= 8 and not any(offset % 8 for offset in offsets)
     low_bit_launch = None
-    if is_aligned_to_16 and page_size % 8 == 0:
+    if is_aligned and page_size % 8 == 0:
         low_bit_launch = _low_bit_launch(
             num_queries, num_heads, head_dim, k_rank, v_rank, dtype, stored_dtype, constant_a, sliding_window, groups
         )  # fmt: skip

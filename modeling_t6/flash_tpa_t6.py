@@ -305,12 +305,12 @@ def _flash_tpa(
     key_rows, key_unit = _rows_as_read(key_rows)
     value_rows, value_unit = _rows_as_read(value_rows)
     unit = min(key_unit, value_unit)
-    is_aligned = packed or (
-        unit * key_rows.element_size() == 16
-        and key_rows.stride(2) % unit == value_rows.stride(2) % unit == 0
-        and key_rows.data_ptr() % 16 == value_rows.data_ptr() % 16 == 0
-    )
-    if num_queries == groups == 1 and not constant_a and mask is None and is_aligned:
+    itemsize, starts_on_16 = key_rows.element_size(), key_rows.data_ptr() % 16 == value_rows.data_ptr() % 16 == 0
+    is_aligned, is_aligned_to_8 = (
+        packed or starts_on_16 and all(n * itemsize % size == 0 for n in (unit, key_rows.stride(2), value_rows.stride(2)))
+        for size in (16, 8)
+    )  # fmt: skip
+    if num_queries == groups == 1 and not constant_a and mask is None and is_aligned_to_8:
         low_bit_launch = choose_low_bit_launch(num_heads, head_dim, k_rank, v_rank, query.dtype, key_rows.dtype)
         if low_bit_launch is not None:
             return _flash_tpa_low_bit(

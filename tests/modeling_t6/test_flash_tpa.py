@@ -154,7 +154,8 @@ def test_rows_of_4_bits_that_start_anywhere(start, stride):
 @needs_triton
 @pytest.mark.parametrize("rows", ["float8_e4m3fn", "int4"])
 @pytest.mark.parametrize(
-    "ranks, heads, warps, splits", [((1, 1), 32, 1, 1), ((2, 1), 25, 2, 3), ((1, 2), 61, 1, 2), ((2, 2), 34, 2, 2)]
+    "ranks, heads, warps, splits",
+    [((1, 1), 32, 1, 1), ((2, 1), 25, 2, 3), ((1, 2), 61, 1, 2), ((2, 2), 34, 2, 2), ((1, 1), 34, 1, 2)],
 )
 def test_tiles_of_the_low_bit_kernel(ranks, heads, warps, splits, rows, monkeypatch):
     """Whole ones, the last with a part of its rows, none at all: of pieces, of each sequence's length, of several warps."""

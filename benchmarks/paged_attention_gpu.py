@@ -24,7 +24,8 @@ from shapes import CacheShape
 SHAPES = [
     CacheShape(8, tokens, heads, 64, rank, dtype)
     for tokens in (8192, 32768, 131072)
-    for heads, dtype in [(32, "bfloat16"), (32, "float8_e4m3fn"), *((n, "bfloat16") for n in (34, 47, 78))]
+    for heads in (32, 34, 47, 78)
+    for dtype in ("bfloat16", "float8_e4m3fn")
     for rank in (1, 2)
 ] + [CacheShape(1, 1024, 32, 64, 2, "bfloat16"), CacheShape(512, 600, 32, 64, 1, "bfloat16")]
 BATCHES = {  # lengths of the requests

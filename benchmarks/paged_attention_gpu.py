@@ -3,10 +3,12 @@ Attention of one decoding step on a GPU over pages: FlashTPA with a block table 
 after another, and over batches of mixed lengths.
 
     python benchmarks/paged_attention_gpu.py --output paged.json
+    python benchmarks/paged_attention_gpu.py --match "h 32, rank 2"     # of rows of bfloat16 and of float8
 
 Every time is one call out of a CUDA graph of calls that read different caches; pages lie in random order. The schedule of
 pieces, which a step needs once for all its layers, is timed by itself. Shares are of the bandwidth of copies, measured in
-the same run, each cached number counted once. `--quick` takes few shapes, and tells where the time goes: it adds the
+the same run, each cached number counted once. Of float8 rows also the part that it is of the time of bfloat16 rows of the
+same shape is printed, if that was measured before. `--quick` takes few shapes, and tells where the time goes: it adds the
 contiguous kernel over keys and values side by side, as pages hold them, both kernels without the one that combines, and
 other settings of the launch.
 """
@@ -20,9 +22,10 @@ from shapes import CacheShape
 
 
 SHAPES = [
-    CacheShape(8, tokens, heads, 64, rank, "bfloat16")
+    CacheShape(8, tokens, heads, 64, rank, dtype)
     for tokens in (8192, 32768, 131072)
     for heads in (32, 34, 47, 78)
+    for dtype in ("bfloat16", "float8_e4m3fn")
     for rank in (1, 2)
 ] + [CacheShape(1, 1024, 32, 64, 2, "bfloat16"), CacheShape(512, 600, 32, 64, 1, "bfloat16")]
 BATCHES = {  # lengths of the requests
@@ -33,12 +36,17 @@ BATCHES = {  # lengths of the requests
     "7 x 1k + 1 x 128k": [1024] * 7 + [131072],
 }
 MODELS = {
-    "rank 1": (32, 64, 1, "bfloat16"),
-    "rank 2": (32, 64, 2, "bfloat16"),
-    "rank 2, FP8": (32, 64, 2, "float8_e4m3fn"),
+    "h 32, rank 1": (32, 64, 1, "bfloat16"),
+    "h 32, rank 2": (32, 64, 2, "bfloat16"),
+    "h 32, rank 1, FP8": (32, 64, 1, "float8_e4m3fn"),
+    "h 32, rank 2, FP8": (32, 64, 2, "float8_e4m3fn"),
 }
 PAGE_SIZES = (16, 64, 128)
-QUICK = [shape for shape in SHAPES if shape.tokens in (8192, 32768) and shape.heads in (32, 34, 78)]
+QUICK = [
+    shape
+    for shape in SHAPES
+    if shape.tokens in (8192, 32768) and shape.heads in (32, 34, 78) and shape.dtype == "bfloat16"
+]
 # Names of `flash_tpa_pages_t6` set to other values, and fields of its `Launch`.
 VARIANTS = {
     "combine x2": ({"COMBINE_PROGRAMS": 2}, {}),
@@ -52,6 +60,7 @@ def parse_args() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("--processes", type=int, default=15, help="that compile the kernels beforehand")
     parser.add_argument("--page-sizes", nargs="+", type=int, default=list(PAGE_SIZES), metavar="TOKENS")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only shapes and batches whose name has it")
     parser.add_argument("--quick", action="store_true", help="few shapes, and where their time goes")
     add_output(parser, plots=False)
     return parser.parse_args()
@@ -252,20 +261,35 @@ class Worker:
             return []
 
 
-def print_shape(rows: list[dict]) -> None:
-    shape, contiguous = CacheShape(**rows[0]["shape"]), rows[0]["contiguous"]
-    name = f"{shape.batch} x {shape.tokens:,}, h {shape.heads}, rank {shape.rank}"
+def name_of(shape: CacheShape) -> str:
+    stored = ", FP8" if shape.dtype == "float8_e4m3fn" else ""
+    return f"{shape.batch} x {shape.tokens:,}, h {shape.heads}, rank {shape.rank}{stored}"
+
+
+def of_bfloat16(name: str, seconds: list[float], measured: dict[str, list[float]]) -> str:
+    """What times are of those of bfloat16 rows; `measured` are those of before, by name."""
+    measured[name] = seconds
+    plain = measured.get(name.removesuffix(", FP8"), ()) if name.endswith(", FP8") else ()
+    ratios = ", ".join(f"{mine / other:.3f}" for mine, other in zip(seconds, plain))
+    return f"   {ratios} of bfloat16's time" if ratios else ""
+
+
+def print_shape(rows: list[dict], measured: dict[str, list[float]]) -> None:
+    name, contiguous = name_of(CacheShape(**rows[0]["shape"])), rows[0]["contiguous"]
     ratios = "".join(f"{row['seconds'] / contiguous:9.3f}" for row in rows)
-    print(f"{name:32}{contiguous * 1e6:8.1f} us{ratios}   error {max(row['error'] for row in rows):.1e}", flush=True)
+    part = of_bfloat16(name, [contiguous, *(row["seconds"] for row in rows)], measured)
+    error = max(row["error"] for row in rows)
+    print(f"{name:36}{contiguous * 1e6:8.1f} us{ratios}   error {error:.1e}{part}", flush=True)
     for row in rows if "schedule" in rows[0] else ():
         names = ("side by side", "contiguous, not combined", "seconds", "not combined", *VARIANTS, "schedule")
         times = "; ".join(f"{name if name != 'seconds' else 'pages'} {row[name] * 1e6:.1f}" for name in names)
         print(f"    page {row['page_size']}: {times} us", flush=True)
 
 
-def measure(page_sizes: list[int], processes: int, quick: bool) -> dict:
-    shapes = QUICK if quick else SHAPES
-    models = sorted({shape[2:6] for shape in shapes} | (set() if quick else set(MODELS.values())))
+def measure(page_sizes: list[int], processes: int, quick: bool, match: str) -> dict:
+    shapes = [shape for shape in (QUICK if quick else SHAPES) if match in name_of(shape)]
+    batches = [names for names in itertools.product(BATCHES, MODELS) if not quick and match in ", ".join(names)]
+    models = sorted({shape[2:6] for shape in shapes} | {MODELS[model] for _, model in batches})
     plain = ({}, {})
     jobs = [(model, page_size, plain, False) for model in models for page_size in (0, *page_sizes)]
     if quick:
@@ -275,25 +299,26 @@ def measure(page_sizes: list[int], processes: int, quick: bool) -> dict:
         pool.map(compile_kernels, jobs, chunksize=1)
     bandwidth = copy_bandwidth()
     print(f"{machine()}; bfloat16, one query token; copies move {bandwidth / 1e12:.2f} TB/s")
-    worker, results = Worker(), []
+    worker, results, measured = Worker(), [], {}
     heading = "".join(f"{f'page {size}':>9}" for size in page_sizes)
-    print(f"{'batch x tokens, heads, rank':32}{'rows':>11}{heading}   (pages: time as a multiple)")
+    print(f"{'batch x tokens, heads, rank':36}{'rows':>11}{heading}   (pages: time as a multiple)")
     for shape in shapes:
         rows = worker.measure(measure_shape, shape, page_sizes, quick)
         results += rows
         if rows:
-            print_shape(rows)
-    if not quick:
+            print_shape(rows, measured)
+    if batches:
         print(
-            f"\n{'requests':24}{'model':14}{'page':>5}{'time':>11}{'of copies':>11}{'schedule':>11}  pieces, divided"
+            f"\n{'requests':24}{'model':20}{'page':>5}{'time':>11}{'of copies':>11}{'schedule':>11}  pieces, divided"
         )
-        for names in itertools.product(BATCHES, MODELS, page_sizes):
-            for row in worker.measure(measure_batch, *names):
+        for (batch, model), page_size in itertools.product(batches, page_sizes):
+            for row in worker.measure(measure_batch, batch, model, page_size):
                 row["share"] = row["bytes"] / row["seconds"] / bandwidth
                 results.append(row)
+                part = of_bfloat16(f"{batch}, page {page_size}, {model}", [row["seconds"]], measured)
                 print(
-                    f"{names[0]:24}{names[1]:14}{names[2]:5}{row['seconds'] * 1e6:8.1f} us{row['share']:11.0%}"
-                    f"{row['schedule'] * 1e6:8.1f} us  {row['pieces']}, {row['divided']}   error {row['error']:.1e}",
+                    f"{batch:24}{model:20}{page_size:5}{row['seconds'] * 1e6:8.1f} us{row['share']:11.0%}"
+                    f"{row['schedule'] * 1e6:8.1f} us  {row['pieces']}, {row['divided']}   error {row['error']:.1e}{part}",
                     flush=True,
                 )
     worker.pool.shutdown()
@@ -302,7 +327,7 @@ def measure(page_sizes: list[int], processes: int, quick: bool) -> dict:
 
 def main() -> None:
     args = parse_args()
-    save(measure(args.page_sizes, args.processes, args.quick), args.output)
+    save(measure(args.page_sizes, args.processes, args.quick, args.match), args.output)
 
 
 if __name__ == "__main__":

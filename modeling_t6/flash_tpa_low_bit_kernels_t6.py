@@ -37,6 +37,9 @@ IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 #     features  8 k + g                   of values are 8 g + k: 8 bytes of float8, 4 of 4 bits.
 #
 # Scores are in units of a power of 2, one of each head: 1, but where queries times the scale of scores do not fit float16.
+#
+# On pages, the tokens of a tile that lie in one page for sure share a pointer: 8 or more, since those of a thread's words are 8
+# apart. The numbers of pages are read two tiles ahead, for words that are sent for one tile ahead.
 
 HEADS = tl.constexpr(32)  # of a program
 
@@ -48,6 +51,21 @@ class LowBitLaunch(NamedTuple):
     warps: int
     programs_per_sm: int  # that fit side by side
     registers: int | None = None  # of a thread at most, so that they do
+
+    @property
+    def tile(self) -> int:
+        """Tokens in the tiles of all warps."""
+        return self.block_n * self.warps
+
+    def column_blocks(self, num_queries: int, num_heads: int) -> int:
+        return -(-num_heads // HEADS.value)
+
+
+class Pages(NamedTuple):
+    """How rows lie in pages."""
+
+    size: int = 0  # tokens of a page; 0: none, the rows of a sequence lie one after another
+    together: int = 0  # of a tile, the tokens one after another that lie in one page for sure: 8 or more
 
 
 @triton.jit
@@ -281,24 +299,80 @@ def _load_pair(pointers, tokens, num_rows, ROWS: tl.constexpr, MASKED: tl.conste
 
 
 @triton.jit
-def _load_a(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
+def _pages_of(table_ptr, first, end, LAUNCH: tl.constexpr, PAGES: tl.constexpr):
+    """The pages of a tile, one for as many tokens as lie together (0 from `end` on, where the table may hold anything)."""
+    pages = ()
+    if PAGES.size:
+        for i in tl.static_range(0, LAUNCH.warps * LAUNCH.block_n // PAGES.together):
+            token = first + i * PAGES.together
+            page_ptr = table_ptr + token // PAGES.size
+            pages += (tl.load(page_ptr, mask=token < end, other=0, eviction_policy="evict_last"),)
+    return pages
+
+
+@triton.jit
+def _rows_at(place, warps, tokens, ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr):
+    """
+    Pointers from which the rows of a tile's tokens, of these warps, are counted as if they lay one after another. `place`: a
+    pointer to all rows, words from a page to the next, the tile's first token and its pages.
+    """
+    rows_ptr, page_stride, first, pages = place
+    WIDTH: tl.constexpr = ROWS.width // 4
+    N: tl.constexpr = LAUNCH.block_n
+    if PAGES.size == 0:
+        rows = rows_ptr + first * tl.full((), WIDTH, tl.int64)
+    elif PAGES.together == LAUNCH.warps * N:
+        rows = rows_ptr + pages[0].to(tl.int64) * page_stride + first % PAGES.size * WIDTH
+    else:
+        PARTS: tl.constexpr = N // PAGES.together
+        WARPS: tl.constexpr = LAUNCH.warps
+        for i in tl.static_range(0, PARTS):
+            page = pages[i]
+            for w in tl.static_range(1, WARPS):
+                page = tl.where(warps == w, pages[w * PARTS + i], page)
+            start = warps * N + i * PAGES.together
+            row = (first + start) % PAGES.size - start
+            part = rows_ptr + page.to(tl.int64) * page_stride + row * WIDTH
+            if i == 0:
+                rows = part
+            else:
+                rows = tl.where(tokens >= start, part, rows)
+    return rows
+
+
+@triton.jit
+def _load_a(
+    place, first_head, num_rows, r,
+    ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """A of even and of odd tokens, four heads in 32 bits: [4 (tokens), 8 (heads), warps, tokens // 8]"""
     W: tl.constexpr = LAUNCH.warps
     N: tl.constexpr = LAUNCH.block_n
     D: tl.constexpr = ROWS.head_dim
     WIDTH: tl.constexpr = ROWS.width // 4
     B_BYTES: tl.constexpr = D // 2 if ROWS.packed else D
+    A_WORDS: tl.constexpr = ROWS.padded_heads // 4
     t = tl.arange(0, 4)[:, None, None, None]
     g = tl.arange(0, 8)[None, :, None, None]
     w = tl.arange(0, W)[None, None, :, None]
     j = tl.arange(0, N // 8)[None, None, None, :]
-    rows_ptr += (ROWS.rank * B_BYTES + r * ROWS.padded_heads) // 4 + first_head // 4
+    rows_ptr = _rows_at(place, w, w * N + j * 8, ROWS, LAUNCH, PAGES)
+    rows_ptr += ROWS.rank * B_BYTES // 4 + r * A_WORDS
+    if A_WORDS % 8:
+        g = tl.minimum(g + first_head // 4, A_WORDS - 1)  # heads that there are not have another's A, and no query
+        if A_WORDS % 4 == 2 and A_WORDS > 2 and r % 2 and not ROWS.packed:  # see `FactorLayout`
+            g = (g + 2) % A_WORDS
+    else:
+        rows_ptr += first_head // 4
     pointers = rows_ptr + ((w * N + 2 * t) * WIDTH + _without_order(g)) + j * (8 * WIDTH)
     return _load_pair(pointers, w * N + j * 8 + 2 * t, num_rows, ROWS, MASKED)
 
 
 @triton.jit
-def _load_keys(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
+def _load_keys(
+    place, first_head, num_rows, r,
+    ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """The words of a rank of keys: those of A, of B, and of the scales of 4 bits."""
     W: tl.constexpr = LAUNCH.warps
     N: tl.constexpr = LAUNCH.block_n
@@ -308,11 +382,12 @@ def _load_keys(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl
     UNIT: tl.constexpr = 8 if ROWS.packed else 4
     WIDTH: tl.constexpr = ROWS.width // 4
     WORDS: tl.constexpr = 64 // UNIT
-    even_a, odd_a = _load_a(rows_ptr, first_head, num_rows, r, ROWS, LAUNCH, MASKED)
+    even_a, odd_a = _load_a(place, first_head, num_rows, r, ROWS, LAUNCH, PAGES, MASKED)
     g = tl.arange(0, 8)[:, None, None, None]
     w = tl.arange(0, W)[None, :, None, None]
     x = tl.arange(0, C * J)[None, None, :, None]
     word = tl.arange(0, WORDS)[None, None, None, :]
+    rows_ptr = _rows_at(place, w, w * N + x % J * 8, ROWS, LAUNCH, PAGES)
     pointers = rows_ptr + r * (D // UNIT) + ((w * N + g) * WIDTH + word) + (x % J * (8 * WIDTH) + x // J * WORDS)
     loaded = even_a, odd_a, _load(pointers, w * N + x % J * 8 + g, num_rows, MASKED)
     if ROWS.packed:
@@ -353,7 +428,10 @@ def _key_b(loaded, ROWS: tl.constexpr, LAUNCH: tl.constexpr):
 
 
 @triton.jit
-def _load_values(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr):
+def _load_values(
+    place, first_head, num_rows, r,
+    ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """The words of a rank of values, of even and of odd tokens: those of A, of B, and of the scales of 4 bits."""
     W: tl.constexpr = LAUNCH.warps
     N: tl.constexpr = LAUNCH.block_n
@@ -362,13 +440,14 @@ def _load_values(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: 
     C: tl.constexpr = D // 64
     UNIT: tl.constexpr = 8 if ROWS.packed else 4
     WIDTH: tl.constexpr = ROWS.width // 4
-    even_a, odd_a = _load_a(rows_ptr, first_head, num_rows, r, ROWS, LAUNCH, MASKED)
+    even_a, odd_a = _load_a(place, first_head, num_rows, r, ROWS, LAUNCH, PAGES, MASKED)
     t = tl.arange(0, 4)[:, None, None, None]
     g = tl.arange(0, 8)[None, :, None, None]
     w = tl.arange(0, W)[None, None, :, None]
     x = tl.arange(0, C * J)[None, None, None, :]
     tokens = w * N + x % J * 8 + 2 * t
     lanes = (w * N + 2 * t) * WIDTH
+    rows_ptr = _rows_at(place, w, w * N + x % J * 8, ROWS, LAUNCH, PAGES)
     b_ptr = rows_ptr + r * (D // UNIT)
     if ROWS.packed:
         pointers = b_ptr + (lanes + _without_order(g)) + (x % J * (8 * WIDTH) + x // J * 8)
@@ -380,6 +459,8 @@ def _load_values(rows_ptr, first_head, num_rows, r, ROWS: tl.constexpr, LAUNCH: 
         loaded = even_a, odd_a, even, odd, even_scales, odd_scales
     else:
         z = tl.arange(0, 2)[None, None, None, None, :]
+        if PAGES.size and PAGES.together < W * N:
+            b_ptr = b_ptr[:, :, :, :, None]
         pointers = b_ptr + ((lanes + 2 * g)[:, :, :, :, None] + z)
         pointers += (x % J * (8 * WIDTH) + x // J * 16)[:, :, :, :, None]
         even, odd = _load_pair(pointers, tokens[:, :, :, :, None], num_rows, ROWS, MASKED)
@@ -429,32 +510,35 @@ def _weights(words, LAUNCH: tl.constexpr):
 
 @triton.jit
 def _load_ahead(
-    i: tl.constexpr, key_ptr, value_ptr, first, following, first_head, end,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr,
+    i: tl.constexpr, cache, tiles, first_head, end,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The words of the `i`-th rank of the tile at `first`, keys' ranks before those of values, and then at `following`."""
+    """
+    The words of the `i`-th rank of the first of two tiles, keys' ranks before those of values, and then of the second.
+
+    A tile: its first token, and its pages. `cache`: pointers to rows of keys and of values, and words from a page to the next.
+    """
     K_RANK: tl.constexpr = KEYS.rank
     RANKS: tl.constexpr = K_RANK + VALUES.rank
-    if i >= RANKS:
-        first = following
+    key_ptr, value_ptr, key_stride, value_stride = cache
+    first, pages = tiles[i // RANKS]
     if i % RANKS < K_RANK:
-        rows_ptr = key_ptr + first * tl.full((), KEYS.width // 4, tl.int64)
-        loaded = _load_keys(rows_ptr, first_head, end - first, i % RANKS, KEYS, LAUNCH, MASKED)
+        place = key_ptr, key_stride, first, pages
+        loaded = _load_keys(place, first_head, end - first, i % RANKS, KEYS, LAUNCH, PAGES, MASKED)
     else:
-        rows_ptr = value_ptr + first * tl.full((), VALUES.width // 4, tl.int64)
-        loaded = _load_values(rows_ptr, first_head, end - first, i % RANKS - K_RANK, VALUES, LAUNCH, MASKED)
+        place = value_ptr, value_stride, first, pages
+        loaded = _load_values(place, first_head, end - first, i % RANKS - K_RANK, VALUES, LAUNCH, PAGES, MASKED)
     return loaded
 
 
 @triton.jit
 def _tile(
-    query, unit, in_units, maximum, normalizer, output, loaded, later, key_ptr, value_ptr, first, following, first_head,
-    end, is_first,
-    KEYS: tl.constexpr, VALUES: tl.constexpr, LAUNCH: tl.constexpr, MASKED: tl.constexpr,
+    query, unit, in_units, maximum, normalizer, output, loaded, later, cache, tiles, first_head, end, is_first,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """
-    Adds a tile to the running sums. The words of its first two ranks are `loaded` and `later`; those of the next tile are
-    returned, unless this is the last, with a part of its rows (`MASKED`).
+    Adds the first of `tiles` to the running sums. The words of its first two ranks are `loaded` and `later`; those of the
+    second are returned, unless this is the last, with a part of its rows (`MASKED`).
     """
     W: tl.constexpr = LAUNCH.warps
     N: tl.constexpr = LAUNCH.block_n
@@ -471,21 +555,22 @@ def _tile(
         odd += odd_products * _heads_first(_join_4(p, q, s, t), LAUNCH)
         loaded = later
         if (r + 2 < K_RANK + V_RANK) or (not MASKED):
-            later = _load_ahead(
-                r + 2, key_ptr, value_ptr, first, following, first_head, end, KEYS, VALUES, LAUNCH, MASKED
-            )  # fmt: skip
+            later = _load_ahead(r + 2, cache, tiles, first_head, end, KEYS, VALUES, LAUNCH, PAGES, MASKED)
     if MASKED:
-        places = first + tl.arange(0, W)[:, None, None] * N + 2 * tl.arange(0, N // 2)[None, None, :]
+        places = tiles[0][0] + tl.arange(0, W)[:, None, None] * N + 2 * tl.arange(0, N // 2)[None, None, :]
         even = tl.where(places < end, even, -float("inf"))
         odd = tl.where(places + 1 < end, odd, -float("inf"))
     weights = _exponentials(even, odd)
     # One of 2 or more: the maximum is raised. Until then it may lag. Units other than 1 are seldom, and only met here.
     if is_first | in_units | ((tl.reduce(weights, None, _or) & 0x40004000) != 0):
-        raised = maximum + tl.max(tl.maximum(even, odd), 2) + 6.0 / unit
-        raised = tl.maximum(tl.where(is_first, -1e30, maximum), raised)
-        decay = tl.where(is_first, 0.0, tl.exp2((maximum - raised) * unit))
-        even = (even + (maximum - raised)[:, :, None]) * unit[:, :, None]
-        weights = _exponentials(even, (odd + (maximum - raised)[:, :, None]) * unit[:, :, None])
+        ahead = tl.max(tl.maximum(even, odd), 2) + 6.0 / unit
+        ahead = tl.maximum(ahead, tl.where(is_first, -1e30, 0.0))
+        raised = maximum + ahead
+        # As rounded, so that all weights are relative to it; but times a large unit that error is no weight, or infinite.
+        shift = tl.where(unit == 1.0, maximum - raised, -ahead)
+        decay = tl.where(is_first, 0.0, tl.exp2(shift * unit))
+        even = (even + shift[:, :, None]) * unit[:, :, None]
+        weights = _exponentials(even, (odd + shift[:, :, None]) * unit[:, :, None])
         normalizer *= decay[:, :, None]
         output *= decay[:, :, None]
         maximum = raised
@@ -497,9 +582,7 @@ def _tile(
         output = tl.dot(_weights(weighted, LAUNCH), _value_b(loaded, VALUES, LAUNCH), output)
         loaded = later
         if (K_RANK + r + 2 < K_RANK + V_RANK) or (not MASKED):
-            later = _load_ahead(
-                K_RANK + r + 2, key_ptr, value_ptr, first, following, first_head, end, KEYS, VALUES, LAUNCH, MASKED
-            )  # fmt: skip
+            later = _load_ahead(K_RANK + r + 2, cache, tiles, first_head, end, KEYS, VALUES, LAUNCH, PAGES, MASKED)
     return maximum, normalizer, output, loaded, later
 
 
@@ -536,7 +619,20 @@ def _prepare_query(
     return tl.broadcast_to(query[None, :, :], [W, HEADS, D]), tl.broadcast_to(unit[None, :], [W, HEADS])
 
 
-@triton.jit(do_not_specialize=["key_stride_b", "value_stride_b", "length_stride_b", "key_length", "num_splits"])
+@triton.jit(
+    do_not_specialize=[
+        "key_stride_b",
+        "value_stride_b",
+        "length_stride_b",
+        "key_length",
+        "num_splits",
+        "slots_ptr",
+        "table_ptr",
+        "table_stride",
+        "out_stride_t",
+        "out_stride_h",
+    ]
+)
 def low_bit_decode_kernel(
     query_ptr,
     key_ptr,
@@ -552,36 +648,71 @@ def low_bit_decode_kernel(
     key_length,
     num_splits,
     scale,
+    slots_ptr,
+    table_ptr,
+    out_ptr,
+    table_stride,
+    out_stride_t,
+    out_stride_h,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     LAUNCH: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
+    PAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One query token's attention over one of `num_splits` pieces of the cache, for a block of heads of one sequence."""
+    """
+    One query token's attention over one of `num_splits` pieces of the cache, for a block of heads of one sequence.
+
+    On pages (`PAGES.size` is not 0; what follows `scale` is theirs, and `None` without), a stride of rows is that of a page,
+    and a program takes the piece in its slot, see `schedule_kernel`. A piece that is all of its request goes straight into
+    the output.
+    """
     NUM_HEADS: tl.constexpr = KEYS.num_heads
     D: tl.constexpr = KEYS.head_dim
     W: tl.constexpr = LAUNCH.warps
     N: tl.constexpr = LAUNCH.block_n
     TILE: tl.constexpr = W * N
-    HEAD_BLOCKS: tl.constexpr = KEYS.padded_heads // HEADS
+    HEAD_BLOCKS: tl.constexpr = (KEYS.padded_heads + HEADS - 1) // HEADS
     first_head = tl.program_id(0) % HEAD_BLOCKS * HEADS
     split = tl.program_id(0) // HEAD_BLOCKS
-    batch = tl.program_id(1).to(tl.int64)
-    length = key_length
-    if HAS_LENGTHS:
-        length = tl.minimum(tl.load(length_ptr + batch * length_stride_b).to(tl.int32), key_length)
-    # Whole tiles for each piece, as many as another's or one more.
-    num_tiles = tl.cdiv(length, TILE)
-    start = (split * num_tiles // num_splits) * TILE
-    end = tl.minimum(((split + 1) * num_tiles // num_splits) * TILE, length)
-    whole = end // TILE * TILE
-
-    key_ptr = (key_ptr + batch * key_stride_b * STRIDE_UNIT).to(tl.pointer_type(tl.int32))
-    value_ptr = (value_ptr + batch * value_stride_b * STRIDE_UNIT).to(tl.pointer_type(tl.int32))
-    loaded = _load_ahead(0, key_ptr, value_ptr, start, start, first_head, whole, KEYS, VALUES, LAUNCH, True)
-    later = _load_ahead(1, key_ptr, value_ptr, start, start, first_head, whole, KEYS, VALUES, LAUNCH, True)
+    if PAGES.size:
+        # All layers read the same: the L2 cache is to keep it while rows stream through.
+        slot_ptr = slots_ptr + 8 * split
+        request = tl.load(slot_ptr, eviction_policy="evict_last")
+        start = tl.load(slot_ptr + 1, eviction_policy="evict_last")
+        end = tl.load(slot_ptr + 2, eviction_policy="evict_last")
+        partial_row = tl.load(slot_ptr + 3, eviction_policy="evict_last")
+        batch = tl.load(slot_ptr + 4, eviction_policy="evict_last").to(tl.int64)  # the query token
+        if request < 0:
+            return
+        table_ptr += request.to(tl.int64) * table_stride
+        whole = start + (end - start) // TILE * TILE
+    else:
+        batch = tl.program_id(1).to(tl.int64)
+        length = key_length
+        if HAS_LENGTHS:
+            length = tl.minimum(tl.load(length_ptr + batch * length_stride_b).to(tl.int32), key_length)
+        # Whole tiles for each piece, as many as another's or one more.
+        num_tiles = tl.cdiv(length, TILE)
+        start = (split * num_tiles // num_splits) * TILE
+        end = tl.minimum(((split + 1) * num_tiles // num_splits) * TILE, length)
+        whole = end // TILE * TILE
+        key_ptr += batch * key_stride_b * STRIDE_UNIT
+        value_ptr += batch * value_stride_b * STRIDE_UNIT
+    key_stride, value_stride = key_stride_b * (STRIDE_UNIT // 4), value_stride_b * (STRIDE_UNIT // 4)
+    key_ptr, value_ptr = key_ptr.to(tl.pointer_type(tl.int32)), value_ptr.to(tl.pointer_type(tl.int32))
+    if KEYS.start_8:
+        key_ptr = tl.multiple_of(key_ptr, 8)
+    if VALUES.start_8:
+        value_ptr = tl.multiple_of(value_ptr, 8)
+    cache = key_ptr, value_ptr, key_stride, value_stride
+    pages = _pages_of(table_ptr, start, whole, LAUNCH, PAGES)
+    next_pages = _pages_of(table_ptr, tl.maximum(tl.minimum(start + TILE, whole - TILE), start), whole, LAUNCH, PAGES)
+    tiles = (start, pages), (start, pages)
+    loaded = _load_ahead(0, cache, tiles, first_head, whole, KEYS, VALUES, LAUNCH, PAGES, True)
+    later = _load_ahead(1, cache, tiles, first_head, whole, KEYS, VALUES, LAUNCH, PAGES, True)
     query, unit = _prepare_query(query_ptr + batch * query_stride_b, first_head, query_stride_h, scale, KEYS, LAUNCH)
     in_units = tl.max(tl.max((unit != 1.0).to(tl.int32), 1), 0) > 0
     maximum = tl.zeros([W, HEADS], tl.float32)
@@ -589,16 +720,21 @@ def low_bit_decode_kernel(
     output = tl.zeros([W, HEADS, D], tl.float32)
     for first in tl.range(start, whole, TILE, num_stages=1):  # what is ahead is in registers
         following = tl.minimum(first + TILE, whole - TILE)
+        later_pages = _pages_of(table_ptr, tl.minimum(first + 2 * TILE, whole - TILE), whole, LAUNCH, PAGES)
+        tiles = (first, pages), (following, next_pages)
         maximum, normalizer, output, loaded, later = _tile(
-            query, unit, in_units, maximum, normalizer, output, loaded, later, key_ptr, value_ptr, first, following, first_head,
-            whole, first == start, KEYS, VALUES, LAUNCH, False,
+            query, unit, in_units, maximum, normalizer, output, loaded, later, cache, tiles, first_head, whole,
+            first == start, KEYS, VALUES, LAUNCH, PAGES, False,
         )  # fmt: skip
+        pages, next_pages = next_pages, later_pages
     if whole < end:
-        loaded = _load_ahead(0, key_ptr, value_ptr, whole, whole, first_head, end, KEYS, VALUES, LAUNCH, True)
-        later = _load_ahead(1, key_ptr, value_ptr, whole, whole, first_head, end, KEYS, VALUES, LAUNCH, True)
+        pages = _pages_of(table_ptr, whole, end, LAUNCH, PAGES)
+        tiles = (whole, pages), (whole, pages)
+        loaded = _load_ahead(0, cache, tiles, first_head, end, KEYS, VALUES, LAUNCH, PAGES, True)
+        later = _load_ahead(1, cache, tiles, first_head, end, KEYS, VALUES, LAUNCH, PAGES, True)
         maximum, normalizer, output, _, _ = _tile(
-            query, unit, in_units, maximum, normalizer, output, loaded, later, key_ptr, value_ptr, whole, whole, first_head,
-            end, whole == start, KEYS, VALUES, LAUNCH, True,
+            query, unit, in_units, maximum, normalizer, output, loaded, later, cache, tiles, first_head, end,
+            whole == start, KEYS, VALUES, LAUNCH, PAGES, True,
         )  # fmt: skip
 
     if OVERLAP:
@@ -611,11 +747,19 @@ def low_bit_decode_kernel(
     normalizer = tl.where(is_empty, 1.0, normalizer)
     lse = tl.where(is_empty, -float("inf"), highest * tl.max(unit, 0) + tl.log2(normalizer))
     heads = first_head + _heads_of(tl.arange(0, HEADS))
-    row = (batch * num_splits + split) * NUM_HEADS + heads
+    place = partial_row.to(tl.int64) if PAGES.size else batch * num_splits + split
+    row = place * NUM_HEADS + heads
     output = tl.reshape(output * (1.0 / normalizer)[:, None], [HEADS, D // 64, 8, 8])
-    tl.store(
-        partial_ptr + row[:, None] * D + tl.arange(0, D)[None, :],
-        tl.reshape(tl.permute(output, (0, 1, 3, 2)), [HEADS, D]),
-        mask=(heads < NUM_HEADS)[:, None],
-    )
-    tl.store(lse_ptr + row, lse, mask=heads < NUM_HEADS)
+    output = tl.reshape(tl.permute(output, (0, 1, 3, 2)), [HEADS, D])
+    features = tl.arange(0, D)[None, :]
+    is_head = heads < NUM_HEADS
+    if PAGES.size:
+        if partial_row < 0:
+            V_RANK: tl.constexpr = VALUES.rank
+            out_ptr += batch * out_stride_t
+            tl.store(
+                out_ptr + heads[:, None] * out_stride_h + features, output * (1.0 / V_RANK), mask=is_head[:, None]
+            )
+            return
+    tl.store(partial_ptr + row[:, None] * D + features, output, mask=is_head[:, None])
+    tl.store(lse_ptr + row, lse, mask=is_head)

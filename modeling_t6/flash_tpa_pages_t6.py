@@ -14,6 +14,7 @@
 """FlashTPA on pages: decoding attention of an engine's requests, whose factors lie in pages of one cache"""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,10 @@ from .flash_tpa_t6 import (
     MAX_SPLITS,
     can_overlap,
     choose_launch,
+    choose_low_bit_launch,
     columns_of_heads,
     device_limits,
+    power_of_2,
     rows_of,
     stride_unit,
 )
@@ -39,6 +42,7 @@ try:
     import triton
 
     from .flash_tpa_kernels_t6 import Mask, combine_pages_kernel, decode_kernel, schedule_kernel
+    from .flash_tpa_low_bit_kernels_t6 import LowBitLaunch, Pages, low_bit_decode_kernel
 except ImportError:
     triton = None
 
@@ -109,9 +113,11 @@ class Pieces:
         device = torch.device(device)
         num_queries = _bucket(max_query_length)
         num_sms, shared_memory = device_limits(device)
-        launch = choose_launch(
+        launch = _low_bit_launch(
+            num_queries, num_heads, head_dim, k_rank, v_rank, torch.bfloat16, dtype, constant_a, sliding_window, groups
+        ) or choose_launch(
             num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, dtype.itemsize, shared_memory, groups=groups
-        )
+        )  # fmt: skip
         columns = launch.column_blocks(num_queries, columns_of_heads(num_heads, groups, constant_a))
         places = num_sms * launch.programs_per_sm
         at_once = max(1, places // columns)
@@ -121,12 +127,21 @@ class Pieces:
         num_slots = max(rounds * at_once, at_once + num_requests)
         slots = torch.empty(num_slots, 8, dtype=torch.int32, device=device)
         splits = torch.empty(1 + num_requests, 4, dtype=torch.int32, device=device)
-        return cls(slots, splits, at_once, min(num_slots, 3 * at_once), launch.block_n, sliding_window)
+        return cls(slots, splits, at_once, min(num_slots, 3 * at_once), launch.tile, sliding_window)
 
     def new_partials(self, query: torch.Tensor, max_query_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Places for partial results of queries [tokens, h, d]: outputs [places, queries, h, d], and sums [places, queries, h]."""
         shape = (self.num_partials, _bucket(max_query_length), *query.shape[1:])
         return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape[:-1], dtype=torch.float32)
+
+
+def _low_bit_launch(
+    num_queries, num_heads, head_dim, k_rank, v_rank, dtype, stored_dtype, constant_a, sliding_window, groups
+) -> "LowBitLaunch | None":  # fmt: skip
+    """`None` for rows that the other kernel reads. A piece of a window starts within a tile."""
+    if not num_queries == groups == 1 or constant_a or sliding_window is not None:
+        return None
+    return choose_low_bit_launch(num_heads, head_dim, k_rank, v_rank, dtype, stored_dtype)
 
 
 def schedule_pieces(lengths: torch.Tensor, query_starts: torch.Tensor, pieces: Pieces) -> Pieces:
@@ -243,29 +258,21 @@ def paged_flash_tpa(
     overlap = can_overlap(query.device)
     launches = _launches(
         num_queries, num_heads, head_dim, k_rank, v_rank, key_a is not None, sliding_window, groups, scaling, overlap,
-        query.device, key_pages.element_size(), key_pages.shape[1:], key_pages.stride(), value_pages.shape[2],
-        value_pages.stride(), starts,
+        query.device, query.dtype, key_pages.dtype, key_pages.shape[1:], key_pages.stride(), value_pages.shape[2],
+        value_pages.stride(), starts, pieces.tile,
     )  # fmt: skip
     partial, lse = pieces.new_partials(query, max_query_length) if partials is None else partials
     out_strides = output.stride()[:2]
-    launches.decode(
-        (launches.columns * pieces.slots.shape[0], 1, 1),
-        [
-            query,
-            key_pages,
-            value_pages,
-            query if key_a is None else key_a,
-            query if value_a is None else value_a,
-            query,
-            lengths,
-            partial,
-            lse,
-            pieces.slots,
-            block_table,
-            output,
-        ],
-        [0, *query.stride()[:2], *launches.numbers, block_table.stride(0), launches.window, *out_strides],
-    )
+    tensors = [lengths, partial, lse, pieces.slots, block_table, output]
+    numbers = [*query.stride()[:2], *launches.numbers, block_table.stride(0)]
+    if launches.is_low_bit:
+        tensors = [query, key_pages, value_pages, *tensors]
+        numbers = [*numbers, *out_strides]
+    else:
+        constants = (query if key_a is None else key_a), (query if value_a is None else value_a)
+        tensors = [query, key_pages, value_pages, *constants, query, *tensors]
+        numbers = [0, *numbers, NO_WINDOW if sliding_window is None else sliding_window, *out_strides]
+    launches.decode((launches.columns * pieces.slots.shape[0], 1, 1), tensors, numbers)
     # No more programs than there may be columns of a request of several pieces.
     columns = len(block_table) * num_queries * num_heads
     launches.combine(
@@ -285,6 +292,7 @@ class _Launches:
         columns: blocks of columns of one piece.
         combine_programs: at most.
         numbers: of the decode kernel, strides of pages to the factors of scores.
+        is_low_bit: whether that is `low_bit_decode_kernel`.
     """
 
     decode: KeptKernel
@@ -292,26 +300,32 @@ class _Launches:
     columns: int
     combine_programs: int
     numbers: tuple[int | float, ...]
-    window: int
+    is_low_bit: bool
 
 
 @functools.lru_cache(4096)
 def _launches(
-    num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, sliding_window, groups, scaling, overlap, device, itemsize,
-    key_sizes, key_strides, value_width, value_strides, starts,
+    num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, sliding_window, groups, scaling, overlap, device, dtype,
+    stored_dtype, key_sizes, key_strides, value_width, value_strides, starts, tile,
 ) -> _Launches:  # fmt: skip
-    """Of pages [page_size, width] that start `starts` bytes behind multiples of 16."""
+    """Of pages [page_size, width] that start `starts` bytes behind multiples of 16, for pieces of multiples of `tile` tokens."""
     num_sms, shared_memory = device_limits(device)
-    page_size, key_width = key_sizes
+    (page_size, key_width), itemsize = key_sizes, stored_dtype.itemsize
     unit = stride_unit(itemsize, key_strides[0], value_strides[0])
     # Copies of 8 bytes are in flight as those of 16 are: FP8 rows of values may start in the middle of 16.
-    is_aligned = unit * itemsize >= 8 and not any(
-        start % 8 or strides[1] * itemsize % 8 for start, strides in zip(starts, (key_strides, value_strides))
-    )
-    launch = choose_launch(
-        num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, itemsize, shared_memory, is_aligned, groups
-    )
-    gathered = page_size % launch.block_n != 0
+    offsets = [*starts, key_strides[1] * itemsize, value_strides[1] * itemsize]
+    is_aligned = unit * itemsize >= 8 and not any(offset % 8 for offset in offsets)
+    low_bit_launch = None
+    if is_aligned and page_size % 8 == 0:
+        low_bit_launch = _low_bit_launch(
+            num_queries, num_heads, head_dim, k_rank, v_rank, dtype, stored_dtype, constant_a, sliding_window, groups
+        )  # fmt: skip
+    launch, step, gathered = low_bit_launch, 1, False
+    if launch is None:
+        launch = choose_launch(
+            num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, itemsize, shared_memory, is_aligned, groups
+        )
+        step, gathered = launch.step, page_size % launch.block_n != 0
     keys, values = (
         rows_of(
             rank,
@@ -320,7 +334,7 @@ def _launches(
             strides[1],
             width,
             constant_a,
-            launch.step,
+            step,
             gathered,
             start_8=is_aligned and start == 8,
             groups=groups,
@@ -330,43 +344,41 @@ def _launches(
             (v_rank, value_strides, value_width, starts[1]),
         )
     )
-    visible = Mask(
-        num_queries, num_heads, causal=True, kind="none", by_column=False,
-        sliding=sliding_window is not None and num_queries > 1,
-    )  # fmt: skip
-    decode = keep(
-        decode_kernel,
-        KEYS=keys,
-        VALUES=values,
-        MASK=visible,
-        LAUNCH=launch,
-        HAS_LENGTHS=True,
-        STRIDE_UNIT=unit,
-        PAGE_SIZE=page_size,
-        OVERLAP=overlap,
-        num_warps=launch.warps,
-    )
+    constants = {
+        "KEYS": keys, "VALUES": values, "LAUNCH": launch, "HAS_LENGTHS": True, "STRIDE_UNIT": unit, "OVERLAP": overlap,
+        "num_warps": launch.warps,
+    }  # fmt: skip
+    numbers = key_strides[0] // unit, value_strides[0] // unit, 0, 0, 0  # no lengths nor pieces of rows without pages
+    scale = LOG2_E * scaling / k_rank
+    if low_bit_launch is None:
+        visible = Mask(
+            num_queries, num_heads, causal=True, kind="none", by_column=False,
+            sliding=sliding_window is not None and num_queries > 1,
+        )  # fmt: skip
+        decode = keep(decode_kernel, MASK=visible, PAGE_SIZE=page_size, **constants)
+        numbers = *numbers[:2], 0, 0, 0, 0, *numbers[2:], scale, LOG2_E  # no mask
+    else:
+        pages = Pages(page_size, math.gcd(page_size, launch.tile, tile))
+        decode = keep(low_bit_decode_kernel, PAGES=pages, maxnreg=launch.registers, **constants)
+        numbers = *numbers, scale
     combine = keep(
         combine_pages_kernel,
         NUM_QUERIES=num_queries,
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         V_RANK=v_rank,
-        BLOCK_D=launch.block_d,
+        BLOCK_D=power_of_2(head_dim, least=16),
         BLOCK_S=COMBINED_SPLITS,
         MAX_SPLITS=MAX_SPLITS,
         OVERLAP=overlap,
         num_warps=COMBINE_WARPS,
         **({"launch_pdl": True} if overlap else {}),
     )
-    no_mask = (0, 0, 0, 0, 0, 0, 0)
     return _Launches(
         decode,
         combine,
         columns=launch.column_blocks(num_queries, columns_of_heads(num_heads, groups, constant_a)),
         combine_programs=COMBINE_PROGRAMS * num_sms,
-        numbers=(
-            key_strides[0] // unit, value_strides[0] // unit, *no_mask, LOG2_E * scaling / k_rank, LOG2_E,
-        ),
-        window=NO_WINDOW if sliding_window is None else sliding_window,
-    )  # fmt: skip
+        numbers=numbers,
+        is_low_bit=low_bit_launch is not None,
+    )

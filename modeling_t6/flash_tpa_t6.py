@@ -35,7 +35,7 @@ try:
     import triton
 
     from .flash_tpa_kernels_t6 import Mask, Rows, combine_kernel, decode_kernel
-    from .flash_tpa_low_bit_kernels_t6 import LowBitLaunch, low_bit_decode_kernel
+    from .flash_tpa_low_bit_kernels_t6 import LowBitLaunch, Pages, low_bit_decode_kernel
 except ImportError:
     triton = None
 
@@ -71,6 +71,10 @@ class Launch(NamedTuple):
     step: int  # ranks in one product, of a rank that it divides
     warps: int
     programs_per_sm: int  # that fit side by side
+
+    @property
+    def tile(self) -> int:
+        return self.block_n
 
     def column_blocks(self, num_queries: int, num_heads: int) -> int:
         return -(-num_queries // self.block_t) * -(-num_heads // (self.block_h + self.rest_h))
@@ -196,11 +200,10 @@ def choose_low_bit_launch(
 ) -> "LowBitLaunch | None":  # fmt: skip
     """
     The sizes for one query token over rows of float8 or of 4 bits, with an A of each head and no mask. `None` for rows that
-    the other kernel reads: of other sizes, of heads that leave a part of 32 empty, or for queries of float32.
+    the other kernel reads: of other sizes, of heads that fill less than half of a block of 32, or for queries of float32.
     """
     is_low_bit = stored_dtype in (torch.float8_e4m3fn, torch.uint8) and dtype != torch.float32
-    is_full = FactorLayout(k_rank, num_heads, head_dim).padded_heads % 32 == 0
-    if not (is_low_bit and is_full and head_dim == 64 and max(k_rank, v_rank) <= 2):
+    if not (is_low_bit and num_heads > 8 and head_dim == 64 and max(k_rank, v_rank) <= 2):
         return None
     warps = max(k_rank, v_rank)  # as measured: of rank 1 each warp alone, of rank 2 two that share a program
     return LowBitLaunch(block_n=32, warps=warps, programs_per_sm=8 // warps)
@@ -302,12 +305,12 @@ def _flash_tpa(
     key_rows, key_unit = _rows_as_read(key_rows)
     value_rows, value_unit = _rows_as_read(value_rows)
     unit = min(key_unit, value_unit)
-    is_aligned = packed or (
-        unit * key_rows.element_size() == 16
-        and key_rows.stride(2) % unit == value_rows.stride(2) % unit == 0
-        and key_rows.data_ptr() % 16 == value_rows.data_ptr() % 16 == 0
-    )
-    if num_queries == groups == 1 and not constant_a and mask is None and is_aligned:
+    itemsize, starts_on_16 = key_rows.element_size(), key_rows.data_ptr() % 16 == value_rows.data_ptr() % 16 == 0
+    is_aligned, is_aligned_to_8 = (
+        packed or starts_on_16 and all(n * itemsize % size == 0 for n in (unit, key_rows.stride(2), value_rows.stride(2)))
+        for size in (16, 8)
+    )  # fmt: skip
+    if num_queries == groups == 1 and not constant_a and mask is None and is_aligned_to_8:
         low_bit_launch = choose_low_bit_launch(num_heads, head_dim, k_rank, v_rank, query.dtype, key_rows.dtype)
         if low_bit_launch is not None:
             return _flash_tpa_low_bit(
@@ -398,11 +401,11 @@ def _flash_tpa_low_bit(
         rows_of(rank, num_heads, head_dim, rows.stride(2), rows.shape[-1], False, 1, packed=packed)
         for rank, rows in ((k_rank, key_rows), (v_rank, value_rows))
     )
-    blocks = keys.padded_heads // 32
+    blocks = launch.column_blocks(1, num_heads)
     num_splits = choose_splits(
         batch_size * blocks,
         device_limits(query.device)[0] * launch.programs_per_sm,
-        -(-key_rows.shape[2] // (launch.block_n * launch.warps)),
+        -(-key_rows.shape[2] // launch.tile),
     )
     partial = query.new_empty((batch_size, num_splits, 1, num_heads, head_dim), dtype=torch.float32)
     lse = query.new_empty((batch_size, num_splits, 1, num_heads), dtype=torch.float32)
@@ -422,11 +425,18 @@ def _flash_tpa_low_bit(
             key_rows.shape[2],
             num_splits,
             LOG2_E * scaling / k_rank,
+            slots_ptr=None,
+            table_ptr=None,
+            out_ptr=None,
+            table_stride=None,
+            out_stride_t=None,
+            out_stride_h=None,
             KEYS=keys,
             VALUES=values,
             LAUNCH=launch,
             HAS_LENGTHS=lengths is not None,
             STRIDE_UNIT=unit,
+            PAGES=Pages(),
             OVERLAP=can_overlap(query.device),
             num_warps=launch.warps,
             maxnreg=launch.registers,

@@ -5,6 +5,7 @@ Compiles FlashTPA's kernels for a GPU that need not be there.
 """
 
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from triton.compiler import ASTSource
 
 from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.flash_tpa_kernels_t6 import Mask, combine_kernel, combine_pages_kernel, decode_kernel, schedule_kernel
-from modeling_t6.flash_tpa_low_bit_kernels_t6 import LowBitLaunch, low_bit_decode_kernel
+from modeling_t6.flash_tpa_low_bit_kernels_t6 import LowBitLaunch, Pages, low_bit_decode_kernel
 from modeling_t6.flash_tpa_pages_t6 import SCHEDULE_WARPS, SCHEDULED_REQUESTS, SCHEDULED_SLOTS
 from modeling_t6.flash_tpa_t6 import (
     COMBINE_WARPS,
@@ -38,7 +39,7 @@ SHAPES = [  # heads (and groups), head_dim, k_rank, v_rank, queries, constant A,
     (32, 64, 1, 1, 1, False, "bf16", "u8", "none", True),
     (32, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
     (59, 64, 1, 2, 1, False, "fp16", "fp8e4nv", "none", True),
-    (34, 64, 1, 1, 1, False, "bf16", "u8", "none", True),
+    (34, 64, 3, 1, 1, False, "bf16", "u8", "none", True),
     (78, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
     (9, 96, 3, 3, 1, True, "fp16", "u8", "none", True),
     (34, 64, 2, 2, 1, False, "bf16", "bf16", "boolean", True),
@@ -61,6 +62,8 @@ PAGED_SHAPES = {  # by tokens of a page: whole tiles, parts of one
     16: (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
     64: (5, 64, 2, 3, 16, False, "bf16", "bf16", "none", True),
     32: ((48, 4), 128, 4, 4, 1, False, "bf16", "bf16", "none", True),
+    256: (32, 64, 1, 1, 1, False, "bf16", "fp8e4nv", "none", True),
+    24: ((32, 4), 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
 }
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1, "u8": 1}
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -91,7 +94,7 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
         queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability], aligned,
         groups, unit, dtype == "fp32",
     )  # fmt: skip
-    if not page_size and queries == groups == 1 and not constant_a and mask == "none" and aligned:
+    if page_size % 8 == 0 and queries == groups == 1 and not constant_a and mask == "none" and aligned:
         computed = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
         launch = choose_low_bit_launch(heads, head_dim, k_rank, v_rank, computed, stored) or launch
     is_low_bit = isinstance(launch, LowBitLaunch)
@@ -123,6 +126,11 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
         sliding = page_size > 0 and queries > 1
         constants["MASK"] = Mask(queries, heads, True, mask, mask == "additive", sliding=sliding)
         constants |= {"PAGE_SIZE": page_size} if page_size else WITHOUT_PAGES
+    elif page_size:
+        constants["PAGES"] = Pages(page_size, math.gcd(page_size, launch.block_n * launch.warps))
+    else:
+        constants["PAGES"] = Pages()
+        constants |= {name: None for name in low_bit_decode_kernel.arg_names if name in WITHOUT_PAGES}
     types = dict.fromkeys(("query_ptr", "key_a_ptr", "value_a_ptr", "out_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("slots_ptr", "query_starts_ptr", "table_ptr", "splits_ptr"), "*i32")
     types |= {

@@ -46,7 +46,7 @@ def random_case(seed: int, **fixed) -> dict:
     if case["rows"] != "model" and choose.random() < 0.5:  # what the low-bit kernel reads
         case |= {
             "dtype": choose.choice((torch.bfloat16, torch.float16)),
-            "heads": choose.choice((25, 32, 61, 64)),
+            "heads": choose.choice((12, 25, 32, 34, 47, 61, 64, 78)),
             "head_dim": 64,
             "k_rank": choose.randint(1, 2),
             "v_rank": choose.randint(1, 2),

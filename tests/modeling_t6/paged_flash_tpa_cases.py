@@ -44,6 +44,18 @@ def random_case(seed: int, **fixed) -> dict:
         "groups": choose.choice((1, 1, 1, 2, 3, 4, 8, 34)),
         "seed": seed,
     }
+    if (case | fixed)["float8"] and choose.random() < 0.6:  # what the low-bit kernel reads, mostly
+        case |= {
+            "dtype": choose.choice((torch.bfloat16, torch.float16)),
+            "heads": choose.choice((12, 25, 32, 34, 47, 61, 64, 78)),
+            "head_dim": 64,
+            "k_rank": choose.randint(1, 2),
+            "v_rank": choose.randint(1, 2),
+            "constant_a": False,
+            "max_queries": choose.choice((1, 1, 1, 3)),
+            "sliding_window": choose.choice((None, None, None, 100)),
+            "groups": 1,
+        }
     if case["constant_a"]:
         case["k_rank"], case["v_rank"] = choose.choice((1, 4, 8, 16)), choose.choice((1, 4, 8, 16))
     case |= ({"groups": 1} if "heads" in fixed else {}) | fixed

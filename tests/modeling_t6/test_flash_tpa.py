@@ -153,7 +153,10 @@ def test_rows_of_4_bits_that_start_anywhere(start, stride):
 @pytest.mark.once
 @needs_triton
 @pytest.mark.parametrize("rows", ["float8_e4m3fn", "int4"])
-@pytest.mark.parametrize("ranks, heads, warps, splits", [((1, 1), 32, 1, 1), ((2, 1), 25, 2, 3), ((1, 2), 61, 1, 2)])
+@pytest.mark.parametrize(
+    "ranks, heads, warps, splits",
+    [((1, 1), 32, 1, 1), ((2, 1), 25, 2, 3), ((1, 2), 61, 1, 2), ((2, 2), 34, 2, 2), ((1, 1), 34, 1, 2)],
+)
 def test_tiles_of_the_low_bit_kernel(ranks, heads, warps, splits, rows, monkeypatch):
     """Whole ones, the last with a part of its rows, none at all: of pieces, of each sequence's length, of several warps."""
     from modeling_t6.flash_tpa_low_bit_kernels_t6 import LowBitLaunch
@@ -504,8 +507,10 @@ def test_constants_can_be_written_as_json():
     """Triton gives them as such to whoever watches compilations, such as vLLM's monitor."""
     from modeling_t6.factor_pages_kernels_t6 import PagedRows, Rotation
     from modeling_t6.flash_tpa_kernels_t6 import Mask
+    from modeling_t6.flash_tpa_low_bit_kernels_t6 import Pages
 
     constants = [
+        Pages(64, 32),
         choose_low_bit_launch(32, 64, 1, 2, torch.bfloat16, torch.uint8),
         flash_tpa_t6.rows_of(2, 34, 64, 208, 208, False, 2),
         Mask(1, 34, True, "none", False),

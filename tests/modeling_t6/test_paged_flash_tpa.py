@@ -94,6 +94,49 @@ def test_float8(page_size):
     check(random_case(2, **PLAIN | fixed | {"lengths": [150, 31]}))
 
 
+LOW_BIT = PLAIN | {
+    "float8": True, "dtype": torch.bfloat16, "heads": 32, "head_dim": 64, "k_rank": 1, "lengths": [200, 0, 1, 33, 64, 97],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "heads, k_rank, v_rank, page_size",
+    [(32, 1, 1, 16), (32, 1, 1, 24), (25, 1, 1, 64), (34, 2, 2, 8), (47, 2, 1, 32), (61, 1, 2, 24), (12, 1, 2, 64)],
+)
+def test_pages_of_the_low_bit_kernel(heads, k_rank, v_rank, page_size, monkeypatch):
+    """Tiles within a page, of several pages, of pages that end within them; pieces of several tiles, whole requests."""
+    monkeypatch.setattr(flash_tpa_pages_t6, "device_limits", lambda device: (1, 232448))
+    monkeypatch.setattr(flash_tpa_pages_t6, "decode_kernel", None)
+    flash_tpa_pages_t6._launches.cache_clear()
+    fixed = {"heads": heads, "k_rank": k_rank, "v_rank": v_rank, "page_size": page_size, "shared": True}
+    check(random_case(page_size, **LOW_BIT | fixed))
+
+
+def test_low_bit_kernel_over_pieces_of_half_its_tiles(monkeypatch):
+    """As of layers of other ranks, which may have the same pieces: tiles then begin within a page's."""
+    from modeling_t6.flash_tpa_low_bit_kernels_t6 import LowBitLaunch
+
+    launches = [LowBitLaunch(32, 1, 1), LowBitLaunch(32, 2, 1)]
+    monkeypatch.setattr(flash_tpa_pages_t6, "_low_bit_launch", lambda *args: launches.pop(0))
+    flash_tpa_pages_t6._launches.cache_clear()
+    check(random_case(3, **LOW_BIT | {"page_size": 64, "dtype": torch.float16}))
+    assert not launches
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"sliding_window": 70}, {"max_queries": 2}, {"page_size": 12}, {"wide_rows": True}, {"head_dim": 32}],
+    ids=lambda field: next(iter(field)),
+)
+def test_pages_that_the_other_kernel_reads(field, monkeypatch):
+    """Pieces that begin within tiles, several tokens, pages that end within 8 tokens, rows that do not start on 8 bytes."""
+    monkeypatch.setattr(flash_tpa_pages_t6, "low_bit_decode_kernel", None)
+    flash_tpa_pages_t6._launches.cache_clear()
+    case = random_case(2, **LOW_BIT | {"lengths": [90, 40], "page_size": 16} | field)
+    assert not case["wide_rows"] or Batch(case, DEVICE).key_pages.stride(1) % 8
+    check(case)
+
+
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_float8_values_that_start_in_the_middle_of_16_bytes(rank, page_size):
@@ -216,14 +259,16 @@ def test_schedule_divides_the_longest_alone():
 
 def number_of_compilations() -> int:
     from modeling_t6.flash_tpa_kernels_t6 import combine_pages_kernel, decode_kernel, schedule_kernel
+    from modeling_t6.flash_tpa_low_bit_kernels_t6 import low_bit_decode_kernel
 
-    kernels = (combine_pages_kernel, decode_kernel, schedule_kernel)
+    kernels = (combine_pages_kernel, decode_kernel, low_bit_decode_kernel, schedule_kernel)
     return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
 
 @needs_gpu
-def test_one_compilation_for_every_batch():
-    fixed = PLAIN | {"dtype": torch.bfloat16, "heads": 32, "head_dim": 64, "max_queries": 4}
+@pytest.mark.parametrize("rows", [{"max_queries": 4}, {"float8": True}], ids=["bfloat16", "float8"])
+def test_one_compilation_for_every_batch(rows):
+    fixed = PLAIN | {"dtype": torch.bfloat16, "heads": 32, "head_dim": 64} | rows
     check(random_case(0, **fixed | {"lengths": [4]}))
     before = number_of_compilations()
     for seed, lengths in enumerate(([1], [2], [17, 300], [16] * 16, [5000, 1], [33] * 100)):
@@ -245,8 +290,10 @@ def test_what_is_timed_begins_after_what_it_reads(monkeypatch):
 
 
 @needs_gpu
-def test_a_graph_is_replayed_for_another_batch():
-    fixed = PLAIN | {"dtype": torch.bfloat16, "heads": 12, "head_dim": 64, "max_queries": 3, "page_size": 64}
+@pytest.mark.parametrize("heads, float8, queries", [(12, False, 3), (32, True, 1)], ids=["bfloat16", "float8"])
+def test_a_graph_is_replayed_for_another_batch(heads, float8, queries):
+    fixed = PLAIN | {"dtype": torch.bfloat16, "heads": heads, "head_dim": 64, "max_queries": queries, "page_size": 64}
+    fixed["float8"] = float8
     # One number of pages and of query tokens, since the graph keeps the addresses.
     batches = [
         Batch(random_case(seed, **fixed | {"lengths": lengths}), DEVICE)
@@ -254,14 +301,15 @@ def test_a_graph_is_replayed_for_another_batch():
     ]
     num_pages, num_tokens = (max(getattr(b, name).shape[0] for b in batches) for name in ("key_pages", "query"))
     width = batches[0].key_pages.shape[2] + batches[0].value_pages.shape[2]
-    pages = torch.empty(num_pages, 64, width, dtype=torch.bfloat16, device=DEVICE)
-    query = torch.empty(num_tokens, 12, 64, dtype=torch.bfloat16, device=DEVICE)
+    pages = torch.empty(num_pages, 64, width, dtype=batches[0].key_pages.dtype, device=DEVICE)
+    query = torch.empty(num_tokens, heads, 64, dtype=torch.bfloat16, device=DEVICE)
     table = torch.empty(5, 90, dtype=torch.int32, device=DEVICE)
     lengths, starts = (torch.empty(n, dtype=torch.int32, device=DEVICE) for n in (4, 5))
-    pieces = Pieces.empty(4, 3, 12, 64, 2, 1, torch.bfloat16, DEVICE)
+    pieces = Pieces.empty(4, queries, heads, 64, 2, 1, pages.dtype, DEVICE)
 
     def fill(batch):
-        pages[: batch.key_pages.shape[0]] = torch.cat([batch.key_pages, batch.value_pages], -1)
+        rows = torch.cat([batch.key_pages.float(), batch.value_pages.float()], -1)
+        pages[: len(rows)] = rows.to(pages.dtype)
         query[: batch.query.shape[0]] = batch.query.to(DEVICE)
         table[:, : batch.table.shape[1]] = batch.table
         lengths.copy_(torch.tensor(batch.lengths))
@@ -270,7 +318,7 @@ def test_a_graph_is_replayed_for_another_batch():
     def attend():
         schedule_pieces(lengths, starts, pieces)
         rows = pages.split([batches[0].key_pages.shape[2], batches[0].value_pages.shape[2]], -1)
-        return paged_flash_tpa(query, *rows, table, lengths, starts, pieces, 2, 1, scaling, 3)
+        return paged_flash_tpa(query, *rows, table, lengths, starts, pieces, 2, 1, scaling, queries)
 
     scaling = 64**-0.5
     stream = torch.cuda.Stream()

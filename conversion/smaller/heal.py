@@ -33,7 +33,6 @@ class Windows(Dataset):
 # Steps from which on it is worth the time, up to a minute, that layers take to be compiled for a GPU: one by one, the operators of a
 # step are thousands, most of which read and write all that they are given for a sum or a product of it.
 COMPILED_STEPS = 1000
-TINY = torch.finfo(torch.float32).tiny
 FORMS = 64  # of a layer that are compiled, one for each pair of ranks
 
 
@@ -46,10 +45,9 @@ def distillation_loss(
     cross_entropy: float,
 ) -> torch.Tensor:
     """
-    KL(teacher || model), in nats per token, plus the error of the hidden states behind each layer, of each token as a part of its
-    power: with it, the same number of tokens heals more than by KL alone. To these, `cross_entropy` times the loss on the text
-    itself may come. (The power of all tokens together is often that of the first, to which heads look that look for nothing: behind
-    SmolLM2's 12th to 21st layer it has nine tenths and more of that of 1,024 tokens, and errors of the others would hardly count.)
+    KL(teacher || model), in nats per token, plus the error of the hidden states behind each layer as a part of their power: with
+    it, the same number of tokens heals more than by KL alone. To these, `cross_entropy` times the loss on the text itself may
+    come.
 
     Args:
         logits, expected_logits: of model and teacher, [batch, seq, vocab].
@@ -58,10 +56,11 @@ def distillation_loss(
     """
     log_probs, expected_log_probs = (x.log_softmax(-1, dtype=torch.float32) for x in (logits, expected_logits))
     loss = F.kl_div(log_probs, expected_log_probs, log_target=True, reduction="sum") / ids.numel()
-    for state, target in zip(states, expected_states):
-        state, target = state.float(), target.float()
-        error, power = (x.square().mean(-1) for x in (state - target, target))
-        loss = loss + (error / power.clamp(min=TINY)).mean() / len(states)
+    errors = [
+        F.mse_loss(state.float(), target.float()) / target.float().square().mean()
+        for state, target in zip(states, expected_states)
+    ]
+    loss = loss + sum(errors) / len(errors)
     if cross_entropy > 0:
         loss = loss + cross_entropy * F.nll_loss(log_probs[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     return loss

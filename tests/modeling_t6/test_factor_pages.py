@@ -101,7 +101,7 @@ def test_factors_beyond_the_range_of_float8(implementation, dtype):
     cos, sin = torch.ones(2, 8, device=DEVICE), torch.zeros(2, 8, device=DEVICE)
     store_factors(a, b, a, b, a, b, cos, sin, torch.tensor([1, 0], device=DEVICE), key_pages, value_pages)
     for pages in (key_pages, value_pages):
-        stored_a, stored_b = layout.unpack(pages.view(torch.float8_e4m3fn).float())
+        stored_a, stored_b = layout.unpack(pages.view(torch.float8_e4m3fn).float()[None])
         assert (stored_a == 448).all() and (stored_b == -448).all()
 
 

@@ -99,7 +99,7 @@ from conversion.evaluate.options import TASK_NAMES
 from conversion.files.devices import find_device
 from conversion.smaller.languages import find_language
 from pretraining_data import open_prepared
-from results import open_results, read_results
+from results import markdown_table, open_results, read_results, three_panels
 
 
 # Training
@@ -239,11 +239,6 @@ def heads(facts: dict) -> str:
     return f"{count}" if kv == count else f"{count} ({kv})"
 
 
-def rows_of(columns: list[str], rows: dict[str, list[str]]) -> list[str]:
-    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --: |' * len(columns)}"]
-    return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())]
-
-
 def report(args: argparse.Namespace) -> str:
     """Writes the tables as Markdown and the plot beside them; returns the Markdown."""
     results = read_results(args.results, "at_scale.py", ("settings", "data"))
@@ -281,7 +276,7 @@ def report(args: argparse.Namespace) -> str:
             f"{facts['memory_gib']:.1f}" if facts["memory_gib"] else "-",
             f"{facts['mfu']:.1%}" if "mfu" in facts else "-",
         ]  # fmt: skip
-    lines += rows_of(columns, table)
+    lines += markdown_table(columns, table)
     measured = {name: facts for name, facts in runs.items() if "held_out" in facts}
     if measured:
         lines += measured_tables(measured)
@@ -297,7 +292,7 @@ def measured_tables(runs: dict[str, dict]) -> list[str]:
     windows = list(one["held_out"])
     kinds = [kind for kind in one["held_out"][windows[0]]["kinds"] if kind != "all"]
     lines = ["", "## Kinds of text", "", f"Held-out loss in windows of {windows[0]}, and perplexity of all text.", ""]
-    lines += rows_of(
+    lines += markdown_table(
         [*kinds, *(f"perplexity at {int(window):,}" for window in windows)],
         {
             name: [f"{facts['held_out'][windows[0]]['kinds'][kind]['loss_per_token']:.4f}" for kind in kinds]
@@ -307,7 +302,7 @@ def measured_tables(runs: dict[str, dict]) -> list[str]:
     )
     places = list(one["held_out"][windows[-1]]["positions"])
     lines += ["", "## Positions", "", f"Held-out loss by the place of a token in windows of {windows[-1]}.", ""]
-    lines += rows_of(
+    lines += markdown_table(
         places,
         {
             name: [f"{facts['held_out'][windows[-1]]['positions'][place]:.3f}" for place in places]
@@ -325,7 +320,7 @@ def measured_tables(runs: dict[str, dict]) -> list[str]:
         f"{' and '.join(f'{length:,}' for length in lengths)} tokens; and the log-probability of an answer's token, in nats.",
         "",
     ]
-    lines += rows_of(
+    lines += markdown_table(
         [*tasks, "all", "log-probability"],
         {
             name: [f"{part:.1%}" for part in [*retrieval.by_task(of).values(), of["found"]]]
@@ -338,14 +333,8 @@ def measured_tables(runs: dict[str, dict]) -> list[str]:
 
 def plot(runs: dict[str, dict], settings: dict, path: Path) -> None:
     """Curves of the held-out loss, their last part, and the loss by position."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("the report needs the package matplotlib") from error
-
     tokens_per_step = settings["sequences_per_step"] * settings["block_length"]
-    figure = Figure(figsize=(16, 5), layout="constrained")
-    whole, end, places = figure.subplots(1, 3)
+    figure, (whole, end, places) = three_panels()
     for index, (name, facts) in enumerate(runs.items()):
         style = f"C{index}{'-' if name.startswith('T6') else '--'}"
         tokens = [entry["step"] * tokens_per_step / 1e6 for entry in facts["curve"]]

@@ -71,7 +71,7 @@ from comparison.plan import Run, models, needed_runs, step_seconds
 from comparison.report import write_report
 from comparison.training import Worker, checkpoint_of
 from conversion.files.locks import release, take_lock
-from pretraining_data import open_prepared
+from pretraining_data import kinds_of, open_prepared
 from results import open_results, read_results
 from scheduler import do_runs, visible_gpus
 
@@ -90,7 +90,7 @@ def opened(args: argparse.Namespace) -> tuple[dict, list[str]]:
         raise InputError(
             f"--hidden-size {args.hidden_size}: expected a multiple of 4 heads of --head-dim {args.head_dim}"
         )
-    held_out = max(kind["held_out_tokens"] for kind in facts.get("kinds", {"text": facts}).values())
+    held_out = max(kind["held_out_tokens"] for kind in kinds_of(facts).values())
     for name, tokens, least in (
         ("training", facts["train_tokens"], 2 * args.block_length),
         ("held-out", held_out, args.block_length + 1),

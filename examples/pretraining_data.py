@@ -129,6 +129,24 @@ def open_prepared(folder: Path) -> tuple[PreTrainedTokenizerBase, dict]:
     return tokenizer, facts
 
 
+def kinds_of(facts: dict) -> dict[str, dict]:
+    """What `data.json` says of each kind of text, in the order in which the held-out tokens lie; of older folders there is one."""
+    return facts.get("kinds", {"text": facts})
+
+
+def held_out_of_kinds(folder: Path, facts: dict, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    The held-out tokens of a folder by kind.
+
+    Raises:
+        InputError: they are not as many as `data.json` says.
+    """
+    counts = {kind: of["held_out_tokens"] for kind, of in kinds_of(facts).items()}
+    if len(tokens) != sum(counts.values()):
+        raise InputError(f"{folder}: the size of held_out.bin is not that which data.json states")
+    return dict(zip(counts, tokens.split(list(counts.values()))))
+
+
 class Data:
     """
     What a run trains and is evaluated on.

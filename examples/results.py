@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Files of results of `compare.py` and `diagnose.py`, to which each call adds the runs that it lacks.
+Results of commands that make many runs: files, to which each call adds the runs that it lacks, and what their reports have in common.
 """
 
 import json
@@ -63,3 +63,24 @@ def spread(values: list[float]) -> str:
     """The mean, and half of the range where there are several."""
     half = (max(values) - min(values)) / 2
     return f"{statistics.mean(values):.4f}" + (f" ± {half:.4f}" if len(values) > 1 else "")
+
+
+def markdown_table(columns: list[str], rows: dict[str, list[str]]) -> list[str]:
+    """Lines of a table whose rows begin with their names."""
+    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --: |' * len(columns)}"]
+    return lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+
+
+def three_panels() -> tuple:
+    """
+    A figure of matplotlib, and its axes, side by side.
+
+    Raises:
+        InputError: there is no matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("the report needs the package matplotlib") from error
+    figure = Figure(figsize=(16, 5), layout="constrained")
+    return figure, figure.subplots(1, 3)

@@ -134,7 +134,7 @@ from language_modeling import (
     total_loss,
 )
 from modeling_t6 import T6Cache  # which registers T6 with the Auto classes
-from pretraining_data import open_prepared
+from pretraining_data import held_out_of_kinds, kinds_of, open_prepared
 
 
 # lm-eval
@@ -376,13 +376,10 @@ def perplexity(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 # Held-out text of `prepare.py`
 
 
-def held_out_tokens(folder: Path, facts: dict) -> dict[str, torch.Tensor]:
-    """The ids of each kind, which the folder has one after the other."""
-    counts = {kind: of["held_out_tokens"] for kind, of in facts.get("kinds", {"text": facts}).items()}
-    tokens = torch.from_numpy(np.fromfile(folder / "held_out.bin", dtype=facts["dtype"]).astype("int64"))
-    if len(tokens) != sum(counts.values()):
-        raise InputError(f"{folder}: the size of held_out.bin is not that which data.json states")
-    return dict(zip(counts, tokens.split(list(counts.values()))))
+def read_held_out(folder: Path, facts: dict) -> dict[str, torch.Tensor]:
+    """The ids of each kind."""
+    tokens = np.fromfile(folder / "held_out.bin", dtype=facts["dtype"]).astype("int64")
+    return held_out_of_kinds(folder, facts, torch.from_numpy(tokens))
 
 
 def card(args: argparse.Namespace) -> dict:
@@ -396,7 +393,7 @@ def card(args: argparse.Namespace) -> dict:
         )
     with TemporaryDirectory() as folder:
         tasks = []
-        for kind, tokens in held_out_tokens(args.data, facts).items():
+        for kind, tokens in read_held_out(args.data, facts).items():
             if len(tokens) < 2:
                 continue
             places = (tokens == start).nonzero()[1:, 0].tolist()
@@ -434,7 +431,7 @@ def held_out(args: argparse.Namespace) -> dict[str, dict]:
         powers of two, by the first and the last place of a window's tokens, which are counted from 0.
     """
     device, (tokenizer, facts) = find_device(args.device), open_prepared(args.data)
-    kinds, texts = facts.get("kinds", {"text": facts}), held_out_tokens(args.data, facts)
+    kinds, texts = kinds_of(facts), read_held_out(args.data, facts)
     with loading("model", args.model):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
     if model.config.get_text_config().vocab_size < len(tokenizer):
@@ -447,14 +444,13 @@ def held_out(args: argparse.Namespace) -> dict[str, dict]:
         nats = torch.zeros(window - 1, dtype=torch.float64)
         counts = torch.zeros(window - 1, dtype=torch.long)
         report = {}
-        for kind, of in kinds.items():
-            part = texts[kind]
+        for kind, part in texts.items():
             if len(part) < 2:
                 continue
             kind_nats, kind_counts = position_losses(model, held_out_windows(part, window), args.batch_size)
             nats[: len(kind_nats)] += kind_nats
             counts[: len(kind_counts)] += kind_counts
-            report[kind] = held_out_report(kind_nats, kind_counts, of)
+            report[kind] = held_out_report(kind_nats, kind_counts, kinds[kind])
         report["all"] = held_out_report(nats, counts, facts)
         for kind, numbers in report.items():
             loss = numbers["loss_per_token"]

@@ -5,8 +5,7 @@ import math
 import statistics
 from pathlib import Path
 
-from command_line import InputError
-from results import spread
+from results import markdown_table, spread, three_panels
 
 from . import plan
 
@@ -40,11 +39,6 @@ def twins_of(rows: Rows) -> Rows:
 # Text
 
 
-def markdown(columns: list[str], rows: dict[str, list[str]]) -> list[str]:
-    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --: |' * len(columns)}"]
-    return lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
-
-
 COLUMNS = (
     "rate", "heads (KV)", "MLP", "parameters without embedding", "runs", "held-out loss", "against the best twin",
     "cache, bytes a token", "tokens, million", "ms a step", "seconds",
@@ -65,7 +59,7 @@ def table(rows: Rows) -> list[str]:
             f"{mean_loss(runs) - best:+.4f}" if twins else "-", f"{one['cache_bytes_per_token']:,}",
             f"{one['tokens'] / 1e6:.1f}", f"{ms:.1f}", f"{ms * one['steps'] / 1e3:.0f}",
         ]  # fmt: skip
-    return markdown(COLUMNS, cells)
+    return markdown_table(COLUMNS, cells)
 
 
 def verdict(rows: Rows) -> str:
@@ -146,9 +140,9 @@ def describe(results: dict, rows: Rows, picture: str) -> str:
         f"![Held-out loss]({picture})",
         *four_tables(results, rows),
         *["", "## Learning rates", "", f"Held-out loss of seed {plan.SEEDS[0]}.", ""],
-        *markdown([f"{rate:g}" for rate in rates], by_rate),
+        *markdown_table([f"{rate:g}" for rate in rates], by_rate),
         *["", "## Kinds of text", ""],
-        *markdown(kinds, by_kind),
+        *markdown_table(kinds, by_kind),
         *["", "## Not run yet", ""],
         *([f"* {key}" for key in left] or ["All runs that are known to be needed are here."]),
     ]
@@ -160,14 +154,8 @@ def describe(results: dict, rows: Rows, picture: str) -> str:
 
 def plot(rows: Rows, settings: dict, path: Path) -> None:
     """Curves of the held-out loss, their last part, and the final loss against the size of the cache."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("the report needs the package matplotlib") from error
-
     tokens_per_step = settings["sequences_per_step"] * settings["block_length"]
-    figure = Figure(figsize=(16, 5), layout="constrained")
-    whole, end, cache = figure.subplots(1, 3)
+    figure, (whole, end, cache) = three_panels()
     markers = itertools.cycle("osD^v*Ph<>dX")
     for index, (name, runs) in enumerate(rows.items()):
         color, style = f"C{index % 10}", "-" if plan.is_t6(name) else "--"

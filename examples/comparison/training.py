@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import captured
 from ablations import Configurations
 from configuration.make_configs import cache_numbers
-from pretraining_data import open_prepared
+from pretraining_data import held_out_of_kinds, open_prepared
 
 from .plan import Run, models
 
@@ -36,10 +36,8 @@ def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
 def held_out_windows(folder: Path, tokens: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
     """Windows [number, length + 1] of each kind of text, which `prepare.py` writes one after the other, evenly spaced."""
     _, facts = open_prepared(folder)
-    windows, start = {}, 0
-    for kind, sizes in facts.get("kinds", {"text": facts}).items():
-        of_kind = tokens[start : start + sizes["held_out_tokens"]]
-        start += sizes["held_out_tokens"]
+    windows = {}
+    for kind, of_kind in held_out_of_kinds(folder, facts, tokens).items():
         if len(of_kind) > length:
             windows[kind] = captured.evenly_spaced(of_kind, length + 1, length, HELD_OUT_WINDOWS)
     return windows

@@ -22,6 +22,19 @@ ROTATED_TOLERANCE = 2e-3
 HEADS = (1, 3, 12, 16, 22, 32, 34, 47, 61, 64, 78, 80, 97, 130)
 
 
+def low_bit_model(choose: random.Random) -> dict:
+    """Fields of a case that the low-bit kernel takes, if there is one query token and nothing is masked."""
+    return {
+        "dtype": choose.choice((torch.bfloat16, torch.float16)),
+        "heads": choose.choice((12, 25, 32, 34, 47, 61, 64, 78)),
+        "head_dim": 64,
+        "k_rank": choose.randint(1, 2),
+        "v_rank": choose.randint(1, 2),
+        "constant_a": False,
+        "groups": 1,
+    }
+
+
 def random_case(seed: int, **fixed) -> dict:
     """A shape from the ranges that the kernels cover; `fixed` sets some of its fields."""
     choose = random.Random(seed)
@@ -44,17 +57,7 @@ def random_case(seed: int, **fixed) -> dict:
         "seed": seed,
     }
     if case["rows"] != "model" and choose.random() < 0.5:  # what the low-bit kernel reads
-        case |= {
-            "dtype": choose.choice((torch.bfloat16, torch.float16)),
-            "heads": choose.choice((12, 25, 32, 34, 47, 61, 64, 78)),
-            "head_dim": 64,
-            "k_rank": choose.randint(1, 2),
-            "v_rank": choose.randint(1, 2),
-            "queries": 1,
-            "constant_a": False,
-            "mask": "none",
-            "groups": 1,
-        }
+        case |= low_bit_model(choose) | {"queries": 1, "mask": "none"}
     if case["constant_a"]:
         case["k_rank"], case["v_rank"] = choose.choice((1, 4, 8, 16)), choose.choice((1, 4, 8, 16))
     case |= ({"groups": 1, "rows": "model"} if "heads" in fixed else {}) | fixed

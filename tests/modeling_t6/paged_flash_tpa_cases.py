@@ -15,7 +15,7 @@ import torch
 from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.flash_tpa_pages_t6 import Pieces, paged_flash_tpa, schedule_pieces
 
-from .flash_tpa_cases import HEADS, TOLERANCES
+from .flash_tpa_cases import HEADS, TOLERANCES, low_bit_model
 
 
 NO_PAGE = 10**9  # what a table holds where there is no page: no memory lies there
@@ -45,16 +45,9 @@ def random_case(seed: int, **fixed) -> dict:
         "seed": seed,
     }
     if (case | fixed)["float8"] and choose.random() < 0.6:  # what the low-bit kernel reads, mostly
-        case |= {
-            "dtype": choose.choice((torch.bfloat16, torch.float16)),
-            "heads": choose.choice((12, 25, 32, 34, 47, 61, 64, 78)),
-            "head_dim": 64,
-            "k_rank": choose.randint(1, 2),
-            "v_rank": choose.randint(1, 2),
-            "constant_a": False,
+        case |= low_bit_model(choose) | {
             "max_queries": choose.choice((1, 1, 1, 3)),
             "sliding_window": choose.choice((None, None, None, 100)),
-            "groups": 1,
         }
     if case["constant_a"]:
         case["k_rank"], case["v_rank"] = choose.choice((1, 4, 8, 16)), choose.choice((1, 4, 8, 16))

@@ -224,22 +224,28 @@ def _load_b(
 
 
 @triton.jit
+def pairs_of_float8(words):
+    """The four numbers in each 32 bits, as two words of two float16; not for the interpreter."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b16 low, high;
+        mov.b32 {low, high}, $2;
+        cvt.rn.f16x2.e4m3x2 $0, low;
+        cvt.rn.f16x2.e4m3x2 $1, high;
+        }
+        """,
+        "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _four_of_float8(words, DTYPE: tl.constexpr):
     """The numbers in each 32 bits: [..., 2, 2]"""
     if DTYPE == tl.float16 and not IS_INTERPRETED:
-        first, last = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b16 low, high;
-            mov.b32 {low, high}, $2;
-            cvt.rn.f16x2.e4m3x2 $0, low;
-            cvt.rn.f16x2.e4m3x2 $1, high;
-            }
-            """,
-            "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        number_0, number_1 = _halves(first)
-        number_2, number_3 = _halves(last)
+        first, last = pairs_of_float8(words)
+        number_0, number_1 = halves(first)
+        number_2, number_3 = halves(last)
     else:
         number_0 = words.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
         number_1 = (words >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
@@ -276,7 +282,7 @@ def _load_packed_b(
 
 
 @triton.jit
-def _halves(words):
+def halves(words):
     """The two float16 numbers in each 32 bits."""
     low = words.to(tl.int16).to(tl.float16, bitcast=True)
     return low, (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
@@ -303,10 +309,10 @@ def _features(words, scales, DTYPE: tl.constexpr):
             """,
             "=r,r,r", [words, scales], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
-        low, high = _halves(pairs)
+        low, high = halves(pairs)
     else:
-        scale, zero = _halves(scales)
-        low, high = _halves((words & 0x000F000F) | 0x64006400)
+        scale, zero = halves(scales)
+        low, high = halves((words & 0x000F000F) | 0x64006400)
         low = (low - 1024.0).to(DTYPE) * scale.to(DTYPE) + zero.to(DTYPE)
         high = (high - 1024.0).to(DTYPE) * scale.to(DTYPE) + zero.to(DTYPE)
     return tl.join(low, high)

@@ -13,8 +13,9 @@
 # limitations under the License.
 """FlashTPA's decode kernel for one query token over rows of float8 or of 4 bits"""
 
-import os
 from typing import NamedTuple
+
+from .flash_tpa_kernels_t6 import IS_INTERPRETED, halves, pairs_of_float8
 
 
 try:  # the remote-code loader passes over packages that are imported here
@@ -23,8 +24,6 @@ try:  # the remote-code loader passes over packages that are imported here
 except ImportError:
     raise
 
-
-IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # Each warp goes through tokens of its own and shares nothing with the others until the end: a product has a batch of warps.
 # Its operands are made in registers, of words of 32 bits that are loaded where the instruction mma.m16n8k16 has their numbers: of
@@ -84,8 +83,8 @@ def _without_order(x):
 @triton.jit
 def _halves(words):
     """The two float16 numbers in each 32 bits, [..., 2]"""
-    low = words.to(tl.int16).to(tl.float16, bitcast=True)
-    return tl.join(low, (words >> 16).to(tl.int16).to(tl.float16, bitcast=True))
+    low, high = halves(words)
+    return tl.join(low, high)
 
 
 @triton.jit
@@ -107,17 +106,7 @@ def _four(words):
         first = _pair(_byte(words, 0).to(tl.float16), _byte(words, 1).to(tl.float16))
         last = _pair(_byte(words, 2).to(tl.float16), _byte(words, 3).to(tl.float16))
     else:
-        first, last = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b16 low, high;
-            mov.b32 {low, high}, $2;
-            cvt.rn.f16x2.e4m3x2 $0, low;
-            cvt.rn.f16x2.e4m3x2 $1, high;
-            }
-            """,
-            "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
+        first, last = pairs_of_float8(words)
     return first, last
 
 

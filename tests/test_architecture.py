@@ -35,12 +35,12 @@ def read_rules(page: str) -> dict[str, list[str]]:
 
 def find_modules(root: Path) -> dict[str, Path]:
     """The Python files of the tree by dotted name. Links, as a model folder has them to its code, are left out."""
-    modules = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if not path.is_symlink() and not parts[0].startswith(".") and parts[0] not in OTHERS:
-            modules[".".join(parts)] = path
-    return modules
+    # Other folders are not looked into: environments, which change as others are made beside the tests.
+    tops = [path for path in root.iterdir() if not path.name.startswith(".") and path.name not in OTHERS]
+    files = [top for top in tops if top.suffix == ".py"] + [path for top in tops for path in top.rglob("*.py")]
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts): path for path in sorted(files) if not path.is_symlink()
+    }
 
 
 def find_imports(name: str, modules: dict[str, Path]) -> set[str]:

@@ -204,13 +204,10 @@ class TensorProductFactors(FactorProjections):
         )
         self.q_rank = config.q_rank
         self.k_rank, self.v_rank = config.ranks(layer_idx)
-        # Whether nothing but RoPE stands between the projections and the heads.
-        self.has_plain_factors = (
-            self.caches_what_forms_heads
-            and config.q_rank is not None
-            and config.head_factor_act is None
-            and not config.qk_norm
-        )
+        # Whether nothing but RoPE, or nothing but norms of heads and RoPE, stands between the projections and the heads.
+        is_plain = self.caches_what_forms_heads and config.q_rank is not None and config.head_factor_act is None
+        self.has_plain_factors = is_plain and not config.qk_norm
+        self.has_normed_heads = is_plain and config.qk_norm == "heads"
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
         self.head_mesh = None  # with tensor parallelism, the processes that share the heads
 

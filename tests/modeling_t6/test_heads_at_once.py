@@ -1,6 +1,7 @@
 """Heads out of the one product of factors, and its gradient, by kernels through Triton's interpreter, against float64."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ pytestmark = [
 ]
 # Of the norm: sums of up to 256 products in float32, rounded once to the dtype.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+# With norms, the sizes of heads whose terms cancel have fewer digits than the terms; three gradients of a few roundings are added.
+NORMED_TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 HAS_KERNELS = heads_at_once_t6._has_kernels
 # batch, tokens, ranks of queries, keys and values, heads, heads of keys and values, head_dim, rotated of it
 SHAPES = [
@@ -27,6 +30,7 @@ SHAPES = [
     (2, 11, (7, 3, 16), 4, 1, 20, 12),
     (1, 3, (2, 5, 4), 3, 3, 256, 256),
 ]
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +53,11 @@ def launches(monkeypatch):
     return calls
 
 
-def inputs_of(shape: tuple, dtype: torch.dtype) -> tuple[list[torch.Tensor], tuple]:
-    """The product of a layer's factors, whose padding is NaN, and the angles of its tokens; and the sizes."""
+def inputs_of(shape: tuple, dtype: torch.dtype, normed: bool = False) -> tuple[list[torch.Tensor | None], tuple]:
+    """
+    The product of a layer's factors, whose padding is NaN, the weights of its norms, and the angles of its tokens; and the sizes, last
+    an epsilon that shows.
+    """
     batch, tokens, ranks, heads, kv_heads, head_dim, rotary_dim = shape
     num_heads = heads, kv_heads, kv_heads
     columns = sum(rank * (h + head_dim) for rank, h in zip(ranks, num_heads))
@@ -58,70 +65,150 @@ def inputs_of(shape: tuple, dtype: torch.dtype) -> tuple[list[torch.Tensor], tup
     product[..., :columns] = torch.randn(batch, tokens, columns)
     angles = torch.rand(batch if tokens % 2 else 1, tokens, rotary_dim // 2) * 7
     cos, sin = (x.repeat(1, 1, 2).to(DEVICE, dtype) for x in (angles.cos(), angles.sin()))
-    return [product, cos, sin], (ranks, num_heads, head_dim)
+    weights = [(torch.rand(head_dim) + 0.5).to(DEVICE, dtype) if normed else None for _ in range(2)]
+    return [product, *weights, cos, sin], (ranks, num_heads, head_dim, 0.05)
 
 
-def reference(product: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sizes: tuple) -> list[torch.Tensor]:
-    """Q, K and V from the equations: pairs of features as complex numbers, which RoPE turns."""
-    ranks, num_heads, head_dim = sizes
+def reference(product, q_weight, k_weight, cos, sin, ranks, num_heads, head_dim, eps) -> list[torch.Tensor]:
+    """Q, K and V from the equations: heads are formed, normalised, and pairs of features turned as complex numbers."""
     half, turned = cos.shape[-1] // 2, torch.complex(cos, sin)[..., : cos.shape[-1] // 2].unsqueeze(2)
     b_sizes, a_sizes = [r * head_dim for r in ranks], [r * h for r, h in zip(ranks, num_heads)]
     *factors, _ = product.split([*b_sizes, *a_sizes, product.shape[-1] - sum(b_sizes + a_sizes)], dim=-1)
     results = []
     for index, (rank, heads) in enumerate(zip(ranks, num_heads)):
         b, a = factors[index].unflatten(-1, (rank, head_dim)), factors[index + 3].unflatten(-1, (heads, rank))
+        formed = torch.einsum("nthr,ntrd->nthd", a, b) / rank
+        weight = (q_weight, k_weight, None)[index]
+        if weight is not None:
+            formed = weight * formed / (formed.square().mean(-1, keepdim=True) + eps).sqrt()
         if index < 2:
-            pairs = torch.complex(b[..., :half], b[..., half : 2 * half]) * turned
-            b = torch.cat([pairs.real, pairs.imag, b[..., 2 * half :]], dim=-1)
-        results.append(torch.einsum("nthr,ntrd->nthd", a, b) / rank)
+            pairs = torch.complex(formed[..., :half], formed[..., half : 2 * half]) * turned
+            formed = torch.cat([pairs.real, pairs.imag, formed[..., 2 * half :]], dim=-1)
+        results.append(formed)
     return results
+
+
+def leaves_of(inputs: list[torch.Tensor | None], dtype: torch.dtype | None = None) -> list[torch.Tensor | None]:
+    """Of the inputs, those that gradients are wanted of, in that dtype."""
+    return [None if x is None else x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in inputs[:3]]
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return ((result.double() - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)).replace(", ", "-"))
-def test_heads_and_gradient(shape, dtype, launches):
+def test_heads_and_gradient(shape, dtype, normed, launches):
     torch.manual_seed(shape[3])
-    (product, cos, sin), sizes = inputs_of(shape, dtype)
-    product.requires_grad_()
-    wide = product.detach().double().requires_grad_()
-    expected = reference(wide, cos.double(), sin.double(), sizes)
+    inputs, sizes = inputs_of(shape, dtype, normed)
+    leaves, wide = leaves_of(inputs), leaves_of(inputs, torch.float64)
+    wanted = slice(3 if normed else 1)
+    expected = reference(*wide, *(x.double() for x in inputs[3:]), *sizes)
     # As attention returns them, heads before tokens.
     gradients = [torch.randn(x.transpose(1, 2).shape, device=DEVICE).to(dtype).transpose(1, 2) for x in expected]
-    (expected_gradient,) = torch.autograd.grad(expected, wide, [x.double() for x in gradients])
-    heads = HeadsAtOnce.apply(product, cos, sin, *sizes)
-    (gradient,) = torch.autograd.grad(heads, product, gradients)
+    expected_gradients = torch.autograd.grad(expected, wide[wanted], [x.double() for x in gradients])
+    heads = HeadsAtOnce.apply(*leaves, *inputs[3:], *sizes)
+    results = torch.autograd.grad(heads, leaves[wanted], gradients)
     assert launches == ["_form", "_gradient"]
-    assert [error(*pair) < TOLERANCES[dtype] for pair in zip(heads, expected)] == [True] * 3
-    assert error(gradient, expected_gradient) < TOLERANCES[dtype]
-    is_padding = product[0, 0].isnan()
-    assert not gradient[..., is_padding].any()  # which goes on to the hidden states
-    assert [x.dtype for x in (*heads, gradient)] == [dtype] * 4
+    tolerance = (NORMED_TOLERANCES if normed else TOLERANCES)[dtype]
+    assert [error(*pair) < tolerance for pair in zip(heads, expected)] == [True] * 3
+    assert [error(*pair) < tolerance for pair in zip(results, expected_gradients)] == [True] * len(results)
+    is_padding = inputs[0][0, 0].isnan()
+    assert not results[0][..., is_padding].any()  # which goes on to the hidden states
+    assert {x.dtype for x in (*heads, *results)} == {dtype}
 
 
-def test_gradient_of_a_part(launches):
+def test_random_shapes_with_norms(launches):
+    """Ranks to 16, head sizes that are no powers of two, rotated in part, fewer heads of keys, tokens that fill no tile."""
+    rng = random.Random(0)
+    for seed in range(12):
+        kv_heads, half = rng.randint(1, 5), rng.randint(1, 24)
+        shape = (
+            rng.randint(1, 3), rng.randint(1, 18), tuple(rng.choice((1, 2, 3, 6, 8, 9, 16)) for _ in range(3)),
+            kv_heads * rng.randint(1, 5), kv_heads, 2 * half + rng.choice((0, 0, 1, 7, 20)), 2 * half,
+        )  # fmt: skip
+        dtype = rng.choice(list(NORMED_TOLERANCES))
+        torch.manual_seed(seed)
+        inputs, sizes = inputs_of(shape, dtype, True)
+        leaves, wide = leaves_of(inputs), leaves_of(inputs, torch.float64)
+        heads = HeadsAtOnce.apply(*leaves, *inputs[3:], *sizes)
+        expected = reference(*wide, *(x.double() for x in inputs[3:]), *sizes)
+        gradients = [torch.randn_like(x) for x in heads]
+        results = [*heads, *torch.autograd.grad(heads, leaves, gradients)]
+        expected += torch.autograd.grad(expected, wide, [x.double() for x in gradients])
+        errors = [error(*pair) for pair in zip(results, expected)]
+        # Rows of one token and rank 1 may have no gradient but what is rounded: a norm of one term takes all that is along it.
+        assert max(errors) < NORMED_TOLERANCES[dtype], (shape, dtype, errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_small_and_large_factors(dtype, launches):
+    """Heads are normalised whatever their size: neither overflow nor zeros on the way, of factors 1e4 times as large or small."""
+    torch.manual_seed(0)
+    for a_scale, b_scale in ((1e-2, 1e-2), (1e2, 1e2), (1e-2, 1e2), (1e2, 1e-2)):
+        (product, *rest), (*sizes, _) = inputs_of((1, 9, (6, 2, 2), 8, 8, 64, 64), dtype, True)
+        product = product.nan_to_num()
+        product[..., : 10 * 64] *= b_scale
+        product[..., 10 * 64 :] *= a_scale
+        inputs = [product, *rest]
+        leaves, wide = leaves_of(inputs), leaves_of(inputs, torch.float64)
+        heads = HeadsAtOnce.apply(*leaves, *inputs[3:], *sizes, 1e-6)[:2]
+        expected = reference(*wide, *(x.double() for x in inputs[3:]), *sizes, 1e-6)[:2]
+        gradients = [torch.randn_like(x) for x in heads]
+        results = [*heads, *torch.autograd.grad(heads, leaves, gradients)]
+        expected += torch.autograd.grad(expected, wide, [x.double() for x in gradients])
+        errors = [error(*pair) for pair in zip(results, expected)]
+        assert max(errors) < NORMED_TOLERANCES[dtype], (a_scale, b_scale, errors)
+
+
+def test_weights_of_another_dtype(launches):
+    """Under autocast norms have weights of float32, factors are of bfloat16: each gradient is of its own."""
+    inputs, sizes = inputs_of(SHAPES[1], torch.bfloat16, True)
+    leaves = [leaves_of(inputs)[0], *leaves_of(inputs, torch.float32)[1:]]
+    wide = leaves_of(inputs, torch.float64)
+    heads = HeadsAtOnce.apply(*leaves, *inputs[3:], *sizes)
+    expected = reference(*wide, *(x.double() for x in inputs[3:]), *sizes)
+    gradients = [torch.randn_like(x) for x in heads]
+    results = torch.autograd.grad(heads, leaves, gradients)
+    expected_gradients = torch.autograd.grad(expected, wide, [x.double() for x in gradients])
+    assert [x.dtype for x in (*heads, *results)] == [torch.bfloat16] * 4 + [torch.float32] * 2
+    pairs = [*zip(heads, expected), *zip(results, expected_gradients)]
+    assert [error(*pair) < 6e-3 for pair in pairs] == [True] * 6
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+def test_gradient_of_a_part(normed, launches):
     """Of heads that nothing reads there is none; that of a sum is one number, expanded."""
-    (product, cos, sin), sizes = inputs_of(SHAPES[2], torch.float32)
-    product.requires_grad_()
-    wide = product.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad(reference(wide, cos.double(), sin.double(), sizes)[1].sum(), wide)
-    (gradient,) = torch.autograd.grad(HeadsAtOnce.apply(product, cos, sin, *sizes)[1].sum(), product)
-    assert error(gradient, expected) < 1e-6 and len(launches) == 2
+    inputs, sizes = inputs_of(SHAPES[2], torch.float32, normed)
+    leaves, wide = leaves_of(inputs), leaves_of(inputs, torch.float64)
+    wanted = slice(3 if normed else 1)
+    expected = reference(*wide, *(x.double() for x in inputs[3:]), *sizes)[1].sum()
+    expected_gradients = torch.autograd.grad(expected, wide[wanted], allow_unused=True)
+    heads = HeadsAtOnce.apply(*leaves, *inputs[3:], *sizes)
+    results = torch.autograd.grad(heads[1].sum(), leaves[wanted])
+    assert len(launches) == 2
+    for result, expected in zip(results, expected_gradients):
+        assert not result.any() if expected is None else error(result, expected) < 1e-5 if normed else 1e-6
 
 
-def test_gradients_of_gradients(launches):
-    (product, cos, sin), sizes = inputs_of((2, 2, (2, 1, 2), 3, 3, 16, 16), torch.float32)
-    results = []
-    for form in (HeadsAtOnce.apply, lambda *args: reference(*args[:3], args[3:])):
-        leaf = product.nan_to_num().clone().requires_grad_()
-        loss = sum(x.square().sum() for x in form(leaf, cos, sin, *sizes))
-        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        results.append([gradient, *torch.autograd.grad(gradient.square().sum(), leaf)])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-    assert launches == ["_form", "_gradient"]  # the second of the last gradients alone
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2], ids=["plain", "product", "queries' norm", "keys' norm"])
+def test_gradients_of_gradients(frozen, launches):
+    inputs, sizes = inputs_of((2, 2, (2, 1, 2), 3, 3, 16, 16), torch.float32, frozen is not None)
+    inputs[0], results = inputs[0].nan_to_num(), []
+    for form in (HeadsAtOnce.apply, reference):
+        leaves = leaves_of(inputs)
+        if frozen is not None:
+            leaves[frozen].requires_grad_(False)
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        loss = sum(x.square().sum() for x in form(*leaves, *inputs[3:], *sizes))
+        loss = loss + sum(x[..., 0].sum() for x in form(*leaves, *inputs[3:], *sizes))
+        gradients = torch.autograd.grad(loss, wanted, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in gradients), wanted)
+        results.append([*gradients, *second])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+    assert launches == ["_form"] * 2 + ["_gradient"] * (launches.count("_gradient"))
 
 
 @pytest.mark.parametrize("rebuilt", [False, True], ids=["kept", "rebuilt"])
@@ -130,16 +217,21 @@ def test_gradients_of_gradients(launches):
     [
         ({}, True),
         ({"num_key_value_heads": 2, "num_attention_heads": 4, "attention_bias": True}, True),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, True),
+        ({"rope_parameters": PARTIAL_ROPE}, True),
         ({"q_rank": None}, False),
         ({"noncontextual_a": True}, False),
         ({"noncontextual_b": True}, False),
         ({"shared_b": True, "v_rank": 2}, False),
+        ({"qk_norm": "heads"}, True),
+        ({"qk_norm": "heads", "num_key_value_heads": 2, "num_attention_heads": 4, "head_dim": 20}, True),
+        ({"qk_norm": "heads", "q_rank": 9, "rope_parameters": PARTIAL_ROPE}, True),
         ({"qk_norm": True}, False),
+        ({"qk_norm": "heads", "head_factor_act": "sigmoid"}, False),
+        ({"qk_norm": "heads", "q_rank": None}, False),
         ({"head_factor_act": "sigmoid"}, False),
         ({"q_rank": 17}, False),
     ],
-    ids=["plain", "grouped, biases", "partial", "kvonly", "constant A", "constant B", "shared", "norm", "act", "rank"],
+    ids=["plain", "grouped, biases", "partial", "kvonly", "constant A", "constant B", "shared", "norms", "grouped, norms", "partial, norms", "norm of rows", "norms, act", "norms, kvonly", "act", "rank"],
 )
 def test_gradients_of_a_model(fields, fits, rebuilt, launches, monkeypatch):
     """Logits and weights' gradients are those without, for every variant; the kernels are used for those that fit."""
@@ -232,18 +324,17 @@ def test_function_transforms(launches, monkeypatch):
     assert answers == [False]
 
 
-def test_operators(launches, monkeypatch):
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+def test_operators(normed, launches, monkeypatch):
     """What torch.compile takes whole has the shapes and strides that it is told."""
-    (product, cos, sin), sizes = inputs_of(SHAPES[2], torch.float32)
-    ranks, num_heads, head_dim = sizes
+    (product, *inputs), (ranks, num_heads, head_dim, eps) = inputs_of(SHAPES[2], torch.float32, normed)
     monkeypatch.undo()
     if DEVICE == "cpu":
         from . import interpreter
 
         interpreter.patch_language_once(monkeypatch)
     tests = {"test_utils": ("test_schema", "test_faketensor")}
-    product = product.nan_to_num()
-    rest = product, cos, sin, list(ranks), list(num_heads), head_dim
+    rest = product.nan_to_num(), *inputs, list(ranks), list(num_heads), head_dim, eps
     gradients = [torch.randn(3, 5, heads, head_dim, device=DEVICE) for heads in num_heads]
     torch.library.opcheck(heads_at_once_t6._form_op, rest, **tests)
     torch.library.opcheck(heads_at_once_t6._gradient_op, (*gradients, *rest), **tests)

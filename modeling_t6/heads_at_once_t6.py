@@ -149,7 +149,8 @@ class HeadsAtOnce(torch.autograd.Function):
             # with `create_graph` it is differentiated again
             heads = form_in_pytorch(*inputs, *ctx.sizes)
             wanted = [x for x, is_wanted in zip(inputs[:3], ctx.needs_input_grad) if is_wanted]
-            results = iter(torch.autograd.grad(heads, wanted, gradients, create_graph=True, allow_unused=True))
+            heads, gradients = zip(*(pair for pair in zip(heads, gradients) if pair[0].requires_grad))
+            results = iter(torch.autograd.grad(heads, wanted, gradients, create_graph=True))
             results = [next(results) if is_wanted else None for is_wanted in ctx.needs_input_grad[:3]]
         else:
             results = (_gradient_op if torch.compiler.is_compiling() else _gradient)(*gradients, *inputs, *ctx.sizes)

@@ -155,10 +155,12 @@ class HeadsAtOnce(torch.autograd.Function):
             results = iter(torch.autograd.grad(heads, wanted, gradients, create_graph=True))
             results = [next(results) if is_wanted else None for is_wanted in ctx.needs_input_grad[:3]]
         else:
-            results = (_gradient_op if torch.compiler.is_compiling() else _gradient)(*gradients, *inputs, *ctx.sizes)
-            if len(results) > 1:
-                results[1:] = [sums.to(weight.dtype) for sums, weight in zip(results[1], inputs[1:])]
-            results = [*results, None, None][:3]
+            gradients_of = _gradient_op if torch.compiler.is_compiling() else _gradient
+            product, *sums = gradients_of(*gradients, *inputs, *ctx.sizes)
+            weights = (None, None)
+            if sums:
+                weights = [x.to(weight.dtype) for x, weight in zip(sums[0].unbind(), inputs[1:3])]
+            results = [product, *weights]
         return *results, None, None, None, None, None, None
 
 

@@ -36,8 +36,9 @@ except ImportError:
 AT_ONCE = True
 # The kernel that forms heads keeps all rows of B in registers; that of gradients fills tiles up to this.
 MAX_RANK = 16
-# Sizes with which they are started, one warp each: numbers of a tile of heads, half of it for normed ones of more rows of B; for gradients, the tokens of a program, one after
-# another, stages (one less is read ahead, of so many bytes of shared memory at most), and heads of a tile.
+# Sizes with which they are started, one warp each: numbers of a tile of heads, half as many for norms of heads of more than so many
+# rows of B, whose products are kept in registers, too; for gradients, the tokens of a program, one after another, stages (one less is
+# read ahead, of so many bytes of shared memory at most), and heads of a tile.
 TILE = 256
 MAX_RANK_OF_TILE = 8
 TOKENS = 8
@@ -79,9 +80,7 @@ def project_at_once(
 
 
 def _has_fitting_factors(module: nn.Module) -> bool:
-    """
-    Whether nothing but RoPE, and a norm of heads, stands between the projections of a layer and its heads, and the kernels have room.
-    """
+    """Whether nothing but RoPE, and norms of heads, stands between a layer's projections and its heads, and the kernels have room."""
     return (
         (module.has_plain_factors or module.has_normed_heads)
         and max(module.q_rank, module.k_rank, module.v_rank) <= MAX_RANK
@@ -90,7 +89,7 @@ def _has_fitting_factors(module: nn.Module) -> bool:
 
 
 def _has_plain_norms(module: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether the norms of a layer, if it has any, are their weights: with no hooks, adapters, or weights that come when they are called."""
+    """Whether the norms of a layer, if any, are what their weights say: without hooks, adapters, and weights that come when called."""
     norms = ((module.q_norm, T6RMSNorm), (module.k_norm, T6KeyHeadRMSNorm)) if module.has_normed_heads else ()
     return all(
         type(norm) is cls
@@ -223,7 +222,6 @@ def _form(
     product, (cos, sin, angles_stride) = product.contiguous(), _angles(cos, sin)
     heads = [product.new_empty(*product.shape[:2], number, head_dim) for number in num_heads]
     (batch_size, length, width), block_d = product.shape, power_of_2(head_dim, 16)
-    # The norm keeps the products of the rows of B in registers, too.
     tile = TILE // 2 if q_weight is not None and max(ranks[:2]) > MAX_RANK_OF_TILE else TILE
     block_t = max(1, tile // block_d)
     _launch(

@@ -53,7 +53,7 @@ def write_generation_config(source: Path, folder: Path) -> None:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def without_marks(source: Path, patterns: tuple[str, ...], folder: Path) -> Path:
+def without_byte_order_marks(source: Path, patterns: tuple[str, ...], folder: Path) -> Path:
     """
     The folder `source`, or, if JSON in it begins with a byte order mark, which Transformers does not read, `folder` with
     links to all of its files and those files without the mark.

@@ -98,7 +98,7 @@ from conversion.smaller.fits import HeadFits
 from conversion.smaller.heal import heal
 from conversion.smaller.languages import Sentences
 from conversion.smaller.moments import attention_hooks, collect_moments
-from conversion.smaller.order import HEALED_QUESTIONS, changes
+from conversion.smaller.pipeline import HEALED_QUESTIONS, changes_cache
 from conversion.smaller.probe import Probe
 from conversion.smaller.questions import make_questions
 from conversion.smaller.reconstruct import reconstruct
@@ -164,7 +164,7 @@ class Study:
         held_out = texts.windows(
             tokenizer, args.held_out.read_text(encoding="utf-8"), 1024, f"--held-out {args.held_out}"
         )
-        self.windows = held_out[torch.linspace(0, len(held_out) - 1, min(len(held_out), args.windows)).long()]
+        self.windows = texts.evenly_spaced(held_out, args.windows)
         calibration = args.text.read_text(encoding="utf-8")
         text = texts.windows(tokenizer, calibration, 1024, f"--text {args.text}")
         some = torch.linspace(0, len(text) - 1, max(1, args.calibration_tokens // 1024)).long()
@@ -221,7 +221,7 @@ class Study:
             result = compress(model, self.calibration, questions=questions, cache_dtypes=cache_dtypes, **options)
             moments.WHOLE_KEYS = old
             self.took("compressing", start)
-            if steps and changes(result.config, model.config):
+            if steps and changes_cache(result.config, model.config):
                 start = time.time()
                 errors = reconstruct(result, model, self.calibration, steps, questions=questions)
                 self.found["errors"] = errors
@@ -253,8 +253,9 @@ class Study:
         model = self.t6(args.work / name).requires_grad_(True)
         deadline = Deadline(time.time() + 60 * args.heal_minutes, final=0.0)
         done = heal(
-            model, self.source, ids, args.work / f"checkpoints-{step}", steps, args.heal_windows, 1, optimizer,
-            args.heal_learning_rate / (1 if optimizer == "muon" else 3), 0.0, 0, self.device, [] if args.heal_steps else [deadline],
+            model, self.source, ids, args.work / f"checkpoints-{step}", steps=steps, batch_size=args.heal_windows,
+            optimizer=optimizer, learning_rate=args.heal_learning_rate / (1 if optimizer == "muon" else 3),
+            device=self.device, callbacks=[] if args.heal_steps else [deadline],
             compiled=self.device.startswith("cuda") and args.heal_minutes >= COMPILED_MINUTES,
         )  # fmt: skip
         self.found |= {"steps": done, "tokens": done * tokens}

@@ -13,12 +13,12 @@ from .files.companions import write_companions, write_generation_config
 from .files.folders import new_folder, temporary_folder
 from .files.space import check_space
 from .files.targets import check_target
-from .smaller import order
+from .smaller import pipeline
 from .smaller.ranks import check_options
 from .smaller.report import PLOT, REPORT, provenance, table
 from .smaller.report import write as write_report
 from .smaller.stages import stage
-from .smaller.working import describe, read_digests, unfinished_folder, working_folder
+from .smaller.working import EXACT_MODEL, describe, read_digests, unfinished_folder, working_folder
 from .source import ResearchSource, TransformersSource, local_folder
 from .write import loaded_dtype, write_model
 
@@ -86,7 +86,7 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         What there is to say of the result.
     """
     if smaller:
-        device = order.device_of(args)
+        device = pipeline.choose_device(args)
         text_digests = read_digests(args)
     hub_name = None if Path(args.source).exists() else args.source
     if args.command == "official":
@@ -100,7 +100,7 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         source.check_companions(needs_tokenizer=smaller)
         if smaller:
             with stage("reading texts"):
-                texts = order.Texts(args, source.companions, source.plan.config)
+                texts = pipeline.Texts(args, source.companions, source.plan.config)
                 questions = retrieval_samples(args, source.companions, source.plan.config)
         source.load_weights(hub_name, args.max_shard_size)
     for note in source.plan.notes:
@@ -122,13 +122,15 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
 
     digests = text_digests | {"source": describe(source.path, source.files)}
     with working_folder(args, digests) as working:
-        exact_folder = working / "exact"
+        exact_folder = working / EXACT_MODEL
         if not exact_folder.exists():
             check_space(folder, 2 * weights_nbytes(source, dtype))
             with stage("exact model"), new_folder(exact_folder) as new:
                 write_exact(args, source, dtype, rounded, new)
         common = loaded_dtype(source.plan, source.checkpoint, dtype)
-        rows = order.make_smaller(args, source.folder, exact_folder, working, texts, folder, common, device, rounded)
+        rows = pipeline.make_smaller(
+            args, source.folder, working, folder, texts, dtype=common, device=device, rounded=rounded
+        )
         found = compare_retrieval(args, source.folder, folder, questions, texts.held_out, device)
         write_companions(source.companions, folder)
         write_report(folder, report | found, rows)

@@ -56,7 +56,7 @@ def compare_retrieval(
     """What source and result find, and their loss by position in the windows `held_out` [n, length], as fields of the report."""
     if questions is None or not questions[1]:
         return {}
-    rows, windows = [], held_out[torch.linspace(0, len(held_out) - 1, min(len(held_out), WINDOWS)).long()]
+    rows, windows = [], texts.evenly_spaced(held_out, WINDOWS)
     with stage("retrieval"):
         for name, folder in (("source", source), ("result", result)):
             model, stored = load_model(folder, getattr(torch, args.compute_dtype), device)

@@ -161,7 +161,7 @@ def window_ids(
     """Windows [n, length] of the text, spread over it, or of what fills the room between facts."""
     if text is not None and isinstance(language, Sentences):
         whole = texts.windows(tokenizer, text, length, f"--text {args.text}")
-        return whole[torch.linspace(0, len(whole) - 1, min(len(whole), args.windows)).long()]
+        return texts.evenly_spaced(whole, args.windows)
     import random
 
     generator = random.Random(args.seed)

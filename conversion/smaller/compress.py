@@ -133,6 +133,7 @@ def compress(
     calibration: torch.Tensor,
     k_ranks: Ranks = None,
     v_ranks: Ranks = None,
+    *,
     cache_ratio: float | None = None,
     method: str = "fit",
     batch_size: int = 8,

@@ -24,7 +24,7 @@ from conversion.smaller import options as smaller_options
 from conversion.smaller import text
 from conversion.smaller.heal import DistillationTrainer, compiled_layers, distillation_loss, make_optimizer, run
 from conversion.smaller.measure import divergence, log_probabilities
-from conversion.smaller.order import Texts
+from conversion.smaller.pipeline import Texts
 from conversion.smaller.straight_through import rounded_rows
 from modeling_t6 import T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME

@@ -85,8 +85,7 @@ from compression import Deadline
 from options import ROOT, save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conversion.evaluate import order as evaluation
-from conversion.evaluate import report
+from conversion.evaluate import evaluation, report
 from conversion.evaluate.tasks import TASKS, Sample, make_samples
 from conversion.files.devices import find_device
 from conversion.files.signals import stoppable

@@ -43,8 +43,15 @@ import time
 import torch
 
 from conversion.evaluate.caches import make_cache
+from conversion.evaluate.evaluation import (
+    all_samples,
+    bytes_per_token,
+    context_of,
+    load_model,
+    measure_windows,
+    score_all,
+)
 from conversion.evaluate.options import TASK_NAMES
-from conversion.evaluate.order import all_samples, bytes_per_token, context_of, load_model, measure_windows, score_all
 from conversion.files.devices import find_device
 from conversion.files.errors import ConversionError
 from conversion.files.tokenizer import load_tokenizer

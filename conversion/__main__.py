@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     hide_bars_of_transformers()
     try:
         if args.command == "evaluate":
-            from .evaluate.order import evaluate
+            from .evaluate.evaluation import evaluate
 
             evaluate(args)
         else:

@@ -11,7 +11,7 @@ from ..files.tokenizer import load_tokenizer
 from ..smaller import text as texts
 from ..smaller.languages import Language, find_language
 from ..smaller.stages import stage
-from .order import bytes_per_token, context_of, load_model, measure_windows, score_all
+from .evaluation import bytes_per_token, context_of, load_model, measure_windows, score_all
 from .report import warning
 from .tasks import TASKS, Sample, TooShort, make_samples
 

@@ -13,7 +13,8 @@ from .files.companions import COMPANIONS, check_json, generation_config, without
 from .files.errors import ConversionError, reason
 from .files.folders import read_json
 from .files.links import check_files
-from .files.tokenizer import check_tokenizer, files_like
+from .files.names import matching_files
+from .files.tokenizer import check_tokenizer
 from .layerwise import compare_layers
 from .sources import families, official
 from .sources.fields import check_fields
@@ -166,7 +167,7 @@ class TransformersSource:
         """The files of which the result is made: those of the weights that are loaded, and what describes the model."""
         if self.gguf is not None:
             return [self.gguf.path]
-        return sorted({*files_like(self.folder, DESCRIPTION), *self.checkpoint.files})
+        return sorted({*matching_files(self.folder, DESCRIPTION), *self.checkpoint.files})
 
     def compare(self, result: Path, rounded: bool) -> Comparison:
         """Runs source and result side by side; see `verify`."""

@@ -16,7 +16,7 @@ from transformers.utils import is_accelerate_available
 from .card import model_card, read_card, read_conversion
 from .check import CheckedFolder, check_folder, check_numbers
 from .code import ROOT, code_digest, code_files, unsafe_code
-from .folder import WEIGHTS, UploadError, matches
+from .folder import WEIGHTS, UploadError
 from .remote import download, find_or_create, look, push, remote_texts, sign_in
 from .shared import (
     Checkpoint,
@@ -25,6 +25,7 @@ from .shared import (
     Stopped,
     available_memory,
     hide_bars_of_transformers,
+    matches,
     one_line,
     stoppable,
     temporary_folder,

@@ -15,7 +15,8 @@ from modeling_t6 import T6ForCausalLM
 from ..files.devices import find_device
 from ..files.errors import ConversionError, reason
 from ..files.folders import read_json
-from ..files.tokenizer import TOKENIZER_FILES, files_like, load_tokenizer
+from ..files.names import matching_files
+from ..files.tokenizer import TOKENIZER_FILES, load_tokenizer
 from ..smaller import text as texts
 from ..smaller.languages import Language, Sentences, find_language
 from ..smaller.measure import cache_bytes_per_token, logits_in_pieces
@@ -217,7 +218,7 @@ def evaluate(args: argparse.Namespace) -> None:
     text = None if args.text is None else texts.read_text(args.text)
     loaded = load_models(args, find_device(args.device))
     source = loaded[0][1] if args.beside is not None else None
-    tokenizer = load_tokenizer(args.folder) if files_like(args.folder, TOKENIZER_FILES) else None
+    tokenizer = load_tokenizer(args.folder) if matching_files(args.folder, TOKENIZER_FILES) else None
     language = find_language(tokenizer, loaded[0][1].config.get_text_config().vocab_size, text)
     if not isinstance(language, Sentences):
         print("no tokenizer that writes sentences: the tasks are told in bare token ids", flush=True)

@@ -38,9 +38,9 @@ if __name__ == "__main__":
 
 import statistics
 import sys
-import time
 
 import torch
+from timing import call_seconds
 
 from conversion.evaluate.caches import make_cache
 from conversion.evaluate.evaluation import (
@@ -70,13 +70,7 @@ def step_seconds(model: T6ForCausalLM, ids: torch.Tensor, repeats: int) -> dict[
         model(ids, **cache)
     for _ in range(repeats):
         for name, cache in caches.items():
-            if ids.is_cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            model(ids[:, :1], **cache)
-            if ids.is_cuda:
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(call_seconds(lambda cache=cache: model(ids[:, :1], **cache), ids.device.type))
             cache[CACHE_NAME].crop(-1)
     return {name: statistics.median(values) for name, values in times.items()}
 

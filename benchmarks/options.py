@@ -26,6 +26,12 @@ def add_output(parser: argparse.ArgumentParser, plots: bool = True) -> None:
         parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="draw what an earlier run wrote")
 
 
+def batch_and_tokens(text: str) -> tuple[int, int]:
+    """An argparse type: BATCHxTOKENS."""
+    batch, tokens = text.split("x")
+    return int(batch), int(tokens)
+
+
 def save(data: dict, path: Path | None) -> None:
     if path is not None:
         unfinished = path.with_name(path.name + ".unfinished")

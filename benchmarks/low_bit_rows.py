@@ -11,7 +11,7 @@ in decoding. `--samples 4` asks for what `python -m conversion evaluate` asks, a
 import argparse
 from pathlib import Path
 
-from options import describe
+from options import describe, table_head, table_row
 
 
 ROWS = {"16 bits": "model", "float8_e4m3fn": "float8_e4m3fn", "int4": "int4"}
@@ -91,18 +91,16 @@ def main() -> None:
         samples = all_samples(language, list(TASK_NAMES), [length], args.samples)
     seconds = step_seconds(model, windows[:1].to(device), args.repeats)
     print(f"{args.model.name}, {args.dtype} on {device}: {len(windows)} windows of {length} tokens")
-    print("| rows | bytes per token | smaller | perplexity | KL, nats | same choice | found | ms a step |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    columns = ("bytes per token", "smaller", "perplexity", "KL, nats", "same choice", "found", "ms a step")
+    print(table_head("rows", *columns))
     for name, kind in ROWS.items():
         found = f"{score_all(model, kind, name, language, samples, args.batch_size)['exact']:.0%}" if samples else ""
         row = measure_windows(model, kind, name, windows, args.batch_size, model)
         size = bytes_per_token(model, kind, dtype)
         plain = bytes_per_token(model, "model", dtype)
-        print(
-            f"| {name} | {size:,.0f} | {plain / size:.2f}x | {row['perplexity']:.3f} | {row['kl']:.5f} "
-            f"| {row['first_choice']:.1%} | {found} | {seconds[name] * 1e3:.2f} |",
-            flush=True,
-        )
+        cells = [f"{size:,.0f}", f"{plain / size:.2f}x", f"{row['perplexity']:.3f}", f"{row['kl']:.5f}"]
+        cells += [f"{row['first_choice']:.1%}", found, f"{seconds[name] * 1e3:.2f}"]
+        print(table_row(name, *cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-What the benchmarks share, none of which waits for torch: the checkout on the path, and the options of those that write JSON
-and draw it.
+What the benchmarks share, none of which waits for torch: the checkout on the path, options, tables, and the JSON that is written
+and drawn.
 """
 
 import argparse
@@ -30,6 +30,17 @@ def batch_and_tokens(text: str) -> tuple[int, int]:
     """An argparse type: BATCHxTOKENS."""
     batch, tokens = text.split("x")
     return int(batch), int(tokens)
+
+
+def table_row(*cells: object) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table_head(*columns: str, words: int = 1) -> str:
+    """The first lines of a Markdown table, whose first columns hold `words`, the others numbers."""
+    rules = ["---" if index < words else "---:" for index in range(len(columns))]
+    return f"{table_row(*columns)}\n{table_row(*rules)}"
 
 
 def save(data: dict, path: Path | None) -> None:

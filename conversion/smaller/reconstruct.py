@@ -9,6 +9,7 @@ parts of its weights.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -220,6 +221,100 @@ class Shuffled:
         return some
 
 
+class Targets(NamedTuple):
+    """
+    What the attentions of some layers of the source read of a batch of windows, and what they make of it.
+
+    Attributes:
+        states, outputs: [layers, batch, seq, hidden].
+        rotation: cos and sin [batch or 1, seq, rotary_dim].
+        mask: [layers, batch or 1, 1, seq, seq], or `None` for that of a text.
+    """
+
+    states: torch.Tensor
+    outputs: torch.Tensor
+    rotation: list[torch.Tensor]
+    mask: torch.Tensor | None
+
+    def of_windows(self, windows: slice) -> "Targets":
+        rotation = [x if len(x) == 1 else x[windows] for x in self.rotation]
+        mask = self.mask if self.mask is None or self.mask.shape[1] == 1 else self.mask[:, windows]
+        return Targets(self.states[:, windows], self.outputs[:, windows], rotation, mask)
+
+
+class Students:
+    """
+    The attentions of all layers of a model, which learn the outputs of its source's: in groups of layers, many at once.
+
+    Args:
+        tokens: of a step.
+    """
+
+    def __init__(self, model: T6ForCausalLM, source: T6ForCausalLM, tokens: int):
+        self.source = source
+        self.attentions = [layer.self_attn for layer in model.model.layers]
+        is_half, self.on_gpu = source.dtype.itemsize == 2, source.device.type == "cuda"
+        self.autocast_dtype, self.uses_autocast = source.dtype if is_half else torch.bfloat16, is_half or self.on_gpu
+        self.dtype = torch.float32 if is_half else source.dtype  # of what learns
+        count, layers = max(1, TOGETHER // (tokens * 6 * model.config.hidden_size)), len(self.attentions)
+        self.groups = [range(start, min(start + count, layers)) for start in range(0, layers, count)]
+        originals = [layer.self_attn for layer in source.model.layers]
+        self.students = [
+            Attentions(self.attentions[group.start : group.stop], originals[group.start : group.stop], self.dtype)
+            for group in self.groups
+        ]
+
+    def targets(self, ids: torch.Tensor) -> list[Targets]:
+        """Of each group, what the source reads and makes of the windows `ids` [batch, seq]."""
+        states, outputs, masks, rotations = [], [], [], []
+
+        def hook(attention, args, kwargs, output) -> None:
+            states.append(args[0])
+            outputs.append(output[0])
+            masks.append(kwargs["attention_mask"])
+            rotations.append(kwargs["position_embeddings"])
+
+        autocast = torch.autocast("cuda", self.autocast_dtype, enabled=self.on_gpu)
+        with torch.no_grad(), attention_hooks(self.source, hook), autocast:
+            self.source.model(ids, use_cache=False)
+        return [
+            Targets(
+                torch.stack(states[part]), torch.stack(outputs[part]), rotations[part.start], one_mask(masks[part])
+            )
+            for part in (slice(group.start, group.stop) for group in self.groups)
+        ]
+
+    def errors(self, targets: list[Targets], weights: torch.Tensor, learn: bool = False) -> torch.Tensor:
+        """The error of each layer, tokens counting by `weights` [batch, seq]; with `learn`, its gradients are in the parameters afterwards."""
+        errors = []
+        for (states, outputs, rotation, mask), student in zip(targets, self.students):
+            autocast = torch.autocast(self.source.device.type, self.autocast_dtype, enabled=self.uses_autocast)
+            with torch.set_grad_enabled(learn), autocast:
+                new = student(states, rotation, mask)
+            with torch.set_grad_enabled(learn):
+                expected = outputs.to(self.dtype)
+                power = (weights * expected.square().mean(-1)).sum((1, 2)).clamp(min=torch.finfo(self.dtype).tiny)
+                error = (weights * (new.to(self.dtype) - expected).square().mean(-1)).sum((1, 2)) / power
+                if learn:
+                    error.sum().backward()
+            errors.append(error.detach())
+        return torch.cat(errors)
+
+    def mean_errors(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+        """Of each layer, over batches of windows and weights."""
+        total = sum(ids.numel() for ids, _ in batches)
+        errors = (ids.numel() * self.errors(self.targets(ids), weights) for ids, weights in batches)
+        return (sum(errors) / total).tolist()
+
+    @torch.no_grad()
+    def copy_layers(self, is_better: list[bool]) -> None:
+        """Puts what some layers have learnt into the model."""
+        for group, student in zip(self.groups, self.students):
+            for layer in group:
+                if is_better[layer]:
+                    student.copy_to(self.attentions[layer], layer - group.start)
+
+
 def reconstruct(
     model: T6ForCausalLM,
     source: T6ForCausalLM,
@@ -242,90 +337,38 @@ def reconstruct(
     Returns:
         Of each layer, the mean squared error of its output as a part of the output's power, before and after.
     """
-    attentions = [layer.self_attn for layer in model.model.layers]
-    half, on_gpu = source.dtype.itemsize == 2, source.device.type == "cuda"
-    low = source.dtype if half else torch.bfloat16
-    dtype = torch.float32 if half else source.dtype
-    texts = [(ids, torch.ones_like(ids, dtype=dtype))]
+    tokens = WINDOWS * ids.shape[1]
+    students = Students(model, source, tokens)
+    texts = [(ids, torch.ones_like(ids, dtype=students.dtype))]
     if questions is not None:
         # An answer's token is predicted at the one before it.
-        asked = questions.asked.roll(-1, 1).to(dtype)
+        asked = questions.asked.roll(-1, 1).to(students.dtype)
         texts.append((questions.ids, 1 + asked * (asked.numel() / asked.sum().clamp(min=1))))
-    tokens = WINDOWS * ids.shape[1]
-    count = max(1, TOGETHER // (tokens * 6 * model.config.hidden_size))
-    groups = [range(start, min(start + count, len(attentions))) for start in range(0, len(attentions), count)]
-    whole = [layer.self_attn for layer in source.model.layers]
-    students = [
-        Attentions(attentions[group.start : group.stop], whole[group.start : group.stop], dtype) for group in groups
-    ]
-
-    def look(batch: torch.Tensor) -> list[tuple]:
-        """Of each group, what its attentions read, [layers, batch, seq, hidden], and make of it in the source, rotation and mask."""
-        states, outputs, masks, rotations = [], [], [], []
-
-        def hook(attention, args, kwargs, output) -> None:
-            states.append(args[0])
-            outputs.append(output[0])
-            masks.append(kwargs["attention_mask"])
-            rotations.append(kwargs["position_embeddings"])
-
-        with torch.no_grad(), attention_hooks(source, hook), torch.autocast("cuda", low, enabled=on_gpu):
-            source.model(batch, use_cache=False)
-        return [
-            (torch.stack(states[part]), torch.stack(outputs[part]), rotations[part.start], one_mask(masks[part]))
-            for part in (slice(group.start, group.stop) for group in groups)
-        ]
-
-    def visit(looked: list[tuple], weights: torch.Tensor, learn: bool, some: slice = slice(None)) -> torch.Tensor:
-        """The error of each layer for `some` windows; with `learn`, its gradients are in the weights afterwards."""
-        found = []
-        for (states, outputs, rotation, mask), student in zip(looked, students):
-            rotation = [x if len(x) == 1 else x[some] for x in rotation]
-            mask = mask if mask is None or mask.shape[1] == 1 else mask[:, some]
-            with torch.set_grad_enabled(learn), torch.autocast(source.device.type, low, enabled=half or on_gpu):
-                new = student(states[:, some], rotation, mask)
-            with torch.set_grad_enabled(learn):
-                expected = outputs[:, some].to(dtype)
-                power = (weights * expected.square().mean(-1)).sum((1, 2)).clamp(min=torch.finfo(dtype).tiny)
-                error = (weights * (new.to(dtype) - expected).square().mean(-1)).sum((1, 2)) / power
-                if learn:
-                    error.sum().backward()
-            found.append(error.detach())
-        return torch.cat(found)
-
     checked, learnt = [], []
-    for text, weights in texts:
-        kept = torch.arange(len(text)) % CHECKED == 0
-        batch = max(1, tokens // text.shape[1])
-        checked += zip(text[kept].split(batch), weights[kept].split(batch))
-        learnt.append((text[~kept], weights[~kept]) if len(text) > 1 else (text, weights))
+    for windows, weights in texts:
+        is_checked = torch.arange(len(windows)) % CHECKED == 0
+        batch = max(1, tokens // windows.shape[1])
+        checked += zip(windows[is_checked].split(batch), weights[is_checked].split(batch))
+        learnt.append((windows[~is_checked], weights[~is_checked]) if len(windows) > 1 else (windows, weights))
 
-    def errors() -> list[float]:
-        total = sum(batch.numel() for batch, _ in checked)
-        found = (batch.numel() * visit(look(batch), weights, learn=False) for batch, weights in checked)
-        return (sum(found) / total).tolist()
-
-    before = errors()
-    optimizer = Steps(students, steps)
+    before = students.mean_errors(checked)
+    optimizer = Steps(students.students, steps)
     generator = torch.Generator().manual_seed(seed)
-    orders = [Shuffled(len(text), max(1, tokens // text.shape[1]), generator) for text, _ in learnt]
-    waiting: list[list[tuple]] = [[] for _ in learnt]
+    orders = [Shuffled(len(windows), max(1, tokens // windows.shape[1]), generator) for windows, _ in learnt]
+    waiting: list[list[tuple[list[Targets], torch.Tensor]]] = [[] for _ in learnt]  # steps whose targets are known
     with stage("reconstructing", quiet):
         for index in tqdm(range(steps), desc="reconstructing", unit="step", disable=quiet):
             kind = index % len(learnt)
             if not waiting[kind]:
-                some = [orders[kind].next() for _ in range(AHEAD)]
-                places, (text, weights) = torch.cat(some).to(ids.device), learnt[kind]
-                looked, weights, end = look(text[places]), weights[places], 0
-                for one in some:
-                    start, end = end, end + len(one)
-                    waiting[kind].append((looked, weights[start:end], True, slice(start, end)))
-            visit(*waiting[kind].pop(0))
+                batches = [orders[kind].next() for _ in range(AHEAD)]
+                places, (windows, weights) = torch.cat(batches).to(ids.device), learnt[kind]
+                targets, weights, end = students.targets(windows[places]), weights[places], 0
+                for batch in batches:
+                    start, end = end, end + len(batch)
+                    part = slice(start, end)
+                    waiting[kind].append(([group.of_windows(part) for group in targets], weights[part]))
+            students.errors(*waiting[kind].pop(0), learn=True)
             optimizer.step()
-    after = errors()
-    with torch.no_grad():
-        for group, student in zip(groups, students):
-            for layer in group:
-                if before[layer] > LEAST and after[layer] < before[layer]:
-                    student.copy_to(attentions[layer], layer - group.start)
+    after = students.mean_errors(checked)
+    students.copy_layers([old > LEAST and new < old for old, new in zip(before, after)])
     return [(old, min(old, new) if old > LEAST else old) for old, new in zip(before, after)]

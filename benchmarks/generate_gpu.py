@@ -20,7 +20,7 @@ against.
 
 import argparse
 
-from options import add_output, batch_and_tokens, describe, draw, save
+from options import add_output, batch_and_tokens, describe, draw, draw_bar_panels, save
 
 
 EIGHT_B = {
@@ -344,17 +344,8 @@ def plot(data: dict, figure) -> None:
         (f"tokens per second at {context // 1024}k, batch {of_batches}", "{:,.0f}", speeds),
         ("largest context, million tokens", "{:.1f}", contexts),
     )
-    axes = figure.subplots(1, len(panels), sharey=True)
-    for axis, (title, form, values) in zip(axes, panels):
-        bars = axis.barh(places, values, 0.8, color=colors)
-        axis.bar_label(bars, fmt=form, fontsize=9, padding=3)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlim(0, 1.18 * max(values))
-        axis.xaxis.set_visible(False)
-        axis.tick_params(axis="y", length=0)
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axes = draw_bar_panels(figure, panels, places, colors)
     axes[0].set_yticks(places, names)
-    axes[0].invert_yaxis()
     figure.supxlabel(f"bfloat16: {data['machine']}", fontsize=8)
 
 

@@ -68,3 +68,24 @@ def draw(plot: Callable, files: tuple[str, str], size: tuple[float, float]) -> N
     figure = Figure(figsize=size, layout="constrained")
     plot(data, figure)
     figure.savefig(files[1], dpi=130)
+
+
+def draw_bar_panels(figure, panels: tuple[tuple[str, str, list[float]], ...], places: list, colors: list[str]) -> list:
+    """
+    Panels side by side in a figure of matplotlib, a bar for each of `places`. Returns the axes.
+
+    Args:
+        panels: title, format of what is written at a bar, and values.
+        places: of the bars, numbers or names.
+    """
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (title, form, values) in zip(axes, panels):
+        bars = axis.barh(places, values, 0.8, color=colors)
+        axis.bar_label(bars, fmt=form, fontsize=9, padding=3)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(0, 1.2 * max(values))
+        axis.xaxis.set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axes[0].invert_yaxis()
+    return axes

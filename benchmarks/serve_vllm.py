@@ -28,7 +28,7 @@ measured in turn. On a CPU:
 import argparse
 import json
 
-from options import add_output, describe, draw, save, table_head, table_row
+from options import add_output, describe, draw, draw_bar_panels, save, table_head, table_row
 
 
 SMALL = ["llama-mha-small", "llama-gqa-small", "t6-small"]
@@ -382,16 +382,7 @@ def plot(data: dict, figure) -> None:
         ("tokens of cache, millions", "{:,.2f}", [row["tokens"] / 1e6 for row in rows.values()]),
     )
     colors = ["tab:blue" if "t6" in name else "tab:gray" for name in rows]
-    axes = figure.subplots(1, len(panels), sharey=True)
-    for axis, (title, form, values) in zip(axes, panels):
-        bars = axis.barh(list(rows), values, 0.7, color=colors)
-        axis.bar_label(bars, fmt=form, fontsize=9, padding=3)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlim(0, 1.2 * max(values))
-        axis.xaxis.set_visible(False)
-        axis.tick_params(axis="y", length=0)
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
-    axes[0].invert_yaxis()
+    draw_bar_panels(figure, panels, list(rows), colors)
     figure.supxlabel(f"{data['dtype']}: {data['machine']}", fontsize=8)
 
 

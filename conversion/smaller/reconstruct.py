@@ -29,18 +29,18 @@ from .stages import stage
 from .straight_through import as_read
 
 
-STEP = 0.02  # the longest, as a part of the root mean square of the weights that it changes
+MAX_STEP = 0.02  # the longest, as a part of the root mean square of the weights that it changes
 ROUNDED = 0.25  # part of it for layers whose ranks are the source's: there is but rounding to learn
-WINDOWS = 2  # of text in a step: many small steps are worth more than few large ones
-AHEAD = 4  # steps whose windows the source reads at once: a GPU is busy with two no longer than with eight
-LEAST = 1e-4  # error below which there is nothing to learn: bfloat16 leaves a tenth of it
+WINDOWS_PER_STEP = 2  # of text in a step: many small steps are worth more than few large ones
+STEPS_AHEAD = 4  # steps whose windows the source reads at once: a GPU is busy with two no longer than with eight
+MIN_ERROR = 1e-4  # error below which there is nothing to learn: bfloat16 leaves a tenth of it
 CHECKED = 10  # every tenth window is not learnt from, and says whether a layer is better than before
-TOGETHER = 2**29  # numbers in the states of the layers that learn side by side
+MAX_STATES = 2**29  # numbers in the states of the layers that learn side by side
 
 
-class Weights(nn.Module):
+class StackedWeights(nn.Module):
     """
-    A weight of each of some layers, [layers, out, in], as sizes, which stay, times numbers of about one, which learn.
+    The same weight of several layers, [layers, out, in]: fixed sizes times parameters of about one.
 
     Args:
         by_rows: the sizes are of rows, not of whole weights. In queries and keys of a fit, some features are a thousand times as
@@ -59,11 +59,14 @@ class Weights(nn.Module):
         return self.size * self.numbers
 
 
-class Attentions(nn.Module):
+class StackedAttentions(nn.Module):
     """
-    The attentions of some layers, made of `sources`, with constant A, but for the norm of heads, as one: of states [layers, batch, seq,
-    hidden] it makes outputs of that shape. Layers of a lower rank than others are filled up with zeros, which stay. Keys and values are read
-    as rows of the model's `cache_dtype` hold them.
+    The attentions of several layers as one module: from states [layers, batch, seq, hidden] to outputs of that shape. A is constant but for the
+    norm of heads. Layers of a lower rank than others are padded with zeros, which stay. Keys and values are read as rows of the model's
+    `cache_dtype` hold them.
+
+    Args:
+        sources: the attentions that these take the place of.
     """
 
     def __init__(self, attentions: list[T6Attention], sources: list[T6Attention], dtype: torch.dtype):
@@ -97,7 +100,7 @@ class Attentions(nn.Module):
                 self.register_buffer(name.replace(".", "_"), stacked)
             else:
                 by_rows = name in ("q_proj.weight", "k_b_proj.weight")
-                self.weights[name.replace(".", "_")] = Weights(stacked, by_rows)
+                self.weights[name.replace(".", "_")] = StackedWeights(stacked, by_rows)
 
     def _project(self, name: str, states: torch.Tensor) -> torch.Tensor:
         result = states.flatten(1, 2) @ self.weights[f"{name}_weight"]().mT
@@ -164,10 +167,10 @@ class Attentions(nn.Module):
                 parameter.data.copy_(self.weights[key]()[index][: len(parameter)])
 
 
-class Steps:
-    """Muon for matrices, AdamW for biases, in steps that are the same part of all weights."""
+class MuonAndAdamW:
+    """Muon for matrices, AdamW for biases, in steps that are the same fraction of all weights."""
 
-    def __init__(self, students: list[Attentions], count: int):
+    def __init__(self, students: list[StackedAttentions], count: int):
         parameters = [(parameter, student.rates) for student in students for parameter in student.parameters()]
         self.matrices = [(*pair, torch.zeros_like(pair[0])) for pair in parameters if pair[0].dim() == 3]
         biases = [parameter for parameter, _ in parameters if parameter.dim() == 2]
@@ -176,11 +179,11 @@ class Steps:
 
     @property
     def size(self) -> float:
-        """Of the next step: a warm-up, then half a cosine."""
+        """Size of the next step: a linear warm-up, then half a cosine."""
         warmup = max(1, self.count // 20)
         if self.done < warmup:
-            return STEP * self.done / warmup
-        return STEP * 0.5 * (1 + math.cos(math.pi * (self.done - warmup) / max(1, self.count - warmup)))
+            return MAX_STEP * self.done / warmup
+        return MAX_STEP * 0.5 * (1 + math.cos(math.pi * (self.done - warmup) / max(1, self.count - warmup)))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -196,7 +199,7 @@ class Steps:
         self.done += 1
 
 
-def one_mask(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
+def stack_masks(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
     """Masks of some layers, [layers, batch or 1, 1, seq, seq], or `None` if none has one; bool, or to be added to scores."""
     others = [mask for mask in masks if mask is not None]
     if not others:
@@ -207,8 +210,8 @@ def one_mask(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.stack([seen if mask is None else mask for mask in masks])
 
 
-class Shuffled:
-    """Places of `batch` of `count` windows, again and again, in ever new orders."""
+class ShuffledBatches:
+    """Indices of `batch` of `count` windows, shuffled anew for each pass."""
 
     def __init__(self, count: int, batch: int, generator: torch.Generator):
         self.count, self.batch, self.generator = count, min(batch, count), generator
@@ -217,8 +220,8 @@ class Shuffled:
     def next(self) -> torch.Tensor:
         if len(self.order) < self.batch:
             self.order = torch.randperm(self.count, generator=self.generator)
-        some, self.order = self.order[: self.batch], self.order[self.batch :]
-        return some
+        indices, self.order = self.order[: self.batch], self.order[self.batch :]
+        return indices
 
 
 class Targets(NamedTuple):
@@ -256,11 +259,13 @@ class Students:
         is_half, self.on_gpu = source.dtype.itemsize == 2, source.device.type == "cuda"
         self.autocast_dtype, self.uses_autocast = source.dtype if is_half else torch.bfloat16, is_half or self.on_gpu
         self.dtype = torch.float32 if is_half else source.dtype  # of what learns
-        count, layers = max(1, TOGETHER // (tokens * 6 * model.config.hidden_size)), len(self.attentions)
+        count, layers = max(1, MAX_STATES // (tokens * 6 * model.config.hidden_size)), len(self.attentions)
         self.groups = [range(start, min(start + count, layers)) for start in range(0, layers, count)]
         originals = [layer.self_attn for layer in source.model.layers]
         self.students = [
-            Attentions(self.attentions[group.start : group.stop], originals[group.start : group.stop], self.dtype)
+            StackedAttentions(
+                self.attentions[group.start : group.stop], originals[group.start : group.stop], self.dtype
+            )
             for group in self.groups
         ]
 
@@ -279,7 +284,7 @@ class Students:
             self.source.model(ids, use_cache=False)
         return [
             Targets(
-                torch.stack(states[part]), torch.stack(outputs[part]), rotations[part.start], one_mask(masks[part])
+                torch.stack(states[part]), torch.stack(outputs[part]), rotations[part.start], stack_masks(masks[part])
             )
             for part in (slice(group.start, group.stop) for group in self.groups)
         ]
@@ -337,7 +342,7 @@ def reconstruct(
     Returns:
         Of each layer, the mean squared error of its output as a part of the output's power, before and after.
     """
-    tokens = WINDOWS * ids.shape[1]
+    tokens = WINDOWS_PER_STEP * ids.shape[1]
     students = Students(model, source, tokens)
     texts = [(ids, torch.ones_like(ids, dtype=students.dtype))]
     if questions is not None:
@@ -352,15 +357,15 @@ def reconstruct(
         learnt.append((windows[~is_checked], weights[~is_checked]) if len(windows) > 1 else (windows, weights))
 
     before = students.mean_errors(checked)
-    optimizer = Steps(students.students, steps)
+    optimizer = MuonAndAdamW(students.students, steps)
     generator = torch.Generator().manual_seed(seed)
-    orders = [Shuffled(len(windows), max(1, tokens // windows.shape[1]), generator) for windows, _ in learnt]
+    orders = [ShuffledBatches(len(windows), max(1, tokens // windows.shape[1]), generator) for windows, _ in learnt]
     waiting: list[list[tuple[list[Targets], torch.Tensor]]] = [[] for _ in learnt]  # steps whose targets are known
     with stage("reconstructing", quiet):
         for index in tqdm(range(steps), desc="reconstructing", unit="step", disable=quiet):
             kind = index % len(learnt)
             if not waiting[kind]:
-                batches = [orders[kind].next() for _ in range(AHEAD)]
+                batches = [orders[kind].next() for _ in range(STEPS_AHEAD)]
                 places, (windows, weights) = torch.cat(batches).to(ids.device), learnt[kind]
                 targets, weights, end = students.targets(windows[places]), weights[places], 0
                 for batch in batches:
@@ -370,5 +375,5 @@ def reconstruct(
             students.errors(*waiting[kind].pop(0), learn=True)
             optimizer.step()
     after = students.mean_errors(checked)
-    students.copy_layers([old > LEAST and new < old for old, new in zip(before, after)])
-    return [(old, min(old, new) if old > LEAST else old) for old, new in zip(before, after)]
+    students.copy_layers([old > MIN_ERROR and new < old for old, new in zip(before, after)])
+    return [(old, min(old, new) if old > MIN_ERROR else old) for old, new in zip(before, after)]

@@ -114,6 +114,14 @@ QUESTIONS = 1024  # different windows of questions in healing, at most: each tak
 COMPILED_MINUTES = 4  # of healing from which on layers are compiled, which takes one
 TRIES = 2  # of a process: several on one GPU met faults of it
 CACHE_DTYPES = (None, "float8_e4m3fn", "int4")
+# The method as it is, and with parts left out: options of `Study.smaller`.
+METHODS = {
+    "new": {},
+    "old": {"with_questions": False, "cache_dtypes": (None,)},
+    "rows16": {"cache_dtypes": (None,)},
+    "float8": {"cache_dtypes": ("float8_e4m3fn",)},
+    "fit-only": {"cache_dtypes": (None,), "steps": 0},
+}
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -207,15 +215,15 @@ class Study:
     def smaller(
         self,
         name: str,
-        new: bool = True,
+        with_questions: bool = True,
         steps: int | None = None,
         cache_dtypes: tuple[str | None, ...] = CACHE_DTYPES,
         **options,
     ) -> T6ForCausalLM:
-        """A smaller cache by the method as it is, or without questions and keys less their mean."""
+        """A model with a smaller cache. Without questions, keys count whole, too, not less their mean."""
         start, model, steps = time.time(), self.t6(), self.args.reconstruct_steps if steps is None else steps
-        old, moments.WHOLE_KEYS = moments.WHOLE_KEYS, moments.WHOLE_KEYS if new else POWER
-        questions = self.questions if new else None
+        old, moments.WHOLE_KEYS = moments.WHOLE_KEYS, moments.WHOLE_KEYS if with_questions else POWER
+        questions = self.questions if with_questions else None
         with fast_products():
             result = compress(model, self.calibration, questions=questions, cache_dtypes=cache_dtypes, **options)
             moments.WHOLE_KEYS = old
@@ -426,16 +434,8 @@ def run(study: Study, step: str) -> None:
     elif method in ("healed", "adamw"):
         optimizer = "muon" if method == "healed" else "adamw"
         study.measure(study.healed(f"new-{ratio}", step, optimizer), "model", step)
-    elif method == "new":
-        smaller(cache_ratio=float(ratio))
-    elif method == "old":
-        smaller(cache_ratio=float(ratio), new=False, cache_dtypes=(None,))
-    elif method == "rows16":
-        smaller(cache_ratio=float(ratio), cache_dtypes=(None,))
-    elif method == "float8":
-        smaller(cache_ratio=float(ratio), cache_dtypes=("float8_e4m3fn",))
-    elif method == "fit-only":
-        smaller(cache_ratio=float(ratio), cache_dtypes=(None,), steps=0)
+    elif method in METHODS:
+        smaller(cache_ratio=float(ratio), **METHODS[method])
     elif method == "mean-pool":
         rows = {"3": (None,), "8": ("int4",)}[ratio]
         smaller(method="mean-pool", k_ranks=[1], v_ranks=[1], cache_dtypes=rows, steps=0)

@@ -1,4 +1,4 @@
-"""What a model loses, and what its cache takes."""
+"""Perplexity and divergence of a model, and the bytes of its cache."""
 
 import math
 from collections.abc import Iterator

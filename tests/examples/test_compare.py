@@ -347,4 +347,4 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     assert all(" is lowest**" in sections[name] for name in list(sections)[:4] if "bytes" not in name)
     assert "There are not yet a T6 and a twin here" in sections["Equal bytes of cache"]
     assert "cpu, torch " in text and "steps not compiled and not captured. Tokens " in text
-    assert "* MLA lr 0.001 seed 0 steps 7" in sections["Not run yet"]
+    assert f"* MLA lr {compare.LEARNING_RATE:g} seed 0 steps 7" in sections["Not run yet"]

@@ -28,7 +28,6 @@ from pathlib import Path
 from options import describe
 
 
-RATIOS = (2, 3, 4, 8)
 STEPS = (
     "source", "new-4", "healed-4", "source in 4 bits", "exact in int4", "new-2", "healed-2", "source in 8 bits", "exact in float8",
     "new-8", "healed-8", "source in 2 bits", "new-3", "healed-3", "mean-pool-3", "mean-pool-8", "svd-2", "svd-4", "svd-8", "pca-2", "pca-4", "pca-8",

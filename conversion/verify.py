@@ -1,8 +1,8 @@
 """
 The source and the result side by side, in float32: docs/verification.md says what is compared.
 
-All that is known of either model is what it computes. Windows and changes of RoPE lie at lengths that a large model takes
-long to reach; there, some tokens are computed behind a cache that was filled with the same numbers in both.
+Models are compared by what they compute alone. Windows and changes of RoPE take effect at lengths that a large model takes long to
+reach; there, a few tokens are computed behind a cache that was filled with the same numbers in both.
 """
 
 from dataclasses import dataclass

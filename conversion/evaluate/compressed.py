@@ -1,4 +1,4 @@
-"""What a source and what was made of it do with long texts, for the report of a compression."""
+"""What source and result find in long texts, for the report of a compression."""
 
 import argparse
 from pathlib import Path

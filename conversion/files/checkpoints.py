@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import ConversionError
 from .folders import read_json
-from .sizes import shard_size as shard_size  # the size of a shard belongs to checkpoints; it needs no torch
 
 
 INDEX = "model.safetensors.index.json"

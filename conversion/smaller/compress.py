@@ -146,20 +146,20 @@ def compress(
     cache_dtypes: Sequence[str | None] = (None,),
 ) -> T6ForCausalLM:
     """
-    A copy of a converted model whose cache is smaller. One that normalises its keys becomes one that normalises formed heads
-    where keys have lower ranks (`normed_heads`).
+    A copy of a converted model whose cache is smaller. If the model normalises its keys and their ranks become lower, the copy
+    normalises formed heads (`normed_heads`).
 
     Args:
         model: with constant A factors and queries of full rank, as `python -m conversion hf` makes them.
         calibration: token ids [n, seq] of the text on whose activations little is to be lost.
         k_ranks, v_ranks: one for all layers or one for each; `None` keeps the model's.
-        cache_ratio: in place of ranks, how many times smaller the cache is to be; the ranks then differ from layer to
-            layer, and between keys and values, where the predictions change less so than with equal ranks.
+        cache_ratio: how many times smaller the cache is to be, instead of ranks. Ranks are then chosen by layer, and for keys and
+            values apart, where that changes predictions less than equal ranks.
         batch_size: rows of `calibration` that go through the model at a time.
-        questions: text that is part of the calibration, and whose answers the ranks of a `cache_ratio` are to keep.
-        dtype: in which the model will be used, as the rows of its cache are if their dtype is `None`.
-        cache_dtypes: what the `cache_dtype` of the result may be, the first if ranks are given. Of several, that is taken with which
-            a `cache_ratio` costs least: rows of 8 bits may have twice the ranks of rows of 16.
+        questions: a further part of the calibration; the ranks of a `cache_ratio` are to keep its answers.
+        dtype: in which the model will be used, and of its cache's rows if their dtype is `None`.
+        cache_dtypes: candidates for the `cache_dtype` of the result. With given ranks the first is taken, with a `cache_ratio` the
+            one that costs least: in the same bytes, rows of 8 bits have twice the ranks of rows of 16.
         method: `"fit"`, or `"mean-pool"` for the GQA paper's recipe.
 
     Raises:

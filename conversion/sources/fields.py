@@ -1,4 +1,4 @@
-"""Fields of config.json and generation_config.json, by themselves: what they must be before anything is computed from them."""
+"""Checks of single fields of config.json and generation_config.json, before anything is computed from them."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -23,13 +23,12 @@ from conversion.files.tokenizer import load_tokenizer
 from conversion.smaller import options as smaller_options
 from conversion.smaller import text
 from conversion.smaller.heal import DistillationTrainer, compiled_layers, distillation_loss, make_optimizer, run
-from conversion.smaller.measure import divergence, log_probabilities
 from conversion.smaller.pipeline import Texts
 from conversion.smaller.straight_through import rounded_rows
 from modeling_t6 import T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
 
-from ..common import last_error, source_model
+from ..common import divergence, last_error, log_probabilities, source_model
 
 
 ROOT = Path(__file__).parents[3]

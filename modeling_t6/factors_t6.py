@@ -300,6 +300,20 @@ class TensorProductFactors(FactorProjections):
         dtype = position_embeddings[0].dtype
         return Factors(a_q, b_q, a_k, b_k, a_v, b_v, dtype, query_rotation, key_rotation)
 
+    def project_and_cache(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache,
+        key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Factors:
+        """[`project`], and the rows of the new tokens in the cache: the factors then have the rows of all tokens."""
+        factors = self.project_to_rows(hidden_states, position_embeddings)
+        if factors is None:
+            factors = self.project(hidden_states, position_embeddings, key_position_embeddings)
+        self.update_cache(factors, cache)
+        return factors
+
     def project_to_rows(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> Factors | None:

@@ -158,18 +158,14 @@ class T6Attention(TensorProductFactors):
 
         if isinstance(cache, PagedFactors):
             factors = cache.store(self, hidden_states, position_embeddings, key_position_embeddings)
+        elif cache is None:
+            factors = project_at_once(self, hidden_states, position_embeddings)
+            if factors is None:
+                factors = self.project(hidden_states, position_embeddings)
         elif attend is flash_tpa_attention_forward:
             factors = store_decoded(self, hidden_states, position_embeddings, cache)
         else:
-            factors = None
-            if cache is None and attend is heads_attention_forward:
-                factors = project_at_once(self, hidden_states, position_embeddings)
-            elif cache is not None:
-                factors = self.project_to_rows(hidden_states, position_embeddings)
-            if factors is None:
-                factors = self.project(hidden_states, position_embeddings, key_position_embeddings)
-            if cache is not None:
-                self.update_cache(factors, cache)
+            factors = self.project_and_cache(hidden_states, position_embeddings, cache, key_position_embeddings)
 
         attn_output, attn_weights = attend(
             self,

@@ -320,9 +320,15 @@ class PagedFactors:
         rows = self.pages.rows[layer_idx]
         return rows[..., :key_width], rows[..., key_width : key_width + value_width]
 
-    def store(self, module: nn.Module, hidden_states: torch.Tensor, *position_embeddings) -> Factors:
+    def store(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> Factors:
         """
-        The factors of a layer for the step's tokens, whose rows are then in its pages. `position_embeddings` are those of
+        Computes a layer's factors of the step's tokens, and stores their rows in its pages. Position embeddings are those of
         `TensorProductFactors.project`.
 
         Returns:
@@ -330,16 +336,14 @@ class PagedFactors:
             R_V (h + d)]; where the kernels run, with queries in place of the new tokens' factors.
         """
         if not self.pages.has_kernel:
-            factors = module.project(hidden_states, *position_embeddings)
-            module.update_cache(factors, self)
-            return factors
-        step, angles = self.of_layer(module.layer_idx), position_embeddings[0]
+            return module.project_and_cache(hidden_states, position_embeddings, self, key_position_embeddings)
+        step = self.of_layer(module.layer_idx)
         widths = module.key_layout.width, module.value_layout.width
         pages, slots = self.pages_of_layer(module.layer_idx, *widths), step.write_slots
         if step.others:  # which may attend to rows that have no place in pages: those that a window has passed
             rows = self.pages.rows[module.layer_idx].new_empty((1, hidden_states.shape[1], sum(widths)))
             pages, slots = rows.split(widths, dim=-1), torch.arange(rows.shape[1], device=rows.device)
-        factors = store_projected(module, hidden_states, angles, slots, *pages)
+        factors = store_projected(module, hidden_states, position_embeddings, slots, *pages)
         if step.others:
             key_rows, value_rows = (part[:, None] for part in pages)
             factors.key_rows, factors.value_rows = self.update(key_rows, value_rows, module.layer_idx)

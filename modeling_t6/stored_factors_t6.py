@@ -80,17 +80,15 @@ def store_decoded(
 ) -> Factors:
     """
     The factors of tokens that FlashTPA attends for, and the rows of all tokens in `cache`, theirs included: as
-    `TensorProductFactors.project` and `update_cache` make them, where the cache keeps rows that a kernel may write, in float32
-    and rounded once. Depends on nothing that changes from one decoded token to the next.
+    `TensorProductFactors.project_and_cache` makes them, where the cache keeps rows that a kernel may write, in float32 and
+    rounded once. Depends on nothing that changes from one decoded token to the next.
     """
     (batch_size, count), dtype = hidden_states.shape[:2], position_embeddings[0].dtype
     room = None
     if _is_fusible(module, hidden_states):
         room = reserve_rows(cache, module.layer_idx, batch_size, count, dtype, hidden_states.device)
     if room is None:
-        factors = module.project(hidden_states, position_embeddings)
-        module.update_cache(factors, cache)
-        return factors
+        return module.project_and_cache(hidden_states, position_embeddings, cache)
     refuse_other_rows((room.keys, room.values), (module.key_layout, module.value_layout), module.layer_idx)
     pages = room.key_storage[:, 0], room.value_storage[:, 0]
     places = NewRows(room.first, count, room.length)

@@ -153,38 +153,38 @@ def third_order_features(bc: torch.Tensor, b_dim: int) -> torch.Tensor:
 @dataclass
 class Factors:
     """
-    The factors of one layer in one forward pass, of `seq` new tokens and of the `key_length` tokens that they attend to.
+    The factors of one layer in one forward pass. Without a cache they are those of the `seq` new tokens. With a cache, keys
+    and values are `key_rows` and `value_rows`, which `TensorProductFactors.unpack` reads; `a_k`, `b_k`, `a_v` and `b_v` are
+    then those of the new tokens, or `None`, unless they are constants.
 
     Attributes:
-        a_q, b_q: A_Q [batch, seq, R_Q, h] and B_Q [batch, seq, R_Q, d] before RoPE. Queries that have no factors
-            (TPA-KVonly) are `b_q` themselves [batch, seq, h, d], and `a_q` is `None`.
-        a_k, a_v: A_K and A_V [batch, key_length, R, h_kv]; constants are [R, h_kv].
-        b_k, b_v: B_K and B_V [batch, key_length, R, d] as they are cached; constants are [R, d], third-order factors
-            have b and c side by side [..., d_b + d_c]. `TensorProductFactors.features` makes them what heads are made of.
-        dtype: of the embeddings, as `query_rotation` has it. Under autocast factors, and the hidden states of later layers,
-            come in other dtypes; a cache holds rows of this one, as without, and what reads them takes queries of the same.
-        query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens; `None` if `b_q` is rotated.
-        key_rotation: cos and sin [batch or 1, key_length, rotary_dim] for a `b_k` that is not yet rotated, else `None`.
-        key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them, if there is a cache. The keys'
-            and values' factors above are then still those of the new tokens: `TensorProductFactors.unpack` reads rows. Before
-            `update_cache` those of the new tokens, if they were made as rows; there are no `a_k`, `b_k`, `a_v` and `b_v` then.
-        lengths: int [1] on the device, how many of the rows count, of a cache with room for more; else `None`.
-        is_query: whether `b_q` are what `TensorProductFactors.queries` returns; of keys and values there are only rows then.
+        dtype: the dtype of the embeddings, in which rows are stored and queries attend to them. Under autocast the factors
+            themselves may have another.
+        a_q: A_Q [batch, seq, R_Q, h]; `None` for queries without factors (TPA-KVonly).
+        b_q: B_Q [batch, seq, R_Q, d]; for TPA-KVonly the queries before normalisation and RoPE [batch, seq, h, d].
+        a_k, a_v: A_K and A_V [batch, seq, R, h_kv], or constant [R, h_kv].
+        b_k, b_v: B_K and B_V [batch, seq, R, d] as they are cached, or constant [R, d]; third-order factors are b and c
+            concatenated, [..., d_b + d_c]. `TensorProductFactors.features` turns them into the B that K and V are made of.
+        query: Q [batch, seq, h, d], normalised and rotated, where a kernel has formed it: `a_q` and `b_q` are then `None`.
+        query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens; `None` if `b_q` is already rotated.
+        key_rotation: cos and sin [batch or 1, key_length, rotary_dim] if `b_k` is cached before RoPE, else `None`.
+        key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them.
+        lengths: int [1] on the device, the number of valid rows of a static cache; `None` if all are valid.
     """
 
-    a_q: torch.Tensor | None
-    b_q: torch.Tensor
-    a_k: torch.Tensor | None
-    b_k: torch.Tensor | None
-    a_v: torch.Tensor | None
-    b_v: torch.Tensor | None
     dtype: torch.dtype
-    query_rotation: tuple[torch.Tensor, torch.Tensor] | None
+    a_q: torch.Tensor | None = None
+    b_q: torch.Tensor | None = None
+    a_k: torch.Tensor | None = None
+    b_k: torch.Tensor | None = None
+    a_v: torch.Tensor | None = None
+    b_v: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    query_rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     key_rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     key_rows: torch.Tensor | None = None
     value_rows: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
-    is_query: bool = False
 
 
 class TensorProductFactors(FactorProjections):
@@ -297,8 +297,10 @@ class TensorProductFactors(FactorProjections):
             both = apply_rotary_pos_emb(torch.cat([b_q, b_k], dim=2), *position_embeddings)
             b_q, b_k = both.split_with_sizes([self.q_rank, self.k_rank], dim=2)
             query_rotation = None
-        dtype = position_embeddings[0].dtype
-        return Factors(a_q, b_q, a_k, b_k, a_v, b_v, dtype, query_rotation, key_rotation)
+        return Factors(
+            position_embeddings[0].dtype, a_q, b_q, a_k, b_k, a_v, b_v,
+            query_rotation=query_rotation, key_rotation=key_rotation,
+        )  # fmt: skip
 
     def project_and_cache(
         self,
@@ -332,7 +334,7 @@ class TensorProductFactors(FactorProjections):
         b = outputs[..., : (self.q_rank + self.k_rank) * self.head_dim].view(*tokens, -1, self.head_dim)
         rotate_in_place(b, *position_embeddings)
         a_q, b_q = a_q.view(*tokens, self.q_rank, -1), b[:, :, : self.q_rank]
-        return Factors(a_q, b_q, None, None, None, None, dtype, None, None, key_rows, value_rows)
+        return Factors(dtype, a_q, b_q, key_rows=key_rows, value_rows=value_rows)
 
     def _product_of(self, projections: dict[str, nn.Linear], other: FactorProduct | None) -> FactorProduct:
         # On a GPU kernels take the outputs of a `FactorProduct`.
@@ -402,9 +404,9 @@ class TensorProductFactors(FactorProjections):
         return b if self.c_factor_dim is None else third_order_features(b, self.b_dim)
 
     def queries(self, factors: Factors, form: Callable = form_heads) -> torch.Tensor:
-        """Q [batch, seq, h, d], normalised and rotated."""
-        if factors.is_query:
-            return factors.b_q
+        """Q [batch, seq, h, d], normalised and rotated; `form` is [`form_heads`] or another function that computes the same."""
+        if factors.query is not None:
+            return factors.query
         a_q, b_q = factors.a_q, factors.b_q
         query_states = b_q
         if a_q is not None:

@@ -51,7 +51,7 @@ def store_projected(
         slots, key_pages, value_pages: as [`store_factors`] takes them.
 
     Returns:
-        Factors with queries in place of A_Q and B_Q; of keys and values there are constants alone.
+        Factors that hold queries, and constant A_K and A_V if there are any: the caller sets the rows.
     """
     config, shape = module.config, hidden_states.shape[:2]
     store = _store_in_graph if torch.compiler.is_compiling() else store_factors
@@ -68,8 +68,7 @@ def store_projected(
         norms_key_heads=config.qk_norm == "heads",
     )
     a_k, a_v = (module.k_a, module.v_a) if config.noncontextual_a else (None, None)
-    query = query.unflatten(0, shape)
-    return Factors(None, query, a_k, None, a_v, None, angles[0].dtype, angles, is_query=True)
+    return Factors(angles[0].dtype, a_k=a_k, a_v=a_v, query=query.unflatten(0, shape))
 
 
 def store_decoded(

@@ -147,7 +147,7 @@ def _factors_in_chunks(
 ) -> tuple[FactorChunks, FactorChunks]:
     """Those of the keys and of the values in a cache."""
     rows, layouts = (factors.key_rows, factors.value_rows), (module.key_layout, module.value_layout)
-    if module.caches_what_forms_heads:
+    if module.caches_both_factors:
         return chunks_of_rows(layouts, rows, dtype, all_at_once)
     a_k, b_k, a_v, b_v = module.unpack(factors, *rows)
     key_features = functools.partial(module.features, rotation=factors.key_rotation)

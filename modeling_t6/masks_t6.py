@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .attention_t6 import heads_attention_forward
-from .cache_t6 import CACHE_NAME, FactorLayout, StaticRowsMixin, refuse_other_rows
+from .cache_t6 import CACHE_NAME, FactorLayout, StaticRowsMixin, validate_rows
 from .configuration_t6 import ConfigView, T6Config
 from .flash_tpa_t6 import flash_tpa_attention_forward
 from .paged_t6 import PagedFactors
@@ -85,7 +85,7 @@ def validate_cache(
         if isinstance(layer, StaticRowsMixin) and layer.is_initialized:
             rows = layer.stored_rows()
         if all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in rows):
-            refuse_other_rows(rows, layouts[layer_idx], layer_idx)
+            validate_rows(rows, layouts[layer_idx], layer_idx)
         window = getattr(layer, "sliding_window", None)
         if window is None and getattr(layer, "is_sliding", False):
             # A static layer does not say its window: it has room for one, or for all the tokens that there will be.

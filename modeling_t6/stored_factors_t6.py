@@ -18,7 +18,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
-from .cache_t6 import cached_lengths, refuse_other_rows, reserve_rows
+from .cache_t6 import cached_lengths, reserve_rows, validate_rows
 from .factor_pages_t6 import NewRows, store_factors
 from .factors_t6 import Factors
 from .flash_tpa_t6 import operator_name
@@ -83,16 +83,16 @@ def store_decoded(
     rounded once. Depends on nothing that changes from one decoded token to the next.
     """
     (batch_size, count), dtype = hidden_states.shape[:2], position_embeddings[0].dtype
-    room = None
+    reserved = None
     if _is_fusible(module, hidden_states):
-        room = reserve_rows(cache, module.layer_idx, batch_size, count, dtype, hidden_states.device)
-    if room is None:
+        reserved = reserve_rows(cache, module.layer_idx, batch_size, count, dtype, hidden_states.device)
+    if reserved is None:
         return module.project_and_cache(hidden_states, position_embeddings, cache)
-    refuse_other_rows((room.keys, room.values), (module.key_layout, module.value_layout), module.layer_idx)
-    pages = room.key_storage[:, 0], room.value_storage[:, 0]
-    places = NewRows(room.first, count, room.length)
+    validate_rows((reserved.keys, reserved.values), (module.key_layout, module.value_layout), module.layer_idx)
+    pages = reserved.key_storage[:, 0], reserved.value_storage[:, 0]
+    places = NewRows(reserved.first, count, reserved.length)
     factors = store_projected(module, hidden_states, position_embeddings, places, *pages)
-    factors.key_rows, factors.value_rows = room.keys, room.values
+    factors.key_rows, factors.value_rows = reserved.keys, reserved.values
     factors.lengths = cached_lengths(cache, module.layer_idx)
     return factors
 

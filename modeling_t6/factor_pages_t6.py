@@ -46,9 +46,9 @@ QUERY_TILE = 1024  # numbers of a block of heads that one program forms, at most
 QUERY_NUMBERS = 32  # of them for each thread
 PAIRS_TILE = 4096  # numbers of keys or values that one program forms
 PAIRS_NUMBERS = 32
-# Tokens whose K and V are formed by the programs that store them, one warp each: of more, the kernel that forms heads alone
-# saves more of the GPU's time than its launch takes.
-MOST_AT_ONCE = 2048
+# Up to this many tokens, the kernel that stores factors also forms K and V, with one warp per program. For more, a separate launch
+# of the kernel that forms heads is faster.
+MAX_FORMED_TOKENS = 2048
 
 
 class SelectedRanks(NamedTuple):
@@ -67,14 +67,14 @@ class SelectedRanks(NamedTuple):
 
 class NewRows(NamedTuple):
     """
-    Where the rows of new tokens go in a cache that is not paged: the same rows of each sequence, one after the other. Tokens
-    are those of the first sequence, then those of the second, and so on.
+    Where the rows of new tokens go in a cache that is not paged: consecutive rows, the same in each sequence. The tokens of one
+    sequence follow those of another.
 
     Attributes:
-        first: the first of them, after `length` if there is one.
-        count: tokens of each sequence.
-        length: int64 [1], a number of rows on the device. A token whose row would then be beyond the room of the cache is
-            not written, and its query is NaN: the host cannot raise an error.
+        first: the index of the first row, relative to `length` if that is given.
+        count: new tokens per sequence.
+        length: int64 [1] on the device. A token whose row would be beyond the capacity of the cache is not written, and its
+            query is NaN: the host cannot raise an error.
     """
 
     first: int
@@ -106,10 +106,31 @@ def rows_at(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return numbers[slots // pages.shape[1], slots % pages.shape[1]].view(pages.dtype)
 
 
+class FactorTransform(NamedTuple):
+    """
+    What is applied to the factors of tokens between their projections and the cache, apart from RoPE.
+
+    Attributes:
+        q_norm, k_norm: weights [d] of the RMS norms before RoPE of query heads and of keys; both, or `None`.
+        eps: of the norms.
+        activation: of A: "sigmoid", "softmax" over these heads, or `None`.
+        norms_key_heads: whether the norm of keys acts on the heads that A_K and B_K form, instead of on rows of B_K.
+    """
+
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    eps: float = 1e-6
+    activation: str | None = None
+    norms_key_heads: bool = False
+
+
+NO_TRANSFORM = FactorTransform()
+
+
 class FactorColumns(NamedTuple):
     """
-    Where among the columns of one product [tokens, columns] the factors of a token lie that [`store_factors`] takes: of each
-    the first column, n, and m, of n * m columns that are [n, m]. `None` for an A that is none, or a constant.
+    Which columns of one product [tokens, columns] are the factors that [`store_factors`] takes: for each the first column, n
+    and m, where its n * m columns are [n, m]. `None` for an A that is `None` or constant.
     """
 
     a_q: tuple[int, int, int] | None
@@ -141,11 +162,7 @@ def store_factors(
     slots: torch.Tensor | NewRows,
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    activation: str | None = None,
-    norms_key_heads: bool = False,
+    transform: FactorTransform = NO_TRANSFORM,
     kernels: bool | None = None,
 ) -> torch.Tensor:
     """
@@ -153,31 +170,27 @@ def store_factors(
     do after the projections, in float32, in one launch.
 
     Args:
-        a_q: [tokens, h, R_Q] as it is projected, a constant [R_Q, h], or `None` for queries without factors.
+        a_q: [tokens, h, R_Q] as projected, a constant [R_Q, h], or `None` for queries without factors.
         b_q: [tokens, R_Q, d] before RoPE, or the queries [tokens, h, d].
-        a_k, a_v: [tokens, h_kv, R_K] and [tokens, h_kv, R_V] as they are projected; `None` where they are constants, and rows
-            hold B alone.
+        a_k, a_v: [tokens, h_kv, R_K] and [tokens, h_kv, R_V] as projected; `None` if they are constants, and rows hold B alone.
         b_k, b_v: [tokens, R_K, d] and [tokens, R_V, d]. All six may be views of one product, with any stride between
-            tokens; numbers of one token are contiguous.
-        cos, sin: [tokens, rotary_dim / 2], of the first features of each token's rotation (the second are the same).
-        slots: int64 [tokens] or fewer. A token with a negative slot, or without one, is not written. Or [`NewRows`].
-        key_pages, value_pages: see above. What is beyond the range of float8 is written as its largest number.
-        q_norm, k_norm: weights [d] of the RMS norm of query heads and of rows of B_K before RoPE, both or none.
-        norms_key_heads: whether the norm of keys is of the heads that A_K, which is no constant, and B_K form.
-        activation: of A that is projected: "sigmoid", "softmax" over these heads, or `None`.
+            tokens; the elements of one token are contiguous.
+        cos, sin: [tokens, rotary_dim / 2], for the first half of the rotated features (the second half has the same).
+        slots: int64 [tokens] or fewer. Tokens with a negative slot, or without one, are not written. Or [`NewRows`].
+        key_pages, value_pages: see the top of this file. float8 saturates.
         kernels: whether Triton does it, or PyTorch. `None`: Triton where it can.
 
     Returns:
         Queries [tokens, h, d], normalised and rotated, in the dtype of `b_q`.
+
+    Raises:
+        ValueError: if the pages have another width, or the elements of a token are not contiguous.
     """
     (_, k_rank, head_dim), v_rank, num_heads = b_k.shape, b_v.shape[1], 0 if a_k is None else a_k.shape[1]
     key_pages, value_pages, *layouts = _rows_of(key_pages, value_pages, k_rank, v_rank, num_heads, head_dim)
     kernels = _in_triton(b_q, key_pages) if kernels is None else kernels
     store = _store_in_triton if kernels else _store_in_torch
-    return store(
-        a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
-        norms_key_heads, *layouts,
-    )  # fmt: skip
+    return store(a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, transform, *layouts)
 
 
 def store_projections(
@@ -190,24 +203,23 @@ def store_projections(
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
     query: torch.Tensor,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    activation: str | None = None,
-    norms_key_heads: bool = False,
+    transform: FactorTransform = NO_TRANSFORM,
     kernels: bool | None = None,
     key: torch.Tensor | None = None,
     value: torch.Tensor | None = None,
     first_formed: int = 0,
 ) -> None:
     """
-    [`store_factors`] of factors that are `columns` of one product [tokens, columns], of which no views are made: these
-    take the host longer than the launch. Writes into `query` [tokens, h, d], which is contiguous.
+    [`store_factors`] of factors that are columns of one product. It makes no views of the product, which would take the host
+    longer than the launch.
 
     Args:
-        key, value: where K and V of the tokens from `first_formed` on go, [those tokens, h_kv, d], contiguous, as
-            [`form_heads_from_pages`] forms them of the rows; neither where A is constant. In the same launch, if there are
-            few tokens, but for `norms_key_heads`, and rows of another dtype than the heads'.
+        product: [tokens, columns].
+        columns: where the factors are; A_Q is `constant_a_q` instead if that is given.
+        query: output [tokens, h, d], contiguous.
+        key, value: outputs [tokens from `first_formed` on, h_kv, d], contiguous: K and V as [`form_heads_from_pages`] forms them
+            from the rows; `None` if A is constant. Formed in the same launch if there are few tokens, rows have the dtype of
+            the heads, and the key heads have no norm.
     """
     (_, k_rank, head_dim), v_rank, num_heads = (
         columns.b_k,
@@ -215,26 +227,28 @@ def store_projections(
         0 if columns.a_k is None else columns.a_k[1],
     )
     key_pages, value_pages, *layouts = _rows_of(key_pages, value_pages, k_rank, v_rank, num_heads, head_dim)
-    variant = q_norm, k_norm, eps, activation, norms_key_heads, *layouts
-    forms_at_once = False
+    forms_heads = False  # in the same launch
     if _in_triton(product, key_pages) if kernels is None else kernels:
-        offsets, strides = _places_of_columns(columns, product.element_size(), product.stride(0))
+        offsets, strides = _offsets_of_columns(columns, product.element_size(), product.stride(0))
         factors = [product] * 6
         if constant_a_q is not None:
             factors[0] = constant_a_q.contiguous()
         q_rank = 0 if columns.a_q is None and constant_a_q is None else columns.b_q[1]
-        forms_at_once = (
-            key is not None and len(key) <= MOST_AT_ONCE and not norms_key_heads and key_pages.dtype == key.dtype
+        forms_heads = (
+            key is not None
+            and len(key) <= MAX_FORMED_TOKENS
+            and not transform.norms_key_heads
+            and key_pages.dtype == key.dtype
         )
         _launch_store(
             factors, offsets, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a_q is not None,
-            *variant, *((key, value, first_formed) if forms_at_once else ()),
+            transform, *layouts, *((key, value, first_formed) if forms_heads else ()),
         )  # fmt: skip
     else:
         a_q, *others = columns.views(product)
         a_q = a_q if constant_a_q is None else constant_a_q
-        query.copy_(_store_in_torch(a_q, *others, cos, sin, slots, key_pages, value_pages, *variant))
-    if key is not None and not forms_at_once:
+        query.copy_(_store_in_torch(a_q, *others, cos, sin, slots, key_pages, value_pages, transform, *layouts))
+    if key is not None and not forms_heads:
         slots = slots[first_formed : first_formed + len(key)]
         form_heads_from_pages(key_pages, value_pages, slots, key, value, k_rank, v_rank)
 
@@ -295,7 +309,7 @@ def _layouts(k_rank: int, v_rank: int, num_heads: int, head_dim: int) -> tuple[F
     return FactorLayout(k_rank, num_heads, head_dim), FactorLayout(v_rank, num_heads, head_dim)
 
 
-def _as_numbers(pages: torch.Tensor) -> torch.Tensor:
+def _as_float8(pages: torch.Tensor) -> torch.Tensor:
     return pages.view(torch.float8_e4m3fn) if pages.dtype == torch.uint8 else pages
 
 
@@ -309,7 +323,7 @@ def _rows_of(
             f"`key_pages` and `value_pages` must have rows of {key_layout.width} and {value_layout.width} numbers, got sizes "
             f"{list(key_pages.shape)} and {list(value_pages.shape)}."
         )
-    return _as_numbers(key_pages), _as_numbers(value_pages), key_layout, value_layout
+    return _as_float8(key_pages), _as_float8(value_pages), key_layout, value_layout
 
 
 def _in_triton(states: torch.Tensor, pages: torch.Tensor) -> bool:
@@ -328,10 +342,10 @@ def has_kernels(device: torch.device, pages_dtype: torch.dtype) -> bool:
 
 
 def _store_in_torch(
-    a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
-    norms_key_heads, key_layout, value_layout,
+    a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, transform, key_layout, value_layout
 ) -> torch.Tensor:  # fmt: skip
     dtype = b_q.dtype
+    q_norm, k_norm, eps, activation, norms_key_heads = transform
     cos, sin = (torch.cat([x, x], dim=-1)[None].float() for x in (cos, sin))
 
     def head_factors(a: torch.Tensor | None) -> torch.Tensor | None:
@@ -397,8 +411,8 @@ def _page_units(itemsize: int, page_size: int, *strides: int) -> tuple[tuple[int
 
 
 @functools.lru_cache(4096)
-def _places_of_columns(columns: FactorColumns, itemsize: int, stride: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of each factor bytes before the first column, and numbers from a token to the next; 0 of an A that is none."""
+def _offsets_of_columns(columns: FactorColumns, itemsize: int, stride: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For each factor the bytes before its first column, and the stride between tokens in elements; 0 for an A that is `None`."""
     starts = tuple(0 if part is None else itemsize * part[0] for part in columns)
     return starts, tuple(0 if part is None else stride for part in columns)
 
@@ -440,8 +454,7 @@ def _token_stride(name: str, x: torch.Tensor | None, is_constant: bool = False) 
 
 
 def _store_in_triton(
-    a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
-    norms_key_heads, key_layout, value_layout,
+    a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, transform, key_layout, value_layout
 ) -> torch.Tensor:  # fmt: skip
     constant_a = a_q is not None and a_q.dim() == 2
     strides = (
@@ -458,19 +471,20 @@ def _store_in_triton(
     query = b_q.new_empty((b_q.shape[0], num_heads, b_q.shape[2]))
     _launch_store(
         factors, None, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a,
-        q_norm, k_norm, eps, activation, norms_key_heads, key_layout, value_layout,
+        transform, key_layout, value_layout,
     )  # fmt: skip
     return query
 
 
 def _launch_store(
     factors, offsets, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a,
-    q_norm, k_norm, eps, activation, norms_key_heads, key_layout, value_layout, key=None, value=None, first_formed=0,
+    transform, key_layout, value_layout, key=None, value=None, first_formed=0,
 ) -> None:  # fmt: skip
     """`factors` are A and B of queries, keys and values, with their strides; `offsets` are where they start in one product."""
     num_tokens, num_heads, _ = query.shape
     if num_tokens == 0:
         return
+    q_norm, k_norm, eps, activation, norms_key_heads = transform
     page_size, has_length, places = key_pages.shape[1], False, (0, 1, 0)
     if isinstance(slots, NewRows):
         places, page_size, has_length = (slots.first, slots.count, page_size), 0, slots.length is not None

@@ -25,6 +25,7 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 from modeling_t6.configuration_t6 import T6Config
 from modeling_t6.factor_pages_t6 import (
     FactorColumns,
+    FactorTransform,
     SelectedRanks,
     form_heads_from_pages,
     has_kernels,
@@ -54,8 +55,7 @@ class FactorImpl(AttentionImpl):
     def __init__(self, owner: nn.Module, layer: nn.Module, config: T6Config, layer_idx: int):
         self.owner, self.config = owner, config
         # Read by each layer in each step, and a configuration's fields are slow to read.
-        self.q_rank, self.constant_a, self.qk_norm = config.q_rank, config.noncontextual_a, config.qk_norm
-        self.eps, self.activation = config.rms_norm_eps, config.head_factor_act
+        self.q_rank, self.constant_a = config.q_rank, config.noncontextual_a
         self.num_heads, self.num_kv_heads = layer.num_heads, layer.num_kv_heads
         self.groups = config.num_key_value_groups
         self.head_size, self.scale = config.head_dim, config.head_dim**-0.5
@@ -137,10 +137,9 @@ class FactorImpl(AttentionImpl):
         Writes the rows of a step's tokens, their queries [tokens, h, d], and K and V of those that `formed` says. See
         `store_factors` of `kernels`.
         """
-        q_norm, k_norm = self._norms
         store_projections(
-            projections, self.columns, self.constants[0], cos, sin, slots, key_pages, value_pages, query, q_norm, k_norm,
-            self.eps, self.activation, self.qk_norm == "heads", kernels, *formed,
+            projections, self.columns, self.constants[0], cos, sin, slots, key_pages, value_pages, query,
+            self._transform, kernels, *formed,
         )  # fmt: skip
 
     def decode(
@@ -257,7 +256,7 @@ class FactorImpl(AttentionImpl):
         return self.num_kv_heads if self._selected_ranks is None else len(self._selected_ranks[0].ranks)
 
     def weights_changed(self) -> None:
-        for name in ("constants", "_norms", "_selected_ranks", "num_formed_heads"):
+        for name in ("constants", "_transform", "_selected_ranks", "num_formed_heads"):
             self.__dict__.pop(name, None)
 
     def pages_changed(self) -> None:
@@ -274,9 +273,10 @@ class FactorImpl(AttentionImpl):
         return tuple(getattr(self.owner, f"{name}_a", None) for name in "qkv")
 
     @functools.cached_property
-    def _norms(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Weights of the norms of queries and keys."""
-        return (self.owner.q_norm.weight, self.owner.k_norm.weight) if self.qk_norm else (None, None)
+    def _transform(self) -> FactorTransform:
+        config, qk_norm = self.config, self.config.qk_norm
+        norms = (self.owner.q_norm.weight, self.owner.k_norm.weight) if qk_norm else (None, None)
+        return FactorTransform(*norms, config.rms_norm_eps, config.head_factor_act, qk_norm == "heads")
 
     def _workspace(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
         """Room for K and V of `room` tokens, [room, h_kv or fewer key/value heads, d]; all layers share it."""

@@ -58,7 +58,7 @@ class Rows(NamedTuple):
     groups: int = 1  # heads of queries that share one of A
     group_columns: int = 1  # columns that they take; 1 also where A is constant, and loaded for each of them
     packed: bool = False  # whether they are bytes as `QuantizedLayout` packs them; `width` is of bytes, too
-    unit: int = 1  # numbers of B that are loaded as one: 4 of float8 or 8 of 4 bits in 32 bits
+    elements_per_load: int = 1  # of B: in 32 bits 4 of float8, or 8 of 4 bits
 
 
 class Mask(NamedTuple):
@@ -203,7 +203,7 @@ def _prepare_query(query, scale, FITS_FLOAT16: tl.constexpr, ROWS: tl.constexpr,
 @triton.jit
 def _b_columns(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Of a row of B: the places of what is loaded of it, numbers or several in 32 bits."""
-    return tl.arange(0, BLOCK_D // ROWS.unit)
+    return tl.arange(0, BLOCK_D // ROWS.elements_per_load)
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def _load_b(
     """B from `rank` on, [step * BLOCK_N, BLOCK_D], in the dtype of the query."""
     if ROWS.packed:
         b = _load_packed_b(rows_ptr, offsets, is_b, tokens, is_token, rank, ROWS, DTYPE, BLOCK_D)
-    elif ROWS.unit == 4:
+    elif ROWS.elements_per_load == 4:
         N: tl.constexpr = offsets.shape[0]
         rows_ptr = rows_ptr.to(tl.pointer_type(tl.int32))
         words = tl.load(rows_ptr + (offsets + rank * (ROWS.head_dim // 4)), mask=is_b, other=0)
@@ -715,8 +715,8 @@ def decode_kernel(
         value_ptr += batch * value_stride_b * STRIDE_UNIT
         mask_ptr += batch * mask_stride_b
     columns = _b_columns(KEYS, BLOCK_D)
-    NUM_B: tl.constexpr = HEAD_DIM // KEYS.unit
-    UNIT: tl.constexpr = 4 if KEYS.unit > 1 else 1  # bytes in it
+    NUM_B: tl.constexpr = HEAD_DIM // KEYS.elements_per_load
+    UNIT: tl.constexpr = 4 if KEYS.elements_per_load > 1 else 1  # bytes in it
     k_rows = tl.arange(0, KEYS.step * BLOCK_N)
     v_rows = tl.arange(0, VALUES.step * BLOCK_N)
     k_tokens = _token_of(k_rows, KEYS.step)
@@ -786,7 +786,7 @@ def decode_kernel(
         if LAUNCH.unroll:
             for r in tl.static_range(0, K_RANK, K_STEP):
                 b = _load_b(key_rows, key_b_offsets, is_key_b, k_tokens, is_key, r, KEYS, query.dtype, BLOCK_D)
-                if r == 0 and VALUES.unit > 1:  # beside which others can be waited for
+                if r == 0 and VALUES.elements_per_load > 1:  # beside which others can be waited for
                     value_b = _load_b(
                         value_rows, value_b_offsets, is_value_b, v_tokens, is_value, 0, VALUES, query.dtype, BLOCK_D
                     )
@@ -836,7 +836,7 @@ def decode_kernel(
 
         if LAUNCH.unroll:
             for r in tl.static_range(0, V_RANK, V_STEP):
-                if r == 0 and VALUES.unit > 1:
+                if r == 0 and VALUES.elements_per_load > 1:
                     b = value_b
                 else:
                     b = _load_b(

@@ -713,7 +713,9 @@ def decode_kernel(
         mask_ptr += batch * mask_stride_b
     columns = _b_columns(KEYS, BLOCK_D)
     NUM_B: tl.constexpr = HEAD_DIM // KEYS.elements_per_load
-    UNIT: tl.constexpr = 4 if KEYS.elements_per_load > 1 else 1  # in words of 4 bytes, strides of rows are divided by this
+    UNIT: tl.constexpr = (
+        4 if KEYS.elements_per_load > 1 else 1
+    )  # in words of 4 bytes, strides of rows are divided by this
     k_rows = tl.arange(0, KEYS.step * BLOCK_N)
     v_rows = tl.arange(0, VALUES.step * BLOCK_N)
     k_tokens = _token_of(k_rows, KEYS.step)

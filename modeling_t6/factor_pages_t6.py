@@ -12,13 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Factors in the pages of an engine: from projections to queries and rows, and from rows to keys and values of a prompt.
-In Triton on a GPU, elsewhere in PyTorch.
+Factors in pages: from projections to queries and rows, and from rows to the keys and values of prompts. In Triton on a GPU,
+elsewhere in PyTorch.
 
-Pages are two tensors, of key rows [blocks, page_size, key width] and of value rows [blocks, page_size, value width], as
-`FactorLayout` packs them: of the model's dtype or another one, float8_e4m3fn also as uint8. They may have any strides but
-of numbers in a row; one tensor that holds both is given as two views of it. A slot is `block * page_size + offset`. A cache
-that is not paged, [batch, room, width], has a page for each sequence, and [`NewRows`] for slots.
+Pages are two tensors of rows that `FactorLayout` packs, [blocks, page_size, key width] and [blocks, page_size, value width], in
+the model's dtype or another one; float8_e4m3fn may come as uint8. The elements of a row are contiguous, other strides are
+arbitrary: both may be views of one tensor. A slot is `block * page_size + offset`. A cache that is not paged,
+[batch, capacity, width], has one page per sequence, and [`NewRows`] in place of slots.
 """
 
 import functools
@@ -41,11 +41,11 @@ except ImportError:
     triton = None
 
 
-# Sizes with which the kernels are started.
-QUERY_TILE = 1024  # numbers of a block of heads that one program forms, at most
-QUERY_NUMBERS = 32  # of them for each thread
-PAIRS_TILE = 4096  # numbers of keys or values that one program forms
-PAIRS_NUMBERS = 32
+# Launch sizes of the kernels.
+QUERY_TILE = 1024  # the most elements of a block of heads that one program forms
+QUERY_NUMBERS = 32  # of these per thread
+PAIRS_TILE = 4096  # elements of keys or values that one program forms
+PAIRS_NUMBERS = 32  # of these per thread
 # Up to this many tokens, the kernel that stores factors also forms K and V, with one warp per program. For more, a separate launch
 # of the kernel that forms heads is faster.
 MAX_FORMED_TOKENS = 2048
@@ -53,12 +53,12 @@ MAX_FORMED_TOKENS = 2048
 
 class SelectedRanks(NamedTuple):
     """
-    A constant A that selects: key/value head g is `weights[g] / R` times row `ranks[g]` of B. Attention then has G
-    key/value heads, each for as many query heads that follow each other, as in GQA.
+    A constant A with one nonzero element per head: key/value head g is `weights[g] / R` times row `ranks[g]` of B. Attention
+    then has G key/value heads, each shared by equally many consecutive query heads, as in GQA.
 
     Attributes:
         ranks: int32 [G].
-        weights: [G], of A.
+        weights: [G], the nonzero elements of A.
     """
 
     ranks: torch.Tensor
@@ -84,8 +84,8 @@ class NewRows(NamedTuple):
 
 def select_ranks(a: torch.Tensor) -> SelectedRanks | None:
     """
-    The G key/value heads of a constant A [R, h] whose heads each have one rank, and equal ones lie together in groups of
-    h / G: that of a model converted from MHA, GQA or MQA. `None` for any other. Reads A on the host.
+    The [`SelectedRanks`] of a constant A [R, h] in which each head has one nonzero element, and consecutive groups of h / G heads
+    are equal, as in models converted from MHA, GQA or MQA. `None` for any other A. Reads A on the host.
     """
     a = a.detach()
     num_heads = a.shape[1]
@@ -100,8 +100,8 @@ def select_ranks(a: torch.Tensor) -> SelectedRanks | None:
 
 
 def rows_at(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """The rows [slots, width] of pages [blocks, page_size, width] in some slots, none negative, in PyTorch."""
-    # As bytes: not every PyTorch indexes float8 itself.
+    """The rows [slots, width] of pages [blocks, page_size, width] in these slots, none of them negative, by PyTorch."""
+    # As bytes, since not every version of PyTorch implements indexing for float8.
     numbers = pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
     return numbers[slots // pages.shape[1], slots % pages.shape[1]].view(pages.dtype)
 
@@ -146,7 +146,7 @@ class FactorColumns(NamedTuple):
 
 
 def _view_columns(product: torch.Tensor, start: int, n: int, m: int) -> torch.Tensor:
-    # `unflatten` would forget the stride of a single token, for which the kernel would be compiled once more.
+    # `unflatten` would not preserve the stride of a single token, for which the kernel would be compiled again.
     return product.as_strided((product.shape[0], n, m), (product.stride(0), m, 1), product.storage_offset() + start)
 
 
@@ -257,16 +257,16 @@ def slots_of_rows(
     block_table: torch.Tensor, first_positions: torch.Tensor, row_starts: torch.Tensor, page_size: int, room: int
 ) -> torch.Tensor:
     """
-    The slots of some tokens of each request, in a row: once for all layers, without waiting for the device.
+    The slots of consecutive tokens of each request, concatenated. Computed once for all layers, without waiting for the device.
 
     Args:
-        block_table: int32 [requests, max pages], the blocks of each request's tokens in order.
-        first_positions: int32 [requests], the first position of each request that is wanted.
-        row_starts: int32 [requests + 1], ascending from 0: request b has the rows `row_starts[b]` to `row_starts[b + 1]`.
-        room: number of rows.
+        block_table: int32 [requests, max pages], the blocks of each request in order.
+        first_positions: int32 [requests], the position of the first of these tokens in each request.
+        row_starts: int32 [requests + 1], cumulative numbers of tokens, from 0.
+        room: the size of the result.
 
     Returns:
-        int64 [room], -1 behind the last request's.
+        int64 [room], -1 after the last request.
     """
     rows = torch.arange(room, dtype=row_starts.dtype, device=row_starts.device)
     requests = torch.searchsorted(row_starts, rows, right=True) - 1
@@ -290,13 +290,16 @@ def form_heads_from_pages(
     value_a: torch.Tensor | SelectedRanks | None = None,
 ) -> None:
     """
-    Forms K = (1 / R_K) A_K^T B_K, and V, of the tokens in some slots, in float32.
+    Forms K = (1 / R_K) A_K^T B_K and V = (1 / R_V) A_V^T B_V of the tokens in these slots, in float32.
 
     Args:
-        slots: int64 [rows], as of [`slots_of_rows`]. Where one is negative, a row is left as it is.
-        key, value: workspace [rows or more, h_kv, d], where a token's numbers are contiguous.
-        key_a, value_a: constant factors [R_K, h_kv] and [R_V, h_kv]; of both as `select_ranks` has them, the workspace has the
-            G key/value heads [room, G, d].
+        slots: int64 [rows], as from [`slots_of_rows`]. Rows with a negative slot are not written.
+        key, value: outputs [rows or more, h_kv, d], where the elements of a token are contiguous.
+        key_a, value_a: constant factors [R_K, h_kv] and [R_V, h_kv]; or both as [`SelectedRanks`], for outputs
+            [rows or more, G, d].
+
+    Raises:
+        ValueError: if the pages have another width.
     """
     num_heads = key.shape[1] if key_a is None else 0
     key_pages, value_pages, *layouts = _rows_of(key_pages, value_pages, k_rank, v_rank, num_heads, key.shape[2])
@@ -316,7 +319,7 @@ def _as_float8(pages: torch.Tensor) -> torch.Tensor:
 def _rows_of(
     key_pages: torch.Tensor, value_pages: torch.Tensor, k_rank: int, v_rank: int, num_heads: int, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, FactorLayout, FactorLayout]:
-    """Pages as the numbers that they hold, and the layouts of their rows, which must be as wide; `num_heads` is 0 of constant A."""
+    """The pages, as float8 if they are bytes, and the layouts of their rows, whose width is checked. `num_heads` is 0 for constant A."""
     key_layout, value_layout = _layouts(k_rank, v_rank, num_heads, head_dim)
     if key_pages.shape[-1] != key_layout.width or value_pages.shape[-1] != value_layout.width:
         raise ValueError(
@@ -332,7 +335,7 @@ def _in_triton(states: torch.Tensor, pages: torch.Tensor) -> bool:
 
 @functools.cache
 def has_kernels(device: torch.device, pages_dtype: torch.dtype) -> bool:
-    """Whether kernels on pages run: on GPUs that `is_supported` says, and in Triton's interpreter."""
+    """Whether kernels on pages run: on GPUs as `is_supported` says, and in Triton's interpreter."""
     if device.type != "cuda" or torch.version.cuda is None:
         return triton is not None and IS_INTERPRETED
     return triton is not None and is_supported(device, pages_dtype.itemsize == 1)
@@ -403,7 +406,10 @@ def _form_in_torch(key_pages, value_pages, slots, key, value, key_a, value_a, ke
 
 
 def _page_units(itemsize: int, page_size: int, *strides: int) -> tuple[tuple[int, ...], dict]:
-    """Strides of blocks and rows, of keys and of values, and in which unit; pages without gaps are as those of one row."""
+    """
+    The strides of pages and rows, of keys and of values, in units, and the constants that tell the kernel. Pages without gaps
+    between them are treated as pages of one row.
+    """
     if page_size and strides[0] == page_size * strides[1] and strides[2] == page_size * strides[3]:
         page_size, strides = 1, (strides[1], 0, strides[3], 0)
     unit = stride_unit(itemsize, *strides)
@@ -441,7 +447,7 @@ def _store_sizes(num_heads: int, key_layout: FactorLayout, value_layout: FactorL
 
 
 def _token_stride(name: str, x: torch.Tensor | None, is_constant: bool = False) -> int:
-    """Numbers from a token to the next, of factors whose other numbers are contiguous."""
+    """The stride between tokens of factors whose elements of one token must be contiguous; 0 if `x` is constant or `None`."""
     if x is None or is_constant:
         return 0
     strides = x.stride()
@@ -509,7 +515,7 @@ def _store_kernel(
     num_heads, q_rank, constant_a, key_layout, value_layout, activation, rotary_dim, has_norm, norms_key_heads, has_length, forms,
     itemsize, strides, cos_stride, sin_stride, page_itemsize, page_size, *page_strides,
 ) -> tuple[KeptKernel, int, tuple[int, ...]]:  # fmt: skip
-    """The kernel with its constants, programs for each token, and all strides in their units."""
+    """The kernel with its constants, the programs per token, and all strides in their units."""
     sizes = _store_sizes(num_heads, key_layout, value_layout)
     head_blocks = -(-num_heads // sizes["BLOCK_H"])
     key_blocks = -(-key_layout.padded_heads // sizes["BLOCK_H"]) if norms_key_heads else 0
@@ -559,7 +565,7 @@ def _form_kernel(
     num_heads, head_dim, key_layout, value_layout, key_kind, value_kind, key_stride, value_stride,
     page_itemsize, page_size, *page_strides,
 ) -> tuple[KeptKernel, int, tuple[int, ...]]:  # fmt: skip
-    """The kernel with its constants, pairs of a token and a head for each program, and strides of pages in their unit."""
+    """The kernel with its constants, the pairs of a token and a head per program, and the strides of pages in their unit."""
     page_strides, page_constants = _page_units(page_itemsize, page_size, *page_strides)
     block_d = power_of_2(head_dim, 16)
     block_m = max(1, PAIRS_TILE // block_d)

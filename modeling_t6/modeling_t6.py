@@ -154,6 +154,16 @@ class T6Attention(TensorProductFactors):
         sliding_window: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        As in Llama's attention, and:
+
+        Args:
+            position_embeddings: cos and sin [batch or 1, seq, rotary_dim].
+            attend: the attention function, as `choose_attention` returns it.
+            key_position_embeddings: cos and sin [batch or 1, key_length, rotary_dim] of all rows of the cache, for variants
+                that cache B_K before RoPE.
+            sliding_window: tokens that a query sees, including its own; `None`: all.
+        """
         input_shape = hidden_states.shape[:-1]
 
         if isinstance(cache, PagedFactors):

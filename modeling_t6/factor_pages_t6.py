@@ -373,10 +373,10 @@ def _store_in_torch(
         offsets = tokens % slots.count + slots.first + (0 if slots.length is None else slots.length)
         is_stored = offsets < min(key_pages.shape[1], value_pages.shape[1])
         query[~is_stored] = math.nan
-        places = (tokens // slots.count)[is_stored], offsets[is_stored]
+        indices = (tokens // slots.count)[is_stored], offsets[is_stored]
     else:
         is_stored = slots >= 0
-        places = slots[is_stored] // key_pages.shape[1], slots[is_stored] % key_pages.shape[1]
+        indices = slots[is_stored] // key_pages.shape[1], slots[is_stored] % key_pages.shape[1]
     for pages, layout, a, b in (
         (key_pages, key_layout, a_k, b_k), (value_pages, value_layout, a_v, b_v[None].float())
     ):  # fmt: skip
@@ -384,7 +384,7 @@ def _store_in_torch(
         if pages.dtype == torch.float8_e4m3fn:  # as bytes: not every PyTorch indexes float8 itself
             limits = torch.finfo(pages.dtype)
             rows, pages = rows.clamp(limits.min, limits.max).to(pages.dtype).view(torch.uint8), pages.view(torch.uint8)
-        pages[places] = rows.to(pages.dtype)
+        pages[indices] = rows.to(pages.dtype)
     return query
 
 
@@ -491,9 +491,9 @@ def _launch_store(
     if num_tokens == 0:
         return
     q_norm, k_norm, eps, activation, norms_key_heads = transform
-    page_size, has_length, places = key_pages.shape[1], False, (0, 1, 0)
+    page_size, has_length, new_rows = key_pages.shape[1], False, (0, 1, 0)
     if isinstance(slots, NewRows):
-        places, page_size, has_length = (slots.first, slots.count, page_size), 0, slots.length is not None
+        new_rows, page_size, has_length = (slots.first, slots.count, page_size), 0, slots.length is not None
         slots = slots.length if has_length else query
     kernel, programs, numbers = _store_kernel(
         num_heads, q_rank, constant_a, key_layout, value_layout, activation, 2 * cos.shape[1], q_norm is not None,
@@ -506,7 +506,7 @@ def _launch_store(
     tensors = [*factors, cos, sin, q_norm, k_norm, slots, key_pages, value_pages, query, *states]
     if offsets is not None:
         offsets = (*offsets, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    numbers = [*numbers, slots.shape[0], *places, first_formed, float(eps)]
+    numbers = [*numbers, slots.shape[0], *new_rows, first_formed, float(eps)]
     kernel((num_tokens * programs, 1, 1), tensors, numbers, offsets)
 
 

@@ -178,7 +178,7 @@ def _attend_to_quantized_rows(
         packed, constant_a = QuantizedFactors(layout.quantized, rows, factors.dtype), module.config.noncontextual_a
 
         def read(at: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            chunk_a = a if constant_a else packed.heads(packed.a[:, at], at)
+            chunk_a = a if constant_a else packed.heads(packed.a[:, at])
             return chunk_a, packed.features(packed.b[:, at], at)
 
         return FactorChunks(rows.shape[2], layout.rank, read, a if constant_a else None)

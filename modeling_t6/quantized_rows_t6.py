@@ -85,11 +85,10 @@ class QuantizedLayout:
         factors, and n * scale + zero [batch, seq, rank, head_dim], which is B rotated, times the size of A.
         """
         parts = QuantizedFactors(self, rows, dtype)
-        every = slice(None)
-        b = parts.features(parts.b, every)
+        b = parts.features(parts.b, slice(None))
         feature = torch.arange(self.head_dim, device=b.device)
         byte = feature // 8 * 4 + feature % 2 * 2 + feature // 4 % 2
-        return parts.heads(parts.a, every), b[..., byte + feature // 2 % 2 * (self.padded_dim // 2)]
+        return parts.heads(parts.a), b[..., byte + feature // 2 % 2 * (self.padded_dim // 2)]
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., head_dim] rotated, in the order of `QuantizedFactors.features`: [..., padded_dim]"""
@@ -123,8 +122,8 @@ class QuantizedFactors:
         scales = scales.clone(memory_format=torch.contiguous_format).view(torch.float16)
         self.scales = scales.unflatten(-1, (layout.rank, layout.groups, 2))
 
-    def heads(self, a: torch.Tensor, tokens: slice) -> torch.Tensor:
-        """A divided by its size, [batch, tokens, rank, num_heads], of these `tokens`, whose `a` is given."""
+    def heads(self, a: torch.Tensor) -> torch.Tensor:
+        """A divided by its size, [batch, tokens, rank, num_heads], of the tokens whose `a` is given."""
         if not a.is_cpu:
             return a.to(self.dtype)
         # PyTorch's conversion from float8 is not vectorised on a CPU. Float16 has one more exponent bit, and another bias: the same

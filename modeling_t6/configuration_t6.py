@@ -198,7 +198,7 @@ class T6Config(PreTrainedConfig):
         return output
 
     def _layers_follow_window(self):
-        """Without `layer_types` from the user, all layers are sliding if there is a window."""
+        """Unless `layer_types` names full attention, all layers are sliding if there is a window, else none."""
         if set(self.layer_types or ()) <= {"sliding_attention"}:
             has_window = self.sliding_window is not None
             self.layer_types = ["sliding_attention"] * self.num_hidden_layers if has_window else None

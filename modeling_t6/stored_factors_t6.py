@@ -100,9 +100,8 @@ def _is_fusible(module: nn.Module, hidden_states: torch.Tensor) -> bool:
         FUSED
         and activates_heads(module.config)
         and not torch.is_autocast_enabled(device.type)
-        and all(
-            norm.weight.device == device for norm in norms
-        )  # offloaded weights arrive only when a module is called
+        # Offloaded weights arrive only when a module is called.
+        and all(norm.weight.device == device for norm in norms)
     )
 
 

@@ -367,16 +367,8 @@ def _launches(
             sliding=sliding_window is not None and num_queries > 1,
         )  # fmt: skip
         decode = keep(decode_kernel, MASK=visible, PAGE_SIZE=page_size, **constants)
-        numbers = (
-            *numbers[:2],
-            0,
-            0,
-            0,
-            0,
-            *numbers[2:],
-            scale,
-            LOG2_E,
-        )  # four strides of a mask, of which there is none
+        mask_strides = 0, 0, 0, 0
+        numbers = *numbers[:2], *mask_strides, *numbers[2:], scale, LOG2_E
     else:
         pages = Pages(page_size, math.gcd(page_size, launch.tile, tile))
         decode = keep(low_bit_decode_kernel, PAGES=pages, maxnreg=launch.registers, **constants)

@@ -143,11 +143,8 @@ def choose_launch(
         b_columns = block_d // 2 if elements_per_load == 8 else block_d
         buffers = block_n * ranks * (stages * b_columns + (stages - 1) * a_columns) * itemsize
         converted = block_n * block_d * register_bytes if is_converted else 0  # to the layout of tensor cores
-        return (
-            buffers
-            + converted
-            + (max(64, block_n) + block_d) * columns * (register_bytes if is_converted else itemsize)
-        )
+        operand_bytes = register_bytes if is_converted else itemsize
+        return buffers + converted + (max(64, block_n) + block_d) * columns * operand_bytes
 
     # A matrix product takes two ranks together; with 8-bit elements, in narrow tiles alone.
     unroll = register_bytes < 4 and k_rank + v_rank <= 6

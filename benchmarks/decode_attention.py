@@ -30,10 +30,10 @@ if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from timing import call_seconds
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
@@ -46,15 +46,13 @@ from modeling_t6.factors_t6 import form_heads
 LARGER_THAN_PROCESSOR_CACHES = 128 * 2**20  # bytes
 
 
-def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
+def second_call_seconds(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
     """Median seconds of each function, called in turns: of the second of two calls, as one decoding step follows another."""
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             function()
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(call_seconds(function))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -88,7 +86,7 @@ def attention_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.
     error = (factor_space(layers_of_rows[0]) - expected).abs().max() / expected.abs().max()
     assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"the paths disagree: relative error {error:.1e}"
 
-    times = medians(
+    times = second_call_seconds(
         {
             "factor space": lambda: [factor_space(rows) for rows in layers_of_rows],
             "cached MHA": lambda: [sdpa(heads) for heads in layers_of_heads],
@@ -97,7 +95,7 @@ def attention_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.
     )
     times = {name: seconds / num_layers for name, seconds in times.items()}
     # Apart from the others: handing its large temporaries back to the system would slow down whatever comes next.
-    return times | medians({"rebuilt K, V": lambda: sdpa(heads_from_factors(factors))}, repeats)
+    return times | second_call_seconds({"rebuilt K, V": lambda: sdpa(heads_from_factors(factors))}, repeats)
 
 
 def append_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:
@@ -108,7 +106,7 @@ def append_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dty
         new = tuple(tensor[:, :, :1].clone() for tensor in rows)
         cache.update(*rows, 0)
         cache.update(*new, 0)  # the first append after a prompt makes room for as many tokens again
-        row |= medians({name: lambda cache=cache, new=new: cache.update(*new, 0)}, repeats)
+        row |= second_call_seconds({name: lambda cache=cache, new=new: cache.update(*new, 0)}, repeats)
     return row
 
 

@@ -69,11 +69,7 @@ def compare_layers(
     t6_config, t6_checkpoint = T6Config.from_pretrained(result), Checkpoint(result)
     count, vocab_size = t6_config.num_hidden_layers, t6_config.vocab_size
     largest = max(
-        sum(
-            torch.Size(info.shape).numel()
-            for name, info in t6_checkpoint.tensors.items()
-            if f".layers.{layer}." in name
-        )
+        sum(info.numel for name, info in t6_checkpoint.tensors.items() if f".layers.{layer}." in name)
         for layer in range(count)
     )
     if not fits_in_memory(largest + 2 * min(ROWS, vocab_size) * t6_config.hidden_size):

@@ -93,7 +93,7 @@ import torch
 
 import score
 from configuration.make_configs import cache_numbers
-from conversion.evaluate import order
+from conversion.evaluate import evaluation
 from conversion.evaluate import report as retrieval
 from conversion.evaluate.options import TASK_NAMES
 from conversion.files.devices import find_device
@@ -186,10 +186,10 @@ def measure(args: argparse.Namespace, folder: Path, device: str) -> dict:
     windows = [str(length), str(LONGER * length)]
     options = ["--windows", *windows, "--device", device, "--batch-size", str(max(1, args.batch_size // 4))]
     held_out = score.main(["held-out", str(folder), "--data", str(args.data), *options])
-    model, _ = order.load_model(folder, torch.float32, device)
-    language = find_language(order.load_tokenizer(folder), model.config.vocab_size)
-    samples = order.all_samples(language, list(TASK_NAMES), args.lengths or [length // 2, length], args.samples)
-    found = order.score_all(model, "model", folder.name, language, samples, args.batch_size)
+    model, _ = evaluation.load_model(folder, torch.float32, device)
+    language = find_language(evaluation.load_tokenizer(folder), model.config.vocab_size)
+    samples = evaluation.all_samples(language, list(TASK_NAMES), args.lengths or [length // 2, length], args.samples)
+    found = evaluation.score_all(model, "model", folder.name, language, samples, args.batch_size)
     for one in found["scores"]:
         del one["log_probabilities"]
     numbers = cache_numbers(model.config)[1]

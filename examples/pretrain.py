@@ -282,26 +282,32 @@ def check_same_run(old: dict, new: dict) -> None:
             )
 
 
-def pretrain(args: argparse.Namespace) -> dict | None:
-    """Trains and writes the model folder; returns what was measured, or `None` if the run stopped before its end."""
-    checkpoint = check_folders(args)
-    hide_bars_of_transformers()
-    data = Data(args)
-    config = make_config(args, data.tokenizer)
+def choose_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedConfig, bool]:
+    """The configuration, and whether the model is a T6 that is started by `recipe`."""
+    config = make_config(args, tokenizer)
     by_recipe = config.model_type == "t6" and not args.paper
     if by_recipe:
         # Sizes that are given stay as they are.
         are_given = {"num_attention_heads", "intermediate_size"} & set(dict(args.set))
         new = recipe.FIELDS if are_given else recipe.fields(config)
         args.set = [*new.items(), *args.set]
-        config = make_config(args, data.tokenizer)
+        config = make_config(args, tokenizer)
         if not config.attention_bias:
             raise InputError("--set attention_bias=false: the recipe starts A as biases; --paper does without")
+    return config, by_recipe
+
+
+def choose_block_length(args: argparse.Namespace, config: PreTrainedConfig) -> int:
     block_length = args.block_length or config.max_position_embeddings
     if block_length > config.max_position_embeddings:
         raise InputError(
             f"--block-length {block_length} exceeds max_position_embeddings={config.max_position_embeddings}"
         )
+    return block_length
+
+
+def choose_learning_rates(args: argparse.Namespace) -> tuple[float, float]:
+    """The highest, and the last."""
     rates = next((rates for size, rates in LEARNING_RATES.items() if size in args.architecture.split("-")), None)
     if rates is None and args.learning_rate is None:
         raise InputError(f"--learning-rate is needed: {args.architecture} is none of the sizes {', '.join(SIZES)}")
@@ -311,10 +317,12 @@ def pretrain(args: argparse.Namespace) -> dict | None:
     min_learning_rate = default_end if args.min_learning_rate is None else args.min_learning_rate
     if min_learning_rate > learning_rate:
         raise InputError(f"--min-learning-rate {min_learning_rate} exceeds the learning rate {learning_rate}")
+    return learning_rate, min_learning_rate
 
-    on_gpu = torch.cuda.is_available() and not args.cpu
+
+def make_training_arguments(args: argparse.Namespace, learning_rate: float, min_learning_rate: float) -> Arguments:
     training_args = Arguments(
-        **training_options(args, on_gpu),
+        **training_options(args, on_gpu=runs_on_gpu(args)),
         learning_rate=learning_rate,
         lr_scheduler_kwargs={"min_lr": min_learning_rate},
         use_cpu=args.cpu,
@@ -326,15 +334,48 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         report_to=args.report_to,
         run_name=args.run_name or args.output_dir.name,
     )
-    per_pass = args.batch_size * training_args.world_size
     if training_args.n_gpu > 1:
         raise InputError(f"{training_args.n_gpu} GPUs: start with torchrun or accelerate launch, one process each")
-    if args.sequences_per_step % per_pass:
+    if args.sequences_per_step % (args.batch_size * training_args.world_size):
         raise InputError(
             f"--sequences-per-step {args.sequences_per_step} is no multiple of --batch-size {args.batch_size} times "
             f"{training_args.world_size} processes"
         )
+    per_pass = args.batch_size * training_args.world_size
     training_args.gradient_accumulation_steps = args.sequences_per_step // per_pass
+    return training_args
+
+
+def runs_on_gpu(args: argparse.Namespace) -> bool:
+    return torch.cuda.is_available() and not args.cpu
+
+
+def figures_of_log(log: list[dict]) -> dict:
+    """What the log of a run has to say of all of it: held-out losses at the end, the median speed, the most memory."""
+    steps = [entry for entry in log if "step_seconds" in entry]
+    final = [entry for entry in log if "eval_loss_per_token" in entry][-1]
+    return {
+        **{name.removeprefix("eval_"): final[name] for name in final if name.startswith("eval_loss_per_")},
+        "bits_per_byte": final["eval_bits_per_byte"],
+        "perplexity": math.exp(final["eval_loss_per_token"]),
+        **{
+            name: float(np.median([entry[name] for entry in steps]))
+            for name in ("tokens_per_second", "step_seconds", "mfu")
+            if any(name in entry for entry in steps)
+        },
+        "memory_gib": max((entry.get("memory_gib", 0.0) for entry in log), default=0.0) or None,
+    }
+
+
+def pretrain(args: argparse.Namespace) -> dict | None:
+    """Trains and writes the model folder; returns what was measured, or `None` if the run stopped before its end."""
+    checkpoint = check_folders(args)
+    hide_bars_of_transformers()
+    data = Data(args)
+    config, by_recipe = choose_config(args, data.tokenizer)
+    block_length = choose_block_length(args, config)
+    learning_rate, min_learning_rate = choose_learning_rates(args)
+    training_args = make_training_arguments(args, learning_rate, min_learning_rate)
 
     settings = {
         "config": json.loads(config.to_json_string(use_diff=False)),
@@ -420,27 +461,16 @@ def pretrain(args: argparse.Namespace) -> dict | None:
     trainer.save_model(str(partial_folder))
     if not trainer.is_world_process_zero():
         return {}
-    log = read_log(args.checkpoint_dir)
-    steps = [entry for entry in log if "step_seconds" in entry]
-    final = [entry for entry in log if "eval_loss_per_token" in entry][-1]
     measured = {
         "architecture": args.architecture,
         "parameters": parameters,
         "non_embedding_parameters": parameters - embedding,
         "training_flops_per_token": flops,
-        **{name.removeprefix("eval_"): final[name] for name in final if name.startswith("eval_loss_per_")},
-        "bits_per_byte": final["eval_bits_per_byte"],
-        "perplexity": math.exp(final["eval_loss_per_token"]),
         "tokens": num_windows * block_length,
-        **{
-            name: float(np.median([entry[name] for entry in steps]))
-            for name in ("tokens_per_second", "step_seconds", "mfu")
-            if any(name in entry for entry in steps)
-        },
-        "memory_gib": max((entry.get("memory_gib", 0.0) for entry in log), default=0.0) or None,
+        **figures_of_log(read_log(args.checkpoint_dir)),
         "processes": training_args.world_size,
         "batch_size": args.batch_size,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name() if runs_on_gpu(args) else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         **settings,

@@ -1,6 +1,7 @@
 """Checkpoints in safetensors, read and written one tensor at a time."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,10 @@ class TensorInfo(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -119,7 +124,12 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum(torch.Size(info.shape).numel() * info.dtype.itemsize for info in self.tensors.values())
+        return sum(info.numel * info.dtype.itemsize for info in self.tensors.values())
+
+
+def count_numbers(checkpoint: "Checkpoint") -> int:
+    """Of all tensors of a checkpoint, or of what has `tensors` as it does."""
+    return sum(info.numel for info in checkpoint.tensors.values())
 
 
 class ShardWriter:

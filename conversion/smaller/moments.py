@@ -34,7 +34,7 @@ def from_complex(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
 # probabilities. Of these, those of a text know little of what a question would look for, and so all keys count a little.
 ALL_KEYS = 0.25  # part at which all tokens of a window count alike
 WHOLE_KEYS = 0.01  # part at which keys count with their mean: nothing of it is to become large
-TOGETHER = 2**28  # probabilities, or values that heads read, of the sequences that are looked at side by side
+MAX_PROBABILITIES = 2**28  # probabilities, or values that heads read, of the sequences that are looked at side by side
 
 
 @dataclass
@@ -89,7 +89,7 @@ def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_
     query, heads = query.transpose(1, 2) * attention.scaling, heads.transpose(1, 2)
     mask = None if mask is None else mask.expand(len(query), -1, -1, -1)
     num_heads, seq = query.shape[1:3]
-    count = max(1, TOGETHER // (num_heads * seq * max(seq, value.shape[-1])))
+    count = max(1, MAX_PROBABILITIES // (num_heads * seq * max(seq, value.shape[-1])))
     keys = values = 0
     for start in range(0, len(query), count):
         some = slice(start, start + count)

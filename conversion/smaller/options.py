@@ -110,7 +110,7 @@ def set_defaults(args: argparse.Namespace) -> None:
         args.heal_learning_rate = LEARNING_RATES[args.method] * (3 if args.heal_optimizer == "muon" else 1)
 
 
-def wanted(args: argparse.Namespace) -> bool:
+def wants_smaller_cache(args: argparse.Namespace) -> bool:
     """Whether the cache is to be smaller. Raises a `ConversionError` for options that do not go together."""
     smaller = any(value is not None for value in (args.k_rank, args.v_rank, args.cache_ratio))
     for option in ("calibration", "heal", "held_out", "cache_dtype"):

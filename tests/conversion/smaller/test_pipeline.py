@@ -24,7 +24,7 @@ from conversion.smaller import options as smaller_options
 from conversion.smaller import text
 from conversion.smaller.heal import DistillationTrainer, compiled_layers, distillation_loss, make_optimizer, run
 from conversion.smaller.measure import divergence, log_probabilities
-from conversion.smaller.order import Texts
+from conversion.smaller.pipeline import Texts
 from conversion.smaller.straight_through import rounded_rows
 from modeling_t6 import T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
@@ -287,7 +287,7 @@ def test_heals_on_some_tokens(folder, tmp_path):
     """What healing reads of its text, and options that reach it."""
     more = [*healing(folder, 4), "--heal-tokens", "100", "--heal-cross-entropy", "0.5"]
     args = parse_args(options(folder, tmp_path / "t6", "--k-rank", "1", *more))
-    assert smaller_options.wanted(args) and args.heal_cross_entropy == 0.5
+    assert smaller_options.wants_smaller_cache(args) and args.heal_cross_entropy == 0.5
     config = T6Config(max_position_embeddings=32)
     texts = Texts(args, folder / "source", config)
     assert texts.healing.shape == (3, 32) and texts.healing.dtype == torch.long
@@ -309,7 +309,7 @@ def test_defaults_of_methods():
     for method, steps, rate in (("fit", 500, 1e-4), ("mean-pool", 0, 3e-4)):
         for optimizer, times in (("adamw", 1), ("muon", 3)):
             args = parse_args([*words, "--method", method, "--heal-optimizer", optimizer])
-            assert smaller_options.wanted(args)
+            assert smaller_options.wants_smaller_cache(args)
             assert (args.reconstruct_steps, args.heal_learning_rate) == (steps, times * rate)
 
 

@@ -170,7 +170,7 @@ def host_seconds(call: Callable, calls: int = 200) -> float:
 
 
 def measure() -> dict:
-    factor_pages_t6.MOST_AT_ONCE = max(TOKENS)
+    factor_pages_t6.MAX_FORMED_TOKENS = max(TOKENS)
     bandwidth = copy_bandwidth()
     print(f"{machine()}; bfloat16, pages of {PAGE_SIZE} tokens; copies move {bandwidth / 1e12:.2f} TB/s")
     results = []

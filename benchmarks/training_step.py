@@ -81,7 +81,7 @@ def choose(name: str) -> None:
     rebuilt, formed, _ = WAYS[name]
     one_by_one = name.startswith(ONE_BY_ONE)
     factor_product_t6._are_plain = (lambda projections: False) if one_by_one else ARE_PLAIN
-    attention_t6.REBUILD_HEADS_COMPILED = attention_t6.REBUILD_HEADS_EAGER = rebuilt
+    attention_t6.RECOMPUTE_HEADS_COMPILED = attention_t6.RECOMPUTE_HEADS_EAGER = rebuilt
     heads_at_once_t6.AT_ONCE = formed == "at once"
     heads_t6.MAX_OUTER_PRODUCTS = 0 if formed == "products" else MAX_OUTER_PRODUCTS
     torch._dynamo.reset()

@@ -75,7 +75,7 @@ def test_same_as_one_by_one(variant, bias, dtype, products):
 def test_few_tokens_without_gradients(products):
     model = random_model(config_of("TPA"))
     with torch.no_grad():
-        model(random_ids(model.config, 3, factor_product_t6.MAX_TOKENS_ONE_BY_ONE), use_cache=False)
+        model(random_ids(model.config, 3, factor_product_t6.MAX_OVERHEAD_BOUND_TOKENS), use_cache=False)
     assert not products
 
 

@@ -29,7 +29,7 @@ import torch
 
 from .cache_t6 import FactorLayout
 from .factors_t6 import activate_head_factors, apply_rotary_pos_emb, form_heads, norm_key_heads
-from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, is_supported, power_of_2, stride_unit
+from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, LAUNCH_OPTIONS, is_supported, power_of_2, stride_unit
 from .launch_t6 import KeptKernel, keep
 
 
@@ -537,6 +537,7 @@ def _store_kernel(
         FORMS=forms,
         **page_constants,
         **sizes,
+        **LAUNCH_OPTIONS,
     )
     units = [stride // b_unit if i % 2 else stride for i, stride in enumerate(strides)]
     return kernel, head_blocks + 2 + key_blocks + formed_blocks, (*units, cos_stride, sin_stride, *page_strides)
@@ -579,5 +580,6 @@ def _form_kernel(
         BLOCK_D=block_d,
         num_warps=PAIRS_TILE // (32 * PAIRS_NUMBERS),
         **page_constants,
+        **LAUNCH_OPTIONS,
     )
     return kernel, block_m, page_strides

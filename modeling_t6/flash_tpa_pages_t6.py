@@ -22,6 +22,7 @@ import torch
 from .flash_tpa_t6 import (
     COMBINE_WARPS,
     COMBINED_SPLITS,
+    LAUNCH_OPTIONS,
     LOG2_E,
     MAX_HEAD_DIM,
     MAX_QUERIES,
@@ -177,6 +178,7 @@ def schedule_pieces(lengths: torch.Tensor, query_starts: torch.Tensor, pieces: P
         BLOCK_S=SCHEDULED_SLOTS,
         MAX_SPLITS=MAX_SPLITS,
         num_warps=SCHEDULE_WARPS,
+        **LAUNCH_OPTIONS,
     )
     window = NO_WINDOW if pieces.sliding_window is None else pieces.sliding_window
     kernel(
@@ -356,7 +358,7 @@ def _launches(
     )
     constants = {
         "KEYS": keys, "VALUES": values, "LAUNCH": launch, "HAS_LENGTHS": True, "STRIDE_UNIT": unit, "OVERLAP": overlap,
-        "num_warps": launch.warps,
+        "num_warps": launch.warps, **LAUNCH_OPTIONS,
     }  # fmt: skip
     # The zeros are arguments for rows that are not paged: stride of lengths, key length and number of splits.
     numbers = key_strides[0] // unit, value_strides[0] // unit, 0, 0, 0
@@ -385,6 +387,7 @@ def _launches(
         OVERLAP=overlap,
         num_warps=COMBINE_WARPS,
         **({"launch_pdl": True} if overlap else {}),
+        **LAUNCH_OPTIONS,
     )
     return _Launches(
         decode,

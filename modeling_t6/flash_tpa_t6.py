@@ -49,6 +49,8 @@ COMBINE_WARPS = 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # On Hopper and newer, the launch of the combine kernel overlaps the decode kernel; a benchmark may switch it off.
 OVERLAP = True
+# Of every kernel's launch. Products and sums are one instruction: Triton's default up to 3.9, which warns that the next one's is another.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 # Arguments of the decode kernel that only a paged cache needs.
 WITHOUT_PAGES = {
     **dict.fromkeys(("slots_ptr", "table_ptr", "out_ptr", "table_stride", "window", "out_stride_t", "out_stride_h")),
@@ -416,6 +418,7 @@ def _flash_tpa(
             STRIDE_UNIT=unit,
             OVERLAP=can_overlap(query.device),
             num_warps=launch.warps,
+            **LAUNCH_OPTIONS,
         )
     return _combine(query, partial, lse, v_rank, packed)
 
@@ -475,6 +478,7 @@ def _flash_tpa_low_bit(
             OVERLAP=can_overlap(query.device),
             num_warps=launch.warps,
             maxnreg=launch.registers,
+            **LAUNCH_OPTIONS,
         )
     return _combine(query, partial, lse, v_rank, packed)
 
@@ -499,6 +503,7 @@ def _combine(query: torch.Tensor, partial: torch.Tensor, lse: torch.Tensor, v_ra
             ROTATED=packed,
             num_warps=COMBINE_WARPS,
             **({"launch_pdl": True} if overlap else {}),
+            **LAUNCH_OPTIONS,
         )
     return output
 

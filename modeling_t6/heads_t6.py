@@ -16,7 +16,7 @@
 import torch
 
 from .factors_t6 import form_heads
-from .flash_tpa_t6 import DTYPES, MAX_HEAD_DIM, is_supported, operator_name, power_of_2
+from .flash_tpa_t6 import DTYPES, LAUNCH_OPTIONS, MAX_HEAD_DIM, is_supported, operator_name, power_of_2
 
 
 try:
@@ -125,6 +125,7 @@ def _sizes(a: torch.Tensor, b: torch.Tensor, tile: int) -> dict[str, int]:
         "BLOCK_H": min(max(16, tile // block_d), power_of_2(num_heads, 16)),
         "BLOCK_D": block_d,
         "num_warps": WARPS,
+        **LAUNCH_OPTIONS,
     }
 
 

@@ -24,6 +24,7 @@ from modeling_t6.flash_tpa_pages_t6 import SCHEDULE_WARPS, SCHEDULED_REQUESTS, S
 from modeling_t6.flash_tpa_t6 import (
     COMBINE_WARPS,
     COMBINED_SPLITS,
+    LAUNCH_OPTIONS,
     MAX_SPLITS,
     WITHOUT_PAGES,
     choose_launch,
@@ -77,7 +78,9 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, warps: int, c
     source = ASTSource(
         kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps} | LAUNCH_OPTIONS
+    )
 
 
 def compile_shape(shape: tuple, capability: int, page_size: int = 0):

@@ -9,7 +9,7 @@ from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
 
 from ..versions import once_but
-from .common import DEVICE, cached, quick, random_ids, random_model, tiny_config
+from .common import DEVICE, OFFLOADED_MODE, cached, quick, random_ids, random_model, tiny_config
 
 
 NEW = 10
@@ -38,7 +38,7 @@ MODES = {
     "no-cache": {"use_cache": False},
     "dynamic": {"cache_implementation": "dynamic"},
     "static": {"cache_implementation": "static"},
-    "offloaded": {"cache_implementation": "offloaded"},
+    **OFFLOADED_MODE,
     "prompt-lookup": {"prompt_lookup_num_tokens": 3},
     "chunked-prefill": {"prefill_chunk_size": 5},
     "chunked-prefill-static": {"prefill_chunk_size": 5, "cache_implementation": "static"},
@@ -61,7 +61,7 @@ def test_long_rope_across_the_switch(length):
     model = random_model(tiny_config(rope_parameters=rope))
     ids = random_ids(model.config, 1, length)
     expected = greedy(model, ids)
-    for mode in ("default", "no-cache", "dynamic", "static", "offloaded"):
+    for mode in ("default", "no-cache", "dynamic", "static", *OFFLOADED_MODE):
         assert torch.equal(generate(model, ids, **MODES[mode]), expected), mode
 
 

@@ -137,7 +137,7 @@ from conversion.files.bars import hide_bars_of_transformers
 from language_modeling import held_out_windows, window_losses
 from pretraining_data import Data, data_state_file, load_data_state
 from throughput import Clock, PackedTrainer, peak_flops, training_flops
-from training import evaluation_options, training_options
+from training import check_settings, config_fields, evaluation_options, training_options, write_settings
 
 
 STOPPED = 75  # exit code of a run that has more to do: EX_TEMPFAIL of sysexits.h
@@ -271,29 +271,14 @@ def read_log(checkpoint_dir: Path) -> list[dict]:
     return [json.loads(line) for line in read_text(checkpoint_dir / "log.jsonl").splitlines()]
 
 
-def check_same_run(old: dict, new: dict) -> None:
-    """Names the first setting that would let a resumed run go another way."""
-    for name in new:
-        if isinstance(new[name], dict) and isinstance(old.get(name), dict):
-            check_same_run(old[name], new[name])
-        elif old.get(name) != new[name]:
-            raise InputError(
-                f"--resume: the run was started with {name}={old.get(name)}, this command has {new[name]}"
-            )
-
-
-def pretrain(args: argparse.Namespace) -> dict | None:
-    """Trains and writes the model folder; returns what was measured, or `None` if the run stopped before its end."""
-    checkpoint = check_folders(args)
-    hide_bars_of_transformers()
-    data = Data(args)
+def run_settings(args: argparse.Namespace, data: Data) -> tuple[PreTrainedConfig, dict]:
+    """The model's configuration, and what determines a run: one that goes on with it must have the same."""
     config = make_config(args, data.tokenizer)
-    by_recipe = config.model_type == "t6" and not args.paper
-    if by_recipe:
+    if by_recipe(args, config):
         # Sizes that are given stay as they are.
         are_given = {"num_attention_heads", "intermediate_size"} & set(dict(args.set))
         new = recipe.FIELDS if are_given else recipe.fields(config)
-        args.set = [*new.items(), *args.set]
+        args = argparse.Namespace(**vars(args) | {"set": [*new.items(), *args.set]})
         config = make_config(args, data.tokenizer)
         if not config.attention_bias:
             raise InputError("--set attention_bias=false: the recipe starts A as biases; --paper does without")
@@ -311,12 +296,38 @@ def pretrain(args: argparse.Namespace) -> dict | None:
     min_learning_rate = default_end if args.min_learning_rate is None else args.min_learning_rate
     if min_learning_rate > learning_rate:
         raise InputError(f"--min-learning-rate {min_learning_rate} exceeds the learning rate {learning_rate}")
+    return config, {
+        "config": config_fields(config),
+        "data": data.description,
+        "block_length": block_length,
+        "max_steps": args.max_steps,
+        "sequences_per_step": args.sequences_per_step,
+        "learning_rate": learning_rate,
+        "min_learning_rate": min_learning_rate,
+        "warmup_steps": args.warmup_steps,
+        "weight_decay": args.weight_decay,
+        "seed": args.seed,
+    }
+
+
+def by_recipe(args: argparse.Namespace, config: PreTrainedConfig) -> bool:
+    """Whether a model is started as `recipe.py` says."""
+    return config.model_type == "t6" and not args.paper
+
+
+def pretrain(args: argparse.Namespace) -> dict | None:
+    """Trains and writes the model folder; returns what was measured, or `None` if the run stopped before its end."""
+    checkpoint = check_folders(args)
+    hide_bars_of_transformers()
+    data = Data(args)
+    config, settings = run_settings(args, data)
+    block_length = settings["block_length"]
 
     on_gpu = torch.cuda.is_available() and not args.cpu
     training_args = Arguments(
         **training_options(args, on_gpu),
-        learning_rate=learning_rate,
-        lr_scheduler_kwargs={"min_lr": min_learning_rate},
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_kwargs={"min_lr": settings["min_learning_rate"]},
         use_cpu=args.cpu,
         fsdp=True if args.fsdp else None,
         save_steps=args.save_steps or args.eval_steps,
@@ -336,23 +347,10 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         )
     training_args.gradient_accumulation_steps = args.sequences_per_step // per_pass
 
-    settings = {
-        "config": json.loads(config.to_json_string(use_diff=False)),
-        "data": data.description,
-        "block_length": block_length,
-        "max_steps": args.max_steps,
-        "sequences_per_step": args.sequences_per_step,
-        "learning_rate": learning_rate,
-        "min_learning_rate": min_learning_rate,
-        "warmup_steps": args.warmup_steps,
-        "weight_decay": args.weight_decay,
-        "seed": args.seed,
-    }
-    settings_file = args.checkpoint_dir / "settings.json"
     # All processes take part in gathering sharded weights, and must agree on the name.
     partial_folder = args.output_dir.with_name(f".{args.output_dir.name}.partial")
     if checkpoint:
-        check_same_run(json.loads(read_text(settings_file)), json.loads(json.dumps(settings)))
+        check_settings(args.checkpoint_dir, settings)
 
     num_windows = args.max_steps * args.sequences_per_step
     windows = data.training(block_length, num_windows, training_args.process_index, training_args.world_size)
@@ -361,7 +359,7 @@ def pretrain(args: argparse.Namespace) -> dict | None:
 
     set_seed(args.seed)
     model = make_model(config, args.attention)
-    if by_recipe:
+    if by_recipe(args, config):
         recipe.start(model)
     model.config.use_cache = False
     if args.gradient_checkpointing:  # the option of `TrainingArguments` changes its name between versions
@@ -399,7 +397,7 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         shutil.rmtree(partial_folder, ignore_errors=True)  # a killed run's, whose shards may be others
         step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
         cut_log(trainer.log_file, step)
-        settings_file.write_text(json.dumps(settings, indent=2) + "\n")
+        write_settings(args.checkpoint_dir, settings)
 
     def terminate(*_) -> None:
         stopping.terminated = True

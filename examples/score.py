@@ -121,7 +121,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from conversion.files.devices import find_device
 from language_modeling import (
@@ -382,6 +382,16 @@ def read_held_out(folder: Path, facts: dict) -> dict[str, torch.Tensor]:
     return held_out_of_kinds(folder, facts, torch.from_numpy(tokens))
 
 
+def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: Path) -> None:
+    """Raises an `InputError` if the model `name` has a tokenizer by which the ids of `data`, made by another, are other tokens."""
+    try:
+        own = load_tokenizer(name)
+    except InputError:  # it has none: whoever trained it has kept that elsewhere
+        return
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{name} has another tokenizer than {data}: expected tokens of prepare.py --tokenizer {name}")
+
+
 def card(args: argparse.Namespace) -> dict:
     """Evaluates each kind of held-out text as a task of lm-eval, of its documents; returns what was written, in the form of its files."""
     lm_eval = import_lm_eval()
@@ -436,6 +446,7 @@ def held_out(args: argparse.Namespace) -> dict[str, dict]:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
     if model.config.get_text_config().vocab_size < len(tokenizer):
         raise InputError(f"{args.model} has fewer tokens than the tokenizer of {args.data}, {len(tokenizer)}")
+    check_tokens(args.model, tokenizer, args.data)
     windows = args.windows or [getattr(model.config, "max_position_embeddings", None)]
     if windows == [None]:
         raise InputError(f"--windows is needed: the configuration of {args.model} has no max_position_embeddings")

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(1, str(ROOT))  # behind this folder
 
-from conversion.files.errors import ConversionError, one_line
+from conversion.files.errors import ConversionError, one_line, unwritten
 from conversion.files.folders import last_checkpoint, new_folder, replace_folder, temporary_folder
 from conversion.files.signals import Stopped, stoppable
 from conversion.files.targets import TOKENIZER, Kind, check_target
@@ -58,6 +58,10 @@ def input_errors(command: str) -> Iterator[None]:
             yield
     except (InputError, ConversionError, OSError) as error:
         raise SystemExit(f"{command}: error: {one_line(error)}") from None
+    except Exception as error:
+        if (why := unwritten(error)) is None:
+            raise
+        raise SystemExit(f"{command}: error: {why}") from None
     except Stopped as error:
         print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(error.code) from None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from .errors import ConversionError
+from .errors import ConversionError, unwritten
 from .exchange import exchange
 from .locks import release, take_lock
 from .targets import MODEL, Kind, check_target, is_empty
@@ -67,10 +67,15 @@ def new_folder(
         whole = True
     except OSError as error:
         if error.filename is not None:
-            place = Path(os.path.abspath(os.fsdecode(error.filename)))
+            written = error.filename if error.filename2 is None else error.filename2  # of a copy
+            place = Path(os.path.abspath(os.fsdecode(written)))
             if place not in target.parents and not any(place.is_relative_to(p) for p in (target, folder or target)):
                 raise ConversionError(f"{place}: {error.strerror}") from error
-        raise ConversionError(f"cannot write {shown}: {error}") from error
+        raise ConversionError(f"cannot write {shown}: {error.strerror or error}") from error
+    except Exception as error:
+        if (why := unwritten(error)) is None:
+            raise
+        raise ConversionError(f"cannot write {shown}: {why}") from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,10 +1,13 @@
 """Damaged folders of Transformers' models: one line that names what is wrong, and nothing at the target."""
 
 import codecs
+import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -265,8 +268,40 @@ def test_a_full_disk(whole, tmp_path):
         import resource, sys
         from conversion.__main__ import main
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        # Of healing, Trainer writes checkpoints by these two, whose errors are no `OSError`.
+        import torch
+        from safetensors.torch import save_file
+        from conversion.files.errors import ConversionError
+        from conversion.files.folders import new_folder
+        for write in (torch.save, save_file):
+            try:
+                with new_folder(sys.argv[-1]) as folder:
+                    write({"weight": torch.ones(10**5)}, folder / "model")
+            except ConversionError as error:
+                print("told:", error)
         sys.exit(main(sys.argv[1:]))"""
     process = run(code, "hf", str(whole), str(tmp_path / "t6"), env=dict(os.environ), cwd=ROOT)
     assert process.code == 1 and not list(tmp_path.iterdir())
     assert f"error: cannot write {tmp_path / 't6'}" in process.stderr and "File too large" in process.stderr
     assert "Traceback" not in process.stderr
+    told = [line for line in process.stdout.splitlines() if line.startswith("told: ")]
+    assert [line.partition("t6: ")[2] for line in told] == [
+        "a file could not be written whole, as on a full disk", "File too large (os error 27)",
+    ]  # fmt: skip
+
+
+@pytest.mark.once
+def test_the_file_that_is_written_is_named(whole, tmp_path, monkeypatch, capsys):
+    """Not the one that it is copied from; and where there is no place for temporary files, that is said."""
+
+    def copy(source, target, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    assert main(["hf", str(whole), str(tmp_path / "t6")]) == 1
+    assert last_error(capsys) == f"error: cannot write {tmp_path / 't6'}: No space left on device"
+    missing = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+    monkeypatch.setattr(tempfile, "gettempdir", mock.Mock(side_effect=missing))
+    assert main(["hf", str(whole), str(tmp_path / "t6")]) == 1
+    assert "No usable temporary directory found" in last_error(capsys)
+    assert not list(tmp_path.iterdir())

@@ -156,17 +156,17 @@ def remove_dead(folders: list[Path]) -> None:
 def temporary_folder(prefix: str, place: Path | None = None) -> Iterator[Path]:
     """
     A folder in `place`, or where the system has temporary files, for what is not to be kept. Those with the same prefix
-    that killed runs of the same user left there are removed first.
+    that killed runs of the same user left there are removed first: by a name that nobody gives to what is to stay.
     """
     place = Path(tempfile.gettempdir() if place is None else place)
     if hasattr(os, "getuid"):  # there are no users on Windows
         left = []
-        for path in place.glob(f"{glob.escape(prefix)}????????"):
+        for path in place.glob(f"{glob.escape(prefix)}????????.tmp"):
             with contextlib.suppress(FileNotFoundError):  # of a run that has ended in this moment
                 if path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink():
                     left.append(path)
         remove_dead(left)
-    folder, lock = locked_folder(lambda: Path(tempfile.mkdtemp(prefix=prefix, dir=place)))
+    folder, lock = locked_folder(lambda: Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=place)))
     try:
         yield folder
     finally:

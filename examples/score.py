@@ -21,7 +21,7 @@ import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from command_line import InputError, input_errors, loading, number, one_line, read_text, write_json
+from command_line import DTYPES, InputError, input_errors, loading, number, one_line, read_text, write_json
 from configuration.sizes import SIZES
 
 
@@ -64,7 +64,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("model", metavar="MODEL", help="folder or Hub name")
         command.add_argument("--batch-size", type=number(int, 1), default=16, metavar="N", help="(%(default)s)")
         command.add_argument("--device", help="(cuda if there is one, else cpu)")
-        command.add_argument("--dtype", default="auto", help="of the weights (auto: as the checkpoint)")
+        command.add_argument(
+            "--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as the checkpoint)"
+        )
 
     def add_size(command: argparse.ArgumentParser) -> None:
         command.add_argument("--size", choices=list(SIZES), help="print the paper's scores of this size too")

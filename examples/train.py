@@ -42,6 +42,7 @@ from command_line import (
     one_line,
     read_text,
     remove_checkpoints,
+    utf8,
 )
 
 
@@ -131,7 +132,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument(
         "--save-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)"
     )
-    output.add_argument("--prompt", help="start of the model card's sample text (the held-out text's first line)")
+    output.add_argument(
+        "--prompt", type=utf8, help="start of the model card's sample text (the held-out text's first line)"
+    )
     output.add_argument("--data-description", metavar="TEXT", help="what the model card says of the data")
     output.add_argument("--license", default="apache-2.0", metavar="ID", help="of the weights (%(default)s)")
 

@@ -22,8 +22,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name")
     parser.add_argument("--prompt", type=utf8, help="one message, instead of a chat")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=400, help="of an answer")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.2, help="0 is greedy decoding")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=number(float, 0, 1000), default=0.2, help="0 is greedy decoding")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the weights and the cache; default: bfloat16 on a GPU, on a CPU float32"

@@ -16,7 +16,7 @@ import os
 import time
 from pathlib import Path
 
-from command_line import DTYPES, InputError, input_errors, loading, utf8
+from command_line import DTYPES, InputError, input_errors, loading, number, utf8
 
 
 SHIPPED = Path(__file__).parent / "t6-tiny-shakespeare"
@@ -27,8 +27,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=str(SHIPPED), help="folder or Hub name")
     parser.add_argument("--prompt", type=utf8, default="ROMEO:")
     parser.add_argument("--max-new-tokens", type=int, default=250)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy decoding")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=number(float, 0, 1000), default=0.7, help="0 is greedy decoding")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of the weights and the cache; auto: as the checkpoint"

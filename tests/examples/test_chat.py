@@ -85,6 +85,16 @@ def test_what_cannot_be_loaded_is_told_in_one_line(folder, tmp_path, monkeypatch
         with pytest.raises(SystemExit, match="2"):
             main([*map(str, arguments), "--dtype", "half"])
         assert "argument --dtype: invalid choice: 'half'" in capsys.readouterr().err
+    for main, arguments in list(commands.values())[:2]:
+        for option, value in (
+            ("--seed", "-1"),
+            ("--temperature", "inf"),
+            ("--temperature", "nan"),
+            ("--temperature", "-1"),
+        ):
+            with pytest.raises(SystemExit, match="2"):
+                main([*map(str, arguments), option, value])
+            assert f"argument {option}: invalid" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="--model must be a T6 model, got one of type 'llama'"):
         generate.main(["--model", str(folder / "source"), "--prompt", "w1"])
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w1 \xff\n"), encoding="utf-8"))

@@ -61,6 +61,15 @@ def healing(folder: Path, steps: int) -> list[str]:
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("seed", ["-1", str(2**32 - 1)])
+def test_seeds_that_no_library_takes(seed, capsys):
+    """Known before the work, not when healing begins."""
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(["hf", "source", "t6", "--k-rank", "1", "--seed", seed])
+    assert "argument --seed: invalid non-negative int value" in capsys.readouterr().err
+
+
+@pytest.mark.once
 def test_a_model_without_numbers_is_not_written(folder, tmp_path, monkeypatch, capsys):
     """Healing can fail behind the last step whose loss was looked at."""
 

@@ -128,6 +128,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import modeling_t6  # noqa: F401  (registers T6 with the Auto classes)
@@ -184,7 +185,10 @@ def make_model(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     A new model. The projections that write to the residual stream start at zero, in the baselines as in T6: the paper's
     research code does so in all of its models.
     """
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"--attention {attention}: {one_line(error)}") from error
     for name, module in model.named_modules():
         if name.endswith((".o_proj", ".down_proj")):
             nn.init.zeros_(module.weight)
@@ -337,6 +341,11 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         report_to=args.report_to,
         run_name=args.run_name or args.output_dir.name,
     )
+    there = get_available_reporting_integrations()
+    if missing := sorted(set(training_args.report_to) - set(there)):
+        raise InputError(
+            f"--report-to {missing[0]}: no such package is installed; there are {', '.join(there) or 'none'}"
+        )
     per_pass = args.batch_size * training_args.world_size
     if training_args.n_gpu > 1:
         raise InputError(f"{training_args.n_gpu} GPUs: start with torchrun or accelerate launch, one process each")

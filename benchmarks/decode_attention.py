@@ -39,7 +39,7 @@ from transformers.cache_utils import DynamicCache
 
 from modeling_t6 import T6Cache, T6Config
 from modeling_t6.cache_t6 import factor_layouts
-from modeling_t6.factor_space_t6 import chunks_of_rows, matmul_dtype, factor_space_attention
+from modeling_t6.factor_space_t6 import chunks_of_rows, factor_space_attention, matmul_dtype
 from modeling_t6.factors_t6 import form_heads
 
 
@@ -68,9 +68,7 @@ def attention_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.
         return tuple(form_heads(a, b).transpose(1, 2) for a, b in factors)
 
     def factor_space(rows) -> torch.Tensor:
-        return factor_space_attention(query, *chunks_of_rows(layouts, rows, matmul_dtype(query)), None, scaling)[
-            0
-        ]
+        return factor_space_attention(query, *chunks_of_rows(layouts, rows, matmul_dtype(query)), None, scaling)[0]
 
     def sdpa(heads: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *heads, scale=scaling).transpose(1, 2)

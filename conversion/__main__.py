@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as error:
         print(f"{error}: {what_is_left(args)}", file=sys.stderr)
         return error.code
-    except ConversionError as error:
+    except (ConversionError, OSError) as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
     return 0

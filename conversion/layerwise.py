@@ -13,7 +13,18 @@ from modeling_t6 import T6Config, T6ForCausalLM
 from .files.checkpoints import Checkpoint
 from .files.errors import ConversionError
 from .sources.families import EMBEDDINGS, HEAD
-from .verify import EXACT, ROUNDED, Comparison, Pair, compare, compare_generation, fits_in_memory
+from .verify import (
+    EXACT,
+    ROUNDED,
+    Comparison,
+    Pair,
+    check_fields,
+    check_tensors,
+    compare,
+    compare_generation,
+    fields_of,
+    fits_in_memory,
+)
 
 
 ROWS = 4096  # of the vocabulary, at a time
@@ -66,6 +77,7 @@ def compare_layers(
         ConversionError: naming the case and the layer in which they differ, or if not even one layer fits into memory.
     """
     compare_generation(source, result)
+    check_tensors(result)
     t6_config, t6_checkpoint = T6Config.from_pretrained(result), Checkpoint(result)
     count, vocab_size = t6_config.num_hidden_layers, t6_config.vocab_size
     largest = max(
@@ -95,6 +107,7 @@ def compare_layers(
             for part in ids:
                 last.run("for all tokens", part)
         found.append(Comparison(last.difference, 0))
+    check_fields(result, fields_of(config), config.dtype)
     return Comparison(
         max(part.logit_difference for part in found),
         sum(part.cache_bytes for part in found),

@@ -20,6 +20,7 @@ from ..files.tokenizer import TOKENIZER_FILES, load_tokenizer
 from ..smaller import text as texts
 from ..smaller.languages import Language, Sentences, find_language
 from ..smaller.measure import cache_bytes_per_token, logits_in_pieces
+from ..smaller.report import shown_command
 from . import report
 from .agreement import Agreement
 from .caches import RoundedCache, can_be_rounded, make_cache
@@ -240,7 +241,7 @@ def evaluate(args: argparse.Namespace) -> None:
             rows.append(row | measure_windows(model, kind, name, windows, args.batch_size, source))
     print(report.table(rows), flush=True)
     content = {
-        "command": " ".join(["python -m conversion", *shown_words(args.words)]),
+        "command": shown_command(args.words),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         },
@@ -256,8 +257,3 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.output is not None:
         report.write(args.output, content)
         print(f"{args.output} and {args.output.with_suffix('.png').name} hold the figures and a picture")
-
-
-def shown_words(words: list[str]) -> list[str]:
-    """Without the folders in which files lie: a report is made to be published."""
-    return [Path(word).name if "/" in word else word for word in words]

@@ -135,6 +135,7 @@ def properties(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, object
     for name, template in sorted(templates.items()):
         for tools in (None, TOOLS):
             options = {"chat_template": template, "tools": tools, "add_generation_prompt": True, "tokenize": False}
+            options["strftime_now"] = str  # a clock that stands still
             yield f"what chat template {name!r} makes", outcome(tokenizer.apply_chat_template, CONVERSATION, **options)
     added = sorted(tokenizer.get_added_vocab(), key=tokenizer.get_added_vocab().get)
     marked = [f"a{token}b {token} c" for token in (*added[:50], *added[-50:])]

@@ -1,6 +1,5 @@
 """Perplexity of a model, and the bytes of its cache."""
 
-import math
 from collections.abc import Iterator
 from unittest import mock
 
@@ -62,4 +61,4 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int, name:
         for logits in logits_in_pieces(model, batch[:, :-1], cache):
             piece, targets = targets[:, : logits.shape[1]], targets[:, logits.shape[1] :]
             total += F.cross_entropy(logits.float().flatten(0, 1), piece.flatten(), reduction="sum").double()
-    return math.exp(total.item() / (ids.shape[0] * (ids.shape[1] - 1)))
+    return (total / (ids.shape[0] * (ids.shape[1] - 1))).exp().item()

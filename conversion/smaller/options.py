@@ -99,7 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heal-cross-entropy", type=not_negative(float), default=0.0, metavar="X",
         help="weight of the loss on the text itself beside the source's predictions (%(default)s)",
     )  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    seed = checked(int, "non-negative", lambda number: 0 <= number < 2**32 - 1)  # which NumPy takes, and the next
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
 
 
 def set_defaults(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The steps from an exact T6 model to one with a smaller cache: compression, healing, and the measurement of both."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -185,6 +186,9 @@ def make_smaller(
         size = cache_bytes_per_token(model, cache_class(config=model.config), dtype.itemsize)
         with stage("measuring"):
             value = perplexity(model, texts.held_out, args.batch_size, name)
+        if not math.isfinite(value):
+            lower = "; lower --heal-learning-rate, and --overwrite begins anew" if name == "healed" else ""
+            raise ConversionError(f"the {name} model has perplexity {value}: expected a number{lower}")
         print(f"perplexity, {name}: {value:.4f}", flush=True)
         rows.append(Row(name, size, value))
         return model

@@ -21,7 +21,7 @@ from conversion.__main__ import main, parse_args
 from conversion.files.folders import last_checkpoint
 from conversion.files.tokenizer import load_tokenizer
 from conversion.smaller import options as smaller_options
-from conversion.smaller import text
+from conversion.smaller import order, text
 from conversion.smaller.heal import DistillationTrainer, compiled_layers, distillation_loss, make_optimizer, run
 from conversion.smaller.pipeline import Texts
 from conversion.smaller.straight_through import rounded_rows
@@ -57,6 +57,29 @@ def options(folder: Path, target: Path, *more: str) -> list[str]:
 
 def healing(folder: Path, steps: int) -> list[str]:
     return ["--heal", str(folder / "heal.txt"), "--heal-steps", str(steps), "--heal-learning-rate", "3e-3"]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("seed", ["-1", str(2**32 - 1)])
+def test_seeds_that_no_library_takes(seed, capsys):
+    """Known before the work, not when healing begins."""
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(["hf", "source", "t6", "--k-rank", "1", "--seed", seed])
+    assert "argument --seed: invalid non-negative int value" in capsys.readouterr().err
+
+
+@pytest.mark.once
+def test_a_model_without_numbers_is_not_written(folder, tmp_path, monkeypatch, capsys):
+    """Healing can fail behind the last step whose loss was looked at."""
+
+    def diverges(model, *args, **kwargs):
+        model.lm_head.weight.data.fill_(math.nan)
+
+    monkeypatch.setattr(order, "heal", diverges)
+    ranks = ["--k-rank", "2", "--v-rank", "2", "--retrieval-samples", "0"]
+    assert main(options(folder, tmp_path / "t6", *ranks, *healing(folder, 2))) == 1
+    assert "the healed model has perplexity nan: expected a number; lower --heal-learning-rate" in last_error(capsys)
+    assert not (tmp_path / "t6").exists()
 
 
 def test_compresses_and_heals(folder, tmp_path, capsys):

@@ -370,6 +370,38 @@ def test_window_that_is_given_later(saved, change, like, how, tmp_path):
     T6Config.from_dict(model.config.to_dict())  # still one that can be saved
 
 
+LAYERS = {
+    "fewer": ({"sliding_window": 5}, 1, {"sliding_window": 5}),
+    "more": ({"sliding_window": 5, "k_rank": [2, 2]}, 3, {"sliding_window": 5, "k_rank": [2, 2, 2]}),
+    "the first": (
+        ALTERNATING | {"k_rank": [1, 2], "v_rank": [2, 1]},
+        1,
+        {"sliding_window": 8, "layer_types": ALTERNATING["layer_types"][:1], "k_rank": [1], "v_rank": [2]},
+    ),
+}
+
+
+@pytest.mark.parametrize("saved,count,like", LAYERS.values(), ids=LAYERS)
+def test_number_of_layers_that_is_given_later(saved, count, like, tmp_path):
+    """What is said for each layer follows: the model generates, and is saved, as if it had been made so."""
+    random_model(tiny_config(**saved)).save_pretrained(tmp_path)
+    model = random_model(T6Config.from_pretrained(tmp_path, num_hidden_layers=count))
+    expected = random_model(tiny_config(num_hidden_layers=count, **like))
+    ids = random_ids(model.config, 1, 13)
+    assert torch.equal(generate(model, ids), greedy(expected, ids))
+    model.save_pretrained(tmp_path / "saved")
+    assert T6ForCausalLM.from_pretrained(tmp_path / "saved").config.layer_types == expected.config.layer_types
+
+
+@pytest.mark.parametrize("field,value", [("k_rank", [1, 2]), ("layer_types", ALTERNATING["layer_types"])])
+def test_more_layers_of_several_kinds(field, value):
+    """Nothing says of which kind the others are."""
+    config = tiny_config(sliding_window=8, **{field: value})
+    config.num_hidden_layers = 4
+    with pytest.raises(Exception, match=rf"`{field}`"):
+        T6ForCausalLM(config)
+
+
 def test_windows_that_cannot_be():
     config = tiny_config(**ALTERNATING)
     for window in (None, 0, -1):

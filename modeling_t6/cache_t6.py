@@ -574,9 +574,10 @@ class T6Cache(DynamicCache):
         if dtype is not None and config is None:
             raise ValueError("`T6Cache(dtype=...)` needs `config`.")
         text_config = None if config is None else config.get_text_config(decoder=True)
+        argument = "dtype"
         if dtype is None:
-            dtype = getattr(text_config, "cache_dtype", None)
-        stored_dtype = None if dtype is None else stored_dtype_of(dtype, text_config, "dtype")
+            dtype, argument = getattr(text_config, "cache_dtype", None), "cache_dtype"
+        stored_dtype = None if dtype is None else stored_dtype_of(dtype, text_config, argument)
         self.layers = [
             T6DynamicSlidingWindowLayer(layer.sliding_window) if layer.is_sliding else T6DynamicLayer()
             for layer in self.layers

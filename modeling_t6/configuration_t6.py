@@ -203,6 +203,20 @@ class T6Config(PreTrainedConfig):
             has_window = self.sliding_window is not None
             self.layer_types = ["sliding_attention"] * self.num_hidden_layers if has_window else None
 
+    def fit_layers(self):
+        """
+        Called where a model is made: what is said for each layer follows another `num_hidden_layers` that was given at load or by
+        assignment. Of fewer layers it is that of the first; more need all to be alike.
+
+        Raises:
+            ValueError: naming the field that does not follow, or any other with a wrong value.
+        """
+        for field in ("layer_types", "k_rank", "v_rank"):
+            values, count = getattr(self, field), self.num_hidden_layers
+            if isinstance(values, list) and len(values) != count and (len(values) > count or len(set(values)) == 1):
+                setattr(self, field, (values + values[:1] * max(0, count - len(values)))[:count])
+        self.validate()
+
     @property
     def heads_tp_plan(self) -> dict[str, str]:
         """

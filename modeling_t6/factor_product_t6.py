@@ -79,6 +79,14 @@ def _are_plain(projections: Collection[nn.Module]) -> bool:
     )
 
 
+def _are_like(weight: torch.Tensor, projections: Collection[nn.Module]) -> bool:
+    """Whether the projections can be put together in a tensor like `weight`."""
+    if not _are_plain(projections):
+        return False
+    first = next(iter(projections)).weight
+    return (first.dtype, first.device) == (weight.dtype, weight.device)
+
+
 def _are_whole(projections: Collection[nn.Module]) -> bool:
     """Whether weights have their shape outside of a forward pass, too: sharding (FSDP, ZeRO) may leave flat shards or nothing."""
     return all(
@@ -242,10 +250,9 @@ class FactorProjections(nn.Module):
     def _apply(self, *args, **kwargs):
         """As in every module; a product of weights that have moved to another device or dtype is dropped."""
         super()._apply(*args, **kwargs)
-        product, weights = self.packed.product, [linear.weight for linear in self._factor_projections().values()]
-        if product is not None and any(
-            (weight.dtype, weight.device) != (product.weight.dtype, product.weight.device) for weight in weights
-        ):
+        product = self.packed.product
+        # Projections may have become others since, as quantisation makes them, which need not have a weight.
+        if product is not None and not _are_like(product.weight, self._factor_projections().values()):
             self.packed.product, self.packed.is_valid = None, False
         return self
 

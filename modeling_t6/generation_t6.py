@@ -20,6 +20,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.utils import logging
 
 from .attention_t6 import choose_attention
 from .cache_t6 import (
@@ -36,6 +37,9 @@ from .configuration_t6 import T6Config
 from .factor_product_t6 import packed_factors
 from .masks_t6 import create_attention_masks
 from .paged_t6 import page_factors
+
+
+logger = logging.get_logger(__name__)
 
 
 class T6GenerationMixin(GenerationMixin):
@@ -81,16 +85,37 @@ class T6GenerationMixin(GenerationMixin):
         return create_attention_masks(model.config, attend, inputs_embeds, attention_mask, cache, position_ids)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # whose parameters `generate()` looks at
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, *args, **kwargs
+    ) -> dict:
         # LongRoPE switches from its short to its long factors at this length. Cached rows were rotated with the short ones, so
         # all tokens are computed again, as in Phi-3.
-        rope, cache = self.config.rope_parameters, kwargs.get(CACHE_NAME)
-        if rope["rope_type"] == "longrope" and isinstance(cache, Cache):
-            if 0 < cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]:
-                dtype = dtype_name(cache)
-                kwargs[CACHE_NAME] = None if dtype is None else T6Cache(config=self.config, dtype=dtype)
-                kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        cache, num_new = kwargs.get(CACHE_NAME), next_sequence_length or input_ids.shape[1]
+        if isinstance(cache, Cache) and self._switches_long_rope(cache, num_new, kwargs.get("attention_mask")):
+            if input_ids.shape[1] == cache.get_seq_length() + num_new:
+                kwargs[CACHE_NAME] = T6Cache(config=self.config, dtype=dtype_name(cache), offloading=cache.offloading)
+                if any(getattr(layer, "record_past", False) for layer in cache.layers):  # they are cropped later
+                    kwargs[CACHE_NAME].activate_past_recording()
+                next_sequence_length = None
+            else:
+                logger.warning_once(
+                    "LongRoPE switches to its long factors at this length, and the cached rows were rotated with the short ones. "
+                    "`generate()` would compute all tokens again, but was not given all of their `input_ids`: the rows stay."
+                )
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, *args, **kwargs)
+
+    def _switches_long_rope(self, cache: Cache, num_new: int, attention_mask: torch.Tensor | None) -> bool:
+        """Whether long RoPE rotates by other factors in this step, of `num_new` tokens, than it did for those in the cache."""
+        rope = self.config.rope_parameters
+        if rope["rope_type"] != "longrope":
+            return False
+        past = int(cache.get_seq_length())
+        length = past + num_new
+        # Where B_K is rotated when it is read, positions are those of rows, padding included.
+        if isinstance(attention_mask, torch.Tensor) and not self.config.rotates_on_read:
+            tokens = attention_mask != 0
+            past, length = (int(some.sum(dim=-1).max()) for some in (tokens[:, :past], tokens[:, :length]))
+        return 0 < past <= rope["original_max_position_embeddings"] < length
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
         """As in every model; `cache_dtype`, which Transformers does not know, becomes a field of the configuration."""
@@ -98,6 +123,11 @@ class T6GenerationMixin(GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if is_given:
             generation_config.cache_dtype = cache_dtype
+        rope = self.config.rope_parameters
+        if rope["rope_type"] == "longrope" and generation_config.prefill_chunk_size is not None:
+            # Pieces of a prompt are not computed anew: the first is to show by which factors the others are rotated.
+            least = rope["original_max_position_embeddings"] + 1
+            generation_config.prefill_chunk_size = max(generation_config.prefill_chunk_size, least)
         return generation_config, model_kwargs
 
     def _get_static_cache_init_shape(self) -> None:

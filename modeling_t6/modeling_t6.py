@@ -302,6 +302,7 @@ class T6PreTrainedModel(PreTrainedModel):
 @auto_docstring
 class T6Model(T6PreTrainedModel):
     def __init__(self, config: T6Config):
+        config.fit_layers()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size

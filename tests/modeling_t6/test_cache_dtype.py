@@ -370,6 +370,9 @@ def test_models_without_rows_of_4_bits(fields, named):
         generate(model, random_ids(model.config, 1, 3), cache_dtype="int4")
     with pytest.raises(ValueError, match=f"`dtype`='int4' .*{named}"):
         T6Cache(config=model.config, dtype="int4")
+    model.config.cache_dtype = "int4"
+    with pytest.raises(ValueError, match=f"`cache_dtype`='int4' .*{named}"):
+        model(random_ids(model.config, 1, 3))
 
 
 def test_what_excludes_each_other():

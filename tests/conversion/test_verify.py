@@ -191,6 +191,13 @@ def test_a_planted_fault_is_refused(name, plant, named, folders, tmp_path):
 
 
 @pytest.mark.once
+def test_rows_of_another_kind_are_refused(folders, tmp_path):
+    """Where weights are rounded, no tokens are generated, whose caches would show it."""
+    with pytest.raises(ConversionError, match="config.json has cache_dtype='int4', the source has None"):
+        verify.compare_with_transformers(*planted(folders, "yarn", config(cache_dtype="int4"), tmp_path), rounded=True)
+
+
+@pytest.mark.once
 @pytest.mark.parametrize(
     "fault",
     ["window-of-another-layer", "far-window-off-by-one", "long-factor", "one-group", "one-token", "size-of-a-token"],

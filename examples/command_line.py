@@ -40,7 +40,7 @@ from conversion.files.targets import TOKENIZER, Kind, check_target
 
 
 __all__ = [
-    "DTYPES", "TOKENIZER", "InputError", "Kind", "add_folder_arguments", "check_folders", "check_target", "complete_folders",
+    "DTYPES", "TOKENIZER", "InputError", "Kind", "MatchingPaths", "add_folder_arguments", "check_folders", "check_target", "complete_folders",
     "field_and_value", "input_errors", "inputs", "kind_and_path", "last_checkpoint", "loading", "new_folder", "number", "one_line", "read_text",
     "remove_checkpoints", "replace_folder", "temporary_folder", "utf8", "write_json",
 ]  # fmt: skip
@@ -114,6 +114,14 @@ def kind_and_path(text: str) -> tuple[str, Path]:
     """An argparse type: KIND=PATH, or PATH for text of no kind of its own."""
     kind, separator, path = text.partition("=")
     return (kind, Path(path)) if separator and not Path(text).exists() else ("text", Path(text))
+
+
+class MatchingPaths(argparse.Action):
+    """Of kinds and paths: patterns, which the shell leaves as they are behind `KIND=`, become the files that match."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        found = [(kind, path, [] if path.exists() else sorted(path.parent.glob(path.name))) for kind, path in values]
+        setattr(namespace, self.dest, [(kind, match) for kind, path, matches in found for match in matches or [path]])
 
 
 def add_folder_arguments(parser: argparse._ArgumentGroup) -> None:

@@ -11,18 +11,17 @@ twin take turns; times are medians, ratios those of T6 to the twin. `--profile` 
 
 import argparse
 
-from options import add_output, describe, save
+from options import add_output, batch_and_tokens, describe, save
 
 
 def job(text: str) -> tuple[str, int, int]:
     try:
         name, shape = text.split(":")
-        batch, length = map(int, shape.split("x"))
+        return name, *batch_and_tokens(shape)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"expected SIZE:BATCHxLENGTH, for example small:16x1024, got {text!r}"
         ) from None
-    return name, batch, length
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,13 +42,12 @@ if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
 import re
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from gpu import machine, release_memory
-from training_step import kernels_of, make_model, make_step, synchronize
+from timing import median_seconds
+from training_step import kernels_of, make_model, make_step
 from transformers import AutoConfig
 
 from configuration.make_configs import DIRECTORY
@@ -59,20 +57,6 @@ NAMES = ("t6", "llama-mha")
 # Names of softmax attention's kernels in PyTorch: FlashAttention, cuDNN with what it does before and after its backward pass,
 # memory-efficient. torch.compile's own kernels are named after their neighbours.
 ATTENTION = re.compile(r"^(?!triton_).*(flash|fmha|sdpa|attention|cudnn::fusion)", re.IGNORECASE)
-
-
-def alternate(calls: dict[str, Callable], device: str, rounds: int) -> dict[str, float]:
-    """Median seconds of each call, which take turns."""
-    times = {name: [] for name in calls}
-    for round_idx in range(rounds + 3):
-        for name, call in calls.items():
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
-            if round_idx >= 3:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def steps(config, device: str, batch: int, length: int, compiled: bool) -> Callable:
@@ -95,7 +79,8 @@ def prefills(config, device: str, batch: int, length: int, layers: int) -> Calla
 
 
 def compare(title: str, calls: dict[str, Callable], args) -> dict:
-    seconds = alternate(calls, args.device, args.rounds)
+    median_seconds(calls, 3, args.device)  # not counted: they compile, and fill the allocator
+    seconds = median_seconds(calls, args.rounds, args.device)
     result = {"seconds": seconds, "kernels": {name: kernels_of(call, args.device, 3) for name, call in calls.items()}}
     sums = {
         "step": seconds,

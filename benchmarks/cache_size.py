@@ -6,7 +6,7 @@ Bytes of cache per token and layer of the published architectures, counted in ca
 
 import argparse
 
-from options import describe
+from options import describe, table_head, table_row
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,8 +43,7 @@ def bytes_per_token_and_layer(folder: Path, dtype: torch.dtype, num_tokens: int 
 def main() -> None:
     args = parse_args()
     print(f"bytes of cache per token and layer, {args.dtype}; T6 beside MHA with T6's own number of heads")
-    print("| architecture | heads | T6 | MHA, same heads | smaller | MHA, same parameters | smaller |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(table_head("architecture", "heads", "T6", "MHA, same heads", "smaller", "MHA, same parameters", "smaller"))
     dtype = getattr(torch, args.dtype)
     for size in SIZES:
         matched = bytes_per_token_and_layer(DIRECTORY / f"llama-mha-{size}", dtype)
@@ -52,10 +51,9 @@ def main() -> None:
             config = AutoConfig.from_pretrained(DIRECTORY / name)
             held = bytes_per_token_and_layer(DIRECTORY / name, dtype)
             same_heads = 2 * config.num_attention_heads * config.head_dim * dtype.itemsize
-            print(
-                f"| {name} | {config.num_attention_heads} | {held:,.0f} | {same_heads:,} | {same_heads / held:.1f}x "
-                f"| {matched:,.0f} | {matched / held:.1f}x |"
-            )
+            cells = [f"{held:,.0f}", f"{same_heads:,}", f"{same_heads / held:.1f}x"]
+            cells += [f"{matched:,.0f}", f"{matched / held:.1f}x"]
+            print(table_row(name, config.num_attention_heads, *cells))
 
 
 if __name__ == "__main__":

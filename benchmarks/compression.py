@@ -44,53 +44,47 @@ def name_of(run: tuple[str, int, str]) -> str:
 def parse_args() -> argparse.Namespace:
     parser = describe(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("prepare", "train", "convert", "report"):
-        command = commands.add_parser(name)
+    prepare, train, convert, report = (commands.add_parser(name) for name in ("prepare", "train", "convert", "report"))
+    for command in (prepare, train, convert, report):
         command.add_argument("work", type=Path, metavar="WORK")
-        if name == "prepare":
-            command.add_argument("--sources", nargs="+", type=Path, required=True, metavar="DIR")
-            command.add_argument("--vocab-size", type=int, default=4096)
-            command.add_argument("--passes", type=float, default=3, help="over the text that `train` will make")
-            command.add_argument("--held-out-characters", type=int, default=2_000_000)
-            command.add_argument(
-                "--retrieval-windows", type=int, default=0, help="of tasks that ask for what was read"
-            )
-        if name == "train":
-            command.add_argument("--hidden-size", type=int, default=512)
-            command.add_argument("--layers", type=int, default=8)
-            command.add_argument("--heads", type=int, default=8)
-            command.add_argument("--steps", type=int, default=2000, help="the most, with --max-minutes")
-            time_limit = command.add_mutually_exclusive_group()
-            time_limit.add_argument("--max-minutes", type=float, help="fewer steps if these do not fit")
-            command.add_argument("--batch-size", type=int, default=64, help="windows of 1024 tokens a device")
-            command.add_argument("--learning-rate", type=float, default=1e-3)
-            command.add_argument("--retrieval-part", type=float, default=0.0, help="of the windows, of those that ask")
-            command.add_argument("--repeated-part", type=float, default=0.0, help="of the windows, of repeated text")
-            time_limit.add_argument(
-                "--sitting-minutes", type=float, help="a checkpoint then, from which the same command goes on"
-            )
-        if name == "convert":
-            command.add_argument("--runs", nargs="+", type=read_name, metavar="METHOD-RATIO[-VARIANT]")
-            command.add_argument(
-                "--variant", nargs=2, action="append", default=[], metavar=("VARIANT", "OPTIONS"),
-                help="what its runs add to --options, as one word",
-            )  # fmt: skip
-            for part in ("retrieval", "repeated"):
-                command.add_argument(f"--{part}-part", type=float, help="of the windows (as training.json says)")
-            command.add_argument("--processes", type=int, default=1, help="at a time on each GPU")
-            command.add_argument("--heal-windows", type=int, default=8, help="windows of 1024 tokens in a step")
-            command.add_argument("--passes", type=int, default=1, help="of healing through its tokens")
-            command.add_argument(
-                "--cross-entropy",
-                type=float,
-                default=0.0,
-                help="weight of the loss on the text; then, the source is trained on, too",
-            )
-            command.add_argument(
-                "--options", nargs=argparse.REMAINDER, default=[], help="of `python -m conversion hf`"
-            )
-        if name == "report":
-            command.add_argument("--output", type=Path, default=Path("docs"), metavar="DIR")
+
+    prepare.add_argument("--sources", nargs="+", type=Path, required=True, metavar="DIR")
+    prepare.add_argument("--vocab-size", type=int, default=4096)
+    prepare.add_argument("--passes", type=float, default=3, help="over the text that `train` will make")
+    prepare.add_argument("--held-out-characters", type=int, default=2_000_000)
+    prepare.add_argument("--retrieval-windows", type=int, default=0, help="of tasks that ask for what was read")
+
+    train.add_argument("--hidden-size", type=int, default=512)
+    train.add_argument("--layers", type=int, default=8)
+    train.add_argument("--heads", type=int, default=8)
+    train.add_argument("--steps", type=int, default=2000, help="the most, with --max-minutes")
+    time_limit = train.add_mutually_exclusive_group()
+    time_limit.add_argument("--max-minutes", type=float, help="fewer steps if these do not fit")
+    train.add_argument("--batch-size", type=int, default=64, help="windows of 1024 tokens a device")
+    train.add_argument("--learning-rate", type=float, default=1e-3)
+    train.add_argument("--retrieval-part", type=float, default=0.0, help="of the windows, of those that ask")
+    train.add_argument("--repeated-part", type=float, default=0.0, help="of the windows, of repeated text")
+    time_limit.add_argument(
+        "--sitting-minutes", type=float, help="a checkpoint then, from which the same command goes on"
+    )
+
+    convert.add_argument("--runs", nargs="+", type=read_name, metavar="METHOD-RATIO[-VARIANT]")
+    convert.add_argument(
+        "--variant", nargs=2, action="append", default=[], metavar=("VARIANT", "OPTIONS"),
+        help="what its runs add to --options, as one word",
+    )  # fmt: skip
+    for part in ("retrieval", "repeated"):
+        convert.add_argument(f"--{part}-part", type=float, help="of the windows (as training.json says)")
+    convert.add_argument("--processes", type=int, default=1, help="at a time on each GPU")
+    convert.add_argument("--heal-windows", type=int, default=8, help="windows of 1024 tokens in a step")
+    convert.add_argument("--passes", type=int, default=1, help="of healing through its tokens")
+    convert.add_argument(
+        "--cross-entropy", type=float, default=0.0,
+        help="weight of the loss on the text; then, the source is trained on, too",
+    )  # fmt: skip
+    convert.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="of `python -m conversion hf`")
+
+    report.add_argument("--output", type=Path, default=Path("docs"), metavar="DIR")
     return parser.parse_args()
 
 
@@ -472,6 +466,11 @@ def found_parts(retrieval: list[dict]) -> str:
     return f"{result['found']:>22.1%} of {source['found']:.1%} ({', '.join(tasks)})"
 
 
+def percent_above(source: dict, row: dict) -> float:
+    """By how much a perplexity is above the source's."""
+    return 100 * (row["perplexity"] / source["perplexity"] - 1)
+
+
 def report(args: argparse.Namespace) -> None:
     facts = json.loads((args.work / "training.json").read_text())
     results = {}
@@ -484,30 +483,29 @@ def report(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.work} holds no finished conversion")
     rows = {name: {row["model"]: row for row in result["perplexity"]} for name, result in results.items()}
     source = next(iter(rows.values()))["source"]
-    base = source["perplexity"]
-
-    def above(perplexity: float) -> float:
-        return 100 * (perplexity / base - 1)
-
     print(json.dumps(facts))
     found = {name: result.get("retrieval", ()) for name, result in results.items()}
     print(f"{'':<20}{'bytes per token':>16}{'compressed':>22}{'healed':>22}{'found, of the source':>30}")
-    print(f"{'source':<20}{source['cache_bytes_per_token']:>16,.0f}{base:>13.4f}")
-    sizes = sorted({row["compressed"]["cache_bytes_per_token"] for row in rows.values()})
+    print(f"{'source':<20}{source['cache_bytes_per_token']:>16,.0f}{source['perplexity']:>13.4f}")
     control = rows.pop(name_of(CONTROL), {}).get("healed")
     if control is not None:
-        perplexity = control["perplexity"]
-        print(f"{'  trained on':<20}{'':>16}{'':>22}{perplexity:>13.4f} {above(perplexity):>+7.2f}%")
+        print(
+            f"{'  trained on':<20}{'':>16}{'':>22}{control['perplexity']:>13.4f} {percent_above(source, control):>+7.2f}%"
+        )
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["compressed"]["cache_bytes_per_token"]):
         columns = "".join(
-            f"{row[stage]['perplexity']:>13.4f} {above(row[stage]['perplexity']):>+7.2f}%"
+            f"{row[stage]['perplexity']:>13.4f} {percent_above(source, row[stage]):>+7.2f}%"
             for stage in ("compressed", "healed")
         )
         print(f"{name:<20}{row['compressed']['cache_bytes_per_token']:>16,.0f}{columns}{found_parts(found[name])}")
     args.output.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"training": facts, "conversions": results}, indent=2)
     (args.output / "compression.json").write_text(content + "\n", encoding="utf-8")
+    plot(rows, source, control, args.output / "compression.png")
 
+
+def plot(rows: dict[str, dict[str, dict]], source: dict, control: dict | None, path: Path) -> None:
+    """Perplexity against the bytes of the cache, of each method at once and healed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -515,25 +513,27 @@ def report(args: argparse.Namespace) -> None:
     for method, color in (("fit", "C0"), ("mean-pool", "C1")):
         for stage, style in (("compressed", "--"), ("healed", "-")):
             points = sorted(
-                (row[stage]["cache_bytes_per_token"], above(row[stage]["perplexity"]))
+                (row[stage]["cache_bytes_per_token"], percent_above(source, row[stage]))
                 for name, row in rows.items()
                 if name.startswith(method)
             )
             axes.plot(*zip(*points), f"o{style}", color=color, label=f"{method}, {stage}") if points else None
     if control is not None:
-        point = control["cache_bytes_per_token"], above(control["perplexity"])
+        point = control["cache_bytes_per_token"], percent_above(source, control)
         axes.plot(*point, "*", color="C2", markersize=12, label="source, trained on")
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=1)
     axes.yaxis.set_major_formatter("{x:,g}")
     if axes.dataLim.ymin >= 0:
         axes.set_ylim(bottom=0)
+    measured = [*(row["compressed"] for row in rows.values()), *([control] if control is not None else ())]
+    sizes = sorted({row["cache_bytes_per_token"] for row in measured})
     axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
     axes.set_xlabel(f"cache, bytes per token (source: {source['cache_bytes_per_token']:,.0f})")
-    axes.set_ylabel(f"held-out perplexity above the source's {base:.3f}, %")
+    axes.set_ylabel(f"held-out perplexity above the source's {source['perplexity']:.3f}, %")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(args.output / "compression.png", dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from transformers import LlamaConfig
 from conversion.files.devices import find_device
 from conversion.smaller.compress import compress
 from conversion.smaller.languages import Tokens
-from conversion.smaller.order import QUESTIONS, QUESTIONS_LENGTH, changes
+from conversion.smaller.pipeline import QUESTIONS, QUESTIONS_LENGTH, changes_cache
 from conversion.smaller.questions import make_questions
 from conversion.smaller.reconstruct import reconstruct
 from conversion.smaller.stages import fast_products
@@ -110,7 +110,7 @@ def main() -> None:
         took("compressing", start)
         print(f"keys {result.config.k_rank}, values {result.config.v_rank}, rows {result.config.cache_dtype}")
         start = time.time()
-        if args.reconstruct_steps and changes(result.config, model.config):
+        if args.reconstruct_steps and changes_cache(result.config, model.config):
             reconstruct(result, model, ids, args.reconstruct_steps, questions=questions)
             took("reconstructing", start)
     took("all", begun)

@@ -30,31 +30,29 @@ if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from timing import call_seconds
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from modeling_t6 import T6Cache, T6Config
 from modeling_t6.cache_t6 import factor_layouts
-from modeling_t6.factor_space_t6 import chunks_of_rows, dtype_of_products, factor_space_attention
+from modeling_t6.factor_space_t6 import chunks_of_rows, factor_space_attention, matmul_dtype
 from modeling_t6.factors_t6 import form_heads
 
 
 LARGER_THAN_PROCESSOR_CACHES = 128 * 2**20  # bytes
 
 
-def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
+def second_call_seconds(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
     """Median seconds of each function, called in turns: of the second of two calls, as one decoding step follows another."""
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             function()
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(call_seconds(function))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -70,9 +68,7 @@ def attention_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.
         return tuple(form_heads(a, b).transpose(1, 2) for a, b in factors)
 
     def factor_space(rows) -> torch.Tensor:
-        return factor_space_attention(query, *chunks_of_rows(layouts, rows, dtype_of_products(query)), None, scaling)[
-            0
-        ]
+        return factor_space_attention(query, *chunks_of_rows(layouts, rows, matmul_dtype(query)), None, scaling)[0]
 
     def sdpa(heads: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *heads, scale=scaling).transpose(1, 2)
@@ -88,7 +84,7 @@ def attention_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.
     error = (factor_space(layers_of_rows[0]) - expected).abs().max() / expected.abs().max()
     assert error < (1e-4 if dtype == torch.float32 else 5e-2), f"the paths disagree: relative error {error:.1e}"
 
-    times = medians(
+    times = second_call_seconds(
         {
             "factor space": lambda: [factor_space(rows) for rows in layers_of_rows],
             "cached MHA": lambda: [sdpa(heads) for heads in layers_of_heads],
@@ -97,7 +93,7 @@ def attention_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.
     )
     times = {name: seconds / num_layers for name, seconds in times.items()}
     # Apart from the others: handing its large temporaries back to the system would slow down whatever comes next.
-    return times | medians({"rebuilt K, V": lambda: sdpa(heads_from_factors(factors))}, repeats)
+    return times | second_call_seconds({"rebuilt K, V": lambda: sdpa(heads_from_factors(factors))}, repeats)
 
 
 def append_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dtype) -> dict[str, float]:
@@ -108,7 +104,7 @@ def append_row(config: T6Config, seq_length: int, repeats: int, dtype: torch.dty
         new = tuple(tensor[:, :, :1].clone() for tensor in rows)
         cache.update(*rows, 0)
         cache.update(*new, 0)  # the first append after a prompt makes room for as many tokens again
-        row |= medians({name: lambda cache=cache, new=new: cache.update(*new, 0)}, repeats)
+        row |= second_call_seconds({name: lambda cache=cache, new=new: cache.update(*new, 0)}, repeats)
     return row
 
 

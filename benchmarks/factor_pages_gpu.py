@@ -25,10 +25,11 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
+import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
@@ -169,7 +170,7 @@ def host_seconds(call: Callable, calls: int = 200) -> float:
 
 
 def measure() -> dict:
-    factor_pages_t6.MOST_AT_ONCE = max(TOKENS)
+    factor_pages_t6.MAX_FORMED_TOKENS = max(TOKENS)
     bandwidth = copy_bandwidth()
     print(f"{machine()}; bfloat16, pages of {PAGE_SIZE} tokens; copies move {bandwidth / 1e12:.2f} TB/s")
     results = []
@@ -194,27 +195,29 @@ def measure() -> dict:
     return {"machine": machine(), "copy_bandwidth": bandwidth, "results": results}
 
 
-def set_sizes(name: str, sizes: tuple[int, int]) -> tuple[int, int]:
-    """Has the kernels started with one of `SIZES[name]`. Returns those before."""
+@contextlib.contextmanager
+def launched_with(name: str, sizes: tuple[int, int]) -> Iterator[bool]:
+    """In the block, kernels are started with one of `SIZES[name]`; whether that is the chosen one."""
     names = f"{name}_TILE", f"{name}_NUMBERS"
-    before = tuple(getattr(factor_pages_t6, part) for part in names)
-    for part, size in zip(names, sizes):
-        setattr(factor_pages_t6, part, size)
-    for chosen in (factor_pages_t6._store_sizes, factor_pages_t6._store_kernel, factor_pages_t6._form_kernel):
-        chosen.cache_clear()
-    return before
+    is_chosen = sizes == tuple(getattr(factor_pages_t6, part) for part in names)
+    kept = (factor_pages_t6._store_sizes, factor_pages_t6._store_kernel, factor_pages_t6._form_kernel)
+    with mock.patch.multiple(factor_pages_t6, **dict(zip(names, sizes))):
+        for choice in kept:
+            choice.cache_clear()
+        yield is_chosen
+    for choice in kept:
+        choice.cache_clear()
 
 
 def sweep() -> dict:
     results = []
     for model, (call, name) in itertools.product(SWEPT, (("store", "QUERY"), ("form", "PAIRS"))):
         for sizes in SIZES[name]:
-            chosen = set_sizes(name, sizes)
-            times = [time_call(MODELS[model], tokens, call)[0] for tokens in TOKENS]
-            set_sizes(name, chosen)
+            with launched_with(name, sizes) as is_chosen:
+                times = [time_call(MODELS[model], tokens, call)[0] for tokens in TOKENS]
             results.append({"model": model, "call": call, "sizes": sizes, "seconds": times})
             microseconds = "".join(f"{seconds * 1e6:8.1f}" for seconds in times)
-            print(f"{model:12}{call:6}{sizes!s:11}{microseconds} us{'  chosen' * (sizes == chosen)}", flush=True)
+            print(f"{model:12}{call:6}{sizes!s:11}{microseconds} us{'  chosen' * is_chosen}", flush=True)
     return {"machine": machine(), "tokens": TOKENS, "results": results}
 
 

@@ -85,8 +85,8 @@ def stored_dtype(shape: CacheShape) -> torch.dtype:
 def default_launch(shape: CacheShape) -> Launch:
     _, _, heads, head_dim, rank, _, _ = shape
     shared_memory, stored = flash_tpa_t6.device_limits(device())[1], stored_dtype(shape)
-    itemsize, unit = stored.itemsize, flash_tpa_t6.numbers_at_once(rank, rank, head_dim, stored, True)
-    return choose_launch(1, heads, head_dim, rank, rank, False, itemsize, shared_memory, unit=unit)
+    itemsize, unit = stored.itemsize, flash_tpa_t6.elements_per_load(rank, rank, head_dim, stored, True)
+    return choose_launch(1, heads, head_dim, rank, rank, False, itemsize, shared_memory, elements_per_load=unit)
 
 
 def device() -> torch.device:

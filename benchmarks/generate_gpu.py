@@ -20,7 +20,7 @@ against.
 
 import argparse
 
-from options import add_output, describe, draw, save
+from options import add_output, batch_and_tokens, describe, draw, draw_bar_panels, save
 
 
 EIGHT_B = {
@@ -36,11 +36,6 @@ MODELS = {
 }
 
 
-def batch_and_context(text: str) -> tuple[int, int]:
-    batch, tokens = text.split("x")
-    return int(batch), int(tokens)
-
-
 def parse_args() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
@@ -51,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--runs",
-        type=batch_and_context,
+        type=batch_and_tokens,
         nargs="+",
         metavar="BxN",
         help="of --short: others than 1x1024 32x1024 1x8192",
@@ -65,7 +60,6 @@ if __name__ == "__main__":
 
 import multiprocessing
 import statistics
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,6 +67,7 @@ from unittest import mock
 
 import torch
 from gpu import copy_bandwidth, machine, release_memory
+from timing import call_seconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -166,6 +161,11 @@ def backends(config) -> tuple[SDPBackend, ...]:
     return BACKENDS[:1] if isinstance(config, T6Config) else BACKENDS
 
 
+def replay_seconds(graph: torch.cuda.CUDAGraph, count: int) -> float:
+    """Seconds of one of `count` replays, one after another."""
+    return call_seconds(lambda: [graph.replay() for _ in range(count)], "cuda") / count
+
+
 def graph_step(model, batch: int, tokens: int) -> dict:
     config, best = model.config, None
     cache = step_cache(config, batch, tokens)
@@ -186,12 +186,7 @@ def graph_step(model, batch: int, tokens: int) -> dict:
                 with torch.cuda.graph(graph, stream=stream):
                     token.copy_(step())
                 graph.replay()
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                for _ in range(12):
-                    graph.replay()
-                torch.cuda.synchronize()
-                seconds = (time.perf_counter() - start) / 12
+                seconds = replay_seconds(graph, 12)
             del graph
         except RuntimeError:
             continue
@@ -208,14 +203,12 @@ def plain_step(model, tokens: int, backend: SDPBackend) -> dict:
     cache = step_cache(model.config, 1, tokens)
     token = torch.randint(0, model.config.vocab_size, (1, 1), device="cuda")
     positions = torch.full((1, 1), tokens, device="cuda")
-    times = []
+
+    def step() -> None:
+        model(token, position_ids=positions, **{CACHE_NAME: cache}).logits.argmax(-1)
+
     with sdpa_kernel(backend), torch.no_grad():
-        for _ in range(4):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            model(token, position_ids=positions, **{CACHE_NAME: cache}).logits.argmax(-1)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+        times = [call_seconds(step, "cuda") for _ in range(4)]
     return {
         "tokens": tokens,
         "seconds": statistics.median(times[1:]),
@@ -265,11 +258,8 @@ def generate_steps(model, batch: int, tokens: int, static: bool, new: int, warm:
             cache = T6Cache(config=config) if isinstance(config, T6Config) else DynamicCache(config=config)
             for layer_idx in range(config.num_hidden_layers):
                 cache.update(*random_states(config, layer_idx, batch, tokens), layer_idx)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, **{CACHE_NAME: cache})
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, CACHE_NAME: cache}
+        return call_seconds(lambda: model.generate(ids, **options), "cuda")
 
     for _ in range(warm - 1):
         seconds(4)
@@ -354,17 +344,8 @@ def plot(data: dict, figure) -> None:
         (f"tokens per second at {context // 1024}k, batch {of_batches}", "{:,.0f}", speeds),
         ("largest context, million tokens", "{:.1f}", contexts),
     )
-    axes = figure.subplots(1, len(panels), sharey=True)
-    for axis, (title, form, values) in zip(axes, panels):
-        bars = axis.barh(places, values, 0.8, color=colors)
-        axis.bar_label(bars, fmt=form, fontsize=9, padding=3)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlim(0, 1.18 * max(values))
-        axis.xaxis.set_visible(False)
-        axis.tick_params(axis="y", length=0)
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axes = draw_bar_panels(figure, panels, places, colors)
     axes[0].set_yticks(places, names)
-    axes[0].invert_yaxis()
     figure.supxlabel(f"bfloat16: {data['machine']}", fontsize=8)
 
 

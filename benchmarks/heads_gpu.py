@@ -68,6 +68,9 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
+from contextlib import AbstractContextManager
+from unittest import mock
+
 import torch
 from gpu import copies_larger_than_l2, copy_bandwidth, graph_seconds, machine
 
@@ -171,22 +174,22 @@ def measure_layer(shape: tuple, bandwidth: float, normed: bool, repeats: int = 7
 SIZES = ("TILE", "TOKENS", "STAGES", "HEADS", "NORMED_REGISTERS")  # of `heads_at_once_t6`
 
 
-def set_sizes(sizes: tuple[int, ...]) -> None:
-    for name, size in zip(SIZES, sizes):
-        setattr(heads_at_once_t6, name, size)
+def launched_with(sizes: tuple[int, ...]) -> AbstractContextManager:
+    """In the block, kernels are started with other sizes."""
+    return mock.patch.multiple(heads_at_once_t6, **dict(zip(SIZES, sizes)))
 
 
 def compile_layer(job: tuple) -> None:
     """Fills Triton's cache on disk: for a few tokens, which a compiled kernel does not ask about."""
     (_, _, *shape), sizes, normed = job
-    set_sizes(sizes)
     gradients, rest = layer_inputs((2, 64, *shape), normed)
-    heads_at_once_t6._form(*rest)
-    heads_at_once_t6._gradient(*gradients, *rest)
+    with launched_with(sizes):
+        heads_at_once_t6._form(*rest)
+        heads_at_once_t6._gradient(*gradients, *rest)
 
 
 def measure_layers(layers: list[str], sweep: list[str], bandwidth: float) -> dict:
-    results, plain = {}, tuple(getattr(heads_at_once_t6, name) for name in SIZES)
+    results = {}
     others = [
         *itertools.product((256,), (4, 8, 16, 32), (2, 3, 4), (16,), (None,)),
         (64, 8, 1, 16, 128),
@@ -207,11 +210,10 @@ def measure_layers(layers: list[str], sweep: list[str], bandwidth: float) -> dic
         cells = (f"{way} {row['seconds'] * 1e6:8.1f} us ({row['share']:4.0%})" for way, row in results[title].items())
         print(f"{title + ', Q, K and V':36}", "; ".join(cells), flush=True)
         for sizes in others if name in sweep else ():
-            set_sizes(sizes)
-            row = results[f"{title} {sizes}"] = measure_layer(shape, bandwidth, normed, 3)
+            with launched_with(sizes):
+                row = results[f"{title} {sizes}"] = measure_layer(shape, bandwidth, normed, 3)
             times = ", ".join(f"{x['seconds'] * 1e6:.1f} us" for x in row.values())
             print(f"    tile, tokens, stages, heads, registers {sizes}: {times}", flush=True)
-        set_sizes(plain)
     return results
 
 

@@ -28,7 +28,6 @@ from pathlib import Path
 from options import describe
 
 
-RATIOS = (2, 3, 4, 8)
 STEPS = (
     "source", "new-4", "healed-4", "source in 4 bits", "exact in int4", "new-2", "healed-2", "source in 8 bits", "exact in float8",
     "new-8", "healed-8", "source in 2 bits", "new-3", "healed-3", "mean-pool-3", "mean-pool-8", "svd-2", "svd-4", "svd-8", "pca-2", "pca-4", "pca-8",
@@ -85,8 +84,7 @@ from compression import Deadline
 from options import ROOT, save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from conversion.evaluate import order as evaluation
-from conversion.evaluate import report
+from conversion.evaluate import evaluation, report
 from conversion.evaluate.tasks import TASKS, Sample, make_samples
 from conversion.files.devices import find_device
 from conversion.files.signals import stoppable
@@ -98,7 +96,7 @@ from conversion.smaller.fits import HeadFits
 from conversion.smaller.heal import heal
 from conversion.smaller.languages import Sentences
 from conversion.smaller.moments import attention_hooks, collect_moments
-from conversion.smaller.order import HEALED_QUESTIONS, changes
+from conversion.smaller.pipeline import HEALED_QUESTIONS, changes_cache
 from conversion.smaller.probe import Probe
 from conversion.smaller.questions import make_questions
 from conversion.smaller.reconstruct import reconstruct
@@ -115,6 +113,14 @@ QUESTIONS = 1024  # different windows of questions in healing, at most: each tak
 COMPILED_MINUTES = 4  # of healing from which on layers are compiled, which takes one
 TRIES = 2  # of a process: several on one GPU met faults of it
 CACHE_DTYPES = (None, "float8_e4m3fn", "int4")
+# The method as it is, and with parts left out: options of `Study.smaller`.
+METHODS = {
+    "new": {},
+    "old": {"with_questions": False, "cache_dtypes": (None,)},
+    "rows16": {"cache_dtypes": (None,)},
+    "float8": {"cache_dtypes": ("float8_e4m3fn",)},
+    "fit-only": {"cache_dtypes": (None,), "steps": 0},
+}
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -164,7 +170,7 @@ class Study:
         held_out = texts.windows(
             tokenizer, args.held_out.read_text(encoding="utf-8"), 1024, f"--held-out {args.held_out}"
         )
-        self.windows = held_out[torch.linspace(0, len(held_out) - 1, min(len(held_out), args.windows)).long()]
+        self.windows = texts.evenly_spaced(held_out, args.windows)
         calibration = args.text.read_text(encoding="utf-8")
         text = texts.windows(tokenizer, calibration, 1024, f"--text {args.text}")
         some = torch.linspace(0, len(text) - 1, max(1, args.calibration_tokens // 1024)).long()
@@ -208,20 +214,20 @@ class Study:
     def smaller(
         self,
         name: str,
-        new: bool = True,
+        with_questions: bool = True,
         steps: int | None = None,
         cache_dtypes: tuple[str | None, ...] = CACHE_DTYPES,
         **options,
     ) -> T6ForCausalLM:
-        """A smaller cache by the method as it is, or without questions and keys less their mean."""
+        """A model with a smaller cache. Without questions, keys count whole, too, not less their mean."""
         start, model, steps = time.time(), self.t6(), self.args.reconstruct_steps if steps is None else steps
-        old, moments.WHOLE_KEYS = moments.WHOLE_KEYS, moments.WHOLE_KEYS if new else POWER
-        questions = self.questions if new else None
+        old, moments.WHOLE_KEYS = moments.WHOLE_KEYS, moments.WHOLE_KEYS if with_questions else POWER
+        questions = self.questions if with_questions else None
         with fast_products():
             result = compress(model, self.calibration, questions=questions, cache_dtypes=cache_dtypes, **options)
             moments.WHOLE_KEYS = old
             self.took("compressing", start)
-            if steps and changes(result.config, model.config):
+            if steps and changes_cache(result.config, model.config):
                 start = time.time()
                 errors = reconstruct(result, model, self.calibration, steps, questions=questions)
                 self.found["errors"] = errors
@@ -253,8 +259,9 @@ class Study:
         model = self.t6(args.work / name).requires_grad_(True)
         deadline = Deadline(time.time() + 60 * args.heal_minutes, final=0.0)
         done = heal(
-            model, self.source, ids, args.work / f"checkpoints-{step}", steps, args.heal_windows, 1, optimizer,
-            args.heal_learning_rate / (1 if optimizer == "muon" else 3), 0.0, 0, self.device, [] if args.heal_steps else [deadline],
+            model, self.source, ids, args.work / f"checkpoints-{step}", steps=steps, batch_size=args.heal_windows,
+            optimizer=optimizer, learning_rate=args.heal_learning_rate / (1 if optimizer == "muon" else 3),
+            device=self.device, callbacks=[] if args.heal_steps else [deadline],
             compiled=self.device.startswith("cuda") and args.heal_minutes >= COMPILED_MINUTES,
         )  # fmt: skip
         self.found |= {"steps": done, "tokens": done * tokens}
@@ -426,16 +433,8 @@ def run(study: Study, step: str) -> None:
     elif method in ("healed", "adamw"):
         optimizer = "muon" if method == "healed" else "adamw"
         study.measure(study.healed(f"new-{ratio}", step, optimizer), "model", step)
-    elif method == "new":
-        smaller(cache_ratio=float(ratio))
-    elif method == "old":
-        smaller(cache_ratio=float(ratio), new=False, cache_dtypes=(None,))
-    elif method == "rows16":
-        smaller(cache_ratio=float(ratio), cache_dtypes=(None,))
-    elif method == "float8":
-        smaller(cache_ratio=float(ratio), cache_dtypes=("float8_e4m3fn",))
-    elif method == "fit-only":
-        smaller(cache_ratio=float(ratio), cache_dtypes=(None,), steps=0)
+    elif method in METHODS:
+        smaller(cache_ratio=float(ratio), **METHODS[method])
     elif method == "mean-pool":
         rows = {"3": (None,), "8": ("int4",)}[ratio]
         smaller(method="mean-pool", k_ranks=[1], v_ranks=[1], cache_dtypes=rows, steps=0)

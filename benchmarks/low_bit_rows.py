@@ -11,7 +11,7 @@ in decoding. `--samples 4` asks for what `python -m conversion evaluate` asks, a
 import argparse
 from pathlib import Path
 
-from options import describe
+from options import describe, table_head, table_row
 
 
 ROWS = {"16 bits": "model", "float8_e4m3fn": "float8_e4m3fn", "int4": "int4"}
@@ -38,13 +38,20 @@ if __name__ == "__main__":
 
 import statistics
 import sys
-import time
 
 import torch
+from timing import call_seconds
 
 from conversion.evaluate.caches import make_cache
+from conversion.evaluate.evaluation import (
+    all_samples,
+    bytes_per_token,
+    context_of,
+    load_model,
+    measure_windows,
+    score_all,
+)
 from conversion.evaluate.options import TASK_NAMES
-from conversion.evaluate.order import all_samples, bytes_per_token, context_of, load_model, measure_windows, score_all
 from conversion.files.devices import find_device
 from conversion.files.errors import ConversionError
 from conversion.files.tokenizer import load_tokenizer
@@ -63,13 +70,7 @@ def step_seconds(model: T6ForCausalLM, ids: torch.Tensor, repeats: int) -> dict[
         model(ids, **cache)
     for _ in range(repeats):
         for name, cache in caches.items():
-            if ids.is_cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            model(ids[:, :1], **cache)
-            if ids.is_cuda:
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(call_seconds(lambda cache=cache: model(ids[:, :1], **cache), ids.device.type))
             cache[CACHE_NAME].crop(-1)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -90,18 +91,16 @@ def main() -> None:
         samples = all_samples(language, list(TASK_NAMES), [length], args.samples)
     seconds = step_seconds(model, windows[:1].to(device), args.repeats)
     print(f"{args.model.name}, {args.dtype} on {device}: {len(windows)} windows of {length} tokens")
-    print("| rows | bytes per token | smaller | perplexity | KL, nats | same choice | found | ms a step |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    columns = ("bytes per token", "smaller", "perplexity", "KL, nats", "same choice", "found", "ms a step")
+    print(table_head("rows", *columns))
     for name, kind in ROWS.items():
         found = f"{score_all(model, kind, name, language, samples, args.batch_size)['exact']:.0%}" if samples else ""
         row = measure_windows(model, kind, name, windows, args.batch_size, model)
         size = bytes_per_token(model, kind, dtype)
         plain = bytes_per_token(model, "model", dtype)
-        print(
-            f"| {name} | {size:,.0f} | {plain / size:.2f}x | {row['perplexity']:.3f} | {row['kl']:.5f} "
-            f"| {row['first_choice']:.1%} | {found} | {seconds[name] * 1e3:.2f} |",
-            flush=True,
-        )
+        cells = [f"{size:,.0f}", f"{plain / size:.2f}x", f"{row['perplexity']:.3f}", f"{row['kl']:.5f}"]
+        cells += [f"{row['first_choice']:.1%}", found, f"{seconds[name] * 1e3:.2f}"]
+        print(table_row(name, *cells), flush=True)
 
 
 if __name__ == "__main__":

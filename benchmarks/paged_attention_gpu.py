@@ -72,6 +72,7 @@ if __name__ == "__main__":
 import functools
 import itertools
 import math
+from unittest import mock
 
 import torch
 from gpu import copies_larger_than_l2, copy_bandwidth, graph_seconds, machine
@@ -148,18 +149,12 @@ def variant(names: dict, fields: dict):
 @contextlib.contextmanager
 def replaced(module, **names):
     """Other things of these names in a module, for launches that are chosen anew."""
-    plain = {name: getattr(module, name) for name in names}
-
-    def put(values: dict) -> None:
-        for name, value in values.items():
-            setattr(module, name, value)
-        flash_tpa_pages_t6._launches.cache_clear()
-
-    put(names)
     try:
-        yield
+        with mock.patch.multiple(module, **names):
+            flash_tpa_pages_t6._launches.cache_clear()
+            yield
     finally:
-        put(plain)
+        flash_tpa_pages_t6._launches.cache_clear()
 
 
 class NoKernel:

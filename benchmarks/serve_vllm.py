@@ -28,7 +28,7 @@ measured in turn. On a CPU:
 import argparse
 import json
 
-from options import add_output, describe, draw, save
+from options import add_output, describe, draw, draw_bar_panels, save, table_head, table_row
 
 
 SMALL = ["llama-mha-small", "llama-gqa-small", "t6-small"]
@@ -213,18 +213,15 @@ def print_throughput(args: argparse.Namespace, rows: dict) -> None:
         f"\n{args.requests} requests of {spread} prompt tokens and {args.new_tokens} new ones, {args.dtype}, ", end=""
     )
     print(f"{args.memory:g} of the memory; median of {args.repeats} runs, and the slowest and fastest")
-    print(
-        f"| | new tokens/s | of {reference} | with prompts | tokens of cache | of {reference} | bytes per token | of rows |"
-    )
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    columns = ("with prompts", "tokens of cache", f"of {reference}", "bytes per token", "of rows")
+    print(table_head("", "new tokens/s", f"of {reference}", *columns))
     for name, row in rows.items():
         speeds = [args.requests * args.new_tokens / seconds for seconds in row["seconds"]]
-        print(
-            f"| {name} | {row['tokens_per_second']:,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f}) "
-            f"| {row['tokens_per_second'] / rows[reference]['tokens_per_second']:.2f} "
-            f"| {row['total_tokens_per_second']:,.0f} | {row['tokens']:,} "
-            f"| {row['tokens'] / rows[reference]['tokens']:.2f} | {row['bytes_per_token']:,.0f} | {row['row_bytes']:,} |"
-        )
+        cells = [f"{row['tokens_per_second']:,.0f} ({min(speeds):,.0f}-{max(speeds):,.0f})"]
+        cells += [f"{row['tokens_per_second'] / rows[reference]['tokens_per_second']:.2f}"]
+        cells += [f"{row['total_tokens_per_second']:,.0f}", f"{row['tokens']:,}"]
+        cells += [f"{row['tokens'] / rows[reference]['tokens']:.2f}"]
+        print(table_row(name, *cells, f"{row['bytes_per_token']:,.0f}", f"{row['row_bytes']:,}"))
 
 
 def long_of(turns: Turns, folder: Path, settings: dict, context: int, steps: int, seed: int) -> dict:
@@ -298,16 +295,14 @@ def measure_long(args: argparse.Namespace, folders: dict[str, Path]) -> dict:
 def print_long(args: argparse.Namespace, rows: dict) -> None:
     reference = next(iter(rows))
     print(f"\n{args.context:,} tokens of context, {args.dtype}; decoding alone, over {args.steps} steps")
-    print(f"| | requests | cache, GiB | ms per step | tokens/s | of {reference} ", end="")
-    print("| bytes per token | of rows | prefill, s | start, s |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    columns = ("requests", "cache, GiB", "ms per step", "tokens/s", f"of {reference}")
+    print(table_head("", *columns, "bytes per token", "of rows", "prefill, s", "start, s"))
     for name, row in rows.items():
-        print(
-            f"| {name} | {row['requests']} | {row['tokens'] * row['bytes_per_token'] / 2**30:.2f} "
-            f"| {row['step_seconds'] * 1e3:.2f} | {row['tokens_per_second']:,.0f} "
-            f"| {row['tokens_per_second'] / rows[reference]['tokens_per_second']:.2f} | {row['bytes_per_token']:,.0f} "
-            f"| {row['row_bytes']:,} | {row['prefill_seconds']:.1f} | {row['start_seconds']:.0f} |"
-        )
+        cells = [row["requests"], f"{row['tokens'] * row['bytes_per_token'] / 2**30:.2f}"]
+        cells += [f"{row['step_seconds'] * 1e3:.2f}", f"{row['tokens_per_second']:,.0f}"]
+        cells += [f"{row['tokens_per_second'] / rows[reference]['tokens_per_second']:.2f}"]
+        cells += [f"{row['bytes_per_token']:,.0f}", f"{row['row_bytes']:,}"]
+        print(table_row(name, *cells, f"{row['prefill_seconds']:.1f}", f"{row['start_seconds']:.0f}"))
 
 
 def percentile(values: list[float], part: float) -> float:
@@ -369,15 +364,14 @@ def print_latency(args: argparse.Namespace, rows: dict) -> None:
     print(
         f"\nrequests of {spread} prompt tokens and {args.new_tokens} new ones that come in {args.seconds:g} s, {args.dtype}; ms"
     )
-    print("| | requests/s | requests | new tokens/s | first token, median | 99th | between tokens, median | 99th |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    columns = ("first token, median", "99th", "between tokens, median", "99th")
+    print(table_head("", "requests/s", "requests", "new tokens/s", *columns))
     for name, row in rows.items():
         for x in row["rates"]:
-            print(
-                f"| {name} | {x['rate']:g} | {x['requests']} | {x['tokens_per_second']:,.0f} "
-                f"| {x['first_token_median'] * 1e3:.1f} | {x['first_token_99'] * 1e3:.1f} "
-                f"| {x['between_median'] * 1e3:.2f} | {x['between_99'] * 1e3:.2f} |"
-            )
+            cells = [f"{x['rate']:g}", x["requests"], f"{x['tokens_per_second']:,.0f}"]
+            cells += [f"{x[key] * 1e3:.1f}" for key in ("first_token_median", "first_token_99")]
+            cells += [f"{x[key] * 1e3:.2f}" for key in ("between_median", "between_99")]
+            print(table_row(name, *cells))
 
 
 def plot(data: dict, figure) -> None:
@@ -388,16 +382,7 @@ def plot(data: dict, figure) -> None:
         ("tokens of cache, millions", "{:,.2f}", [row["tokens"] / 1e6 for row in rows.values()]),
     )
     colors = ["tab:blue" if "t6" in name else "tab:gray" for name in rows]
-    axes = figure.subplots(1, len(panels), sharey=True)
-    for axis, (title, form, values) in zip(axes, panels):
-        bars = axis.barh(list(rows), values, 0.7, color=colors)
-        axis.bar_label(bars, fmt=form, fontsize=9, padding=3)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlim(0, 1.2 * max(values))
-        axis.xaxis.set_visible(False)
-        axis.tick_params(axis="y", length=0)
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
-    axes[0].invert_yaxis()
+    draw_bar_panels(figure, panels, list(rows), colors)
     figure.supxlabel(f"{data['dtype']}: {data['machine']}", fontsize=8)
 
 

@@ -11,7 +11,7 @@ that were under way at once, and the steps of the engine until all were answered
 
 import argparse
 
-from options import ROOT, add_output, describe, save
+from options import ROOT, add_output, describe, save, table_head, table_row
 
 
 def parse_args() -> argparse.Namespace:
@@ -152,8 +152,7 @@ def main() -> None:
     results = {"transformers": transformers.__version__, "torch": torch.__version__}
     results |= {name: value for name, value in vars(args).items() if name != "output"} | {"capacity": {}, "served": {}}
     print(f"tokens of cache in {args.memory / 2**20:,.0f} MiB, bfloat16 (bytes per token; requests of 2,048 tokens)")
-    print("| model | T6 | MHA, same heads | more | MHA, same parameters | more |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print(table_head("model", "T6", "MHA, same heads", "more", "MHA, same parameters", "more"))
     for name in ("t6-small", "t6-xl", SHIPPED.name):
         config = AutoConfig.from_pretrained(SHIPPED if name == SHIPPED.name else DIRECTORY / name)
         configs = {"t6": PagedConfig(config), "same_heads": sdpa_twin(config)}
@@ -166,7 +165,7 @@ def main() -> None:
         cells = [f"{x.tokens:,} ({x.bytes_per_token:,.0f}; {x.requests:,})" for x in held.values()]
         ratios = [f"{held['t6'].tokens / x.tokens:.1f}x" for x in held.values()]
         row = [name, cells[0]] + [cell for pair in zip(cells[1:], ratios[1:]) for cell in pair]
-        print("| " + " | ".join(row + [""] * (6 - len(row))) + " |")
+        print(table_row(*row, *[""] * (6 - len(row))))
 
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.bfloat16)
     torch.manual_seed(0)
@@ -176,13 +175,12 @@ def main() -> None:
         f"\n{SHIPPED.name}: {args.requests} requests of 64 tokens and 64 new ones, {args.served_memory / 2**20:g} MiB of "
         f"cache, {torch.get_num_threads()} threads"
     )
-    print("| | tokens of cache | requests at once | steps | seconds |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print(table_head("", "tokens of cache", "requests at once", "steps", "seconds"))
     for name, served_model, config in (("T6", model, PagedConfig(model.config)), ("MHA twin", twin, twin.config)):
         blocks, _ = blocks_that_fit(config, args.served_memory, page_size=16)
         outcome = serve(served_model, blocks, 16, prompts, new_tokens=64)
         results["served"][name] = dataclasses.asdict(outcome) | {"tokens": 16 * blocks}
-        print(f"| {name} | {16 * blocks:,} | {outcome.most_at_once} | {outcome.steps} | {outcome.seconds:.1f} |")
+        print(table_row(name, f"{16 * blocks:,}", outcome.most_at_once, outcome.steps, f"{outcome.seconds:.1f}"))
 
     save(results, args.output)
 

@@ -13,7 +13,7 @@ it shows that it runs.
 
 import argparse
 
-from options import ROOT, add_output, describe, save
+from options import ROOT, add_output, describe, save, table_head, table_row
 
 
 def parse_args() -> argparse.Namespace:
@@ -173,8 +173,8 @@ def main() -> None:
         end=" ",
     )
     print(f"{args.prompt[0]} to {args.prompt[1]} tokens and {args.new_tokens} new ones")
-    print("| model | mode | tokens/s | seconds | steps | attention | graphs of prompts, decoding | overlapped |")
-    print("| --- | --- | ---: | ---: | ---: | --- | --- | --- |")
+    columns = ("tokens/s", "seconds", "steps", "attention", "graphs of prompts, decoding", "overlapped")
+    print(table_head("model", "mode", *columns, words=2))
     models = {name: random_model(name, args.dtype) for name in args.models}
     turns, answers = {(name, mode): [] for mode in args.modes for name in args.models}, {}
     for round_ in range(args.rounds):
@@ -184,14 +184,12 @@ def main() -> None:
                     models[name], args, mode, profile=args.profile and round_ == args.rounds - 1
                 )
             except (RuntimeError, MemoryError) as error:
-                print(f"| {name} | {mode} | failed: {error} |", flush=True)
+                print(table_row(name, mode, f"failed: {error}"), flush=True)
                 continue
             turns[name, mode].append(result)
-            print(
-                f"| {name} | {mode} | {result['tokens_per_second']:,.0f} | {result['seconds']:.2f} | {result['steps']} | "
-                f"{result['attention']} | {result['graphs']} | {result['overlapped']} |",
-                flush=True,
-            )
+            cells = [f"{result['tokens_per_second']:,.0f}", f"{result['seconds']:.2f}", result["steps"]]
+            cells += [result["attention"], result["graphs"], result["overlapped"]]
+            print(table_row(name, mode, *cells), flush=True)
     medians = {
         key: statistics.median(result["tokens_per_second"] for result in results)
         for key, results in turns.items()

@@ -18,12 +18,7 @@ kernels that one attention layer spends its time in.
 
 import argparse
 
-from options import add_output, describe, draw, save
-
-
-def batch_and_length(text: str) -> tuple[int, int]:
-    batch, length = text.split("x")
-    return int(batch), int(length)
+from options import add_output, batch_and_tokens, describe, draw, save
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--attention", default="sdpa", help="an attention implementation of Transformers")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--prefill", type=batch_and_length, nargs="*", default=[(1, 32768), (8, 2048)], metavar="BxN")
+    parser.add_argument("--prefill", type=batch_and_tokens, nargs="*", default=[(1, 32768), (8, 2048)], metavar="BxN")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--profile",
@@ -49,12 +44,11 @@ if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
 import contextlib
-import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 from gpu import machine, release_memory
+from timing import median_seconds, synchronize
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_t6 import attention_t6, factor_product_t6, heads_at_once_t6, heads_t6
@@ -88,15 +82,10 @@ def choose(name: str) -> None:
     rebuilt, formed, _ = WAYS[name]
     one_by_one = name.startswith(ONE_BY_ONE)
     factor_product_t6._are_plain = (lambda projections: False) if one_by_one else ARE_PLAIN
-    attention_t6.REBUILD_HEADS_COMPILED = attention_t6.REBUILD_HEADS_EAGER = rebuilt
+    attention_t6.RECOMPUTE_HEADS_COMPILED = attention_t6.RECOMPUTE_HEADS_EAGER = rebuilt
     heads_at_once_t6.AT_ONCE = formed == "at once"
     heads_t6.MAX_OUTER_PRODUCTS = 0 if formed == "products" else MAX_OUTER_PRODUCTS
     torch._dynamo.reset()
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def seconds_and_peak(call, device: str, repeats: int) -> tuple[float, int | None]:
@@ -107,13 +96,8 @@ def seconds_and_peak(call, device: str, repeats: int) -> tuple[float, int | None
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), torch.cuda.max_memory_allocated() - before if device == "cuda" else None
+    seconds = median_seconds({"": call}, repeats, device)[""]
+    return seconds, torch.cuda.max_memory_allocated() - before if device == "cuda" else None
 
 
 def make_model(config, device: str):

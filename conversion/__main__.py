@@ -23,7 +23,7 @@ from .files.bars import hide_bars_of_transformers
 from .files.errors import ConversionError
 from .files.signals import Stopped, stoppable
 from .files.sizes import shard_size
-from .smaller.options import add_arguments, set_defaults, wanted
+from .smaller.options import add_arguments, set_defaults, wants_smaller_cache
 from .smaller.working import unfinished_folder
 
 
@@ -71,14 +71,14 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as error:
         print(f"{error}: {what_is_left(args)}", file=sys.stderr)
         return error.code
-    except ConversionError as error:
+    except (ConversionError, OSError) as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
     return 0
 
 
 def run(args: argparse.Namespace) -> None:
-    smaller = args.command == "hf" and wanted(args)
+    smaller = args.command == "hf" and wants_smaller_cache(args)
     if args.command == "evaluate":
         check_output(args.output)
     # Here, since torch and transformers take long to import: `--help` and wrong options are answered without them.
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     hide_bars_of_transformers()
     try:
         if args.command == "evaluate":
-            from .evaluate.order import evaluate
+            from .evaluate.evaluation import evaluate
 
             evaluate(args)
         else:

@@ -13,7 +13,18 @@ from modeling_t6 import T6Config, T6ForCausalLM
 from .files.checkpoints import Checkpoint
 from .files.errors import ConversionError
 from .sources.families import EMBEDDINGS, HEAD
-from .verify import EXACT, ROUNDED, Comparison, Pair, compare, compare_generation, fits_in_memory
+from .verify import (
+    EXACT,
+    ROUNDED,
+    Comparison,
+    Pair,
+    check_fields,
+    check_tensors,
+    compare,
+    compare_generation,
+    fields_of,
+    fits_in_memory,
+)
 
 
 ROWS = 4096  # of the vocabulary, at a time
@@ -66,14 +77,11 @@ def compare_layers(
         ConversionError: naming the case and the layer in which they differ, or if not even one layer fits into memory.
     """
     compare_generation(source, result)
+    check_tensors(result)
     t6_config, t6_checkpoint = T6Config.from_pretrained(result), Checkpoint(result)
     count, vocab_size = t6_config.num_hidden_layers, t6_config.vocab_size
     largest = max(
-        sum(
-            torch.Size(info.shape).numel()
-            for name, info in t6_checkpoint.tensors.items()
-            if f".layers.{layer}." in name
-        )
+        sum(info.numel for name, info in t6_checkpoint.tensors.items() if f".layers.{layer}." in name)
         for layer in range(count)
     )
     if not fits_in_memory(largest + 2 * min(ROWS, vocab_size) * t6_config.hidden_size):
@@ -99,6 +107,7 @@ def compare_layers(
             for part in ids:
                 last.run("for all tokens", part)
         found.append(Comparison(last.difference, 0))
+    check_fields(result, fields_of(config), config.dtype)
     return Comparison(
         max(part.logit_difference for part in found),
         sum(part.cache_bytes for part in found),

@@ -1,15 +1,25 @@
-"""SRC: where it lies, and what of it is not as it must be that shows before a weight is read."""
+"""SRC: where it lies, what is checked before a weight is read, and how the result is compared with it."""
 
 import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig
 
-from .files.companions import COMPANIONS
+from . import verify
+from .files.checkpoints import Checkpoint, count_numbers
+from .files.companions import COMPANIONS, check_json, generation_config, without_byte_order_marks
 from .files.errors import ConversionError, reason
 from .files.folders import read_json
-from .sources.gguf import is_gguf
+from .files.links import check_files
+from .files.names import matching_files
+from .files.tokenizer import check_tokenizer
+from .layerwise import compare_layers
+from .sources import families, official
+from .sources.fields import check_fields
+from .sources.gguf import GgufFile, is_gguf
+from .verify import Comparison
 
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -31,7 +41,7 @@ def local_folder(source: str, revision: str | None) -> Path:
             raise ConversionError(f"--revision {revision} is of a source on the Hub, and {source} is here")
         return Path(source)
     if os.path.lexists(source):
-        raise ConversionError(of_file(Path(source)))
+        raise ConversionError(what_to_do_with_a_file(Path(source)))
     if looks_like_a_path(source):
         raise ConversionError(f"{source}: there is no such folder")
     return from_hub(source, revision, DESCRIPTION)
@@ -58,7 +68,7 @@ def looks_like_a_path(source: str) -> bool:
     )  # fmt: skip
 
 
-def of_file(path: Path) -> str:
+def what_to_do_with_a_file(path: Path) -> str:
     """What to do with a file that was given for a folder."""
     if not path.exists():
         return f"{path} is a link to {path.resolve()}, which is not there"
@@ -87,3 +97,111 @@ def read_config(source: Path) -> dict:
     if {"rank", "n_embd", "n_layer"} <= set(content):
         raise ConversionError(f"{source} is a model of the research code: `{OFFICIAL}` reads those")
     return content
+
+
+class TransformersSource:
+    """
+    A model of Transformers. Made with its configuration alone: what cannot be converted is refused before weights are looked for.
+
+    Args:
+        path: the folder or GGUF file that `local_folder` gives.
+        temporary: a folder for what is not to be kept.
+
+    Attributes:
+        folder: what is read as the model: `path`, or a copy of what Transformers does not read as it lies.
+        companions: the folder of the tokenizer and what else belongs to the model, from `check_companions` on.
+        checkpoint: the weights, from `load_weights` on.
+
+    Raises:
+        ConversionError: naming what of the source is not as it must be.
+    """
+
+    def __init__(self, path: Path, temporary: Path):
+        self.path, self.temporary = path, temporary
+        self.gguf, self.folder, described = None, path, path / "config.json"
+        if path.is_file():
+            self.gguf, self.folder, described = GgufFile(path), temporary / "source", path
+            for note in self.gguf.write_config(self.folder):
+                print("note:", note)
+        content = read_config(self.folder)
+        check_files(self.folder, READ)
+        check_json(self.folder)
+        check_fields(content, str(described))
+        if (settings := self.folder / "generation_config.json").exists():
+            check_fields(read_json(settings), str(settings))
+        self.folder = without_byte_order_marks(self.folder, READ, temporary)
+        try:
+            self.config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            self.plan = families.make_plan(self.config)
+        except ConversionError:
+            raise
+        except Exception as error:  # whatever a configuration's validation raises
+            raise ConversionError(f"{described}: {reason(error)}") from error
+        self.model_type = self.config.model_type
+
+    def check_companions(self, needs_tokenizer: bool) -> None:
+        generation_config(self.folder)
+        self.companions = self.folder
+        if self.gguf is not None:
+            self.companions = self.temporary / "tokenizer"
+            self.gguf.write_tokenizer(self.companions)
+        check_tokenizer(self.companions, needs_tokenizer)
+
+    def load_weights(self, hub_name: str | None, max_shard_size: int) -> None:
+        """
+        Args:
+            hub_name: of a source on the Hub, whose weights are downloaded now.
+            max_shard_size: of the shards into which the weights of a GGUF file are dequantised.
+        """
+        if hub_name is not None:
+            from_hub(hub_name, self.path.name, READ)  # the same commit
+            check_files(self.path, READ)
+            self.folder = self.companions = without_byte_order_marks(self.path, READ, self.temporary)
+        if self.gguf is not None:
+            self.gguf.write_weights(self.folder, max_shard_size)
+        self.checkpoint = Checkpoint(self.folder)
+        self.plan = families.plan_as_loaded(self.config, self.checkpoint)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of which the result is made: those of the weights that are loaded, and what describes the model."""
+        if self.gguf is not None:
+            return [self.gguf.path]
+        return sorted({*matching_files(self.folder, DESCRIPTION), *self.checkpoint.files})
+
+    def compare(self, result: Path, rounded: bool) -> Comparison:
+        """Runs source and result side by side; see `verify`."""
+        numbers, cache_numbers = count_numbers(self.checkpoint), verify.cache_numbers(self.plan.config)
+        if verify.fits_in_memory(numbers, cache_numbers):
+            return verify.compare_with_transformers(self.folder, result, rounded)
+        print("source and result do not fit into memory together: they are compared layer by layer")
+        return compare_layers(self.folder, self.config, self.checkpoint, result, rounded)
+
+
+class ResearchSource:
+    """
+    A checkpoint of the paper's research code, with the attributes of `TransformersSource` that writing it needs.
+
+    Args:
+        path: its folder, or a `ckpt.pt`.
+    """
+
+    model_type = "t6"
+
+    def __init__(self, path: Path, temporary: Path):
+        if is_gguf(path):
+            raise ConversionError(f"{path} is GGUF: `{HF} {path}` reads those")
+        if path.is_dir():
+            check_files(path, READ)
+            check_json(path)
+        self.arguments, self.checkpoint = official.load(path)
+        self.plan = official.make_plan(self.arguments, self.checkpoint)
+        self.companions = without_byte_order_marks(path, READ, temporary) if path.is_dir() else path
+
+    def compare(self, result: Path, rounded: bool) -> Comparison:
+        if not verify.fits_in_memory(count_numbers(self.checkpoint)):
+            raise ConversionError(
+                "source and result cannot be compared: they do not fit into memory together; --no-verify writes a model "
+                "that nothing has verified"
+            )
+        return verify.compare_with_research_code(self.arguments, self.checkpoint, result, rounded)

@@ -1,8 +1,8 @@
 """
 The source and the result side by side, in float32: docs/verification.md says what is compared.
 
-All that is known of either model is what it computes. Windows and changes of RoPE lie at lengths that a large model takes
-long to reach; there, some tokens are computed behind a cache that was filled with the same numbers in both.
+Models are compared by what they compute alone. Windows and changes of RoPE take effect at lengths that a large model takes long to
+reach; there, a few tokens are computed behind a cache that was filled with the same numbers in both.
 """
 
 from dataclasses import dataclass
@@ -10,11 +10,19 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME, cache_nbytes
 
+from .files.checkpoints import Checkpoint
 from .files.companions import generation_config
 from .files.errors import ConversionError, reason
 from .files.memory import available_memory
@@ -203,8 +211,11 @@ def compare(pair: Pair) -> Comparison:
             pair.run(f"at positions {positions[0, 0]} to {positions[0, -1]}", ids[:1], position_ids=positions)
     pair.run(f"for {LENGTH} tokens after longer texts", ids)
 
+    compare_embeddings(pair)
+
     caches = pair.filled_caches(ids)
     per_token = [cache_nbytes(cache) / ids.numel() for cache in caches]
+    allowed = 4 * sum(largest_row(x.shape[1], x.shape[3]) for one in caches[0].layers for x in (one.keys, one.values))
     for token in random_ids(vocab_size, 2, 3).split(1, dim=1):
         pair.run_behind("behind a cache", caches, token)
     hidden = set().union(*map(windows, configs))
@@ -227,13 +238,56 @@ def compare(pair: Pair) -> Comparison:
                     text = random_ids(vocab_size, 1, switch - 2)
                     case = f"generating {how} a cache across token {switch}"
                     pair.generate(case, text, torch.ones_like(text), 5, use_cache)
-    if per_token[1] > per_token[0]:
+    if per_token[1] > allowed:
         raise ConversionError(
             f"verification failed: {per_token[1]} bytes of cache per token, the source has {per_token[0]}"
         )
     return Comparison(
         pair.difference, per_token[1], per_token[0], NEW if pair.exact else 0, max([LENGTH + NEW, *depths(*configs)])
     )
+
+
+def largest_row(heads: int, head_dim: int) -> int:
+    """Numbers in a token's row of the cache: kernels read multiples of 8, up to which the factors of a head are filled."""
+    return heads * (head_dim if heads * head_dim % 8 == 0 else head_dim + 7)
+
+
+class Entered(Exception):
+    """The hidden states that enter the first layer of a model, which is to compute no more than them."""
+
+    def __init__(self, states: torch.Tensor):
+        self.states = states
+
+
+def compare_embeddings(pair: Pair) -> None:
+    """
+    Compares what enters the first layer for every token of the vocabulary: texts hold a few of them. Taken without its mean,
+    which a family without means in its norms may have lost, and as the layer's norm gives it, which is blind to sizes.
+    """
+
+    def entering(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def stop(module, args, kwargs):
+            raise Entered(args[0] if args else kwargs["hidden_states"])
+
+        layer = model.model.layers[0]
+        with layer.register_forward_pre_hook(stop, with_kwargs=True):
+            try:
+                model.model(ids, use_cache=False)
+            except Entered as entered:
+                states = entered.states[0]
+        return states - states.mean(-1, keepdim=True), layer.input_layernorm(states)
+
+    for ids in torch.arange(pair.models[1].config.vocab_size).split(LENGTH):
+        for expected, found in zip(*(entering(model, ids[None]) for model in pair.models)):
+            # Of each token by itself; those that nothing was learned of may be as good as zero, and rounded to it.
+            sizes = expected.abs().amax(-1)
+            differences = (found - expected).abs().amax(-1) / sizes.clamp(min=1e-3 * sizes.max().item() + 1e-30)
+            if not (differences <= pair.limit).all():
+                token = ids[(~(differences <= pair.limit)).nonzero()[0, 0]].item()
+                raise ConversionError(
+                    f"verification failed: the embedding of token {token} differs by {differences.max().item():.1e} of its "
+                    f"largest number, over {pair.limit:.0e}{pair.name}"
+                )
 
 
 def compare_steps(pair: Pair, length: int) -> None:
@@ -277,6 +331,52 @@ def compare_generation(source: Path, result: Path) -> None:
             )
 
 
+def check_tensors(result: Path) -> None:
+    """Raises a `ConversionError` that names a tensor in `result` that is not as its configuration says: loading makes up for it."""
+    config, stored = T6Config.from_pretrained(result), Checkpoint(result).tensors
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in T6ForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight")
+    for name in sorted(shapes.keys() ^ stored.keys()):
+        what = "is unknown to config.json, and in" if name in stored else "is missing from"
+        raise ConversionError(f"verification failed: {name} {what} the weights")
+    for name, shape in shapes.items():
+        if stored[name].shape != tuple(shape):
+            raise ConversionError(
+                f"verification failed: {name} has shape {list(stored[name].shape)}, by config.json it is {list(shape)}"
+            )
+
+
+def check_fields(result: Path, expected: dict[str, object], source_dtype: torch.dtype | None) -> None:
+    """
+    Compares what no logits show of a configuration, and servers, evaluations and fine-tuning go by.
+
+    Args:
+        expected: fields of the source.
+        source_dtype: that of its configuration.
+
+    Raises:
+        ConversionError: naming the field that is another.
+    """
+    config = T6Config.from_pretrained(result)
+    for name, value in expected.items():
+        if (found := getattr(config, name)) != value:
+            raise ConversionError(f"verification failed: config.json has {name}={found!r}, the source has {value!r}")
+    dtypes = {info.dtype for info in Checkpoint(result).tensors.values()}
+    if config.dtype not in dtypes or (source_dtype in dtypes and config.dtype != source_dtype):
+        raise ConversionError(
+            f"verification failed: config.json has dtype={config.dtype}, the source {source_dtype}, and tensors are stored "
+            f"in {', '.join(sorted(map(str, dtypes)))}"
+        )
+
+
+def fields_of(config: PreTrainedConfig) -> dict[str, object]:
+    """What `check_fields` expects of the result of a source of Transformers."""
+    names = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(config, name) for name in names} | {"cache_dtype": None}
+
+
 def compare_with_transformers(source: Path, result: Path, rounded: bool = False) -> Comparison:
     """
     Compares two folders: their models whole, and how they generate.
@@ -285,13 +385,19 @@ def compare_with_transformers(source: Path, result: Path, rounded: bool = False)
         ConversionError: naming the case in which they differ, or if the factors need more room than K and V did.
     """
     compare_generation(source, result)
-    model = T6ForCausalLM.from_pretrained(result, dtype=torch.float32).eval()
-    return compare(Pair(load_source(source), model, ROUNDED if rounded else EXACT, not rounded))
+    check_tensors(result)
+    source_model, model = load_source(source), T6ForCausalLM.from_pretrained(result, dtype=torch.float32).eval()
+    found = compare(Pair(source_model, model, ROUNDED if rounded else EXACT, not rounded))
+    config = AutoConfig.from_pretrained(source)
+    check_fields(result, fields_of(config), config.dtype)
+    return found
 
 
 @torch.no_grad()
 def compare_with_research_code(arguments: dict, checkpoint, result: Path, rounded: bool = False) -> Comparison:
     """Compares logits of random tokens with those that the research code computes from its own weights."""
+    check_tensors(result)
+    check_fields(result, {"max_position_embeddings": arguments["block_size"]}, None)
     model = T6ForCausalLM.from_pretrained(result, dtype=torch.float32).eval()
     ids = random_ids(model.config.vocab_size, 2, min(LENGTH, model.config.max_position_embeddings))
     state = {name: tensor.float() for name, tensor in checkpoint}

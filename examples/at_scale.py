@@ -91,15 +91,17 @@ if __name__ == "__main__":
 
 import torch
 
+import pretrain
 import score
 from configuration.make_configs import cache_numbers
-from conversion.evaluate import order
+from conversion.evaluate import evaluation
 from conversion.evaluate import report as retrieval
 from conversion.evaluate.options import TASK_NAMES
 from conversion.files.devices import find_device
 from conversion.smaller.languages import find_language
-from pretraining_data import open_prepared
+from pretraining_data import Data, open_prepared
 from results import markdown_table, open_results, read_results, three_panels
+from training import check_same_run
 
 
 # Training
@@ -113,18 +115,27 @@ def steps_of(args: argparse.Namespace) -> int:
     return math.ceil(args.tokens / (args.sequences_per_step * args.block_length))
 
 
-def command_of(args: argparse.Namespace, name: str, minutes: float | None) -> list[str]:
-    """That trains a model with `pretrain.py`, or goes on with it."""
-    folder, processes = folder_of(args, name), args.processes or torch.cuda.device_count() or 1
+def arguments_of(args: argparse.Namespace, name: str) -> list[str]:
+    """Those of `pretrain.py` that say what a model is and what it is trained on."""
     given = list(MODELS[name])
     if args.set:
         given += [] if "--set" in given else ["--set"]
         given += [f"{field}={json.dumps(value)}" for field, value in args.set]
-    options = {"data": args.data, "output-dir": folder, "max-steps": steps_of(args), "batch-size": args.batch_size}
+    options = {"data": args.data, "output-dir": folder_of(args, name), "max-steps": steps_of(args)}
     options |= {name.replace("_", "-"): getattr(args, name) for name in SETTINGS if name != "tokens"}
-    options |= {"eval-steps": args.eval_steps, "save-steps": args.save_steps, "max-minutes": minutes}
     options["learning-rate"] = dict(args.learning_rates).get(name)
-    given += [text for option, value in options.items() if value is not None for text in (f"--{option}", str(value))]
+    return given + as_words(options)
+
+
+def as_words(options: dict) -> list[str]:
+    return [text for option, value in options.items() if value is not None for text in (f"--{option}", str(value))]
+
+
+def command_of(args: argparse.Namespace, name: str, minutes: float | None) -> list[str]:
+    """That trains a model with `pretrain.py`, or goes on with it."""
+    folder, processes = folder_of(args, name), args.processes or torch.cuda.device_count() or 1
+    options = {"batch-size": args.batch_size, "eval-steps": args.eval_steps}
+    given = arguments_of(args, name) + as_words(options | {"save-steps": args.save_steps, "max-minutes": minutes})
     given += ["--cpu"] if args.cpu else []
     given += [] if args.no_compile else ["--compile"]
     given += ["--resume"] if last_checkpoint(checkpoints_of(folder)) else ["--overwrite"]
@@ -142,17 +153,15 @@ def checkpoints_of(folder: Path) -> Path:
 def is_trained(args: argparse.Namespace, name: str) -> bool:
     """
     Raises:
-        InputError: it is, with other settings.
+        InputError: it is, with other settings or on other data.
     """
     folder = folder_of(args, name)
     path = checkpoints_of(folder) / "training.json"
     if not folder.is_dir() or not path.exists():
         return False
-    old = json.loads(read_text(path))
-    new = {"max_steps": steps_of(args)} | {name: getattr(args, name) for name in SETTINGS if name != "tokens"}
-    for field, value in new.items():
-        if old[field] != value:
-            raise InputError(f"{folder} was trained with {field}={old[field]}, this command has {value}")
+    asked = pretrain.parse_args(arguments_of(args, name))
+    _, settings = pretrain.run_settings(asked, Data(asked))
+    check_same_run(json.loads(read_text(path)), settings, f"{folder} was trained")
     return True
 
 
@@ -186,10 +195,10 @@ def measure(args: argparse.Namespace, folder: Path, device: str) -> dict:
     windows = [str(length), str(LONGER * length)]
     options = ["--windows", *windows, "--device", device, "--batch-size", str(max(1, args.batch_size // 4))]
     held_out = score.main(["held-out", str(folder), "--data", str(args.data), *options])
-    model, _ = order.load_model(folder, torch.float32, device)
-    language = find_language(order.load_tokenizer(folder), model.config.vocab_size)
-    samples = order.all_samples(language, list(TASK_NAMES), args.lengths or [length // 2, length], args.samples)
-    found = order.score_all(model, "model", folder.name, language, samples, args.batch_size)
+    model, _ = evaluation.load_model(folder, torch.float32, device)
+    language = find_language(evaluation.load_tokenizer(folder), model.config.vocab_size)
+    samples = evaluation.all_samples(language, list(TASK_NAMES), args.lengths or [length // 2, length], args.samples)
+    found = evaluation.score_all(model, "model", folder.name, language, samples, args.batch_size)
     for one in found["scores"]:
         del one["log_probabilities"]
     numbers = cache_numbers(model.config)[1]

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Training of small models in which the host does next to nothing: a step is captured as a CUDA graph, its tokens lie on the device.
+Training of small models with almost no work on the host: a step is captured as a CUDA graph, and the tokens lie on the device.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ def read_tokens(folder: Path, device: torch.device) -> tuple[PreTrainedTokenizer
 
 def batch_starts(num_tokens: int, settings: dict, seed: int) -> torch.Tensor:
     """
-    Where the windows of each step begin, [steps, sequences]: passes over the text, each cut elsewhere and shuffled. A window
-    may be one token longer than a block.
+    Where the windows of each step begin, [steps, sequences]: passes over the text, each shuffled and cut at other places. Windows may be
+    one token longer than `block_length`.
     """
     length, needed = settings["block_length"], settings["max_steps"] * settings["sequences_per_step"]
     generator, starts = torch.Generator().manual_seed(seed), []
@@ -58,7 +58,7 @@ def batch_starts(num_tokens: int, settings: dict, seed: int) -> torch.Tensor:
 
 
 def evenly_spaced(tokens: torch.Tensor, window: int, stride: int, number: int) -> torch.Tensor:
-    """[number, window]: so many of the windows that begin every `stride` tokens, or all if there are fewer."""
+    """Of the windows [n, window] that begin every `stride` tokens, `number` that are evenly spaced, or all if there are fewer."""
     windows = tokens.unfold(0, window, stride)
     chosen = torch.linspace(0, len(windows) - 1, min(number, len(windows)), device=tokens.device).long()
     return windows[chosen].long()
@@ -66,13 +66,13 @@ def evenly_spaced(tokens: torch.Tensor, window: int, stride: int, number: int) -
 
 class CapturedTraining:
     """
-    One run on one device. `loss_of` is what a subclass has: the mean loss, in nats, of token ids [sequences, window].
+    One run on one device. Subclasses define `loss_of`: the mean loss, in nats, of token ids [sequences, window].
 
     Args:
         ablation: the model.
-        run: its `learning_rate`, of which `ablation` may have parts or multiples, and its `seed`, of the weights.
+        run: has the `learning_rate`, which `ablation` may scale for some parameters, and the `seed` of the weights.
         steps: of the run; other settings are those of `configurations`.
-        tokens: that windows of so many tokens as `window` are taken from.
+        tokens: the training text, from which windows of `window` tokens are taken.
         attention: the attention function of Transformers.
     """
 
@@ -118,7 +118,7 @@ class CapturedTraining:
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
-        """Steps that leave nothing but the optimizer's states, of zeros, and what was compiled."""
+        """Undoes the steps of the block, which leave compiled code and optimizer states of zeros."""
         weights = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.load(0)
         try:
@@ -169,7 +169,7 @@ class CapturedTraining:
 
 class Worker:
     """
-    Does runs in a process of several (`scheduler.do_runs`), on one device. `new_training(run, is_compiled)` is what a subclass has.
+    Does runs on one device, in one of the processes of `scheduler.do_runs`. Subclasses define `new_training(run, is_compiled)`.
     """
 
     def __init__(self, data: Path, settings: dict, may_compile: bool, may_capture: bool, device: torch.device):
@@ -177,7 +177,7 @@ class Worker:
             torch.set_num_threads(1)
         tokenizer, self.tokens = read_tokens(data, device)
         self.configurations = ablations.Configurations(settings, tokenizer)
-        # How a step is taken, whether compiled and whether captured. What a GPU cannot do is told, and not tried again.
+        # Whether a step is compiled, and whether captured. What fails on a GPU is reported and not tried again.
         allowed = may_compile, may_capture and device.type == "cuda"
         self.ways = list(itertools.product(*([True, False] if may else [False] for may in allowed)))
 

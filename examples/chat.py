@@ -14,18 +14,20 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import InputError, input_errors, loading, number
+from command_line import DTYPES, InputError, input_errors, loading, number, utf8
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="folder or Hub name")
-    parser.add_argument("--prompt", help="one message, instead of a chat")
+    parser.add_argument("--prompt", type=utf8, help="one message, instead of a chat")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=400, help="of an answer")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.2, help="0 is greedy decoding")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=number(float, 0, 1000), default=0.2, help="0 is greedy decoding")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", help="of the weights and the cache; default: bfloat16 on a GPU, on a CPU float32")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights and the cache; default: bfloat16 on a GPU, on a CPU float32"
+    )
     args = parser.parse_args(argv)
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty")
@@ -50,8 +52,9 @@ class Chat:
         # In float32, a CPU without instructions for bfloat16 is the faster one, and one with them not slow.
         dtype = args.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
         # The code of the tokenizer is Transformers' own, but Transformers learns the model's type from the model's code.
-        with loading("model", args.model):
+        with loading("tokenizer", args.model):
             self.tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+        with loading("model", args.model):
             self.model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=dtype)
         self.model = self.model.to(device).eval()
         if not self.tokenizer.chat_template:
@@ -107,7 +110,10 @@ def messages(prompt: str | None):
     asks = sys.stdin.isatty()
     while True:
         print("\n> " if asks else "", end="", flush=True)
-        line = sys.stdin.readline().strip()
+        try:
+            line = utf8(sys.stdin.readline()).strip()
+        except UnicodeError as error:
+            raise InputError("a message is not UTF-8 text") from error
         if not line:
             return
         yield line

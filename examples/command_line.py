@@ -33,17 +33,26 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(1, str(ROOT))  # behind this folder
 
-from conversion.files.errors import ConversionError, one_line
+from conversion.files.errors import ConversionError, one_line, unwritten
 from conversion.files.folders import last_checkpoint, new_folder, replace_folder, temporary_folder
 from conversion.files.signals import Stopped, stoppable
 from conversion.files.targets import TOKENIZER, Kind, check_target
 
 
 __all__ = [
-    "TOKENIZER", "InputError", "Kind", "add_folder_arguments", "check_folders", "check_target", "complete_folders",
+    "DTYPES", "TOKENIZER", "InputError", "Kind", "MatchingPaths", "add_folder_arguments", "check_folders", "check_target", "complete_folders",
     "field_and_value", "input_errors", "inputs", "kind_and_path", "last_checkpoint", "loading", "new_folder", "number", "one_line", "read_text",
-    "remove_checkpoints", "replace_folder", "temporary_folder", "write_json",
+    "remove_checkpoints", "replace_folder", "temporary_folder", "utf8", "write_json",
 ]  # fmt: skip
+
+
+DTYPES = (
+    "auto",
+    "float64",
+    "float32",
+    "bfloat16",
+    "float16",
+)  # in which a model is loaded; auto: as its checkpoint says
 
 
 class InputError(ValueError):
@@ -58,6 +67,10 @@ def input_errors(command: str) -> Iterator[None]:
             yield
     except (InputError, ConversionError, OSError) as error:
         raise SystemExit(f"{command}: error: {one_line(error)}") from None
+    except Exception as error:
+        if (why := unwritten(error)) is None:
+            raise
+        raise SystemExit(f"{command}: error: {why}") from None
     except Stopped as error:
         print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(error.code) from None
@@ -79,6 +92,15 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], in
     return convert
 
 
+def utf8(text: str) -> str:
+    """An argparse type: text that is not of bytes in another encoding, which Python passes on as characters that are none."""
+    text.encode()
+    return text
+
+
+utf8.__name__ = "UTF-8"  # argparse's message names the type
+
+
 def field_and_value(text: str) -> tuple[str, object]:
     """An argparse type: FIELD=VALUE, the value as JSON or else as it is."""
     field, value = text.split("=", 1)
@@ -92,6 +114,14 @@ def kind_and_path(text: str) -> tuple[str, Path]:
     """An argparse type: KIND=PATH, or PATH for text of no kind of its own."""
     kind, separator, path = text.partition("=")
     return (kind, Path(path)) if separator and not Path(text).exists() else ("text", Path(text))
+
+
+class MatchingPaths(argparse.Action):
+    """Of kinds and paths: patterns, which the shell leaves as they are behind `KIND=`, become the files that match."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        found = [(kind, path, [] if path.exists() else sorted(path.parent.glob(path.name))) for kind, path in values]
+        setattr(namespace, self.dest, [(kind, match) for kind, path, matches in found for match in matches or [path]])
 
 
 def add_folder_arguments(parser: argparse._ArgumentGroup) -> None:
@@ -118,7 +148,7 @@ def loading(what: str, name: str | Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever libraries make of files that are damaged
         reason = one_line(error)
         if not Path(name).exists():
             from huggingface_hub.utils import HFValidationError, validate_repo_id

@@ -1,16 +1,16 @@
 """
-Trains T6 by the recipe beside MHA, MQA, GQA and MLA, and says in four tables which is lowest: at equal parameters, equal heads,
-equal bytes of cache, and equal training time.
+Trains T6 beside MHA, MQA, GQA and MLA ("twins"), and compares held-out losses in four tables: at equal parameters, equal heads, equal
+bytes of cache, and equal training time.
 
     python examples/prepare.py --text PATHS --vocab-size 8192 --output-dir runs/tokens
     python examples/compare.py run --data runs/tokens --results runs/comparison.json --minutes 30
     python examples/compare.py report --results runs/comparison.json --output runs/comparison.md
 
-All see the same batches in the same order. T6 is started as `recipe.py` says; twins are tried with QK norm and without. Which runs
-are made, and in which order, is what `comparison/plan.py` says.
+All see the same batches in the same order. T6 is initialised by `recipe.py`; twins are tried with QK norm and without.
+`comparison/plan.py` says which runs are made, and in which order.
 
-`run` uses all GPUs, two processes each: one compiles the next model while the other trains. It starts no run that would not end
-within --minutes, writes results as runs end, and may be called again. A run that time runs out for leaves a checkpoint in WORK_DIR.
+`run` uses all GPUs, with two processes each: one compiles the next model while the other trains. It starts no run that would not end
+within --minutes, writes results as runs end, and may be called again. A run that is out of time leaves a checkpoint in WORK_DIR.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SETTINGS = {
     "warmup_steps": 100,
     "eval_steps": 110,
 }
-LEARNING_RATE = 1e-3  # the first that is tried
+LEARNING_RATE = 2e-3  # the first that is tried: three of the four models that were tried at several were lowest at it
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,7 +77,7 @@ from scheduler import do_runs, visible_gpus
 
 
 def opened(args: argparse.Namespace) -> tuple[dict, list[str]]:
-    """The results so far, of the same settings and data, and the names of what is compared."""
+    """The results so far, checked to be of the same settings and data, and the names of the models to compare."""
     _, facts = open_prepared(args.data)
     settings = {name: getattr(args, name) for name in SETTINGS}
     header = {"settings": settings, "learning_rate": args.learning_rate, "data": facts["sha256"]}
@@ -105,7 +105,7 @@ def opened(args: argparse.Namespace) -> tuple[dict, list[str]]:
 def do_missing_runs(args: argparse.Namespace) -> None:
     deadline = time.time() + 60 * args.minutes
     results, names = opened(args)
-    # Of checkpoints, which those of other settings or data are none for.
+    # Checkpoints of other settings or data must not be taken for those of this comparison.
     header = json.dumps([results[name] for name in ("settings", "data")])
     checkpoints = args.work_dir / hashlib.sha256(header.encode()).hexdigest()[:12]
 

@@ -28,7 +28,7 @@ starts another text. The cache is a buffer of the loaded module.
 import argparse
 from pathlib import Path
 
-from command_line import InputError, input_errors, loading, temporary_folder
+from command_line import DTYPES, InputError, input_errors, loading, temporary_folder
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,7 +37,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("output", type=Path, help="file to write, *.pt2")
     parser.add_argument("--max-cache-len", type=int, help="tokens that the cache holds; default: the model's context")
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--dtype", default="auto", help="of weights and cache; auto: as the checkpoint")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of weights and cache; auto: as the checkpoint"
+    )
     args = parser.parse_args(argv)
     if args.output.suffix != ".pt2":
         parser.error(f"OUTPUT must end in .pt2, got {args.output}")

@@ -39,7 +39,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 
-from command_line import InputError, Kind, input_errors, kind_and_path, new_folder, number
+from command_line import InputError, Kind, MatchingPaths, input_errors, kind_and_path, new_folder, number
 
 
 KINDS = {
@@ -58,7 +58,14 @@ MOST_DAMAGED = 1e-3  # of a text's characters, that are no UTF-8
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="+", type=kind_and_path, metavar="[KIND=]PATH", help="folders and archives")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=kind_and_path,
+        action=MatchingPaths,
+        metavar="[KIND=]PATH",
+        help="folders and archives",
+    )
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder")
     parser.add_argument(

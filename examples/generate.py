@@ -16,7 +16,7 @@ import os
 import time
 from pathlib import Path
 
-from command_line import InputError, input_errors, loading
+from command_line import DTYPES, InputError, input_errors, loading, number, utf8
 
 
 SHIPPED = Path(__file__).parent / "t6-tiny-shakespeare"
@@ -25,12 +25,14 @@ SHIPPED = Path(__file__).parent / "t6-tiny-shakespeare"
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(SHIPPED), help="folder or Hub name")
-    parser.add_argument("--prompt", default="ROMEO:")
+    parser.add_argument("--prompt", type=utf8, default="ROMEO:")
     parser.add_argument("--max-new-tokens", type=int, default=250)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy decoding")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=number(float, 0, 1000), default=0.7, help="0 is greedy decoding")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", default="auto", help="of the weights and the cache; auto: as the checkpoint")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the weights and the cache; auto: as the checkpoint"
+    )
     parser.add_argument("--parallel", choices=["tensor", "pipeline"], help="over the processes that torchrun started")
     args = parser.parse_args(argv)
     args.num_processes, args.rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "RANK"))
@@ -77,7 +79,7 @@ def compare_with_mha(args: argparse.Namespace) -> None:
     """Prints the text, and the speed and cache of both models."""
     device = None if args.parallel else find_device(args.device)
     # The code of the tokenizer is Transformers' own, but Transformers learns the model's type from the model's code.
-    with loading("model", args.model):
+    with loading("tokenizer", args.model):
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     options = {"trust_remote_code": True, "dtype": args.dtype}
     if args.parallel:
@@ -85,6 +87,8 @@ def compare_with_mha(args: argparse.Namespace) -> None:
         options["distributed_config"] = DistributedConfig(**{size: args.num_processes})
     with loading("model", args.model):
         model = AutoModelForCausalLM.from_pretrained(args.model, **options)
+    if model.config.model_type != "t6":
+        raise InputError(f"--model must be a T6 model, got one of type {model.config.model_type!r}")
     if not args.parallel:  # there, each process has been given its device
         model = model.to(device)
     input_ids = tokenizer(args.prompt, return_tensors="pt").input_ids.to(model.device)

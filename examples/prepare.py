@@ -33,6 +33,7 @@ from command_line import (
     TOKENIZER,
     InputError,
     Kind,
+    MatchingPaths,
     input_errors,
     kind_and_path,
     new_folder,
@@ -49,13 +50,24 @@ DATA = Kind("tokens of this command", (("data.json",), ("train.bin",)), (*TOKENI
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--text", nargs="+", type=kind_and_path, required=True, metavar="[KIND=]PATH", help="files and folders"
+        "--text",
+        nargs="+",
+        type=kind_and_path,
+        action=MatchingPaths,
+        required=True,
+        metavar="[KIND=]PATH",
+        help="files and folders",
     )
     parser.add_argument(
         "--suffix", nargs="+", default=[".txt", ".md"], metavar="S", help="of the files of folders (%(default)s)"
     )
     parser.add_argument(
-        "--held-out", nargs="+", type=kind_and_path, metavar="[KIND=]PATH", help="held-out text, in place of a share"
+        "--held-out",
+        nargs="+",
+        type=kind_and_path,
+        action=MatchingPaths,
+        metavar="[KIND=]PATH",
+        help="held-out text, in place of a share",
     )
     parser.add_argument(
         "--held-out-fraction",

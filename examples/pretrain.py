@@ -128,6 +128,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import modeling_t6  # noqa: F401  (registers T6 with the Auto classes)
@@ -137,7 +138,7 @@ from conversion.files.bars import hide_bars_of_transformers
 from language_modeling import held_out_windows, window_losses
 from pretraining_data import Data, data_state_file, load_data_state
 from throughput import Clock, PackedTrainer, peak_flops, training_flops
-from training import evaluation_options, training_options
+from training import check_settings, config_fields, evaluation_options, training_options, write_settings
 
 
 STOPPED = 75  # exit code of a run that has more to do: EX_TEMPFAIL of sysexits.h
@@ -184,7 +185,10 @@ def make_model(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     A new model. The projections that write to the residual stream start at zero, in the baselines as in T6: the paper's
     research code does so in all of its models.
     """
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"--attention {attention}: {one_line(error)}") from error
     for name, module in model.named_modules():
         if name.endswith((".o_proj", ".down_proj")):
             nn.init.zeros_(module.weight)
@@ -271,37 +275,35 @@ def read_log(checkpoint_dir: Path) -> list[dict]:
     return [json.loads(line) for line in read_text(checkpoint_dir / "log.jsonl").splitlines()]
 
 
-def check_same_run(old: dict, new: dict) -> None:
-    """Names the first setting that would let a resumed run go another way."""
-    for name in new:
-        if isinstance(new[name], dict) and isinstance(old.get(name), dict):
-            check_same_run(old[name], new[name])
-        elif old.get(name) != new[name]:
-            raise InputError(
-                f"--resume: the run was started with {name}={old.get(name)}, this command has {new[name]}"
-            )
+def by_recipe(args: argparse.Namespace, config: PreTrainedConfig) -> bool:
+    """Whether the model is a T6 that is started by `recipe`."""
+    return config.model_type == "t6" and not args.paper
 
 
-def pretrain(args: argparse.Namespace) -> dict | None:
-    """Trains and writes the model folder; returns what was measured, or `None` if the run stopped before its end."""
-    checkpoint = check_folders(args)
-    hide_bars_of_transformers()
-    data = Data(args)
-    config = make_config(args, data.tokenizer)
-    by_recipe = config.model_type == "t6" and not args.paper
-    if by_recipe:
+def choose_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    config = make_config(args, tokenizer)
+    if by_recipe(args, config):
         # Sizes that are given stay as they are.
         are_given = {"num_attention_heads", "intermediate_size"} & set(dict(args.set))
         new = recipe.FIELDS if are_given else recipe.fields(config)
-        args.set = [*new.items(), *args.set]
-        config = make_config(args, data.tokenizer)
+        args = argparse.Namespace(**vars(args) | {"set": [*new.items(), *args.set]})
+        config = make_config(args, tokenizer)
         if not config.attention_bias:
             raise InputError("--set attention_bias=false: the recipe starts A as biases; --paper does without")
+    return config
+
+
+def choose_block_length(args: argparse.Namespace, config: PreTrainedConfig) -> int:
     block_length = args.block_length or config.max_position_embeddings
     if block_length > config.max_position_embeddings:
         raise InputError(
             f"--block-length {block_length} exceeds max_position_embeddings={config.max_position_embeddings}"
         )
+    return block_length
+
+
+def choose_learning_rates(args: argparse.Namespace) -> tuple[float, float]:
+    """The highest, and the last."""
     rates = next((rates for size, rates in LEARNING_RATES.items() if size in args.architecture.split("-")), None)
     if rates is None and args.learning_rate is None:
         raise InputError(f"--learning-rate is needed: {args.architecture} is none of the sizes {', '.join(SIZES)}")
@@ -311,33 +313,16 @@ def pretrain(args: argparse.Namespace) -> dict | None:
     min_learning_rate = default_end if args.min_learning_rate is None else args.min_learning_rate
     if min_learning_rate > learning_rate:
         raise InputError(f"--min-learning-rate {min_learning_rate} exceeds the learning rate {learning_rate}")
+    return learning_rate, min_learning_rate
 
-    on_gpu = torch.cuda.is_available() and not args.cpu
-    training_args = Arguments(
-        **training_options(args, on_gpu),
-        learning_rate=learning_rate,
-        lr_scheduler_kwargs={"min_lr": min_learning_rate},
-        use_cpu=args.cpu,
-        fsdp=True if args.fsdp else None,
-        save_steps=args.save_steps or args.eval_steps,
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen
-        ignore_data_skip=True,  # the data know their own state
-        ddp_find_unused_parameters=False,
-        report_to=args.report_to,
-        run_name=args.run_name or args.output_dir.name,
-    )
-    per_pass = args.batch_size * training_args.world_size
-    if training_args.n_gpu > 1:
-        raise InputError(f"{training_args.n_gpu} GPUs: start with torchrun or accelerate launch, one process each")
-    if args.sequences_per_step % per_pass:
-        raise InputError(
-            f"--sequences-per-step {args.sequences_per_step} is no multiple of --batch-size {args.batch_size} times "
-            f"{training_args.world_size} processes"
-        )
-    training_args.gradient_accumulation_steps = args.sequences_per_step // per_pass
 
-    settings = {
-        "config": json.loads(config.to_json_string(use_diff=False)),
+def run_settings(args: argparse.Namespace, data: Data) -> tuple[PreTrainedConfig, dict]:
+    """The model's configuration, and what determines a run: one that goes on with it must have the same."""
+    config = choose_config(args, data.tokenizer)
+    block_length = choose_block_length(args, config)
+    learning_rate, min_learning_rate = choose_learning_rates(args)
+    return config, {
+        "config": config_fields(config),
         "data": data.description,
         "block_length": block_length,
         "max_steps": args.max_steps,
@@ -348,11 +333,73 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         "weight_decay": args.weight_decay,
         "seed": args.seed,
     }
-    settings_file = args.checkpoint_dir / "settings.json"
+
+
+def make_training_arguments(args: argparse.Namespace, settings: dict) -> Arguments:
+    training_args = Arguments(
+        **training_options(args, on_gpu=runs_on_gpu(args)),
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_kwargs={"min_lr": settings["min_learning_rate"]},
+        use_cpu=args.cpu,
+        fsdp=True if args.fsdp else None,
+        save_steps=args.save_steps or args.eval_steps,
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
+        ignore_data_skip=True,  # the data know their own state
+        ddp_find_unused_parameters=False,
+        report_to=args.report_to,
+        run_name=args.run_name or args.output_dir.name,
+    )
+    there = get_available_reporting_integrations()
+    if missing := sorted(set(training_args.report_to) - set(there)):
+        raise InputError(
+            f"--report-to {missing[0]}: no such package is installed; there are {', '.join(there) or 'none'}"
+        )
+    if training_args.n_gpu > 1:
+        raise InputError(f"{training_args.n_gpu} GPUs: start with torchrun or accelerate launch, one process each")
+    if args.sequences_per_step % (args.batch_size * training_args.world_size):
+        raise InputError(
+            f"--sequences-per-step {args.sequences_per_step} is no multiple of --batch-size {args.batch_size} times "
+            f"{training_args.world_size} processes"
+        )
+    per_pass = args.batch_size * training_args.world_size
+    training_args.gradient_accumulation_steps = args.sequences_per_step // per_pass
+    return training_args
+
+
+def runs_on_gpu(args: argparse.Namespace) -> bool:
+    return torch.cuda.is_available() and not args.cpu
+
+
+def figures_of_log(log: list[dict]) -> dict:
+    """What the log of a run has to say of all of it: held-out losses at the end, the median speed, the most memory."""
+    steps = [entry for entry in log if "step_seconds" in entry]
+    final = [entry for entry in log if "eval_loss_per_token" in entry][-1]
+    return {
+        **{name.removeprefix("eval_"): final[name] for name in final if name.startswith("eval_loss_per_")},
+        "bits_per_byte": final["eval_bits_per_byte"],
+        "perplexity": math.exp(final["eval_loss_per_token"]),
+        **{
+            name: float(np.median([entry[name] for entry in steps]))
+            for name in ("tokens_per_second", "step_seconds", "mfu")
+            if any(name in entry for entry in steps)
+        },
+        "memory_gib": max((entry.get("memory_gib", 0.0) for entry in log), default=0.0) or None,
+    }
+
+
+def pretrain(args: argparse.Namespace) -> dict | None:
+    """Trains and writes the model folder; returns what was measured, or `None` if the run stopped before its end."""
+    checkpoint = check_folders(args)
+    hide_bars_of_transformers()
+    data = Data(args)
+    config, settings = run_settings(args, data)
+    block_length = settings["block_length"]
+    training_args = make_training_arguments(args, settings)
+
     # All processes take part in gathering sharded weights, and must agree on the name.
     partial_folder = args.output_dir.with_name(f".{args.output_dir.name}.partial")
     if checkpoint:
-        check_same_run(json.loads(read_text(settings_file)), json.loads(json.dumps(settings)))
+        check_settings(args.checkpoint_dir, settings)
 
     num_windows = args.max_steps * args.sequences_per_step
     windows = data.training(block_length, num_windows, training_args.process_index, training_args.world_size)
@@ -361,7 +408,7 @@ def pretrain(args: argparse.Namespace) -> dict | None:
 
     set_seed(args.seed)
     model = make_model(config, args.attention)
-    if by_recipe:
+    if by_recipe(args, config):
         recipe.start(model)
     model.config.use_cache = False
     if args.gradient_checkpointing:  # the option of `TrainingArguments` changes its name between versions
@@ -399,7 +446,7 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         shutil.rmtree(partial_folder, ignore_errors=True)  # a killed run's, whose shards may be others
         step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
         cut_log(trainer.log_file, step)
-        settings_file.write_text(json.dumps(settings, indent=2) + "\n")
+        write_settings(args.checkpoint_dir, settings)
 
     def terminate(*_) -> None:
         stopping.terminated = True
@@ -420,27 +467,16 @@ def pretrain(args: argparse.Namespace) -> dict | None:
     trainer.save_model(str(partial_folder))
     if not trainer.is_world_process_zero():
         return {}
-    log = read_log(args.checkpoint_dir)
-    steps = [entry for entry in log if "step_seconds" in entry]
-    final = [entry for entry in log if "eval_loss_per_token" in entry][-1]
     measured = {
         "architecture": args.architecture,
         "parameters": parameters,
         "non_embedding_parameters": parameters - embedding,
         "training_flops_per_token": flops,
-        **{name.removeprefix("eval_"): final[name] for name in final if name.startswith("eval_loss_per_")},
-        "bits_per_byte": final["eval_bits_per_byte"],
-        "perplexity": math.exp(final["eval_loss_per_token"]),
         "tokens": num_windows * block_length,
-        **{
-            name: float(np.median([entry[name] for entry in steps]))
-            for name in ("tokens_per_second", "step_seconds", "mfu")
-            if any(name in entry for entry in steps)
-        },
-        "memory_gib": max((entry.get("memory_gib", 0.0) for entry in log), default=0.0) or None,
+        **figures_of_log(read_log(args.checkpoint_dir)),
         "processes": training_args.world_size,
         "batch_size": args.batch_size,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name() if runs_on_gpu(args) else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         **settings,

@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-How a T6 is started so that it learns as early as its twins: what `pretrain.py` does unless it is told `--paper`.
+How a T6 is initialised so that it learns as early as Llamas of its size: what `pretrain.py` does without `--paper`.
 
-Attention to a position needs a part of queries and keys that is the same for all tokens. Of a matrix it is one product; of two
-factors of the token it is the product of two such parts, each small at first, and heads that copy form late. So A starts as a
-constant, the biases of its projections, and heads start with the size of Llama's. docs/evidence.md has the runs.
+Attention to a position needs a part of queries and keys that is the same for all tokens. A matrix gives it as one product; two factors
+that depend on the token give it as the product of two such parts, each small at first, so that heads that copy form late. So A starts as
+a constant, the bias of its projection, and heads start with the size of Llama's. docs/evidence.md has the runs.
 """
 
 from collections.abc import Callable
@@ -86,8 +86,8 @@ WIDTH_MULTIPLE = 64  # of the MLP, whose products are slow at other sizes
 
 def fields(config: PreTrainedConfig) -> dict:
     """
-    What a T6 by the recipe has in place of the fields of `config`, a T6 of the paper: biases, as many heads as MHA, and an MLP so
-    much wider that the number of parameters stays.
+    The fields in which a T6 by the recipe differs from `config`, a T6 of the paper: biases, as many heads as MHA, and an MLP so much
+    wider that the number of parameters stays.
     """
     heads = max(1, config.hidden_size // config.head_dim)
 

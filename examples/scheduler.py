@@ -38,11 +38,12 @@ def do_runs(
     Does runs until there are none left, or no time; yields each with its result when it has ended.
 
     Args:
-        to_do: the runs that the results lack, of those that would end in so many seconds; in the order in which they are wanted.
-        new_worker: called in each process with its device and the turn of its GPU, a lock: what trains alone on it does so
-            `with turn:`. Returns an object whose `do(run)` returns the result, at least "loss", "seconds" and "ms_per_step", or `None`
-            where time ran out. It and runs can be pickled.
-        places: of each process its GPU, or `None` for the CPU.
+        to_do: given the seconds that are left, the runs that the results lack and that would end in time, in the order in which they
+            are wanted.
+        new_worker: called in each process with its device and a lock of its GPU, which is held while a run must be alone on the GPU.
+            Returns an object whose `do(run)` returns the result, at least "loss", "seconds" and "ms_per_step", or `None` where time ran
+            out. `new_worker` and runs are pickled.
+        places: the GPU of each process, or `None` for the CPU.
         deadline: as `time.time()`.
 
     Raises:
@@ -80,7 +81,7 @@ def do_runs(
 
 
 class Processes:
-    """One for each place, which starts when it is given its first run. Its index is that of the place."""
+    """A process for each place, started when it is given its first run; processes are known by the index of their place."""
 
     def __init__(self, new_worker: Callable, places: list[str | None]):
         self.new_worker, self.places = new_worker, places
@@ -116,7 +117,7 @@ class Processes:
 
     def wait(self) -> list[tuple[Run, dict | None, str | None]]:
         """
-        The runs that have ended, if there are any within a second: with a result, a traceback, or neither.
+        Waits up to a second for runs to end; each with its result, a traceback, or neither if it was out of time.
 
         Raises:
             InputError: a process was killed, with the turn of its GPU, perhaps.
@@ -141,7 +142,7 @@ class Processes:
 
 
 def work(new_worker: Callable, gpu: str | None, turn: AbstractContextManager, todo, done, index: int) -> None:
-    """What a process does: the runs that it is given until that is `None`."""
+    """The main function of a process: does the runs that it is given until it is given `None`."""
     end_with_parent()
     worker = new_worker(torch.device("cpu" if gpu is None else "cuda"), turn)
     for run in iter(todo.get, None):
@@ -159,6 +160,6 @@ def work(new_worker: Callable, gpu: str | None, turn: AbstractContextManager, to
 
 
 def end_with_parent() -> None:
-    """Ends this process of several when the one that started it is gone, however that ended; it would train on for nobody."""
+    """Ends this process when its parent is gone, however that ended, instead of training on."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -21,7 +21,7 @@ import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from command_line import InputError, input_errors, loading, number, one_line, read_text, write_json
+from command_line import DTYPES, InputError, input_errors, loading, number, one_line, read_text, write_json
 from configuration.sizes import SIZES
 
 
@@ -64,7 +64,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("model", metavar="MODEL", help="folder or Hub name")
         command.add_argument("--batch-size", type=number(int, 1), default=16, metavar="N", help="(%(default)s)")
         command.add_argument("--device", help="(cuda if there is one, else cpu)")
-        command.add_argument("--dtype", default="auto", help="of the weights (auto: as the checkpoint)")
+        command.add_argument(
+            "--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as the checkpoint)"
+        )
 
     def add_size(command: argparse.ArgumentParser) -> None:
         command.add_argument("--size", choices=list(SIZES), help="print the paper's scores of this size too")
@@ -121,7 +123,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from conversion.files.devices import find_device
 from language_modeling import (
@@ -382,6 +384,16 @@ def read_held_out(folder: Path, facts: dict) -> dict[str, torch.Tensor]:
     return held_out_of_kinds(folder, facts, torch.from_numpy(tokens))
 
 
+def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: Path) -> None:
+    """Raises an `InputError` if the model `name` has a tokenizer by which the ids of `data`, made by another, are other tokens."""
+    try:
+        own = load_tokenizer(name)
+    except InputError:  # it has none: whoever trained it has kept that elsewhere
+        return
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{name} has another tokenizer than {data}: expected tokens of prepare.py --tokenizer {name}")
+
+
 def card(args: argparse.Namespace) -> dict:
     """Evaluates each kind of held-out text as a task of lm-eval, of its documents; returns what was written, in the form of its files."""
     lm_eval = import_lm_eval()
@@ -436,6 +448,7 @@ def held_out(args: argparse.Namespace) -> dict[str, dict]:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
     if model.config.get_text_config().vocab_size < len(tokenizer):
         raise InputError(f"{args.model} has fewer tokens than the tokenizer of {args.data}, {len(tokenizer)}")
+    check_tokens(args.model, tokenizer, args.data)
     windows = args.windows or [getattr(model.config, "max_position_embeddings", None)]
     if windows == [None]:
         raise InputError(f"--windows is needed: the configuration of {args.model} has no max_position_embeddings")

@@ -22,6 +22,7 @@ folder, with tokenizer, modeling code and model card, that `AutoModelForCausalLM
 """
 
 import argparse
+import hashlib
 import json
 import math
 import shlex
@@ -41,6 +42,7 @@ from command_line import (
     one_line,
     read_text,
     remove_checkpoints,
+    utf8,
 )
 
 
@@ -130,7 +132,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument(
         "--save-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)"
     )
-    output.add_argument("--prompt", help="start of the model card's sample text (the held-out text's first line)")
+    output.add_argument(
+        "--prompt", type=utf8, help="start of the model card's sample text (the held-out text's first line)"
+    )
     output.add_argument("--data-description", metavar="TEXT", help="what the model card says of the data")
     output.add_argument("--license", default="apache-2.0", metavar="ID", help="of the weights (%(default)s)")
 
@@ -162,7 +166,14 @@ from language_modeling import (
 )
 from modeling_t6 import T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import factor_layouts
-from training import evaluation_options, load_dataset, training_options
+from training import (
+    check_settings,
+    config_fields,
+    evaluation_options,
+    load_dataset,
+    training_options,
+    write_settings,
+)
 
 
 # The model that is trained where neither `--config` nor the options say otherwise.
@@ -259,11 +270,41 @@ def add_dropout(model: T6ForCausalLM, probability: float) -> None:
             module.register_forward_hook(drop)
 
 
-def check_same_model(config: T6Config, checkpoint: Path) -> None:
-    old, new = json.loads(read_text(checkpoint / "config.json")), json.loads(config.to_json_string(use_diff=False))
-    for field in T6Config.__annotations__:
-        if old.get(field) != new.get(field) and field not in ("use_cache", "attention_dropout"):
-            raise InputError(f"--resume: the checkpoint has {field}={old.get(field)}, this command {new.get(field)}")
+# Settings
+
+
+def run_settings(
+    args: argparse.Namespace,
+    config: T6Config,
+    texts: tuple[list[str], list[str]],
+    windows_per_step: int,
+    max_steps: int,
+    block_length: int,
+) -> dict:
+    """What determines a run: one that goes on with it must have the same."""
+    names = (
+        "vocab_size",
+        "eval_steps",
+        "learning_rate",
+        "warmup_steps",
+        "min_lr_ratio",
+        "weight_decay",
+        "dropout",
+        "seed",
+    )
+    digests = [hashlib.sha256() for _ in texts]
+    for digest, documents in zip(digests, texts):
+        for document in documents:
+            digest.update(hashlib.sha256(document.encode()).digest())
+    return {
+        "config": config_fields(config),
+        **dict(zip(("training_text_sha256", "held_out_text_sha256"), (digest.hexdigest() for digest in digests))),
+        "tokenizer": args.tokenizer,
+        "block_length": block_length,
+        "windows_per_step": windows_per_step,
+        "max_steps": max_steps,
+        **{name: getattr(args, name) for name in names},
+    }
 
 
 # Model card
@@ -375,8 +416,6 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         tokenizer = train_tokenizer(training, args.vocab_size)
 
     config = make_config(args, tokenizer)
-    if checkpoint:
-        check_same_model(config, checkpoint)
     block_length = args.block_length or config.max_position_embeddings
     if block_length > config.max_position_embeddings:
         raise InputError(f"--block-length {block_length} exceeds the {config.max_position_embeddings} of the model")
@@ -405,6 +444,11 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     if args.epochs:
         training_args.max_steps = math.ceil(args.epochs * len(train_tokens) / block_length / windows_per_step)
     num_windows = training_args.max_steps * windows_per_step
+    settings = run_settings(
+        args, config, (training, held_out), windows_per_step, training_args.max_steps, block_length
+    )
+    if checkpoint:
+        check_settings(args.checkpoint_dir, settings)
 
     set_seed(args.seed)
     model = T6ForCausalLM(config)
@@ -428,6 +472,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         )
     if checkpoint is None and trainer.is_world_process_zero():
         remove_checkpoints(args.checkpoint_dir)
+        write_settings(args.checkpoint_dir, settings)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.best_global_step is None:
         raise InputError("the held-out loss was never a number: lower --learning-rate or raise --warmup-steps")

@@ -14,13 +14,18 @@
 """What `train.py` and `pretrain.py` share: data sets of the Hub, and how `Trainer` trains on packed windows."""
 
 import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedConfig
 
-from command_line import InputError, loading
+from command_line import InputError, loading, read_text, write_json
 from language_modeling import collate, loss_report
+
+
+SETTINGS = "settings.json"
 
 
 def load_dataset(args: argparse.Namespace, instead: str, streaming: bool = False):
@@ -40,6 +45,42 @@ def load_dataset(args: argparse.Namespace, instead: str, streaming: bool = False
     if columns is not None and args.text_column not in columns:
         raise InputError(f"the data set has no column {args.text_column!r}, only {', '.join(columns)}")
     return dataset
+
+
+def config_fields(config: PreTrainedConfig) -> dict:
+    """What a configuration says, whichever version of Transformers made it."""
+    return {
+        name: value
+        for name, value in json.loads(config.to_json_string(use_diff=False)).items()
+        if name != "transformers_version"
+    }
+
+
+def write_settings(checkpoint_dir: Path, settings: dict) -> None:
+    """Keeps beside the checkpoints what a run that goes on from them must have in common with this one."""
+    write_json(checkpoint_dir / SETTINGS, settings)
+
+
+def check_settings(checkpoint_dir: Path, settings: dict) -> None:
+    """
+    Raises:
+        InputError: the run that made the checkpoints was started with others; it names the first that differs.
+    """
+    try:
+        old = json.loads(read_text(checkpoint_dir / SETTINGS))
+    except json.JSONDecodeError as error:
+        raise InputError(f"--resume: {checkpoint_dir / SETTINGS} is not JSON: {error}") from error
+    check_same_run(old, settings, "--resume: the run was started")
+
+
+def check_same_run(old: dict, new: dict, what: str) -> None:
+    """Names the first setting by which a run, `what` was done, would go another way than another."""
+    new = json.loads(json.dumps(new))  # tuples as lists
+    for name in new:
+        if isinstance(new[name], dict) and isinstance(old.get(name), dict):
+            check_same_run(old[name], new[name], what)
+        elif old.get(name) != new[name]:
+            raise InputError(f"{what} with {name}={old.get(name)}, this command has {new[name]}")
 
 
 def training_options(args: argparse.Namespace, on_gpu: bool) -> dict:

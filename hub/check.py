@@ -14,8 +14,8 @@ import modeling_t6
 from modeling_t6 import T6Config
 from modeling_t6.modeling_t6 import AUTO_MAP
 
-from .folder import CHAT_TEMPLATES, TOKENIZER_FILES, WEIGHTS, UploadError, collect, listed, matches
-from .shared import INDEX, Checkpoint, is_error, one_line, read_json
+from .folder import CHAT_TEMPLATES, TOKENIZER_FILES, WEIGHTS, UploadError, collect
+from .shared import INDEX, Checkpoint, is_error, listed, matches, one_line, read_json
 
 
 # Fields by which `from_pretrained` or a pipeline would read other files than those that are checked, or other numbers.

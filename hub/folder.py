@@ -1,12 +1,10 @@
 """The files of a model folder and of a repository: what they are, and what may be there."""
 
 import os
-from collections.abc import Iterable
-from fnmatch import fnmatch
 from pathlib import Path
 
 from .code import code_files
-from .shared import leads_out
+from .shared import leads_out, listed, matches
 
 
 TOKENIZER_FILES = (
@@ -47,17 +45,6 @@ REPLACED = (*WEIGHTS, *PICKLES, *CONVERSION, "config.json", *CODE, *OWN, *FOREIG
 
 class UploadError(Exception):
     """The folder, the repository or the Hub is not what a push needs; the message says what and where."""
-
-
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a file of a repository has a name of one of these kinds; a pattern without a folder is of files at the top."""
-    return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first of many names, for an error that stays one line."""
-    names = sorted(names)
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def collect(folder: Path) -> dict[str, Path]:

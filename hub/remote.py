@@ -29,7 +29,8 @@ from huggingface_hub.errors import (
 )
 
 from .code import sha256
-from .folder import CODE, FOREIGN, OWN, REPLACED, WEIGHTS, UploadError, listed, matches
+from .folder import CODE, FOREIGN, OWN, REPLACED, WEIGHTS, UploadError
+from .shared import listed, matches
 
 
 Result = TypeVar("Result")

@@ -7,6 +7,7 @@ try:
     from ..conversion.files.folders import read_json, temporary_folder
     from ..conversion.files.links import leads_out
     from ..conversion.files.memory import available_memory
+    from ..conversion.files.names import listed, matches
     from ..conversion.files.signals import Stopped, stoppable
 except ImportError:  # in a checkout the two packages stand side by side, and in no third
     from conversion.files.bars import hide_bars_of_transformers
@@ -15,6 +16,7 @@ except ImportError:  # in a checkout the two packages stand side by side, and in
     from conversion.files.folders import read_json, temporary_folder
     from conversion.files.links import leads_out
     from conversion.files.memory import available_memory
+    from conversion.files.names import listed, matches
     from conversion.files.signals import Stopped, stoppable
 
 
@@ -28,6 +30,8 @@ __all__ = [
     "hide_bars_of_transformers",
     "is_error",
     "leads_out",
+    "listed",
+    "matches",
     "one_line",
     "read_json",
     "stoppable",

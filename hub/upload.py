@@ -1,4 +1,4 @@
-"""The order of it all: check the folder, complete a copy, push it in one commit, download it again and compare."""
+"""The steps of an upload: check the folder, complete a copy, push it in one commit, download it again and compare."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from transformers.utils import is_accelerate_available
 from .card import model_card, read_card, read_conversion
 from .check import CheckedFolder, check_folder, check_numbers
 from .code import ROOT, code_digest, code_files, unsafe_code
-from .folder import WEIGHTS, UploadError, matches
+from .folder import WEIGHTS, UploadError
 from .remote import download, find_or_create, look, push, remote_texts, sign_in
 from .shared import (
     Checkpoint,
@@ -25,6 +25,7 @@ from .shared import (
     Stopped,
     available_memory,
     hide_bars_of_transformers,
+    matches,
     one_line,
     stoppable,
     temporary_folder,
@@ -112,13 +113,39 @@ def add_weights(
     return dict(sorted(files.items()))
 
 
-def upload(args: argparse.Namespace) -> None:
+def check_repo_id(repo_id: str) -> None:
     try:
-        validate_repo_id(args.repo_id)
+        validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UploadError(f"{args.repo_id} is no name of a repository: {one_line(error)}") from error
-    if args.repo_id.count("/") != 1:
-        raise UploadError(f"{args.repo_id} is no name of a repository: expected someone/model")
+        raise UploadError(f"{repo_id} is no name of a repository: {one_line(error)}") from error
+    if repo_id.count("/") != 1:
+        raise UploadError(f"{repo_id} is no name of a repository: expected someone/model")
+
+
+def what_readers_load(args: argparse.Namespace, checked: CheckedFolder, fits: bool) -> dict:
+    """What `load_in_clean_process` is to load and do, before the upload and after it."""
+    # With --code-only, tokenizer and generation config are the repository's own.
+    tasks = ["generate"] if checked.auto_class == "AutoModelForCausalLM" and not args.code_only else []
+    tasks += [] if args.no_tokenizer or args.code_only else ["tokenize"]
+    tasks += [] if fits else ["meta"]
+    return {"auto_class": checked.auto_class, "tasks": tasks}
+
+
+def files_of_code(files: dict[str, Path]) -> dict[str, Path]:
+    """Those that `--code-only` pushes, and the weights, which it compares with the repository's."""
+    kept = (*WEIGHTS, "README.md", "config.json")
+    return {name: path for name, path in files.items() if name.endswith(".py") or matches(name, kept)}
+
+
+def print_files(files: dict[str, Path]) -> None:
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    for name, size in sizes.items():
+        print(f"{size:>15,}  {name}")
+    print(f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files")
+
+
+def upload(args: argparse.Namespace) -> None:
+    check_repo_id(args.repo_id)
     with temporary_folder("t6-upload-") as home:
         folder = home / "model"
         for name in ("model", "before", "after"):
@@ -139,26 +166,14 @@ def upload(args: argparse.Namespace) -> None:
         files, digest = complete(args, checked, remote, folder)
         check_numbers(checked.checkpoint)
         files = add_weights(files, checked.checkpoint, folder, args.max_shard_size)
-        # With --code-only, tokenizer and generation config are the repository's own.
-        tasks = ["generate"] if checked.auto_class == "AutoModelForCausalLM" and not args.code_only else []
-        tasks += [] if args.no_tokenizer or args.code_only else ["tokenize"]
-        tasks += [] if fits else ["meta"]
-        load = {"auto_class": checked.auto_class, "tasks": tasks}
+        load = what_readers_load(args, checked, fits)
         expected = load_in_clean_process(
             str(folder), "", **load, home=home / "before", environment={"HF_HUB_OFFLINE": "1"}
         )
         print(f"{args.folder} is complete, and a clean process loads it{'' if fits else NO_NUMBERS}\n")
         if args.code_only:
-            files = {
-                n: path
-                for n, path in files.items()
-                if n.endswith(".py") or matches(n, (*WEIGHTS, "README.md", "config.json"))
-            }
-        # With --code-only the weights are compared with the repository's, not pushed.
-        sizes = {n: p.stat().st_size for n, p in files.items() if not (args.code_only and matches(n, WEIGHTS))}
-        for name, size in sizes.items():
-            print(f"{size:>15,}  {name}")
-        print(f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files")
+            files = files_of_code(files)
+        print_files({n: path for n, path in files.items() if not (args.code_only and matches(n, WEIGHTS))})
         print(f"\nSHA-256 of the code files: {digest}\n")
         if args.dry_run:
             print(files["README.md"].read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The ways to attend, all with one signature, and the choice among them (paper, sections 3.1 and 3.3)"""
+"""The choice among T6's attention functions, which share one signature, and attention over heads (paper, sections 3.1 and 3.3)"""
 
 import functools
 from collections.abc import Callable
@@ -34,26 +34,27 @@ from .heads_t6 import form_all_heads
 from .paged_t6 import PagedFactors, paged_attention_forward
 
 
-# Whether training keeps factors, and forms heads again for the backward pass: under torch.compile, which fuses that, and
-# without. `benchmarks/training_step.py` measures both. Without, a graph can be gone through only once (`retain_graph`).
-REBUILD_HEADS_COMPILED = True
-REBUILD_HEADS_EAGER = False
-# Parts of the names of attention operators, in PyTorch and in packages. Their outputs are kept, not computed again.
+# Whether training saves factors for the backward pass and recomputes heads there: under torch.compile, which fuses the
+# recomputation, and in eager mode, where a graph can then not be retained (`retain_graph`). `benchmarks/training_step.py`
+# measures both.
+RECOMPUTE_HEADS_COMPILED = True
+RECOMPUTE_HEADS_EAGER = False
+# Parts of the names of attention operators, in PyTorch and in packages, whose outputs are saved.
 ATTENTION_OPERATORS = ("scaled_dot_product", "flex_attention", "flash_attn", "flash_attention")
 
 
-# A way to attend is a function of an attention layer, its `Factors` and the mask that says what they may see:
+# T6's attention functions take an attention layer, its `Factors` and a mask:
 #
-#     way(module, factors, attention_mask, scaling=, implementation=, dropout=, sliding_window=, **kwargs)
+#     attend(module, factors, attention_mask, scaling=, implementation=, dropout=, sliding_window=, **kwargs)
 #         -> output [batch, seq, h, d], probabilities [batch, h, seq, key_length] or None
 #
-# `implementation` is the name of an attention function of Transformers, which only some ways call.
+# `implementation` is the name of an attention function of Transformers, which only some of them call.
 
 
 def choose_attention(config: T6Config, hidden_states: torch.Tensor, cache: Cache | PagedFactors | None) -> Callable:
     """
-    The way in which all layers attend in this forward pass, for new tokens `hidden_states` [batch, seq, hidden_size].
-    Depends on nothing that changes from one decoded token to the next, so that a compiled decoding step stays one graph.
+    The attention function of all layers in this forward pass, for new tokens `hidden_states` [batch, seq, hidden_size]. It
+    depends on nothing that changes from one decoded token to the next, so that a compiled decoding step stays one graph.
     """
     if isinstance(cache, PagedFactors):
         return paged_attention_forward
@@ -97,10 +98,10 @@ def heads_attention_forward(
     attention_mask: torch.Tensor | None,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Queries, keys and values as heads, and the attention function `implementation` over them: training and prefill."""
+    """Forms Q, K and V, and calls Transformers' attention function `implementation` on them: training and prefill."""
     attend = _attend_to_heads
-    if rebuild_heads(factors.key_rows, is_checkpointed=module.gradient_checkpointing and module.training):
-        attend = functools.partial(keep_factors, attend)
+    if should_recompute_heads(factors.key_rows, is_checkpointed=module.gradient_checkpointing and module.training):
+        attend = functools.partial(with_recomputed_heads, attend)
     return attend(module, factors, attention_mask, **kwargs)
 
 
@@ -123,32 +124,32 @@ def _attend_to_heads(
     return attention_interface(module, query, key, value, attention_mask, **kwargs)
 
 
-def rebuild_heads(cached_rows: torch.Tensor | None, is_checkpointed: bool) -> bool:
+def should_recompute_heads(cached_rows: torch.Tensor | None, is_checkpointed: bool) -> bool:
     """
-    Whether training keeps factors, and forms heads again for the backward pass. Not over a cache, whose rows may change
-    before that; nor where the layer around is computed again anyway (`is_checkpointed`) and should keep nothing.
+    Whether the backward pass recomputes heads from saved factors. Not over a cache, whose rows may have changed by then; nor
+    under gradient checkpointing (`is_checkpointed`), which recomputes the whole layer.
     """
-    enabled = REBUILD_HEADS_COMPILED if torch.compiler.is_compiling() else REBUILD_HEADS_EAGER
+    enabled = RECOMPUTE_HEADS_COMPILED if torch.compiler.is_compiling() else RECOMPUTE_HEADS_EAGER
     wanted = torch.is_grad_enabled() and cached_rows is None and not is_checkpointed
     return enabled and wanted and not is_exporting()
 
 
-def keep_factors(attend: Callable, *args, dropout: float = 0.0, **kwargs):
+def with_recomputed_heads(attend: Callable, *args, dropout: float = 0.0, **kwargs):
     """
-    `attend(*args, dropout=dropout, **kwargs)`, of which the backward pass keeps the arguments (factors) and what attention
-    operators return (the output and its log-sum-exp). Everything else in `attend`, the heads first, is computed again.
+    `attend(*args, dropout=dropout, **kwargs)` under selective checkpointing: its arguments (the factors) and the results of
+    attention operators (outputs and log-sum-exps) are saved. The backward pass recomputes the rest, which is mainly heads.
     """
     return checkpoint(
         attend,
         *args,
         use_reentrant=False,
-        context_fn=functools.partial(create_selective_checkpoint_contexts, _keep_attention),
-        preserve_rng_state=dropout > 0,  # for attention that is not one operator
+        context_fn=functools.partial(create_selective_checkpoint_contexts, _save_attention),
+        preserve_rng_state=dropout > 0,  # eager attention has dropout outside of an attention operator
         dropout=dropout,
         **kwargs,
     )
 
 
-def _keep_attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
+def _save_attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
     is_attention = any(name in str(operator) for name in ATTENTION_OPERATORS)
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.MUST_RECOMPUTE

@@ -35,19 +35,19 @@ from transformers.utils.deprecation import deprecate_kwarg
 from .quantized_rows_t6 import QuantizedLayout, rotate_features
 
 
-# Transformers 5.24 renamed `past_key_values` to `cache` everywhere. The code here says `cache`; this is what the
-# installed Transformers says.
+# Transformers 5.24 renamed `past_key_values` to `cache` everywhere. The code here says `cache`; this is the name in the
+# installed Transformers.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def rename_past_key_values(function: Callable) -> Callable:
-    """Takes the older name of `cache` too: where it is the current one, without a warning."""
+    """A decorator that accepts `past_key_values` for `cache`, with a warning where Transformers has renamed it."""
     if CACHE_NAME == "cache":
         return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
 
     @functools.wraps(function)
     def renamed(*args, kwargs: dict | None = None, **others):
-        # A pipeline fills in defaults, and passes what the signature does not name as one argument, `kwargs`.
+        # Pipeline parallelism fills in defaults, and passes what the signature does not name as one argument, `kwargs`.
         others |= kwargs or {}
         cache = others.pop("past_key_values", None)
         if cache is not None and others.get("cache") is None:
@@ -57,17 +57,17 @@ def rename_past_key_values(function: Callable) -> Callable:
     return renamed
 
 
-# What rows may be stored in beside the dtype of the model, and the dtype of the tensors that hold them: rows of 4 bits, which
-# `QuantizedLayout` packs, are bytes.
+# The storage formats of rows other than the dtype of the model, and the dtypes of their tensors: `QuantizedLayout` packs rows
+# of 4 bits into bytes.
 CACHE_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "int4": torch.uint8}
 
 
 def stored_dtype_of(dtype: torch.dtype | str | None, config: PreTrainedConfig, argument: str) -> torch.dtype | None:
     """
-    The dtype of the tensors that hold rows of `dtype`, one of `CACHE_DTYPES` or `None` for that of the model.
+    The dtype of the tensors that hold rows stored as `dtype`, one of `CACHE_DTYPES`; `None` for the dtype of the model.
 
     Raises:
-        ValueError: naming the `argument`, or the field of the configuration that rows of 4 bits do not go with.
+        ValueError: if `argument`, which has this value, is not one of them, or a field of the configuration excludes 4 bits.
     """
     if dtype is None:
         return None
@@ -88,27 +88,27 @@ def stored_dtype_of(dtype: torch.dtype | str | None, config: PreTrainedConfig, a
 
 
 def dtype_name(cache: Cache) -> str | None:
-    """Which of `CACHE_DTYPES` the rows of a cache have, or `None` for that of the model."""
+    """The name in `CACHE_DTYPES` of the format of a cache's rows; `None` for the dtype of the model."""
     stored = [getattr(layer, "stored_dtype", None) for layer in getattr(cache, "layers", ())]
     return next((name for name, dtype in CACHE_DTYPES.items() if dtype in stored), None)
 
 
 class FactorLayout:
     """
-    How the factors of one token, A [rank, num_heads] and B [rank, head_dim], lie side by side in one row:
-    the `rank` rows of B, then the `rank` rows of A.
+    The layout of one token's factors, A [rank, num_heads] and B [rank, head_dim], in one cache row of `width` elements: the
+    `rank` rows of B, then the `rank` rows of A.
 
-    A's rows are padded by at most 7 numbers each, to a multiple of 8, so that in half precision each starts on 16 bytes:
-    kernels lose a quarter to half of their speed on rows that do not. After an odd multiple (24, 40, ...) every other row
-    would start in the middle of the 32 bytes that memory is read by: these rows begin with their last 8 numbers.
-    A row has `width` numbers, `rank * (num_heads + head_dim)` where `num_heads` is such a multiple. Factors that need no
-    caching have size 0: with constant A factors `num_heads` is 0 and a row holds B alone, with constant or shared B
-    factors `head_dim` is 0 and it holds A alone.
+    Each row of A is padded to a multiple of 8 elements, so that in half precision it starts on 16 bytes: kernels lose a
+    quarter to half of their speed otherwise. If that is an odd multiple (24, 40, ...), every other row of A would start in
+    the middle of a 32-byte sector: these rows are rotated, and begin with their last 8 elements.
+
+    Factors that are not cached have size 0: with constant A factors `num_heads` is 0 and a row holds B alone, with constant
+    or shared B factors `head_dim` is 0 and it holds A alone. Without padding, `width` is `rank * (num_heads + head_dim)`.
     """
 
     def __init__(self, rank: int, num_heads: int, head_dim: int):
         self.rank, self.num_heads, self.head_dim = rank, num_heads, head_dim
-        # Rows of A alone, or beside heads of 12 features, say, are aligned as a whole: the kernels do not read them.
+        # The kernels do not read rows without B, or with a B of 12 features, say: only the whole row is aligned.
         unit = 8 if head_dim > 0 and head_dim % 8 == 0 else 1
         self.padded_heads = next(
             n for n in range(num_heads, num_heads + 8) if n % unit == 0 and rank * (n + head_dim) % 8 == 0
@@ -121,14 +121,14 @@ class FactorLayout:
 
     def pack(self, a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
         """
-        A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim] as rows [batch, 1, seq, width]. The factor
-        whose size is 0 is not looked at.
+        Packs A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim] into rows [batch, 1, seq, width]. A factor of
+        size 0 is ignored.
         """
         if self.num_heads == 0:
             a = b[..., :0]
         if self.head_dim == 0:
             b = a[..., :0]
-        if self.padded_heads > self.num_heads:  # no padding would copy it
+        if self.padded_heads > self.num_heads:  # `pad` copies even if there is nothing to pad
             a = torch.nn.functional.pad(a, (0, self.padded_heads - self.num_heads))
         parts = [b.flatten(-2)]
         for r, row in enumerate(a.unbind(-2) if self.rotates else [a.flatten(-2)]):
@@ -137,8 +137,8 @@ class FactorLayout:
 
     def unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim] of rows [batch, 1, seq, width]: views, but for
-        an A of rotated rows.
+        Unpacks rows [batch, 1, seq, width] into A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim]: views,
+        except for A in rotated rows.
         """
         sizes = [self.rank * self.head_dim, self.rank * self.padded_heads]
         b, a = rows.split_with_sizes(sizes, dim=-1)
@@ -151,7 +151,7 @@ class FactorLayout:
         return a, b
 
     def read(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B in `dtype` of rows as a cache stores them, in any dtype or 4 bits."""
+        """[`unpack`] of rows as a cache stores them, in any dtype or 4 bits, to A and B in `dtype`."""
         if rows.dtype != torch.uint8:
             return self.unpack(rows.to(dtype))
         a, b = self.quantized.unpack(rows, dtype)
@@ -159,7 +159,7 @@ class FactorLayout:
 
 
 def factor_layouts(config: PreTrainedConfig, layer_idx: int) -> tuple[FactorLayout, FactorLayout]:
-    """The layouts of the key rows and of the value rows of one layer: with tensor parallelism, of this process's heads."""
+    """The layouts of the key rows and of the value rows of one layer; with tensor parallelism, for the heads of this process."""
     k_rank, v_rank = config.ranks(layer_idx)
     num_heads = config.num_local_key_value_heads
     if config.noncontextual_a:
@@ -171,8 +171,8 @@ def factor_layouts(config: PreTrainedConfig, layer_idx: int) -> tuple[FactorLayo
 
 def quantization_group_size(config: PreTrainedConfig) -> int:
     """
-    The `q_group_size` for a `QuantizedCache` of this model: the multiple of 8 nearest to Transformers' default of 64
-    that divides every row of factors (64 itself divides the rows of few models, and then quantising fails).
+    The `q_group_size` for a `QuantizedCache` of this model: the multiple of 8 nearest to Transformers' default of 64 that
+    divides the width of every row. Quantisation fails where it does not, as 64 would for most models.
     """
     layouts = (layout for layer_idx in range(config.num_hidden_layers) for layout in factor_layouts(config, layer_idx))
     common_width = math.gcd(*(layout.width for layout in layouts))
@@ -180,14 +180,17 @@ def quantization_group_size(config: PreTrainedConfig) -> int:
     return min(divisors, key=lambda size: abs(size - 64))
 
 
-def refuse_other_rows(
+def validate_rows(
     rows: tuple[torch.Tensor, torch.Tensor], layouts: tuple[FactorLayout, FactorLayout], layer_idx: int | None = None
 ) -> None:
     """
-    Raises `RuntimeError` if the keys and values of a cache layer are not rows of factors of these layouts: such as those
-    of heads, [batch, num_heads, seq, head_dim], that tools for other models make.
+    Refuses keys and values of a cache layer that are not rows of factors of these layouts, such as the heads
+    [batch, num_heads, seq, head_dim] that tools for other models put into a cache.
+
+    Raises:
+        RuntimeError: with the expected and the actual sizes.
     """
-    (keys, values), (key_layout, value_layout) = rows, layouts  # each step comes by here for each layer: no loop
+    (keys, values), (key_layout, value_layout) = rows, layouts  # without a loop: called in each layer of each step
     if keys.dtype == torch.uint8:
         layouts = key_layout, value_layout = key_layout.quantized or key_layout, value_layout.quantized or value_layout
     if keys.shape[1] == values.shape[1] == 1:
@@ -204,18 +207,15 @@ def refuse_other_rows(
 
 class FactorViewsMixin:
     """
-    What a cache layer shows of the factors that it holds: views, or of rows of 4 bits copies in float32. `layouts` are those of
-    the rows that it is given, `stored_dtype` is the dtype of those that it holds, if it is not the same.
+    A cache layer that stores rows of `layouts`, in `stored_dtype` (`None`: as they are given), and shows their factors as
+    `a_k`, `b_k`, `a_v` and `b_v`: views, or copies in float32 if rows have 4 bits.
     """
 
     layouts: tuple[FactorLayout, FactorLayout] | None = None
     stored_dtype: torch.dtype | None = None
 
     def as_stored(self, rows: torch.Tensor, index: int) -> torch.Tensor:
-        """
-        Rows of keys (`index` 0) or of values (1) as the cache stores them; what is beyond the range of float8 becomes its
-        largest number, not NaN.
-        """
+        """Converts rows of keys (`index` 0) or values (1) to `stored_dtype`; float8 saturates instead of becoming NaN."""
         if self.stored_dtype is None or rows.dtype == self.stored_dtype:
             return rows
         if self.stored_dtype == torch.uint8:
@@ -232,20 +232,20 @@ class FactorViewsMixin:
         self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.layouts is not None:
-            refuse_other_rows((key_states, value_states), self.layouts)
+            validate_rows((key_states, value_states), self.layouts)
         return self.as_stored(key_states, 0), self.as_stored(value_states, 1)
 
     def stored_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`keys` and `values` as the cache stores them: others may have assigned rows of another dtype."""
+        """`keys` and `values` in `stored_dtype`: rows that were assigned to them from outside may have another."""
         return self.as_stored(self.keys, 0), self.as_stored(self.values, 1)
 
     def _map_storage(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Puts what `function` makes of them in the place of the tensors that hold the rows."""
+        """Replaces the tensors that hold the rows by what `function` returns for them."""
         if self.is_initialized:
             self.keys, self.values = function(self.keys), function(self.values)
 
     def offload(self):
-        # Blocks, unlike that of Transformers' layers: the next prefetch reads the copy from another stream.
+        # Waits for the copy, unlike Transformers' layers: the next prefetch reads it from another stream.
         self._map_storage(lambda tensor: tensor.to("cpu"))
 
     def prefetch(self):
@@ -254,16 +254,13 @@ class FactorViewsMixin:
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(self.device, non_blocking=True)
-        if tensor.is_cuda:  # its memory belongs to the prefetch stream, and may only be used again after ours
+        if tensor.is_cuda:  # allocated on the prefetch stream: not to be freed before the default stream has used it
             tensor.record_stream(torch.cuda.default_stream(tensor.device))
         return tensor
 
     @property
     def nbytes(self) -> int:
-        """
-        Bytes of the factors held: (R_K + R_V)(h_kv + d) numbers per token, less what a variant need not cache, plus the
-        alignment of a row.
-        """
+        """Bytes of the factors held: (R_K + R_V)(h_kv + d) elements per token, less what a variant does not cache, plus padding."""
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
     def _factors(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -293,7 +290,7 @@ class FactorViewsMixin:
     def b_k(self) -> torch.Tensor:
         """
         View [batch, seq, R_K, d] of the keys' feature factors, already rotated unless they are shared with the values.
-        Of third-order factors, b and c side by side: [batch, seq, R_K, d_b + d_c].
+        Third-order factors are b and c concatenated, [batch, seq, R_K, d_b + d_c].
         """
         return self._feature_factors(0)
 
@@ -309,15 +306,15 @@ class FactorViewsMixin:
         return self._feature_factors(0 if is_shared else 1)
 
 
-class NewRoom(NamedTuple):
+class ReservedRows(NamedTuple):
     """
-    Rows that a cache layer has appended, to be written.
+    Rows that a cache layer has appended uninitialised, for the caller to write.
 
     Attributes:
-        key_storage, value_storage: [batch, 1, room, R_K (h + d)] and [batch, 1, room, R_V (h + d)], where they are.
+        key_storage, value_storage: [batch, 1, capacity, R_K (h + d)] and [batch, 1, capacity, R_V (h + d)].
         keys, values: what `update` returns.
-        first: the place of the first of them in each sequence, after `length` if there is one.
-        length: int64 [1], a number of rows on the device, or `None`.
+        first: the index of the first of them in the storage of each sequence, relative to `length` if that is given.
+        length: int64 [1] on the device, or `None`.
     """
 
     key_storage: torch.Tensor
@@ -331,18 +328,18 @@ class NewRoom(NamedTuple):
 class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
     """
     Factors of one layer: `keys` [batch, 1, seq, R_K (h + d)] and `values` [batch, 1, seq, R_V (h + d)] are views of
-    storage that doubles when it is full, so that appending a token writes one row and copies nothing else. Other tensors
-    may be assigned to them, as by packages that prune caches: the storage then begins anew, with these rows.
+    storage that doubles when it is full, so that appending a token copies no earlier row. Other tensors may be assigned to
+    them, as packages that prune caches do: the storage is then allocated anew, with these rows.
     """
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self._storage: tuple[torch.Tensor, torch.Tensor] | None = None
-        # `keys` and `values`, if nobody has assigned others.
+        # What `keys` and `values` are unless other tensors have been assigned to them.
         self._views: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __copy__(self) -> "T6DynamicLayer":
-        """Both go on from the same rows, so only one may write behind them."""
+        """The copy shares the rows but not the storage: only one of the two may write behind the rows."""
         other = type(self).__new__(type(self))
         other.__dict__ |= self.__dict__ | {"_storage": None, "_views": None}
         return other
@@ -359,8 +356,8 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
 
     def _storage_of_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        What `keys` and `values` are views of, which may have room behind them. Rows that others assigned have none, nor
-        have those of `torch.inference_mode` outside it, where nothing can be written to them.
+        The storage of which `keys` and `values` are views; `keys` and `values` themselves, which have no spare capacity, if they
+        were assigned from outside, or were made in `torch.inference_mode` and cannot be written to outside it.
         """
         rows = self.keys, self.values
         if self._storage is None or rows[0].is_inference() and not torch.is_inference_mode_enabled():
@@ -374,7 +371,7 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Append rows `key_states` [batch, 1, new, R_K (h + d)] and `value_states` [batch, 1, new, R_V (h + d)].
+        Appends rows `key_states` [batch, 1, new, R_K (h + d)] and `value_states` [batch, 1, new, R_V (h + d)].
 
         Returns:
             The rows of all the tokens seen, as views of the storage.
@@ -385,21 +382,21 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
 
         needs_grad = torch.is_grad_enabled() and (new[0].requires_grad or self.keys.requires_grad)
         if needs_grad or torch.compiler.is_compiling():
-            # Autograd needs the rows that earlier steps used as they were: no writing in place. Nor in torch.compile,
-            # where each time that the storage grows would take a graph of its own.
+            # Autograd may need the rows that earlier steps used: nothing is written in place. Nor under torch.compile, which
+            # would compile a graph for each size of the storage.
             self.keys, self.values = (torch.cat(both, dim=-2) for both in zip(self.stored_rows(), new))
             self._storage = self._views = None
             return self.keys, self.values
 
         key_start, value_start = self.keys.shape[-2], self.values.shape[-2]
-        self._make_room([(rows.shape[0], rows.shape[-2], rows.dtype, rows.device) for rows in new])
+        self._extend([(rows.shape[0], rows.shape[-2], rows.dtype, rows.device) for rows in new])
         self.keys[:, :, key_start:], self.values[:, :, value_start:] = new
         return self.keys, self.values
 
-    def reserve(self, batch_size: int, count: int, dtype: torch.dtype) -> NewRoom | None:
+    def reserve(self, batch_size: int, count: int, dtype: torch.dtype) -> ReservedRows | None:
         """
-        Appends `count` rows of each sequence whose numbers the caller then writes: `update` of rows of `dtype`, but for
-        the rows. `None`, with all as it was, where rows cannot be written in place.
+        Like `update` with `count` rows of `dtype` per sequence, except that the caller writes them. Changes nothing and returns
+        `None` where rows cannot be written in place.
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return None
@@ -407,17 +404,19 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
         if self.values.shape[-2] != first:
             return None
         dtype = dtype if self.stored_dtype is None else self.stored_dtype
-        self._make_room([(batch_size, count, dtype, self.keys.device)] * 2)
-        return NewRoom(*self._storage, self.keys, self.values, first)
+        self._extend([(batch_size, count, dtype, self.keys.device)] * 2)
+        return ReservedRows(*self._storage, self.keys, self.values, first)
 
-    def _make_room(self, sizes: Sequence[tuple[int, int, torch.dtype, torch.device]]) -> None:
-        """Lengthens `keys` and `values` by rows that are not yet written: in place, or in storage that has room for them."""
+    def _extend(self, sizes: Sequence[tuple[int, int, torch.dtype, torch.device]]) -> None:
+        """
+        Lengthens `keys` and `values` by uninitialised rows, and reallocates the storage if it is full. `sizes` are the batch
+        size, number, dtype and device of the new rows of keys, and of those of values.
+        """
         rows = self.stored_rows()
-        key_storage, value_storage = self._storage_of_rows()
-        storage = self._with_room(key_storage, rows[0], *sizes[0]), self._with_room(value_storage, rows[1], *sizes[1])
-        self._set_storage(storage, tuple(tensor.shape[-2] + size[1] for tensor, size in zip(rows, sizes)))
+        storage = [self._with_capacity(*x, *size) for *x, size in zip(self._storage_of_rows(), rows, sizes)]
+        self._set_storage(tuple(storage), tuple(tensor.shape[-2] + size[1] for tensor, size in zip(rows, sizes)))
 
-    def _with_room(
+    def _with_capacity(
         self,
         storage: torch.Tensor,
         rows: torch.Tensor,
@@ -426,14 +425,14 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
         dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
-        """`storage`, the first in which are `rows`, or another that holds them, with room for `count` more."""
-        if batch_size != rows.shape[0]:  # one sequence would be written to all
+        """`storage`, which begins with `rows`, or a copy of them in larger storage if `count` more do not fit."""
+        if batch_size != rows.shape[0]:  # rows of one sequence would be broadcast to all
             raise RuntimeError(f"The cache holds a batch of {rows.shape[0]} sequences, got rows of size {batch_size}.")
         start, end = rows.shape[-2], rows.shape[-2] + count
-        is_alike = self.stored_dtype is not None or rows.dtype == dtype
-        dtype = dtype if is_alike else torch.promote_types(rows.dtype, dtype)
+        if self.stored_dtype is None and rows.dtype != dtype:
+            dtype = torch.promote_types(rows.dtype, dtype)
         if end > storage.shape[-2] or storage.dtype != dtype:
-            # A prompt gets just the room it needs; from then on the storage doubles.
+            # A prompt gets exactly the storage it needs; from then on the storage doubles.
             capacity = end if start == 0 else max(end, 2 * start)
             storage = rows.new_empty((*rows.shape[:2], capacity, rows.shape[-1]), dtype=dtype, device=device)
             storage[:, :, :start] = rows
@@ -473,15 +472,15 @@ class T6DynamicLayer(FactorViewsMixin, DynamicLayer):
 
 class T6DynamicSlidingWindowLayer(FactorViewsMixin, DynamicSlidingWindowLayer):
     """
-    Factors of the last tokens of one layer: as many as its window shows, or with `record_past` all until the next crop.
-    Fewer are held where some have been pruned, by assigning other tensors to `keys` and `values`.
+    Factors of one layer with a sliding window: of the last `sliding_window - 1` tokens, or, with `record_past`, of all tokens
+    until the next crop. Pruning, by assigning other tensors to `keys` and `values`, may leave fewer.
     """
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Append rows `key_states` [batch, 1, new, R_K (h + d)] and `value_states` [batch, 1, new, R_V (h + d)].
+        Appends rows `key_states` [batch, 1, new, R_K (h + d)] and `value_states` [batch, 1, new, R_V (h + d)].
 
         Returns:
             The rows that the new tokens see, at most `sliding_window - 1 + new`.
@@ -502,7 +501,7 @@ class T6DynamicSlidingWindowLayer(FactorViewsMixin, DynamicSlidingWindowLayer):
         return past + query_length, self.cumulative_length - past
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As in `DynamicSlidingWindowLayer`. A layer that holds nothing, as behind an early exit, is left as it is."""
+        """As in `DynamicSlidingWindowLayer`; an empty layer, as those after an early exit are, stays empty."""
         if self.is_initialized:
             super().crop(tokens_to_remove)
 
@@ -513,7 +512,7 @@ class T6DynamicSlidingWindowLayer(FactorViewsMixin, DynamicSlidingWindowLayer):
 
 
 class StaticRowsMixin(FactorViewsMixin):
-    """What static layers do with rows that are not stored in the model's dtype: `keys` and `values` hold their bytes."""
+    """A static layer whose rows are not stored in the model's dtype: `keys` and `values` are their bytes, uint8."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(*self._bytes(key_states, value_states))
@@ -521,17 +520,17 @@ class StaticRowsMixin(FactorViewsMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in Transformers' layers: writes rows in place, and returns all that there is room for, in `stored_dtype`."""
+        """As in Transformers' layers: writes rows in place, and returns the whole storage, in `stored_dtype`."""
         rows = super().update(*self._bytes(key_states, value_states), *args, **kwargs)
         return tuple(tensor.view(self.stored_dtype) for tensor in rows)
 
     def _bytes(self, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        # Not every PyTorch copies float8 by index.
+        # Not every version of PyTorch implements `index_copy_` for float8.
         is_stored = rows[0].dtype == torch.uint8
         return rows if is_stored else tuple(tensor.view(torch.uint8) for tensor in self._rows_to_store(*rows))
 
     def stored_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All rows that there is room for, in `stored_dtype`."""
+        """The whole storage, in `stored_dtype`."""
         return self.keys.view(self.stored_dtype), self.values.view(self.stored_dtype)
 
 
@@ -549,14 +548,15 @@ def _last_rows(rows: torch.Tensor, number: int) -> torch.Tensor:
 
 class T6Cache(DynamicCache):
     """
-    The default cache of a T6 model, a `DynamicCache` whose layers are [`T6DynamicLayer`]s, or
-    [`T6DynamicSlidingWindowLayer`]s where the model has a window. It takes `DynamicCache`'s
-    arguments; with `config` its layers show their factors as `cache.layers[i].a_k`, `.b_k`, `.a_v` and `.b_v`.
+    The default cache of a T6 model: a `DynamicCache` of [`T6DynamicLayer`]s and, where the model has a window,
+    [`T6DynamicSlidingWindowLayer`]s. It takes the arguments of `DynamicCache`; with `config`, its layers show their factors as
+    `cache.layers[i].a_k`, `.b_k`, `.a_v` and `.b_v`.
 
-    `dtype="float8_e4m3fn"` (or torch's) halves it: factors are stored with 3 bits after the point, to at most 448.
-    `dtype="int4"` takes 31% to 42%: B in 4 bits with a scale and a zero point for each 32 features, A in 8 (`QuantizedLayout`).
-    Both need `config`, whose `cache_dtype` is the default. On random factors they change attention's output by 6% to 8% and by
-    12% to 19% of its norm. FlashTPA reads both as they are; rows of 4 bits have no gradient.
+    With `dtype="float8_e4m3fn"` (or `torch.float8_e4m3fn`) it takes half the memory: factors have 3 mantissa bits, and saturate
+    at 448. With `dtype="int4"` it takes 31% to 42%: B in 4 bits, with a scale and a zero point for each 32 features, and A in 8
+    (see `QuantizedLayout`). Both need `config`, whose `cache_dtype` is the default. On random factors they change the output
+    of attention by 6% to 8% and by 12% to 19% of its norm. FlashTPA reads both without a conversion. Rows of 4 bits have no
+    gradient.
 
     Transformers' own `DynamicCache`, `StaticCache` and `QuantizedCache` hold the same rows for a T6 model.
     """
@@ -574,9 +574,10 @@ class T6Cache(DynamicCache):
         if dtype is not None and config is None:
             raise ValueError("`T6Cache(dtype=...)` needs `config`.")
         text_config = None if config is None else config.get_text_config(decoder=True)
+        argument = "dtype"
         if dtype is None:
-            dtype = getattr(text_config, "cache_dtype", None)
-        stored_dtype = None if dtype is None else stored_dtype_of(dtype, text_config, "dtype")
+            dtype, argument = getattr(text_config, "cache_dtype", None), "cache_dtype"
+        stored_dtype = None if dtype is None else stored_dtype_of(dtype, text_config, argument)
         self.layers = [
             T6DynamicSlidingWindowLayer(layer.sliding_window) if layer.is_sliding else T6DynamicLayer()
             for layer in self.layers
@@ -590,7 +591,10 @@ class T6Cache(DynamicCache):
             self.update(rows[0], rows[1], layer_idx)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens held by a layer, or by the first after it that holds any: in a pipeline a stage fills only its own."""
+        """
+        Tokens held by a layer, or by the first non-empty one after it: with pipeline parallelism, a process fills only the
+        layers of its stage.
+        """
         lengths = (layer.get_seq_length() for layer in self.layers[layer_idx:])
         return next((length for length in lengths if length > 0), 0)
 
@@ -601,7 +605,7 @@ class T6Cache(DynamicCache):
 
 
 def store_static_rows(cache: StaticCache, config: PreTrainedConfig, stored_dtype: torch.dtype) -> None:
-    """Makes the layers of a `StaticCache` that holds nothing yet such as store rows in another dtype than the model's."""
+    """Replaces the layers of an empty `StaticCache` by layers that store rows in `stored_dtype`."""
     for layer_idx, layer in enumerate(cache.layers):
         cls = T6StaticSlidingWindowLayer if layer.is_sliding else T6StaticLayer
         cache.layers[layer_idx] = stored = cls.__new__(cls)
@@ -618,11 +622,10 @@ def allocate_static_cache(
     layers: Sequence[int],
 ) -> None:
     """
-    Allocates those `layers` of a T6 model's `StaticCache` that are not yet allocated, for rows of factors; by itself it
-    does so at the first `update`. Transformers' `early_initialization` allocates for heads of keys and values, and both
-    alike.
+    Allocates those `layers` of a T6 model's `StaticCache` that are not yet allocated, as their first `update` would. It
+    replaces Transformers' `early_initialization`, which would allocate heads, of one shape for keys and values.
     """
-    with torch.inference_mode(False):  # what it makes could not be written to outside
+    with torch.inference_mode(False):  # tensors made in inference mode could not be written to outside it
         for layer_idx in layers:
             layer = cache.layers[layer_idx]
             if not layer.is_initialized:
@@ -633,11 +636,11 @@ def allocate_static_cache(
 
 def reserve_rows(
     cache: Cache, layer_idx: int, batch_size: int, count: int, dtype: torch.dtype, device: torch.device
-) -> NewRoom | None:
+) -> ReservedRows | None:
     """
-    Appends `count` rows of each sequence to a layer, which the caller then writes where they are: what `cache.update` does
-    with rows of `dtype` on `device`, but for the rows. `None`, with all as it was, for caches and layers that have a way of
-    their own to store them, which includes all that are sliding, quantised or offloaded.
+    Like `cache.update` with `count` rows of `dtype` on `device` per sequence, except that the caller writes them in place.
+    Changes nothing and returns `None` for caches and layers with an `update` of their own, among them all sliding, quantised
+    and offloaded ones.
     """
     if type(cache).update is not Cache.update or cache.offloading or layer_idx >= len(cache.layers):
         return None
@@ -658,18 +661,18 @@ def reserve_rows(
     if (len(rows[0]), rows[0].dtype) != (batch_size, dtype):
         return None
     layer.cumulative_length.add_(count)
-    return NewRoom(layer.keys, layer.values, *rows, -count, layer.cumulative_length.view(1))
+    return ReservedRows(layer.keys, layer.values, *rows, -count, layer.cumulative_length.view(1))
 
 
 def cached_lengths(cache: Cache, layer_idx: int) -> torch.Tensor | None:
-    """The number of rows that count, on the device, of a layer that has room for more than it holds."""
+    """The number of valid rows of a static layer, int [1] on the device; `None` for other layers, whose rows are all valid."""
     layer = cache.layers[layer_idx] if isinstance(cache, Cache) else None
     is_static = isinstance(layer, StaticLayer) and not layer.is_sliding
     return layer.cumulative_length.view(1) if is_static else None
 
 
 def cache_nbytes(cache: Cache) -> int:
-    """Bytes that the layers of any `Cache` hold now: of a static cache, those allocated."""
+    """Bytes that the layers of any `Cache` hold; for a static cache, those allocated."""
     total = 0
     for layer in cache.layers:
         for name in ("keys", "values", "_quantized_keys", "_quantized_values"):

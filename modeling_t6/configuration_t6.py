@@ -92,7 +92,7 @@ class T6Config(PreTrainedConfig):
             Whether an RMS norm (epsilon 1e-5) of size d acts on every head's output before `o_proj` ("groupnorm" in the
             research code).
         output_gate (`bool`, defaults to `False`):
-            Whether `sigmoid(W x)` [h, d] of the token x that attends multiplies the heads' outputs, after `head_norm` and
+            Whether the heads' outputs are multiplied by `sigmoid(W x)` [h, d] of the query token x, after `head_norm` and
             before `o_proj`. The paper names an output gate only (section 1); this is that of "Gated Attention for Large
             Language Models" (arXiv 2505.06708, after the attention, by head and element) and of "Forgetting Transformer"
             (arXiv 2503.02130, "Pro" block).
@@ -167,7 +167,7 @@ class T6Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value):
-        """Fields that follow from others may be given, in a config.json or as arguments, but only as what they are."""
+        """Derived fields may be given, in a config.json or as arguments, but only with the value that they have."""
         derived = getattr(type(self), name, None)
         if isinstance(derived, property) and derived.fset is None:
             if value != getattr(self, name):
@@ -191,23 +191,37 @@ class T6Config(PreTrainedConfig):
             self._layers_follow_window()  # as if there had never been any
 
     def to_dict(self) -> dict:
-        """Without groups, `num_attention_heads` alone says how many heads there are: it may be given anew at load."""
+        """Leaves out `num_key_value_heads` if it equals `num_attention_heads`, which may then be overridden at load."""
         output = super().to_dict()
         if output["num_key_value_heads"] == output["num_attention_heads"]:
             del output["num_key_value_heads"]
         return output
 
     def _layers_follow_window(self):
-        """Layers that are not of types of their own slide if there is a window."""
+        """Unless `layer_types` names full attention, all layers are sliding if there is a window, else none."""
         if set(self.layer_types or ()) <= {"sliding_attention"}:
             has_window = self.sliding_window is not None
             self.layer_types = ["sliding_attention"] * self.num_hidden_layers if has_window else None
 
+    def fit_layers(self):
+        """
+        Called where a model is made: what is said for each layer follows another `num_hidden_layers` that was given at load or by
+        assignment. Of fewer layers it is that of the first; more need all to be alike.
+
+        Raises:
+            ValueError: naming the field that does not follow, or any other with a wrong value.
+        """
+        for field in ("layer_types", "k_rank", "v_rank"):
+            values, count = getattr(self, field), self.num_hidden_layers
+            if isinstance(values, list) and len(values) != count and (len(values) > count or len(set(values)) == 1):
+                setattr(self, field, (values + values[:1] * max(0, count - len(values)))[:count])
+        self.validate()
+
     @property
     def heads_tp_plan(self) -> dict[str, str]:
         """
-        Shares out the heads among the processes of tensor parallelism, by the outputs of A projections (head-major) or the
-        columns of constant A factors. Layers that are not named, those of the B factors among them, are in all processes.
+        The tensor parallel plan for the heads: shards the outputs of A projections, which are head-major, or the columns of
+        constant A factors. Layers that are not named, such as B projections, are replicated.
         """
         suffix, style = ("_a", "rowwise") if self.noncontextual_a else ("_a_proj", "colwise")
         plan = {"q_proj": "colwise"} if self.q_rank is None else {f"q{suffix}": style}
@@ -217,8 +231,8 @@ class T6Config(PreTrainedConfig):
 
     def _tp_plan_of_any_engine(self) -> dict[str, str]:
         """
-        What an engine can do by the plan alone. Constant A factors, which are no layers, and a softmax over all heads need
-        the help that the model gives to Transformers: without it, their attention stays whole.
+        The plan for engines that know nothing but the plan. Constant A factors, which are not modules, and a softmax over all
+        heads need code of the model, which only Transformers runs: for other engines their attention is replicated.
         """
         plan = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
         plan = {f"layers.*.{name}": style for name, style in plan.items()}
@@ -400,10 +414,10 @@ class T6Config(PreTrainedConfig):
 
 def local_share(config: "T6Config | ConfigView", field: str, num_processes: int, argument: str) -> int:
     """
-    The part of a number of heads that each process has.
+    The number of heads, of the configuration's `field`, that each process has.
 
     Raises:
-        ValueError: naming heads that cannot be shared out, and the `argument` that says for how many processes.
+        ValueError: if a number of heads is not divisible, naming the field and the `argument` that sets the number of processes.
     """
     for name in ("num_attention_heads", "num_key_value_heads"):
         if getattr(config, name) % num_processes:
@@ -415,7 +429,7 @@ def local_share(config: "T6Config | ConfigView", field: str, num_processes: int,
 
 
 class ConfigView:
-    """A `T6Config` as it is now, but for what a subclass says of it to code of Transformers that reads configurations."""
+    """A view of a `T6Config`, of which subclasses override fields for code of Transformers that reads configurations."""
 
     def __init__(self, config: T6Config):
         self._config = config

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The cache of Transformers' engine as pages of rows that lie whole, as kernels read them"""
+"""Views of the cache of Transformers' continuous batching as pages of contiguous rows, as kernels read them"""
 
 from dataclasses import dataclass
 
@@ -23,14 +23,14 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 @dataclass(frozen=True)
 class PageGroup:
     """
-    Layers that the engine gives the same pages, and how its numbers tell them.
+    Layers that share pages in the engine, and how the engine's indices of tokens map to pages.
 
     Attributes:
-        index: which of the engine's lists of indices, and of its block tables, is theirs.
+        index: of this group in the engine's lists of indices and of block tables.
         layer_type: `"full_attention"` or `"sliding_attention"`.
-        page_size: tokens of a page.
-        stride: what the engine's indices of tokens grow by from one page of a layer to the next in memory.
-        spare_slot: where rows go that nothing reads.
+        page_size: tokens per page.
+        stride: the difference between the engine's indices of tokens in consecutive pages of a layer.
+        spare_slot: the slot for rows that are never read.
     """
 
     index: int
@@ -40,32 +40,32 @@ class PageGroup:
     spare_slot: int
 
     def pages(self, indices: torch.Tensor) -> torch.Tensor:
-        """The pages that the engine's indices of tokens lie in."""
+        """The pages of the engine's indices of tokens."""
         return indices // self.stride
 
     def slots(self, indices: torch.Tensor) -> torch.Tensor:
-        """The engine's indices of tokens as page * page_size + offset."""
+        """The slots, page * page_size + offset, of the engine's indices of tokens."""
         if self.stride == self.page_size:
             return indices
         return indices // self.stride * self.page_size + indices % self.page_size
 
     def pages_of_table(self, block_table: torch.Tensor) -> torch.Tensor:
-        """The pages that one of the engine's block tables names; -1 stays -1."""
+        """The pages of one of the engine's block tables; -1 stays -1."""
         scale = self.stride // self.page_size
         return block_table if scale == 1 else block_table // scale
 
 
 class EnginePages:
     """
-    The rows of factors in the engine's cache. For a token and layer that has room for two rows of one width, a key and a
-    value. The two are one row here, the numbers of the keys first and those of the values behind them: as long as both
-    are together, whichever is the wider, they take no more room than by themselves, and kernels read each as it lies.
+    The rows of factors in the engine's cache. Per token and layer, the cache has memory for two rows of one width, for a key and a
+    value. Here they are one row, which holds the key row followed by the value row: even if these differ in width, no memory is
+    wasted, and each is contiguous.
 
-    Up to Transformers 5.17 keys and values have a tensor each: [`join_halves`] makes them the two halves of one. From 5.18
-    on a page of values follows the page of keys of the same tokens: both together are a page of whole rows.
+    Up to Transformers 5.17 the engine has one tensor for keys and one for values: [`join_halves`] makes them the two halves of one
+    tensor. From 5.18 on the page of values follows the page of keys of the same tokens: both together are one page of rows here.
 
     Attributes:
-        rows: by layer, [pages, page_size, width of both].
+        rows: by layer, [pages, page_size, 2 * width of the engine's rows].
         groups: by layer.
         has_kernel: whether a kernel reads the pages.
     """
@@ -97,18 +97,18 @@ class EnginePages:
 
 
 def join_halves(processor) -> None:
-    """Makes the tensors of keys and of values of a batch processor's cache, of 5.17, the two halves of one tensor."""
+    """Replaces the key and value tensors of a batch processor's cache, of Transformers 5.17, by the two halves of one tensor."""
     cache, offloading = processor.cache, processor.offloading_manager
     num_tensors, (num_slots, num_heads, head_dim) = len(cache.key_cache), cache.cache_shape
     has_views = bool(offloading._gpu_key_views)
-    # All are let go first: beside them there may be no room.
+    # All are freed first, as there may be no memory for both.
     cache.key_cache = cache.value_cache = offloading._gpu_key_views = offloading._gpu_value_views = ()
     if cache.device.type == "cuda":
         torch.cuda.empty_cache()
     halves = []
     for _ in range(num_tensors):
         rows = torch.empty((num_slots, num_heads, 2 * head_dim), dtype=cache.dtype, device=cache.device)
-        rows[cache.read_trash_index : cache.write_trash_index] = 0  # which the engine reads for padding
+        rows[cache.read_trash_index : cache.write_trash_index] = 0  # the engine reads these for padding
         halves.append(rows.split(head_dim, dim=-1))
     cache.key_cache, cache.value_cache = (list(tensors) for tensors in zip(*halves))
     if has_views:

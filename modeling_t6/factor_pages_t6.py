@@ -12,13 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Factors in the pages of an engine: from projections to queries and rows, and from rows to keys and values of a prompt.
-In Triton on a GPU, elsewhere in PyTorch.
+Factors in pages: from projections to queries and rows, and from rows to the keys and values of prompts. In Triton on a GPU,
+elsewhere in PyTorch.
 
-Pages are two tensors, of key rows [blocks, page_size, key width] and of value rows [blocks, page_size, value width], as
-`FactorLayout` packs them: of the model's dtype or another one, float8_e4m3fn also as uint8. They may have any strides but
-of numbers in a row; one tensor that holds both is given as two views of it. A slot is `block * page_size + offset`. A cache
-that is not paged, [batch, room, width], has a page for each sequence, and [`NewRows`] for slots.
+Pages are two tensors of rows that `FactorLayout` packs, [blocks, page_size, key width] and [blocks, page_size, value width], in
+the model's dtype or another one; float8_e4m3fn may come as uint8. The elements of a row are contiguous, other strides are
+arbitrary: both may be views of one tensor. A slot is `block * page_size + offset`. A cache that is not paged,
+[batch, capacity, width], has one page per sequence, and [`NewRows`] in place of slots.
 """
 
 import functools
@@ -29,7 +29,7 @@ import torch
 
 from .cache_t6 import FactorLayout
 from .factors_t6 import activate_head_factors, apply_rotary_pos_emb, form_heads, norm_key_heads
-from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, is_supported, power_of_2, stride_unit
+from .flash_tpa_t6 import DTYPES, IS_INTERPRETED, LAUNCH_OPTIONS, is_supported, power_of_2, stride_unit
 from .launch_t6 import KeptKernel, keep
 
 
@@ -41,24 +41,24 @@ except ImportError:
     triton = None
 
 
-# Sizes with which the kernels are started.
-QUERY_TILE = 1024  # numbers of a block of heads that one program forms, at most
-QUERY_NUMBERS = 32  # of them for each thread
-PAIRS_TILE = 4096  # numbers of keys or values that one program forms
-PAIRS_NUMBERS = 32
-# Tokens whose K and V are formed by the programs that store them, one warp each: of more, the kernel that forms heads alone
-# saves more of the GPU's time than its launch takes.
-MOST_AT_ONCE = 2048
+# Launch sizes of the kernels.
+QUERY_TILE = 1024  # the most elements of a block of heads that one program forms
+QUERY_NUMBERS = 32  # of these per thread
+PAIRS_TILE = 4096  # elements of keys or values that one program forms
+PAIRS_NUMBERS = 32  # of these per thread
+# Up to this many tokens, the kernel that stores factors also forms K and V, with one warp per program. For more, a separate launch
+# of the kernel that forms heads is faster.
+MAX_FORMED_TOKENS = 2048
 
 
 class SelectedRanks(NamedTuple):
     """
-    A constant A that selects: key/value head g is `weights[g] / R` times row `ranks[g]` of B. Attention then has G
-    key/value heads, each for as many query heads that follow each other, as in GQA.
+    A constant A with one nonzero element per head: key/value head g is `weights[g] / R` times row `ranks[g]` of B. Attention
+    then has G key/value heads, each shared by equally many consecutive query heads, as in GQA.
 
     Attributes:
         ranks: int32 [G].
-        weights: [G], of A.
+        weights: [G], the nonzero elements of A.
     """
 
     ranks: torch.Tensor
@@ -67,14 +67,14 @@ class SelectedRanks(NamedTuple):
 
 class NewRows(NamedTuple):
     """
-    Where the rows of new tokens go in a cache that is not paged: the same rows of each sequence, one after the other. Tokens
-    are those of the first sequence, then those of the second, and so on.
+    Where the rows of new tokens go in a cache that is not paged: consecutive rows, the same in each sequence. The tokens of one
+    sequence follow those of another.
 
     Attributes:
-        first: the first of them, after `length` if there is one.
-        count: tokens of each sequence.
-        length: int64 [1], a number of rows on the device. A token whose row would then be beyond the room of the cache is
-            not written, and its query is NaN: the host cannot raise an error.
+        first: the index of the first row, relative to `length` if that is given.
+        count: new tokens per sequence.
+        length: int64 [1] on the device. A token whose row would be beyond the capacity of the cache is not written, and its
+            query is NaN: the host cannot raise an error.
     """
 
     first: int
@@ -84,8 +84,8 @@ class NewRows(NamedTuple):
 
 def select_ranks(a: torch.Tensor) -> SelectedRanks | None:
     """
-    The G key/value heads of a constant A [R, h] whose heads each have one rank, and equal ones lie together in groups of
-    h / G: that of a model converted from MHA, GQA or MQA. `None` for any other. Reads A on the host.
+    The [`SelectedRanks`] of a constant A [R, h] in which each head has one nonzero element, and consecutive groups of h / G heads
+    are equal, as in models converted from MHA, GQA or MQA. `None` for any other A. Reads A on the host.
     """
     a = a.detach()
     num_heads = a.shape[1]
@@ -100,16 +100,37 @@ def select_ranks(a: torch.Tensor) -> SelectedRanks | None:
 
 
 def rows_at(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """The rows [slots, width] of pages [blocks, page_size, width] in some slots, none negative, in PyTorch."""
-    # As bytes: not every PyTorch indexes float8 itself.
+    """The rows [slots, width] of pages [blocks, page_size, width] in these slots, none of them negative, by PyTorch."""
+    # As bytes, since not every version of PyTorch implements indexing for float8.
     numbers = pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
     return numbers[slots // pages.shape[1], slots % pages.shape[1]].view(pages.dtype)
 
 
+class FactorTransform(NamedTuple):
+    """
+    What is applied to the factors of tokens between their projections and the cache, apart from RoPE.
+
+    Attributes:
+        q_norm, k_norm: weights [d] of the RMS norms before RoPE of query heads and of keys; both, or `None`.
+        eps: of the norms.
+        activation: of A: "sigmoid", "softmax" over these heads, or `None`.
+        norms_key_heads: whether the norm of keys acts on the heads that A_K and B_K form, instead of on rows of B_K.
+    """
+
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    eps: float = 1e-6
+    activation: str | None = None
+    norms_key_heads: bool = False
+
+
+NO_TRANSFORM = FactorTransform()
+
+
 class FactorColumns(NamedTuple):
     """
-    Where among the columns of one product [tokens, columns] the factors of a token lie that [`store_factors`] takes: of each
-    the first column, n, and m, of n * m columns that are [n, m]. `None` for an A that is none, or a constant.
+    Which columns of one product [tokens, columns] are the factors that [`store_factors`] takes: for each the first column, n
+    and m, where its n * m columns are [n, m]. `None` for an A that is `None` or constant.
     """
 
     a_q: tuple[int, int, int] | None
@@ -125,7 +146,7 @@ class FactorColumns(NamedTuple):
 
 
 def _view_columns(product: torch.Tensor, start: int, n: int, m: int) -> torch.Tensor:
-    # `unflatten` would forget the stride of a single token, for which the kernel would be compiled once more.
+    # `unflatten` would not preserve the stride of a single token, for which the kernel would be compiled again.
     return product.as_strided((product.shape[0], n, m), (product.stride(0), m, 1), product.storage_offset() + start)
 
 
@@ -141,11 +162,7 @@ def store_factors(
     slots: torch.Tensor | NewRows,
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    activation: str | None = None,
-    norms_key_heads: bool = False,
+    transform: FactorTransform = NO_TRANSFORM,
     kernels: bool | None = None,
 ) -> torch.Tensor:
     """
@@ -153,31 +170,27 @@ def store_factors(
     do after the projections, in float32, in one launch.
 
     Args:
-        a_q: [tokens, h, R_Q] as it is projected, a constant [R_Q, h], or `None` for queries without factors.
+        a_q: [tokens, h, R_Q] as projected, a constant [R_Q, h], or `None` for queries without factors.
         b_q: [tokens, R_Q, d] before RoPE, or the queries [tokens, h, d].
-        a_k, a_v: [tokens, h_kv, R_K] and [tokens, h_kv, R_V] as they are projected; `None` where they are constants, and rows
-            hold B alone.
+        a_k, a_v: [tokens, h_kv, R_K] and [tokens, h_kv, R_V] as projected; `None` if they are constants, and rows hold B alone.
         b_k, b_v: [tokens, R_K, d] and [tokens, R_V, d]. All six may be views of one product, with any stride between
-            tokens; numbers of one token are contiguous.
-        cos, sin: [tokens, rotary_dim / 2], of the first features of each token's rotation (the second are the same).
-        slots: int64 [tokens] or fewer. A token with a negative slot, or without one, is not written. Or [`NewRows`].
-        key_pages, value_pages: see above. What is beyond the range of float8 is written as its largest number.
-        q_norm, k_norm: weights [d] of the RMS norm of query heads and of rows of B_K before RoPE, both or none.
-        norms_key_heads: whether the norm of keys is of the heads that A_K, which is no constant, and B_K form.
-        activation: of A that is projected: "sigmoid", "softmax" over these heads, or `None`.
+            tokens; the elements of one token are contiguous.
+        cos, sin: [tokens, rotary_dim / 2], for the first half of the rotated features (the second half has the same).
+        slots: int64 [tokens] or fewer. Tokens with a negative slot, or without one, are not written. Or [`NewRows`].
+        key_pages, value_pages: see the top of this file. float8 saturates.
         kernels: whether Triton does it, or PyTorch. `None`: Triton where it can.
 
     Returns:
         Queries [tokens, h, d], normalised and rotated, in the dtype of `b_q`.
+
+    Raises:
+        ValueError: if the pages have another width, or the elements of a token are not contiguous.
     """
     (_, k_rank, head_dim), v_rank, num_heads = b_k.shape, b_v.shape[1], 0 if a_k is None else a_k.shape[1]
     key_pages, value_pages, *layouts = _rows_of(key_pages, value_pages, k_rank, v_rank, num_heads, head_dim)
     kernels = _in_triton(b_q, key_pages) if kernels is None else kernels
     store = _store_in_triton if kernels else _store_in_torch
-    return store(
-        a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
-        norms_key_heads, *layouts,
-    )  # fmt: skip
+    return store(a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, transform, *layouts)
 
 
 def store_projections(
@@ -190,24 +203,23 @@ def store_projections(
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
     query: torch.Tensor,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    activation: str | None = None,
-    norms_key_heads: bool = False,
+    transform: FactorTransform = NO_TRANSFORM,
     kernels: bool | None = None,
     key: torch.Tensor | None = None,
     value: torch.Tensor | None = None,
     first_formed: int = 0,
 ) -> None:
     """
-    [`store_factors`] of factors that are `columns` of one product [tokens, columns], of which no views are made: these
-    take the host longer than the launch. Writes into `query` [tokens, h, d], which is contiguous.
+    [`store_factors`] of factors that are columns of one product. It makes no views of the product, which would take the host
+    longer than the launch.
 
     Args:
-        key, value: where K and V of the tokens from `first_formed` on go, [those tokens, h_kv, d], contiguous, as
-            [`form_heads_from_pages`] forms them of the rows; neither where A is constant. In the same launch, if there are
-            few tokens, but for `norms_key_heads`, and rows of another dtype than the heads'.
+        product: [tokens, columns].
+        columns: where the factors are; A_Q is `constant_a_q` instead if that is given.
+        query: output [tokens, h, d], contiguous.
+        key, value: outputs [tokens from `first_formed` on, h_kv, d], contiguous: K and V as [`form_heads_from_pages`] forms them
+            from the rows; `None` if A is constant. Formed in the same launch if there are few tokens, rows have the dtype of
+            the heads, and the key heads have no norm.
     """
     (_, k_rank, head_dim), v_rank, num_heads = (
         columns.b_k,
@@ -215,26 +227,28 @@ def store_projections(
         0 if columns.a_k is None else columns.a_k[1],
     )
     key_pages, value_pages, *layouts = _rows_of(key_pages, value_pages, k_rank, v_rank, num_heads, head_dim)
-    variant = q_norm, k_norm, eps, activation, norms_key_heads, *layouts
-    forms_at_once = False
+    forms_heads = False  # in the same launch
     if _in_triton(product, key_pages) if kernels is None else kernels:
-        offsets, strides = _places_of_columns(columns, product.element_size(), product.stride(0))
+        offsets, strides = _offsets_of_columns(columns, product.element_size(), product.stride(0))
         factors = [product] * 6
         if constant_a_q is not None:
             factors[0] = constant_a_q.contiguous()
         q_rank = 0 if columns.a_q is None and constant_a_q is None else columns.b_q[1]
-        forms_at_once = (
-            key is not None and len(key) <= MOST_AT_ONCE and not norms_key_heads and key_pages.dtype == key.dtype
+        forms_heads = (
+            key is not None
+            and len(key) <= MAX_FORMED_TOKENS
+            and not transform.norms_key_heads
+            and key_pages.dtype == key.dtype
         )
         _launch_store(
             factors, offsets, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a_q is not None,
-            *variant, *((key, value, first_formed) if forms_at_once else ()),
+            transform, *layouts, *((key, value, first_formed) if forms_heads else ()),
         )  # fmt: skip
     else:
         a_q, *others = columns.views(product)
         a_q = a_q if constant_a_q is None else constant_a_q
-        query.copy_(_store_in_torch(a_q, *others, cos, sin, slots, key_pages, value_pages, *variant))
-    if key is not None and not forms_at_once:
+        query.copy_(_store_in_torch(a_q, *others, cos, sin, slots, key_pages, value_pages, transform, *layouts))
+    if key is not None and not forms_heads:
         slots = slots[first_formed : first_formed + len(key)]
         form_heads_from_pages(key_pages, value_pages, slots, key, value, k_rank, v_rank)
 
@@ -243,16 +257,16 @@ def slots_of_rows(
     block_table: torch.Tensor, first_positions: torch.Tensor, row_starts: torch.Tensor, page_size: int, room: int
 ) -> torch.Tensor:
     """
-    The slots of some tokens of each request, in a row: once for all layers, without waiting for the device.
+    The slots of consecutive tokens of each request, concatenated. Computed once for all layers, without waiting for the device.
 
     Args:
-        block_table: int32 [requests, max pages], the blocks of each request's tokens in order.
-        first_positions: int32 [requests], the first position of each request that is wanted.
-        row_starts: int32 [requests + 1], ascending from 0: request b has the rows `row_starts[b]` to `row_starts[b + 1]`.
-        room: number of rows.
+        block_table: int32 [requests, max pages], the blocks of each request in order.
+        first_positions: int32 [requests], the position of the first of these tokens in each request.
+        row_starts: int32 [requests + 1], cumulative numbers of tokens, from 0.
+        room: the size of the result.
 
     Returns:
-        int64 [room], -1 behind the last request's.
+        int64 [room], -1 after the last request.
     """
     rows = torch.arange(room, dtype=row_starts.dtype, device=row_starts.device)
     requests = torch.searchsorted(row_starts, rows, right=True) - 1
@@ -276,13 +290,16 @@ def form_heads_from_pages(
     value_a: torch.Tensor | SelectedRanks | None = None,
 ) -> None:
     """
-    Forms K = (1 / R_K) A_K^T B_K, and V, of the tokens in some slots, in float32.
+    Forms K = (1 / R_K) A_K^T B_K and V = (1 / R_V) A_V^T B_V of the tokens in these slots, in float32.
 
     Args:
-        slots: int64 [rows], as of [`slots_of_rows`]. Where one is negative, a row is left as it is.
-        key, value: workspace [rows or more, h_kv, d], where a token's numbers are contiguous.
-        key_a, value_a: constant factors [R_K, h_kv] and [R_V, h_kv]; of both as `select_ranks` has them, the workspace has the
-            G key/value heads [room, G, d].
+        slots: int64 [rows], as from [`slots_of_rows`]. Rows with a negative slot are not written.
+        key, value: outputs [rows or more, h_kv, d], where the elements of a token are contiguous.
+        key_a, value_a: constant factors [R_K, h_kv] and [R_V, h_kv]; or both as [`SelectedRanks`], for outputs
+            [rows or more, G, d].
+
+    Raises:
+        ValueError: if the pages have another width.
     """
     num_heads = key.shape[1] if key_a is None else 0
     key_pages, value_pages, *layouts = _rows_of(key_pages, value_pages, k_rank, v_rank, num_heads, key.shape[2])
@@ -295,21 +312,21 @@ def _layouts(k_rank: int, v_rank: int, num_heads: int, head_dim: int) -> tuple[F
     return FactorLayout(k_rank, num_heads, head_dim), FactorLayout(v_rank, num_heads, head_dim)
 
 
-def _as_numbers(pages: torch.Tensor) -> torch.Tensor:
+def _as_float8(pages: torch.Tensor) -> torch.Tensor:
     return pages.view(torch.float8_e4m3fn) if pages.dtype == torch.uint8 else pages
 
 
 def _rows_of(
     key_pages: torch.Tensor, value_pages: torch.Tensor, k_rank: int, v_rank: int, num_heads: int, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, FactorLayout, FactorLayout]:
-    """Pages as the numbers that they hold, and the layouts of their rows, which must be as wide; `num_heads` is 0 of constant A."""
+    """The pages, as float8 if they are bytes, and the layouts of their rows, whose width is checked. `num_heads` is 0 for constant A."""
     key_layout, value_layout = _layouts(k_rank, v_rank, num_heads, head_dim)
     if key_pages.shape[-1] != key_layout.width or value_pages.shape[-1] != value_layout.width:
         raise ValueError(
             f"`key_pages` and `value_pages` must have rows of {key_layout.width} and {value_layout.width} numbers, got sizes "
             f"{list(key_pages.shape)} and {list(value_pages.shape)}."
         )
-    return _as_numbers(key_pages), _as_numbers(value_pages), key_layout, value_layout
+    return _as_float8(key_pages), _as_float8(value_pages), key_layout, value_layout
 
 
 def _in_triton(states: torch.Tensor, pages: torch.Tensor) -> bool:
@@ -318,7 +335,7 @@ def _in_triton(states: torch.Tensor, pages: torch.Tensor) -> bool:
 
 @functools.cache
 def has_kernels(device: torch.device, pages_dtype: torch.dtype) -> bool:
-    """Whether kernels on pages run: on GPUs that `is_supported` says, and in Triton's interpreter."""
+    """Whether kernels on pages run: on GPUs as `is_supported` says, and in Triton's interpreter."""
     if device.type != "cuda" or torch.version.cuda is None:
         return triton is not None and IS_INTERPRETED
     return triton is not None and is_supported(device, pages_dtype.itemsize == 1)
@@ -328,10 +345,10 @@ def has_kernels(device: torch.device, pages_dtype: torch.dtype) -> bool:
 
 
 def _store_in_torch(
-    a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
-    norms_key_heads, key_layout, value_layout,
+    a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, transform, key_layout, value_layout
 ) -> torch.Tensor:  # fmt: skip
     dtype = b_q.dtype
+    q_norm, k_norm, eps, activation, norms_key_heads = transform
     cos, sin = (torch.cat([x, x], dim=-1)[None].float() for x in (cos, sin))
 
     def head_factors(a: torch.Tensor | None) -> torch.Tensor | None:
@@ -356,10 +373,10 @@ def _store_in_torch(
         offsets = tokens % slots.count + slots.first + (0 if slots.length is None else slots.length)
         is_stored = offsets < min(key_pages.shape[1], value_pages.shape[1])
         query[~is_stored] = math.nan
-        places = (tokens // slots.count)[is_stored], offsets[is_stored]
+        indices = (tokens // slots.count)[is_stored], offsets[is_stored]
     else:
         is_stored = slots >= 0
-        places = slots[is_stored] // key_pages.shape[1], slots[is_stored] % key_pages.shape[1]
+        indices = slots[is_stored] // key_pages.shape[1], slots[is_stored] % key_pages.shape[1]
     for pages, layout, a, b in (
         (key_pages, key_layout, a_k, b_k), (value_pages, value_layout, a_v, b_v[None].float())
     ):  # fmt: skip
@@ -367,7 +384,7 @@ def _store_in_torch(
         if pages.dtype == torch.float8_e4m3fn:  # as bytes: not every PyTorch indexes float8 itself
             limits = torch.finfo(pages.dtype)
             rows, pages = rows.clamp(limits.min, limits.max).to(pages.dtype).view(torch.uint8), pages.view(torch.uint8)
-        pages[places] = rows.to(pages.dtype)
+        pages[indices] = rows.to(pages.dtype)
     return query
 
 
@@ -389,7 +406,10 @@ def _form_in_torch(key_pages, value_pages, slots, key, value, key_a, value_a, ke
 
 
 def _page_units(itemsize: int, page_size: int, *strides: int) -> tuple[tuple[int, ...], dict]:
-    """Strides of blocks and rows, of keys and of values, and in which unit; pages without gaps are as those of one row."""
+    """
+    The strides of pages and rows, of keys and of values, in units, and the constants that tell the kernel. Pages without gaps
+    between them are treated as pages of one row.
+    """
     if page_size and strides[0] == page_size * strides[1] and strides[2] == page_size * strides[3]:
         page_size, strides = 1, (strides[1], 0, strides[3], 0)
     unit = stride_unit(itemsize, *strides)
@@ -397,8 +417,8 @@ def _page_units(itemsize: int, page_size: int, *strides: int) -> tuple[tuple[int
 
 
 @functools.lru_cache(4096)
-def _places_of_columns(columns: FactorColumns, itemsize: int, stride: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of each factor bytes before the first column, and numbers from a token to the next; 0 of an A that is none."""
+def _offsets_of_columns(columns: FactorColumns, itemsize: int, stride: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For each factor the bytes before its first column, and the stride between tokens in elements; 0 for an A that is `None`."""
     starts = tuple(0 if part is None else itemsize * part[0] for part in columns)
     return starts, tuple(0 if part is None else stride for part in columns)
 
@@ -427,7 +447,7 @@ def _store_sizes(num_heads: int, key_layout: FactorLayout, value_layout: FactorL
 
 
 def _token_stride(name: str, x: torch.Tensor | None, is_constant: bool = False) -> int:
-    """Numbers from a token to the next, of factors whose other numbers are contiguous."""
+    """The stride between tokens of factors whose elements of one token must be contiguous; 0 if `x` is constant or `None`."""
     if x is None or is_constant:
         return 0
     strides = x.stride()
@@ -440,8 +460,7 @@ def _token_stride(name: str, x: torch.Tensor | None, is_constant: bool = False) 
 
 
 def _store_in_triton(
-    a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, q_norm, k_norm, eps, activation,
-    norms_key_heads, key_layout, value_layout,
+    a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, slots, key_pages, value_pages, transform, key_layout, value_layout
 ) -> torch.Tensor:  # fmt: skip
     constant_a = a_q is not None and a_q.dim() == 2
     strides = (
@@ -458,22 +477,23 @@ def _store_in_triton(
     query = b_q.new_empty((b_q.shape[0], num_heads, b_q.shape[2]))
     _launch_store(
         factors, None, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a,
-        q_norm, k_norm, eps, activation, norms_key_heads, key_layout, value_layout,
+        transform, key_layout, value_layout,
     )  # fmt: skip
     return query
 
 
 def _launch_store(
     factors, offsets, strides, cos, sin, slots, key_pages, value_pages, query, q_rank, constant_a,
-    q_norm, k_norm, eps, activation, norms_key_heads, key_layout, value_layout, key=None, value=None, first_formed=0,
+    transform, key_layout, value_layout, key=None, value=None, first_formed=0,
 ) -> None:  # fmt: skip
     """`factors` are A and B of queries, keys and values, with their strides; `offsets` are where they start in one product."""
     num_tokens, num_heads, _ = query.shape
     if num_tokens == 0:
         return
-    page_size, has_length, places = key_pages.shape[1], False, (0, 1, 0)
+    q_norm, k_norm, eps, activation, norms_key_heads = transform
+    page_size, has_length, new_rows = key_pages.shape[1], False, (0, 1, 0)
     if isinstance(slots, NewRows):
-        places, page_size, has_length = (slots.first, slots.count, page_size), 0, slots.length is not None
+        new_rows, page_size, has_length = (slots.first, slots.count, page_size), 0, slots.length is not None
         slots = slots.length if has_length else query
     kernel, programs, numbers = _store_kernel(
         num_heads, q_rank, constant_a, key_layout, value_layout, activation, 2 * cos.shape[1], q_norm is not None,
@@ -486,7 +506,7 @@ def _launch_store(
     tensors = [*factors, cos, sin, q_norm, k_norm, slots, key_pages, value_pages, query, *states]
     if offsets is not None:
         offsets = (*offsets, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    numbers = [*numbers, slots.shape[0], *places, first_formed, float(eps)]
+    numbers = [*numbers, slots.shape[0], *new_rows, first_formed, float(eps)]
     kernel((num_tokens * programs, 1, 1), tensors, numbers, offsets)
 
 
@@ -495,7 +515,7 @@ def _store_kernel(
     num_heads, q_rank, constant_a, key_layout, value_layout, activation, rotary_dim, has_norm, norms_key_heads, has_length, forms,
     itemsize, strides, cos_stride, sin_stride, page_itemsize, page_size, *page_strides,
 ) -> tuple[KeptKernel, int, tuple[int, ...]]:  # fmt: skip
-    """The kernel with its constants, programs for each token, and all strides in their units."""
+    """The kernel with its constants, the programs per token, and all strides in their units."""
     sizes = _store_sizes(num_heads, key_layout, value_layout)
     head_blocks = -(-num_heads // sizes["BLOCK_H"])
     key_blocks = -(-key_layout.padded_heads // sizes["BLOCK_H"]) if norms_key_heads else 0
@@ -517,6 +537,7 @@ def _store_kernel(
         FORMS=forms,
         **page_constants,
         **sizes,
+        **LAUNCH_OPTIONS,
     )
     units = [stride // b_unit if i % 2 else stride for i, stride in enumerate(strides)]
     return kernel, head_blocks + 2 + key_blocks + formed_blocks, (*units, cos_stride, sin_stride, *page_strides)
@@ -545,7 +566,7 @@ def _form_kernel(
     num_heads, head_dim, key_layout, value_layout, key_kind, value_kind, key_stride, value_stride,
     page_itemsize, page_size, *page_strides,
 ) -> tuple[KeptKernel, int, tuple[int, ...]]:  # fmt: skip
-    """The kernel with its constants, pairs of a token and a head for each program, and strides of pages in their unit."""
+    """The kernel with its constants, the pairs of a token and a head per program, and the strides of pages in their unit."""
     page_strides, page_constants = _page_units(page_itemsize, page_size, *page_strides)
     block_d = power_of_2(head_dim, 16)
     block_m = max(1, PAIRS_TILE // block_d)
@@ -559,5 +580,6 @@ def _form_kernel(
         BLOCK_D=block_d,
         num_warps=PAIRS_TILE // (32 * PAIRS_NUMBERS),
         **page_constants,
+        **LAUNCH_OPTIONS,
     )
     return kernel, block_m, page_strides

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The factor projections of a layer as one product: their weights one below the other, filled up to whole tiles"""
+"""The factor projections of a layer as one matrix product, of their concatenated weights padded to whole tiles"""
 
 import contextlib
 from collections.abc import Collection, Iterator
@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 
-# Rows of the product's weight are a multiple of this. 68 or 34 outputs in half precision are no whole number of 16 bytes,
-# and fall to slow kernels, forward and twice backward; more than 8 gains nothing: kernels' tiles are cut at any 16 bytes.
+# The output size is padded to a multiple of this. 68 or 34 outputs in half precision do not end on 16 bytes, and fall to slow
+# kernels, in the forward pass and twice in the backward pass. A larger multiple gains nothing.
 ROW_MULTIPLE = 8
-# Of so few tokens (a decoded one, or some that are verified) products take no longer than putting their weights together.
-MAX_TOKENS_ONE_BY_ONE = 8
-# Whether `generate()` puts them together once for all its tokens; a benchmark may switch it off.
+# Up to this many tokens (one that is decoded, or a few that are verified) the overhead of operators outweighs their work.
+MAX_OVERHEAD_BOUND_TOKENS = 8
+# Whether `generate()` concatenates the weights once for all its tokens; a benchmark may switch it off.
 PACK = True
 
 
@@ -34,8 +34,8 @@ _UNCHANGED = contextlib.nullcontext()
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """
-    A context in which `device` computes in the dtypes of the tensors that it is given. Autocast puts tensors of its own
-    dtype and of float32 together, and fails on others: float8, or another half precision of the model.
+    A context without autocast on `device`. Autocast mixes its own dtype and float32, and fails on others: float8, or the
+    other half precision.
     """
     enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)  # "meta" has none
     return torch.autocast(device.type, enabled=False) if enabled else _UNCHANGED
@@ -43,26 +43,28 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 def is_exporting() -> bool:
     """
-    What `torch.compiler.is_exporting()` returns, but for Dynamo, up to torch 2.11, which takes that for True in torch.compile,
-    too.
+    `torch.compiler.is_exporting()`, which up to torch 2.11 Dynamo takes to be True in torch.compile, too.
     """
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
-def are_few(hidden_states: torch.Tensor) -> bool:
-    """Whether operators on `hidden_states` [..., tokens, hidden_size] take as long as they are many, and no gradient is wanted."""
-    count = hidden_states.shape[-2]
+def is_overhead_bound(hidden_states: torch.Tensor) -> bool:
+    """
+    Whether `hidden_states` [..., tokens, hidden_size] are so few tokens that the number of operators, not their size, decides
+    how long a forward pass takes. False where gradients are wanted.
+    """
+    num_tokens = hidden_states.shape[-2]
     if torch.is_grad_enabled():
         return False
-    if is_exporting():  # one program is for all lengths
+    if is_exporting():  # one exported program serves all lengths
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        return statically_known_true(count <= MAX_TOKENS_ONE_BY_ONE)
-    return count <= MAX_TOKENS_ONE_BY_ONE
+        return statically_known_true(num_tokens <= MAX_OVERHEAD_BOUND_TOKENS)
+    return num_tokens <= MAX_OVERHEAD_BOUND_TOKENS
 
 
 def _are_plain(projections: Collection[nn.Module]) -> bool:
-    """Whether the projections are `nn.Linear`, with nothing added, whose weights and biases can be put together."""
+    """Whether the projections are `nn.Linear` without hooks or wrappers, whose weights and biases can be concatenated."""
     if not all(type(projection) is nn.Linear and not is_extended(projection) for projection in projections):
         return False
     weights = [parameter for projection in projections for parameter in (projection.weight, projection.bias)]
@@ -77,15 +79,23 @@ def _are_plain(projections: Collection[nn.Module]) -> bool:
     )
 
 
+def _are_like(weight: torch.Tensor, projections: Collection[nn.Module]) -> bool:
+    """Whether the projections can be put together in a tensor like `weight`."""
+    if not _are_plain(projections):
+        return False
+    first = next(iter(projections)).weight
+    return (first.dtype, first.device) == (weight.dtype, weight.device)
+
+
 def _are_whole(projections: Collection[nn.Module]) -> bool:
-    """Whether weights are here outside of a forward pass, too: some ways to share them out leave flat pieces, or nothing."""
+    """Whether weights have their shape outside of a forward pass, too: sharding (FSDP, ZeRO) may leave flat shards or nothing."""
     return all(
         projection.weight.shape == (projection.out_features, projection.in_features) for projection in projections
     )
 
 
 def is_extended(module: nn.Module) -> bool:
-    """Whether a call does more than the class's `forward`: hooks, or one of its own, as accelerate and sharding set it."""
+    """Whether a call does more than the class's `forward`: by hooks, or by a `forward` that accelerate or sharding has set."""
     return bool(
         "forward" in module.__dict__
         or module._forward_pre_hooks
@@ -97,7 +107,7 @@ def is_extended(module: nn.Module) -> bool:
 
 
 def _concatenate(parameters: list[torch.Tensor], padding: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The rows of all, then `padding` rows of zeros; written to `out` if that is such a tensor."""
+    """The parameters and `padding` rows of zeros, concatenated; into `out` if its shape, dtype and device fit."""
     if padding:
         parameters = [*parameters, parameters[0].new_zeros(padding, *parameters[0].shape[1:])]
     first, rows = parameters[0], sum(len(parameter) for parameter in parameters)
@@ -109,11 +119,13 @@ def _concatenate(parameters: list[torch.Tensor], padding: int, out: torch.Tensor
 
 class FactorProduct:
     """
-    The factor projections of a layer, `nn.Linear` by their names, as one product of hidden states.
+    The factor projections of a layer, `nn.Linear` by name, as one product.
+
+    Args:
+        other: an earlier product, whose memory is used again where it fits.
 
     Attributes:
-        weight, bias: [rows, hidden_size] and [rows] or `None`, those of the projections one below the other, then zeros.
-            Written to those of `other`, a product of before, where they fit.
+        weight, bias: [rows, hidden_size] and [rows] or `None`, those of the projections concatenated, then zeros.
     """
 
     def __init__(self, projections: dict[str, nn.Linear], other: "FactorProduct | None" = None):
@@ -126,28 +138,29 @@ class FactorProduct:
             self.bias = _concatenate([linear.bias for linear in linears], padding, other and other.bias)
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., rows], the outputs of all projections side by side, then zeros."""
+        """The outputs of all projections concatenated, then zeros: [..., rows]"""
         return nn.functional.linear(hidden_states, self.weight, self.bias)
 
     def split(self, outputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The outputs by the names of their projections."""
+        """The outputs of each projection, by its name."""
         return dict(zip(self.names, outputs.split_with_sizes(self.sizes, dim=-1)))
 
 
 class RowProduct(FactorProduct):
     """
-    A [`FactorProduct`] whose outputs are queries' factors, and rows as a cache holds them but for RoPE: a row is linear in factors
-    as they are in hidden states, so that the row of the weights makes the rows of tokens.
+    A [`FactorProduct`] whose outputs are B_Q, the key row and the value row as the cache stores them (before RoPE), and A_Q.
+    Packing a row permutes and pads the outputs of the projections. Done once to the rows of their weights, it need not be done
+    to each token.
 
     Attributes:
-        sizes: the numbers of B_Q, of a key row, which begins with B_K, of a value row, and of A_Q.
+        sizes: the sizes of B_Q, of a key row, which begins with B_K, of a value row, and of A_Q.
     """
 
     def __init__(
         self, layer: "FactorProjections", projections: dict[str, nn.Linear], other: FactorProduct | None = None
     ):
         def parts(outputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-            """Of outputs of the projections, [1, tokens, out_features], [..., tokens, number] each."""
+            """From outputs of the projections [1, tokens, out_features], the four parts [..., tokens, size]."""
             a, b = ({x: make(x, outputs) for x in "qkv"} for make in (layer._head_factors, layer._feature_factors))
             rows = layer.key_layout.pack(a["k"], b["k"]), layer.value_layout.pack(a["v"], b["v"])
             return [b["q"].flatten(2), *rows, a["q"].flatten(2)]
@@ -172,21 +185,20 @@ class RowProduct(FactorProduct):
 
 class PackedFactors:
     """
-    A layer's [`FactorProduct`] that is kept, as [`packed_factors`] makes it.
+    The [`FactorProduct`] that a layer keeps for [`packed_factors`].
 
     Attributes:
-        product: its weights stay where they are when they are filled anew: compiled steps that were captured as CUDA graphs
-            read them there. `None` before the first time.
-        is_valid: whether its weights are equal to the projections' own, as they are inside of [`packed_factors`] alone.
+        product: `None` before the first use. Its weights keep their addresses, as CUDA graphs that were captured read them.
+        is_valid: whether its weights equal those of the projections, as is certain only inside [`packed_factors`].
     """
 
     def __init__(self):
         self.product, self.is_valid = None, False
 
-    def __reduce__(self):  # copies of a model make their own
+    def __reduce__(self):  # copies of a model start without a product
         return PackedFactors, ()
 
-    @torch.inference_mode(False)  # what it makes could not be written to outside
+    @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside it
     @torch.no_grad()
     def fill(self, layer: "FactorProjections") -> None:
         projections = layer._factor_projections()
@@ -197,8 +209,8 @@ class PackedFactors:
 
 class FactorProjections(nn.Module):
     """
-    A layer whose `q_b_proj`, `k_b_proj`, ..., `v_a_proj` are `nn.Linear` of the same hidden states. They stay the modules and
-    parameters that they are, and are computed together where that gives the same: see [`project_factors`].
+    A layer with projections `q_b_proj`, `k_b_proj`, ..., `v_a_proj` of the same hidden states. They remain modules with
+    parameters of their own, and are computed as one product where that gives the same: see [`project_factors`].
     """
 
     def __init__(self):
@@ -207,11 +219,11 @@ class FactorProjections(nn.Module):
 
     def project_factors(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        The outputs [..., out_features] of all factor projections of `hidden_states` [..., hidden_size], by their names.
+        The outputs [..., out_features] of all factor projections of `hidden_states` [..., hidden_size], by name.
 
-        They are slices of one product, B's first, so that these start on 16 bytes. Projections that are more than their
-        weights (quantised, with adapters, sharded, offloaded, with hooks) are called one by one, and so are those of a few
-        tokens without gradients, where putting the weights together costs more than it saves, unless [`packed_factors`] has.
+        They are slices of one product, B first, so that B starts on 16 bytes. Projections that do more than multiply by
+        their weights (quantised, sharded, offloaded, with adapters or hooks) are called separately. So are those of a few
+        tokens without gradients, where concatenating the weights costs more than it saves, outside of [`packed_factors`].
         """
         product = self._product_for(hidden_states)
         if product is None:
@@ -219,14 +231,14 @@ class FactorProjections(nn.Module):
         return product.split(product(hidden_states))
 
     def project_together(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """What [`project_factors`] gives slices of, whole [..., rows]; `None` where projections are called one by one."""
+        """The product [..., rows] that [`project_factors`] slices; `None` where projections are called separately."""
         product = self._product_for(hidden_states)
         return None if product is None else product(hidden_states)
 
     def _product_for(self, hidden_states: torch.Tensor) -> FactorProduct | None:
         if self.packed.is_valid and not torch.is_grad_enabled():
             return self.packed.product
-        if are_few(hidden_states):
+        if is_overhead_bound(hidden_states):
             return None
         projections = self._factor_projections()
         return FactorProduct(projections) if len(projections) > 1 and _are_plain(projections.values()) else None
@@ -236,12 +248,11 @@ class FactorProjections(nn.Module):
         return FactorProduct(projections, other)
 
     def _apply(self, *args, **kwargs):
-        """As in every module; weights that went to another device or dtype leave no copies where they were."""
+        """As in every module; a product of weights that have moved to another device or dtype is dropped."""
         super()._apply(*args, **kwargs)
-        product, weights = self.packed.product, [linear.weight for linear in self._factor_projections().values()]
-        if product is not None and any(
-            (weight.dtype, weight.device) != (product.weight.dtype, product.weight.device) for weight in weights
-        ):
+        product = self.packed.product
+        # Projections may have become others since, as quantisation makes them, which need not have a weight.
+        if product is not None and not _are_like(product.weight, self._factor_projections().values()):
             self.packed.product, self.packed.is_valid = None, False
         return self
 
@@ -253,18 +264,18 @@ class FactorProjections(nn.Module):
 @contextlib.contextmanager
 def packed_factors(model: nn.Module) -> Iterator[None]:
     """
-    A context in which tokens without gradients are projected to the factors of a layer of `model` by one product, as few as they
-    may be: of copies of the weights, made here once for all steps. Weights must not change inside, where nobody would
-    see it; what is done to them between two such contexts counts. `generate()` is one; a decoding loop of one's own, or the capture
-    and all replays of a CUDA graph, may be put in another.
+    A context in which the factor projections of each layer of `model` are one product for any number of tokens without
+    gradients, of copies of their weights that are made on entry. Changes to the weights inside the context go unnoticed; the
+    next context sees them. `generate()` runs in one; put your own decoding loop, or the capture and all replays of a CUDA
+    graph, in another.
 
-    Layers whose projections are more than their weights stay as they are: see `_are_plain`. The copies are kept with the model for
-    the next time: they take as much memory as the factor projections do.
+    Layers whose projections are not plain (see `_are_plain`) are left alone. The model keeps the copies, which take as much
+    memory as the factor projections.
     """
     packed = []
     try:
         for layer in model.modules() if PACK else ():
-            if isinstance(layer, FactorProjections) and not layer.packed.is_valid:  # else it is in one already
+            if isinstance(layer, FactorProjections) and not layer.packed.is_valid:  # contexts may be nested
                 linears = layer._factor_projections().values()
                 if len(linears) > 1 and _are_plain(linears) and _are_whole(linears):
                     packed.append(layer.packed)

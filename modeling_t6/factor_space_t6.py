@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Attention in factor space, in PyTorch: decoding from a cache of factors without K and V (paper, section 3.3)"""
+"""Attention in factor space, in PyTorch: decoding from a cache of factors without forming K and V (paper, section 3.3)"""
 
 import functools
 import math
@@ -29,29 +29,31 @@ from .factors_t6 import Factors, without_autocast
 from .quantized_rows_t6 import QuantizedFactors
 
 
-# With this many query tokens or fewer, attention over the cache costs less in factor space than forming K and V.
+# Up to this many query tokens, attention over the cache costs less in factor space than forming K and V.
 MAX_FACTOR_SPACE_QUERIES = 8
-# Cached tokens in one step of the online softmax: enough to amortise a dozen operations, few enough to stay in a core's cache.
+# Cached tokens in one iteration of the online softmax: enough to amortise a dozen operators, few enough for a core's cache.
 FACTOR_SPACE_CHUNK = 4096
-# A GPU has no such caches, and its steps cost the host as much as a CPU.
-CHUNKS_AT_ONCE_ON_A_GPU = 2
-# Sums over fewer tokens are one product; so many rows lie in a core's cache as they are.
+# On a GPU, which has no such cache and whose iterations cost the host as much, chunks are longer by this factor.
+GPU_CHUNK_FACTOR = 2
+# From this length of the cache on, sums over tokens are divided into blocks, and rows are copied to a buffer first: shorter caches
+# fit a core's cache as they are.
 MIN_TOKENS_IN_BLOCKS = 1024
-# Blocks of tokens that are summed side by side: the sum over a long cache is a small matrix, and would leave cores idle.
+# Blocks of tokens that are summed in parallel. The sum over a long cache is a small matrix, whose product leaves cores idle.
 BLOCKS = 8
 LOG2_E = 1 / math.log(2)
 
 
 class FactorChunks(NamedTuple):
     """
-    The factors of keys, or of values, of all tokens, read some tokens at a time.
+    The factors of keys, or of values, of all tokens, to be read chunk by chunk.
 
     Attributes:
         length: number of tokens.
         rank: R.
-        read: A [batch, rows, R, h_kv] and B [batch or 1, rows, R, d] of these rows, B_K rotated, in any dtype. What is constant
-            is not looked at. Valid until the next call, of that of the values, too.
-        constant_a, constant_b: [R, h_kv] and [R, d], or `None`. A constant B_K that is rotated is read like any other.
+        read: returns A [batch, rows, R, h_kv] and B [batch or 1, rows, R, d] of a slice of rows, B_K rotated, in any dtype; a
+            factor that is constant is ignored. They are valid until the next call of `read`, for keys or for values.
+        constant_a, constant_b: [R, h_kv] and [R, d], or `None`. A constant B_K, which is rotated for each token, is read like one
+            that is not constant.
     """
 
     length: int
@@ -68,9 +70,13 @@ class FactorChunks(NamedTuple):
         features: Callable[[torch.Tensor, slice], torch.Tensor] = lambda b, rows: b,
     ) -> "FactorChunks":
         """
-        Of tensors: A [batch, length, R, h_kv] or constant [R, h_kv], and B [batch, length, R, d] or constant [R, d].
-        `features` makes what heads are made of out of the B factors of these rows (constants get all of themselves): called for
-        one chunk at a time, so that it is not formed for the whole cache.
+        Chunks of tensors.
+
+        Args:
+            a: [batch, length, R, h_kv], or constant [R, h_kv].
+            b: [batch, length, R, d], or constant [R, d].
+            features: turns B as it is cached, of a slice of rows, into the B that heads are formed from. Called for one chunk
+                at a time, so that the result is not formed for the whole cache.
         """
         constant_a, constant_b = a.dim() == 2, b.dim() == 2
 
@@ -85,25 +91,25 @@ def chunks_of_rows(
     layouts: tuple[FactorLayout, FactorLayout],
     rows: tuple[torch.Tensor, torch.Tensor],
     dtype: torch.dtype,
-    all_at_once: bool = False,
+    as_one_chunk: bool = False,
 ) -> tuple[FactorChunks, FactorChunks]:
     """
-    The factors of keys and of values of rows [batch, 1, length, width] that hold both factors as heads are made of them, in
-    `dtype`. `all_at_once`: whether they are read as one chunk.
+    The factors, in `dtype`, of key rows and value rows [batch, 1, length, width] that hold both A and B as heads are formed from
+    them. `as_one_chunk`: whether all rows will be read together.
     """
-    place, length = None, rows[0].shape[2]
+    buffer, length = None, rows[0].shape[2]
     if rows[0].is_cpu and length >= MIN_TOKENS_IN_BLOCKS and not torch.compiler.is_compiling():
-        # The products read the numbers of one rank, then those of the next. Memory gives out whole rows faster, one after the
-        # other: they are copied to a core's cache first, and always to the same place there.
-        count = length if all_at_once else min(FACTOR_SPACE_CHUNK, length)
-        place = rows[0].new_empty(len(rows[0]) * count * max(x.shape[-1] for x in rows), dtype=dtype)
+        # Products read one rank after the other, which is slow from memory. A sequential copy brings whole rows into a core's
+        # cache first, always to the same buffer.
+        count = length if as_one_chunk else min(FACTOR_SPACE_CHUNK, length)
+        buffer = rows[0].new_empty(len(rows[0]) * count * max(x.shape[-1] for x in rows), dtype=dtype)
 
     def chunks(layout: FactorLayout, rows: torch.Tensor) -> FactorChunks:
         def read(at: slice) -> tuple[torch.Tensor, torch.Tensor]:
             chunk = rows if at.start == 0 and at.stop >= length else rows[:, :, at]
-            if place is None:
-                return layout.unpack(_converted(chunk, dtype))
-            return layout.unpack(place[: chunk.numel()].view(chunk.shape).copy_(chunk))
+            if buffer is None:
+                return layout.unpack(_cast(chunk, dtype))
+            return layout.unpack(buffer[: chunk.numel()].view(chunk.shape).copy_(chunk))
 
         return FactorChunks(length, layout.rank, read)
 
@@ -112,8 +118,8 @@ def chunks_of_rows(
 
 def attend_in_factor_space(query_length: int, cache: Cache | None) -> bool:
     """
-    Whether this way is taken: few query tokens over a cache, and no gradient wanted. K and V are then never
-    formed. Otherwise (training, prefill, no cache) they are, once, for Transformers' attention interface.
+    Whether attention is computed in factor space: for few query tokens over a cache, without gradients. Otherwise (training,
+    prefill, no cache) K and V are formed for Transformers' attention interface.
     """
     return cache is not None and query_length <= MAX_FACTOR_SPACE_QUERIES and not torch.is_grad_enabled()
 
@@ -126,29 +132,30 @@ def factor_space_attention_forward(
     implementation: str,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[`factor_space_attention`] over the factors of a cache; probabilities where the eager implementation is asked for."""
-    query = _converted(module.queries(factors), factors.dtype)
+    """[`factor_space_attention`] over the factors of a cache, with probabilities if `implementation` is "eager"."""
+    query = _cast(module.queries(factors), factors.dtype)
     output_attentions = implementation == "eager"
     with without_autocast(query.device):
         if factors.key_rows.dtype == torch.uint8:
             return _attend_to_quantized_rows(module, factors, query, attention_mask, scaling, output_attentions)
-        chunks = _factors_in_chunks(module, factors, dtype_of_products(query), output_attentions)
+        chunks = _chunks_of_cache(module, factors, matmul_dtype(query), output_attentions)
         return factor_space_attention(query, *chunks, attention_mask, scaling, output_attentions)
 
 
-def dtype_of_products(query: torch.Tensor) -> torch.dtype:
-    # A CPU's products in half precision are slow where it has no instructions for them, and where it has, code is made for each
-    # length of a cache anew, which takes longer than the products.
+def matmul_dtype(query: torch.Tensor) -> torch.dtype:
+    """The dtype of matrix products: float32 instead of half precision on a CPU."""
+    # Some CPUs have no instructions for half precision; for others oneDNN generates code for each length of the cache, which takes
+    # longer than the products.
     return torch.promote_types(query.dtype, torch.float32) if query.device.type == "cpu" else query.dtype
 
 
-def _factors_in_chunks(
-    module: nn.Module, factors: Factors, dtype: torch.dtype, all_at_once: bool
+def _chunks_of_cache(
+    module: nn.Module, factors: Factors, dtype: torch.dtype, as_one_chunk: bool
 ) -> tuple[FactorChunks, FactorChunks]:
-    """Those of the keys and of the values in a cache."""
+    """Chunks of keys and of values."""
     rows, layouts = (factors.key_rows, factors.value_rows), (module.key_layout, module.value_layout)
-    if module.caches_what_forms_heads:
-        return chunks_of_rows(layouts, rows, dtype, all_at_once)
+    if module.caches_both_factors:
+        return chunks_of_rows(layouts, rows, dtype, as_one_chunk)
     a_k, b_k, a_v, b_v = module.unpack(factors, *rows)
     key_features = functools.partial(module.features, rotation=factors.key_rotation)
     return FactorChunks.of(a_k, b_k, key_features), FactorChunks.of(a_v, b_v, module.features)
@@ -162,13 +169,16 @@ def _attend_to_quantized_rows(
     scaling: float,
     output_attentions: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """B stays rotated: the query is rotated before, the output after, and a chunk of rows at a time becomes numbers."""
+    """
+    [`factor_space_attention`] over rows of 4 bits. One chunk is dequantised at a time. B stays in the rotated basis of
+    `QuantizedLayout`: the query is rotated into it, and the output back.
+    """
 
     def in_chunks(layout: FactorLayout, rows: torch.Tensor, a: torch.Tensor) -> FactorChunks:
         packed, constant_a = QuantizedFactors(layout.quantized, rows, factors.dtype), module.config.noncontextual_a
 
         def read(at: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            chunk_a = a if constant_a else packed.heads(packed.a[:, at], at)
+            chunk_a = a if constant_a else packed.heads(packed.a[:, at])
             return chunk_a, packed.features(packed.b[:, at], at)
 
         return FactorChunks(rows.shape[2], layout.rank, read, a if constant_a else None)
@@ -193,22 +203,22 @@ def factor_space_attention(
     output_attentions: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    softmax(Q K^T * scaling) V without K and V: a head's score with a token is Q_i . B_K[s] weighted by A_K[s, i],
-    summed over the rank; its output is the sum of B_V[u] weighted by p_i A_V[u, i]. No gradient: works in place.
+    softmax(Q K^T * scaling) V without forming K and V. For head i, cached token m and ranks R_K and R_V:
 
-    Goes through the cache in chunks with an online softmax: nothing larger than [R, batch, FACTOR_SPACE_CHUNK,
-    query_length, h], or than a chunk's rows, is formed, and the products with B are plain matrix products over the rows as
-    they lie.
+        score[i, m] = scaling / R_K * sum_s A_K[m, s, i] (Q_i . B_K[m, s])
+        output_i = 1 / R_V * sum_m sum_u softmax(score)[i, m] A_V[m, u, i] B_V[m, u]
+
+    An online softmax goes through the cache in chunks: no intermediate is larger than [R, batch, FACTOR_SPACE_CHUNK,
+    query_length, h] or the rows of a chunk. Products with B are plain matrix products. It works in place, and has no gradient.
 
     Args:
         query: [batch, query_length, h, d], rotated.
-        keys, values: A and B as [`FactorChunks`] reads them, or as tensors that `FactorChunks.of` takes. h_kv divides h: the
-            heads of a group have one A. Constant A factors of the keys act on the query, those of the values on the output,
-            once for all tokens; so do constant B factors of the values.
+        keys, values: as [`FactorChunks`], or as tensors A and B that `FactorChunks.of` takes. Groups of h / h_kv heads share
+            a column of A. Constant A_K is multiplied into the query once for all tokens, constant A_V and B_V into the output.
         attention_mask: boolean (True: attend) or additive, broadcastable to [batch, h, query_length, key_length].
             `None` is causal, the last query being aligned with the last key.
-        scaling: the factor of Q K^T, usually 1 / sqrt(d).
-        output_attentions: whether to return the probabilities, which takes one chunk as long as the cache.
+        scaling: of the scores, usually 1 / sqrt(d).
+        output_attentions: whether to return the probabilities. The whole cache is then one chunk.
 
     Returns:
         Output [batch, query_length, h, d], and probabilities [batch, h, query_length, key_length] or `None`.
@@ -220,67 +230,50 @@ def factor_space_attention(
         attention_mask = torch.ones(query_length, key_length, dtype=torch.bool, device=query.device)
         attention_mask = attention_mask.tril(key_length - query_length)[None, None]
     constant_a, constant_b = keys.constant_a is not None, values.constant_b is not None
-    # Not under torch.compile, where lengths below 8, below 16 and above would each take a graph.
+    # Under torch.compile the length must not decide what is computed: each case would be a graph of its own.
     is_eager = not torch.compiler.is_compiling()
     if is_eager and key_length < MIN_TOKENS_IN_BLOCKS and key_length <= FACTOR_SPACE_CHUNK:
         if not (constant_a or constant_b or output_attentions):
             return _attend_to_few_tokens(query, keys, values, attention_mask, scaling), None
 
-    chunk_length = FACTOR_SPACE_CHUNK if query.is_cpu else FACTOR_SPACE_CHUNK * CHUNKS_AT_ONCE_ON_A_GPU
+    chunk_length = FACTOR_SPACE_CHUNK if query.is_cpu else FACTOR_SPACE_CHUNK * GPU_CHUNK_FACTOR
     chunk_length = key_length if output_attentions else min(chunk_length, key_length)
 
     constant_a_k, constant_a_v = (_of_each_head(x.constant_a, num_heads) for x in (keys, values))
     softmax_dtype = torch.promote_types(query.dtype, torch.float32)
-    dtype = dtype_of_products(query)
-    # What pays in long caches: all chunks use the same memory for scores, as what is allocated anew comes from the system, page by
-    # page; and a sum over the tokens of one sequence is that of blocks side by side.
-    is_long = is_eager and key_length >= MIN_TOKENS_IN_BLOCKS
-
-    # Keys come first, heads last: the layout of A in the cache.
+    dtype = matmul_dtype(query)
+    # Scores and weights are [batch, chunk, query_length, h], with heads last, as A is cached. exp(x) is computed as 2^(x log2(e)).
     flat_query = query.to(dtype) * (LOG2_E * scaling / keys.rank)
     if constant_a:
         flat_query = torch.einsum("bqhd,rh->bqhrd", flat_query, constant_a_k.to(dtype)).flatten(3)
     flat_query = flat_query.flatten(1, 2).transpose(1, 2)  # [batch, d or R_K * d, query_length * h]
-    room, in_blocks = None, is_long and batch_size == 1
+    # In long caches it pays that all chunks use one buffer, as fresh memory comes from the system page by page, and that the sum over
+    # the tokens of a single sequence is divided into blocks.
+    is_long = is_eager and key_length >= MIN_TOKENS_IN_BLOCKS
+    buffer, in_blocks = None, is_long and batch_size == 1
     if is_long and not constant_a:
-        room = (max(keys.rank, values.rank), batch_size, chunk_length, query_length * num_heads)
-        room = query.new_empty(room, dtype=dtype)
+        shape = (max(keys.rank, values.rank), batch_size, chunk_length, query_length * num_heads)
+        buffer = query.new_empty(shape, dtype=dtype)
     maximum = output = normalizer = probabilities = None
     start = 0
-    while start < key_length:  # `range` would have torch.compile make a graph for each length
+    while start < key_length:  # torch.compile would compile a graph for each length of a `range`
         chunk = slice(start, start + chunk_length)
-        a, b = keys.read(chunk)
-        b = _converted(b, dtype).expand(batch_size, -1, -1, -1)
-        shape = (batch_size, b.shape[1], query_length, num_heads)
-        products = None if room is None else room[:, :, : b.shape[1]]
-        if constant_a:
-            scores = torch.bmm(b.flatten(2), flat_query).view(shape)
-        else:
-            scores = _weighted_scores(b, flat_query, _of_each_head(_converted(a, dtype), num_heads), products)
+        products = None if buffer is None else buffer[:, :, : key_length - start]
+        scores = _chunk_scores(keys, chunk, flat_query, num_heads, products)
         if attention_mask is not None:
             _mask_scores(scores, attention_mask[..., start : start + chunk_length], LOG2_E)
 
-        weights = _converted(scores, softmax_dtype)
+        weights = _cast(scores, softmax_dtype)
         previous, maximum = maximum, weights.amax(dim=1, keepdim=True)
         if previous is not None:
             maximum = torch.maximum(previous, maximum)
         weights = weights.sub_(maximum).exp2_()
         chunk_normalizer = weights.sum(dim=1, keepdim=True)
-        if output_attentions:  # before their memory is that of the products below
+        if output_attentions:  # before `_chunk_output` overwrites the weights
             probabilities = (weights / chunk_normalizer).permute(0, 3, 2, 1).to(query.dtype)
-        a, b = values.read(chunk)
-        if constant_a:
-            weights, b = weights.flatten(2).to(dtype).unsqueeze(0), b.to(dtype).flatten(2).unsqueeze(2)
-            chunk_output = _sums_over_tokens(weights, b, in_blocks)
-        elif constant_b:
-            a = _of_each_head(a, num_heads).unsqueeze(3)
-            sums = [weights.mul(a.select(2, rank)).sum(dim=1).flatten(1) for rank in range(values.rank)]
-            chunk_output = torch.stack(sums, dim=-1)  # [batch, query_length * h, R_V]
-        else:
-            weighted = _weighted(weights, _of_each_head(_converted(a, dtype), num_heads), products)
-            chunk_output = _sums_over_tokens(weighted, _converted(b, dtype), in_blocks)
+        chunk_output = _chunk_output(values, chunk, weights, dtype, products, in_blocks)
         if previous is None:
-            normalizer, output = chunk_normalizer, _converted(chunk_output, softmax_dtype)
+            normalizer, output = chunk_normalizer, _cast(chunk_output, softmax_dtype)
         else:
             decay = (previous - maximum).exp2_()
             normalizer = normalizer.mul_(decay).add_(chunk_normalizer)
@@ -299,6 +292,45 @@ def factor_space_attention(
     return output.unflatten(1, (query_length, num_heads)), probabilities
 
 
+def _chunk_scores(
+    keys: FactorChunks, chunk: slice, flat_query: torch.Tensor, num_heads: int, buffer: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    Scores [batch, seq, query_length, h] of a chunk of tokens with `flat_query` [batch, d, query_length * h], or
+    [batch, R_K * d, query_length * h] into which a constant A_K has been multiplied.
+    """
+    a, b = keys.read(chunk)
+    b = _cast(b, flat_query.dtype).expand(flat_query.shape[0], -1, -1, -1)
+    if keys.constant_a is not None:
+        return torch.bmm(b.flatten(2), flat_query).view(*b.shape[:2], -1, num_heads)
+    return _weighted_scores(b, flat_query, _of_each_head(_cast(a, flat_query.dtype), num_heads), buffer)
+
+
+def _chunk_output(
+    values: FactorChunks,
+    chunk: slice,
+    weights: torch.Tensor,
+    dtype: torch.dtype,
+    buffer: torch.Tensor | None,
+    in_blocks: bool,
+) -> torch.Tensor:
+    """
+    The sum over a chunk of tokens of weights [batch, seq, query_length, h] times V, without the constant factors of values:
+    [batch, query_length * h, d], with a constant A_V [..., R_V * d], with a constant B_V [..., R_V].
+    """
+    num_heads = weights.shape[3]
+    a, b = values.read(chunk)
+    if values.constant_a is not None:
+        weights, b = weights.flatten(2).to(dtype).unsqueeze(0), b.to(dtype).flatten(2).unsqueeze(2)
+        return _sums_over_tokens(weights, b, in_blocks)
+    if values.constant_b is not None:
+        a = _of_each_head(a, num_heads).unsqueeze(3)
+        sums = [weights.mul(a.select(2, rank)).sum(dim=1).flatten(1) for rank in range(values.rank)]
+        return torch.stack(sums, dim=-1)
+    weighted = _weighted(weights, _of_each_head(_cast(a, dtype), num_heads), buffer)
+    return _sums_over_tokens(weighted, _cast(b, dtype), in_blocks)
+
+
 def _attend_to_few_tokens(
     query: torch.Tensor,
     keys: FactorChunks,
@@ -307,24 +339,24 @@ def _attend_to_few_tokens(
     scaling: float,
 ) -> torch.Tensor:
     """
-    [`factor_space_attention`] over few tokens, where operators take as long as they are many: rows are converted as they lie, the
-    products with B are one for all ranks, and the softmax is one operator, over the last dimension: over another, a CPU wakes all
-    its threads for it.
+    [`factor_space_attention`] over a short cache, where the overhead of operators dominates: rows are cast whole, one product with B
+    serves all ranks, and the softmax is one operator. It goes over the last dimension: over another, a CPU would wake all its
+    threads.
     """
     batch_size, query_length, num_heads, _ = query.shape
-    dtype, shape = dtype_of_products(query), (batch_size, -1, keys.length, query_length, num_heads)
+    dtype, shape = matmul_dtype(query), (batch_size, -1, keys.length, query_length, num_heads)
     # [batch, 1, d, query_length * h]
-    flat_query = (_converted(query, dtype) * (scaling / keys.rank)).flatten(1, 2).transpose(1, 2).unsqueeze(1)
+    flat_query = (_cast(query, dtype) * (scaling / keys.rank)).flatten(1, 2).transpose(1, 2).unsqueeze(1)
     a, b = _ranks_before_tokens(keys, query, dtype)
     scores = torch.matmul(b, flat_query).view(shape).mul_(a).sum(dim=1)
     if attention_mask is not None:
         _mask_scores(scores, attention_mask[..., : keys.length], 1.0)
-    scores = _converted(scores, torch.promote_types(dtype, torch.float32)).flatten(2)
-    weights = _converted(torch.softmax(scores.transpose(1, 2), dim=-1), dtype).transpose(1, 2)
+    scores = _cast(scores, torch.promote_types(dtype, torch.float32)).flatten(2)
+    weights = _cast(torch.softmax(scores.transpose(1, 2), dim=-1), dtype).transpose(1, 2)
     a, b = _ranks_before_tokens(values, query, dtype)
     weighted = (weights.view(batch_size, 1, *shape[2:]) * a).flatten(3)
     output = torch.matmul(weighted.transpose(2, 3), b).mean(dim=1)
-    return _converted(output, query.dtype).view(query.shape)
+    return _cast(output, query.dtype).view(query.shape)
 
 
 def _ranks_before_tokens(
@@ -332,8 +364,8 @@ def _ranks_before_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [batch, R, seq, 1, h] and B [batch or 1, R, seq, d] of all tokens."""
     a, b = chunks.read(slice(0, chunks.length))
-    a = _of_each_head(_converted(a, dtype), query.shape[2])
-    return a.transpose(1, 2).unsqueeze(3), _converted(b, dtype).transpose(1, 2)
+    a = _of_each_head(_cast(a, dtype), query.shape[2])
+    return a.transpose(1, 2).unsqueeze(3), _cast(b, dtype).transpose(1, 2)
 
 
 def _mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor, base: float) -> None:
@@ -345,8 +377,8 @@ def _mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor, base: float
         scores.add_((mask.to(scores.dtype) * base).clamp(min=torch.finfo(scores.dtype).min))
 
 
-def _converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # Of few tokens, an operator that does nothing takes as long as one that does something.
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # `to` costs the overhead of an operator even where there is nothing to do.
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -362,13 +394,13 @@ def _ranks_first(a: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted_scores(
-    b: torch.Tensor, query: torch.Tensor, a: torch.Tensor, products: torch.Tensor | None
+    b: torch.Tensor, query: torch.Tensor, a: torch.Tensor, buffer: torch.Tensor | None
 ) -> torch.Tensor:
     """
-    The sum over ranks of A times B Q: B [batch, seq, R, d], Q [batch, d, query_length * h] and A [batch, seq, R, h] to
-    [batch, seq, query_length, h]; computed in `products` [R or more, batch, seq, query_length * h] if it is given.
+    The sum over ranks of A times B Q, [batch, seq, query_length, h], from B [batch, seq, R, d], Q [batch, d, query_length * h]
+    and A [batch, seq, R, h]; computed in `buffer` [R or more, batch, seq, query_length * h] if that is given.
     """
-    rank, out = b.shape[2], None if products is None else products[: b.shape[2]]
+    rank, out = b.shape[2], None if buffer is None else buffer[: b.shape[2]]
     if len(b) == 1:
         out = torch.bmm(b[0].transpose(0, 1), query.expand(rank, -1, -1), out=None if out is None else out[:, 0])
         out = out.unsqueeze(1)
@@ -383,23 +415,23 @@ def _weighted_scores(
     return scores
 
 
-def _weighted(weights: torch.Tensor, a: torch.Tensor, products: torch.Tensor | None) -> torch.Tensor:
+def _weighted(weights: torch.Tensor, a: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
     """
-    Weights [batch, seq, query_length, h] times A [batch, seq, R, h]: [R, batch, seq, query_length * h]; in `products` if they are
-    given, of which the first may be the weights.
+    Weights [batch, seq, query_length, h] times A [batch, seq, R, h], as [R, batch, seq, query_length * h]; in `buffer` if that is
+    given, whose first rank may be the memory of the weights.
     """
-    if products is None:
+    if buffer is None:
         return (weights * _ranks_first(a)).to(a.dtype).flatten(3)
-    products = products[: a.shape[2]]
-    for r in reversed(range(len(products))):
-        torch.mul(weights, a.select(2, r).unsqueeze(2), out=products[r].view(weights.shape))
-    return products
+    buffer = buffer[: a.shape[2]]
+    for r in reversed(range(len(buffer))):  # the first rank last
+        torch.mul(weights, a.select(2, r).unsqueeze(2), out=buffer[r].view(weights.shape))
+    return buffer
 
 
 def _sums_over_tokens(weights: torch.Tensor, features: torch.Tensor, in_blocks: bool) -> torch.Tensor:
     """
-    The sum over ranks of weights^T features, [R, batch, seq, n] and [batch, seq, R, d] to [batch, n, d]; `in_blocks` for one
-    sequence those of `BLOCKS` blocks of its tokens [BLOCKS, n, d].
+    The sum over ranks and tokens of weights^T features [batch, n, d], from weights [R, batch, seq, n] and features
+    [batch, seq, R, d]. `in_blocks`, for a single sequence: the sums of `BLOCKS` blocks of its tokens [BLOCKS, n, d].
     """
     rank, batch_size, length, _ = weights.shape
     if batch_size == 1 and not in_blocks:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Factors of queries, keys and values: made of hidden states, and read from the rows of a cache (paper, section 3.1)"""
+"""Factors of queries, keys and values: projected from hidden states, and read from the rows of a cache (paper, section 3.1)"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from transformers.cache_utils import Cache
 
 from .cache_t6 import cached_lengths, factor_layouts
 from .configuration_t6 import T6Config
-from .factor_product_t6 import FactorProduct, FactorProjections, RowProduct, are_few, without_autocast
+from .factor_product_t6 import FactorProduct, FactorProjections, RowProduct, is_overhead_bound, without_autocast
 from .tensor_parallel_t6 import softmax_over_heads
 
 
-# Products of this many rows of B or fewer are sums that torch.compile fuses; a matrix product it would call as it is.
-MAX_FUSED_PRODUCTS = 8
+# Up to this rank, [`norm_key_heads`] is written as sums, which torch.compile fuses. Matrix products it would not fuse.
+MAX_FUSED_RANK = 8
 
 
 class T6RMSNorm(nn.Module):
@@ -43,10 +43,10 @@ class T6RMSNorm(nn.Module):
             hidden_states.is_cuda
             and type(hidden_states) is torch.Tensor
             and input_dtype == self.weight.dtype
-            # torch.compile fuses the operators below; `torch.func` has rules for them.
+            # torch.compile fuses the operators below, and `torch.func` has rules for them.
             and not torch.compiler.is_compiling()
             and not torch._C._are_functorch_transforms_active()
-        ):  # one kernel for eight, and two for a dozen in the backward pass
+        ):  # one kernel instead of eight, and two instead of a dozen in the backward pass
             with without_autocast(hidden_states.device):
                 return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         hidden_states = hidden_states.to(torch.promote_types(input_dtype, torch.float32))
@@ -62,30 +62,37 @@ def norm_key_heads(
     a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The RMS norm of the keys' heads K = (1 / R) A^T B before RoPE, in their factors. The size of a head,
-    sqrt(mean_d K^2 + eps), is one number a token and head, which divides A, and the weight [d] multiplies B. RoPE may then
-    rotate B: what both form is the normed key, exactly.
+    Applies the RMS norm of the key heads K = (1 / R) A^T B, before RoPE, to their factors: the root mean square of a head is
+    one scalar per token and head, by which A is divided, and the weight [d] multiplies B. The normalised factors form the
+    normalised keys exactly, and RoPE may still rotate B.
 
-    A is [batch, seq, R, h], B [batch, seq, R, d], or constant [R, d]. The heads are not formed: the mean of their squares is
-    A^T (B B^T) A, of R x R products of rows of B.
+    K is not formed: its mean square is A^T (B B^T) A / (R^2 d), where B B^T is only R x R.
+
+    Args:
+        a: [batch, seq, R, h].
+        b: [batch, seq, R, d], or constant [R, d].
+        weight: [d].
+
+    Returns:
+        A and B, in the shapes of `a` and of `b`.
     """
     rank, head_dim = b.shape[-2:]
     with without_autocast(a.device):
         wide_a, wide_b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-        if torch.compiler.is_compiling() and rank <= MAX_FUSED_PRODUCTS:
+        if torch.compiler.is_compiling() and rank <= MAX_FUSED_RANK:
             products = (wide_b[..., :, None, :] * wide_b[..., None, :, :]).sum(-1)
             mixed_a = (products[..., None] * wide_a[..., None, :, :]).sum(-2)
         else:
             products = torch.matmul(wide_b, wide_b.transpose(-1, -2))
             mixed_a = torch.matmul(products, wide_a)
         variance = (wide_a * mixed_a).sum(-2, keepdim=True) / (rank**2 * head_dim)
-        # What is left of a head whose terms cancel may be below zero.
+        # Where the terms of a head cancel, rounding may leave a negative number.
         wide_a = wide_a * torch.rsqrt(variance.clamp(min=0) + eps)
     return wide_a.to(a.dtype), weight * b
 
 
 class T6KeyHeadRMSNorm(T6RMSNorm):
-    """[`norm_key_heads`] as a layer, of A and B before RoPE."""
+    """[`norm_key_heads`] as a layer."""
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return norm_key_heads(a, b, self.weight, self.variance_epsilon)
@@ -99,8 +106,14 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
-    Applies RoPE to the first `rotary_dim` features of `x` [batch, seq, n, head_dim], n factors or heads alike;
-    rotating the B factors rotates the heads that they form (Theorem 3.1). Constant factors are [n, head_dim].
+    Applies RoPE to the first `rotary_dim` features. Rotating the B factors rotates the heads that they form (Theorem 3.1).
+
+    Args:
+        x: [batch, seq, n, head_dim], n factors or heads, or constant factors [n, head_dim].
+        cos, sin: [batch or 1, seq, rotary_dim].
+
+    Returns:
+        [batch or 1, seq, n, head_dim].
     """
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     rotary_dim, x_rot = cos.shape[-1], x
@@ -113,7 +126,7 @@ def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
 
 
 def rotate_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """What [`apply_rotary_pos_emb`] makes of factors of the tokens, in their place: fewer operators."""
+    """[`apply_rotary_pos_emb`] in place, which takes fewer operators; not for constant factors."""
     x_rot, cos, sin = x[..., : cos.shape[-1]], cos.unsqueeze(2), sin.unsqueeze(2)
     with without_autocast(x.device):
         rotated = rotate_half(x_rot).mul_(sin)
@@ -121,15 +134,18 @@ def rotate_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> No
 
 
 def form_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(1 / R) A^T B: A [batch, seq, R, h] and B [batch, seq, R, d], one of them possibly constant, [R, h] or [R, d]."""
+    """
+    (1 / R) A^T B: heads [batch, seq, h, d] of A [batch, seq, R, h] and B [batch, seq, R, d]. One of them may be constant,
+    [R, h] or [R, d].
+    """
     return torch.matmul(a.transpose(-1, -2), b) / a.shape[-2]
 
 
 def activate_head_factors(a: torch.Tensor, activation: str | None, head_mesh=None) -> torch.Tensor:
     """
     Sigmoid of A [batch, seq, R, h], or its softmax over the heads ("nonlinear head factors", appendix G; the research
-    code has the sigmoid). They are cached so, and all that reads a cache of factors reads these too. `head_mesh`: the
-    processes that have the other heads, if any.
+    code uses the sigmoid). The cache holds the activated A. `head_mesh` is the device mesh over which tensor parallelism
+    splits the heads, if it does.
     """
     if activation is None:
         return a
@@ -143,8 +159,8 @@ def activate_head_factors(a: torch.Tensor, activation: str | None, head_mesh=Non
 
 def third_order_features(bc: torch.Tensor, b_dim: int) -> torch.Tensor:
     """
-    vec(b (x) c) of appendix C: b and c side by side [..., d_b + d_c] to features [..., d_c * d_b], the columns of the
-    matrix b c^T one after the other.
+    vec(b (x) c) of appendix C: from b and c concatenated, [..., d_b + d_c], the columns of the matrix b c^T concatenated,
+    [..., d_c * d_b].
     """
     b, c = bc[..., :b_dim], bc[..., b_dim:]
     return (c[..., :, None] * b[..., None, :]).flatten(-2)
@@ -153,63 +169,67 @@ def third_order_features(bc: torch.Tensor, b_dim: int) -> torch.Tensor:
 @dataclass
 class Factors:
     """
-    The factors of one layer in one forward pass, of `seq` new tokens and of the `key_length` tokens that they attend to.
+    The factors of one layer in one forward pass. Without a cache they are those of the `seq` new tokens. With a cache, keys
+    and values are `key_rows` and `value_rows`, which `TensorProductFactors.unpack` reads; `a_k`, `b_k`, `a_v` and `b_v` are
+    then those of the new tokens, or `None`, unless they are constants.
 
     Attributes:
-        a_q, b_q: A_Q [batch, seq, R_Q, h] and B_Q [batch, seq, R_Q, d] before RoPE. Queries that have no factors
-            (TPA-KVonly) are `b_q` themselves [batch, seq, h, d], and `a_q` is `None`.
-        a_k, a_v: A_K and A_V [batch, key_length, R, h_kv]; constants are [R, h_kv].
-        b_k, b_v: B_K and B_V [batch, key_length, R, d] as they are cached; constants are [R, d], third-order factors
-            have b and c side by side [..., d_b + d_c]. `TensorProductFactors.features` makes them what heads are made of.
-        dtype: of the embeddings, as `query_rotation` has it. Under autocast factors, and the hidden states of later layers,
-            come in other dtypes; a cache holds rows of this one, as without, and what reads them takes queries of the same.
-        query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens; `None` if `b_q` is rotated.
-        key_rotation: cos and sin [batch or 1, key_length, rotary_dim] for a `b_k` that is not yet rotated, else `None`.
-        key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them, if there is a cache. The keys'
-            and values' factors above are then still those of the new tokens: `TensorProductFactors.unpack` reads rows. Before
-            `update_cache` those of the new tokens, if they were made as rows; there are no `a_k`, `b_k`, `a_v` and `b_v` then.
-        lengths: int [1] on the device, how many of the rows count, of a cache with room for more; else `None`.
-        is_query: whether `b_q` are what `TensorProductFactors.queries` returns; of keys and values there are only rows then.
+        dtype: the dtype of the embeddings, in which rows are stored and queries attend to them. Under autocast the factors
+            themselves may have another.
+        a_q: A_Q [batch, seq, R_Q, h]; `None` for queries without factors (TPA-KVonly).
+        b_q: B_Q [batch, seq, R_Q, d]; for TPA-KVonly the queries before normalisation and RoPE [batch, seq, h, d].
+        a_k, a_v: A_K and A_V [batch, seq, R, h_kv], or constant [R, h_kv].
+        b_k, b_v: B_K and B_V [batch, seq, R, d] as they are cached, or constant [R, d]; third-order factors are b and c
+            concatenated, [..., d_b + d_c]. `TensorProductFactors.features` turns them into the B that K and V are made of.
+        query: Q [batch, seq, h, d], normalised and rotated, where a kernel has formed it: `a_q` and `b_q` are then `None`.
+        query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens; `None` if `b_q` is already rotated.
+        key_rotation: cos and sin [batch or 1, key_length, rotary_dim] if `b_k` is cached before RoPE, else `None`.
+        key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them.
+        lengths: int [1] on the device, the number of valid rows of a static cache; `None` if all are valid.
     """
 
-    a_q: torch.Tensor | None
-    b_q: torch.Tensor
-    a_k: torch.Tensor | None
-    b_k: torch.Tensor | None
-    a_v: torch.Tensor | None
-    b_v: torch.Tensor | None
     dtype: torch.dtype
-    query_rotation: tuple[torch.Tensor, torch.Tensor] | None
+    a_q: torch.Tensor | None = None
+    b_q: torch.Tensor | None = None
+    a_k: torch.Tensor | None = None
+    b_k: torch.Tensor | None = None
+    a_v: torch.Tensor | None = None
+    b_v: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    query_rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     key_rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     key_rows: torch.Tensor | None = None
     value_rows: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
-    is_query: bool = False
 
 
 class TensorProductFactors(FactorProjections):
-    """The factors of an attention layer: its projections, what becomes of their outputs, and how a cache holds them."""
+    """
+    The part of an attention layer that computes factors: from hidden states to A and B, their rows in a cache, and back.
+    [`T6Attention`] adds attention and the output projection.
+    """
 
     def __init__(self, config: T6Config, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        # Each decoded token comes by here: a field of a configuration takes as long to read as a small operator.
+        # Copies, since each decoded token reads them, and reading a field of a configuration costs as much as a small operator.
         self.head_dim, self.b_dim, self.c_factor_dim = config.head_dim, config.b_dim, config.c_factor_dim
         self.noncontextual_a, self.noncontextual_b = config.noncontextual_a, config.noncontextual_b
         self.shared_b, self.rotates_on_read = config.shared_b, config.rotates_on_read
         self.head_factor_act, self.qk_norm = config.head_factor_act, config.qk_norm
-        self.caches_what_forms_heads = not (  # A and B as they are multiplied, both in each row
+        # Whether every cached row holds both A and B, as K and V are formed from them.
+        self.caches_both_factors = not (
             config.noncontextual_a or config.noncontextual_b or config.shared_b or config.c_factor_dim
         )
         self.q_rank = config.q_rank
         self.k_rank, self.v_rank = config.ranks(layer_idx)
-        # Whether nothing but RoPE, or nothing but norms of heads and RoPE, stands between the projections and the heads.
-        is_plain = self.caches_what_forms_heads and config.q_rank is not None and config.head_factor_act is None
+        # Whether the outputs of the projections are the factors, but for RoPE, or for norms of heads and RoPE.
+        is_plain = self.caches_both_factors and config.q_rank is not None and config.head_factor_act is None
         self.has_plain_factors = is_plain and not config.qk_norm
         self.has_normed_heads = is_plain and config.qk_norm == "heads"
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
-        self.head_mesh = None  # with tensor parallelism, the processes that share the heads
+        self.head_mesh = None  # the device mesh over which tensor parallelism splits the heads
 
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         # The outputs of an A projection are head-major, [h, R]; those of a B projection rank-major, [R, d].
@@ -232,21 +252,21 @@ class TensorProductFactors(FactorProjections):
                 setattr(self, f"{name}_c_proj", self._factor_proj(rank, config.c_factor_dim))
 
     def _add_qk_norms(self) -> None:
-        """Called when the other layers are made: the order of parameters is that of optimizers' saved states."""
+        """Called by [`T6Attention`] after `o_proj`: saved optimizer states depend on the order of the parameters."""
         if self.config.qk_norm:
             self.q_norm = T6RMSNorm(self.head_dim, eps=self.config.rms_norm_eps)
             key_norm = T6KeyHeadRMSNorm if self.config.qk_norm == "heads" else T6RMSNorm
             self.k_norm = key_norm(self.head_dim, eps=self.config.rms_norm_eps)
 
     def _factor_proj(self, n1: int, n2: int) -> nn.Linear:
-        """The projection to a factor [n1, n2], initialised as Xavier's of the weight viewed as [hidden, n1, n2]."""
+        """A projection to a factor [n1, n2], with the bound of Xavier's initialisation of its weight [hidden, n1, n2]."""
         hidden_size = self.config.hidden_size
         proj = nn.Linear(hidden_size, n1 * n2, bias=self.config.attention_bias)
         proj.initializer_bound = (6 / ((hidden_size + n1) * n2)) ** 0.5  # fans: hidden * n2 and n1 * n2
         return proj
 
     def _head_factors(self, name: str, projected: dict[str, torch.Tensor]) -> torch.Tensor:
-        """A_Q [batch, seq, R, h], A_K or A_V [batch, seq, R, h_kv] of the tokens, or constant [R, h or h_kv]."""
+        """A_Q [batch, seq, R, h], A_K or A_V [batch, seq, R, h_kv], activated; or the constant [R, h or h_kv]."""
         if self.noncontextual_a:
             return getattr(self, f"{name}_a")
         a = projected[f"{name}_a_proj"]
@@ -254,7 +274,7 @@ class TensorProductFactors(FactorProjections):
         return activate_head_factors(a, self.head_factor_act, self.head_mesh)
 
     def _feature_factors(self, name: str, projected: dict[str, torch.Tensor]) -> torch.Tensor:
-        """B_Q, B_K or B_V before RoPE, [batch, seq, R, d] or constant [R, d]; with a third factor, b and c side by side."""
+        """B_Q, B_K or B_V before RoPE, [batch, seq, R, d] or constant [R, d]; b and c concatenated if there is a third factor."""
         if self.noncontextual_b:
             return getattr(self, f"{name}_b")
         b = projected[f"{name}_b_proj"].unflatten(-1, (-1, self.b_dim))
@@ -270,8 +290,13 @@ class TensorProductFactors(FactorProjections):
         key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Factors:
         """
-        The factors of the tokens `hidden_states` [batch, seq, hidden_size]. `position_embeddings` are cos and sin for
-        them, `key_position_embeddings` those for all rows of a cache that holds B_K before RoPE.
+        Computes the factors of new tokens.
+
+        Args:
+            hidden_states: [batch, seq, hidden_size].
+            position_embeddings: cos and sin [batch or 1, seq, rotary_dim] of these tokens.
+            key_position_embeddings: cos and sin [batch or 1, key_length, rotary_dim] of all rows of a cache that holds B_K
+                before RoPE.
         """
         projected = self.project_factors(hidden_states)
         if self.q_rank is None:
@@ -288,21 +313,37 @@ class TensorProductFactors(FactorProjections):
         query_rotation, key_rotation = position_embeddings, None
         if self.rotates_on_read:
             key_rotation = position_embeddings if key_position_embeddings is None else key_position_embeddings
-        elif a_q is None or self.qk_norm or not are_few(hidden_states):
+        elif a_q is None or self.qk_norm or not is_overhead_bound(hidden_states):
             b_k = apply_rotary_pos_emb(b_k, *position_embeddings)
-        else:  # of few tokens, operators take as long as they are many: one RoPE for both
+        else:  # B_Q and B_K rotated together take fewer operators
             both = apply_rotary_pos_emb(torch.cat([b_q, b_k], dim=2), *position_embeddings)
             b_q, b_k = both.split_with_sizes([self.q_rank, self.k_rank], dim=2)
             query_rotation = None
-        dtype = position_embeddings[0].dtype
-        return Factors(a_q, b_q, a_k, b_k, a_v, b_v, dtype, query_rotation, key_rotation)
+        return Factors(
+            position_embeddings[0].dtype, a_q, b_q, a_k, b_k, a_v, b_v,
+            query_rotation=query_rotation, key_rotation=key_rotation,
+        )  # fmt: skip
+
+    def project_and_cache(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache,
+        key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Factors:
+        """[`project`], and appends the rows of the new tokens to the cache: the factors then have the rows of all tokens."""
+        factors = self.project_to_rows(hidden_states, position_embeddings)
+        if factors is None:
+            factors = self.project(hidden_states, position_embeddings, key_position_embeddings)
+        self.update_cache(factors, cache)
+        return factors
 
     def project_to_rows(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> Factors | None:
         """
-        The factors of tokens with their rows, which `update_cache` stores, in place of those of keys and values: where a
-        [`RowProduct`] is packed, else `None`.
+        [`project`] straight to rows of the cache: `key_rows` and `value_rows` of the new tokens in place of A_K, B_K, A_V and
+        B_V. `None` unless [`packed_factors`] has packed a [`RowProduct`].
         """
         product, dtype = self.packed.product, position_embeddings[0].dtype
         if not (self.packed.is_valid and isinstance(product, RowProduct)) or torch.is_grad_enabled():
@@ -311,11 +352,11 @@ class TensorProductFactors(FactorProjections):
         if outputs.dtype != dtype:
             outputs = outputs.to(dtype)
         _, key_rows, value_rows, a_q = outputs.unsqueeze(1).split_with_sizes(product.sizes, dim=-1)
-        # B_Q, and B_K of the key row behind it
+        # B_Q, and B_K, with which the key row begins: one RoPE for both.
         b = outputs[..., : (self.q_rank + self.k_rank) * self.head_dim].view(*tokens, -1, self.head_dim)
         rotate_in_place(b, *position_embeddings)
         a_q, b_q = a_q.view(*tokens, self.q_rank, -1), b[:, :, : self.q_rank]
-        return Factors(a_q, b_q, None, None, None, None, dtype, None, None, key_rows, value_rows)
+        return Factors(dtype, a_q, b_q, key_rows=key_rows, value_rows=value_rows)
 
     def _product_of(self, projections: dict[str, nn.Linear], other: FactorProduct | None) -> FactorProduct:
         # On a GPU kernels take the outputs of a `FactorProduct`.
@@ -325,9 +366,14 @@ class TensorProductFactors(FactorProjections):
 
     def project_tokens(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """
-        A_Q, B_Q, A_K, B_K, A_V and B_V of tokens [tokens, hidden_size] as they are projected, [tokens, h, R] and
-        [tokens, R, d], of models that cache B_K and B_V as K and V are made of them. A constant A_Q is [R_Q, h], and constant A_K
-        and A_V are `None`, as are those of queries without factors, whose B_Q are [tokens, h, d].
+        The outputs of the projections as [`store_factors`] takes them, before activation, norms and RoPE.
+
+        Args:
+            hidden_states: [tokens, hidden_size].
+
+        Returns:
+            A_Q, B_Q, A_K, B_K, A_V and B_V: A [tokens, h, R] and B [tokens, R, d]. With constant A factors A_Q is [R_Q, h], and
+            A_K and A_V are `None`. For TPA-KVonly A_Q is `None`, and B_Q is the queries [tokens, h, d].
         """
         projected, factors = self.project_factors(hidden_states), []
         for name, rank in (("q", self.q_rank), ("k", self.k_rank), ("v", self.v_rank)):
@@ -342,7 +388,7 @@ class TensorProductFactors(FactorProjections):
         return tuple(factors)
 
     def update_cache(self, factors: Factors, cache: Cache) -> None:
-        """Stores the keys' and values' factors of the new tokens, and gives `factors` the rows of all the tokens."""
+        """Appends the rows of the new tokens to the cache, and sets `key_rows` and `value_rows` to those of all tokens."""
         with without_autocast(factors.b_q.device):
             key_rows, value_rows = factors.key_rows, factors.value_rows
             if key_rows is None:
@@ -355,8 +401,8 @@ class TensorProductFactors(FactorProjections):
         self, factors: Factors, key_rows: torch.Tensor | None, value_rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        A_K, B_K, A_V and B_V as rows [batch, 1, key_length, width] hold them, or without rows those of `factors`, as
-        constants always.
+        A_K, B_K, A_V and B_V of rows [batch, 1, key_length, width], or, if there are none, of `factors`, from which
+        constants are taken in any case.
         """
         a_k, b_k, a_v, b_v = factors.a_k, factors.b_k, factors.a_v, factors.b_v
         if key_rows is None:
@@ -376,8 +422,12 @@ class TensorProductFactors(FactorProjections):
         rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """
-        What heads are made of, [batch, seq, R, d], of B factors as they are cached: for most models the same. `rotation`
-        is cos and sin for all rows of a cache that holds B_K before RoPE; `rows` are those that `b` is from.
+        The B that heads are formed from, [batch, seq, R, d], from the B that is cached: for most models the same.
+
+        Args:
+            b: as it is cached, [batch, rows, R, d], or constant [R, d].
+            rows: which rows of the cache these are.
+            rotation: cos and sin of all rows of a cache that holds B_K before RoPE.
         """
         if rotation is not None:
             cos, sin = rotation
@@ -385,9 +435,9 @@ class TensorProductFactors(FactorProjections):
         return b if self.c_factor_dim is None else third_order_features(b, self.b_dim)
 
     def queries(self, factors: Factors, form: Callable = form_heads) -> torch.Tensor:
-        """Q [batch, seq, h, d], normalised and rotated."""
-        if factors.is_query:
-            return factors.b_q
+        """Q [batch, seq, h, d], normalised and rotated; `form` is [`form_heads`] or another function that computes the same."""
+        if factors.query is not None:
+            return factors.query
         a_q, b_q = factors.a_q, factors.b_q
         query_states = b_q
         if a_q is not None:
@@ -397,7 +447,7 @@ class TensorProductFactors(FactorProjections):
         if self.qk_norm:
             query_states = self.q_norm(query_states)
         if self.qk_norm or a_q is None:
-            # In blocks of the rotated size: with a third factor a head has d_c of them (theorem C.1), else one.
+            # RoPE rotates blocks of d_b features: a head has d_c of them (theorem C.1), or one without a third factor.
             blocks = query_states.unflatten(-1, (-1, self.b_dim)).flatten(2, 3)
             query_states = apply_rotary_pos_emb(blocks, *factors.query_rotation).view_as(query_states)
         return query_states

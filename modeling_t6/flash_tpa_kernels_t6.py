@@ -26,56 +26,54 @@ except ImportError:
 
 IS_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# A block of tokens is a tile's rows; its columns are pairs of a query token and a head, `BLOCK_T * BLOCK_H` of them.
-# Heads come last, as A lies in the cache: a score tile is weighted by A as it was loaded, and B's products are plain
-# matrix products. A product may go through `STEP` = 2 ranks at once, since each has to be waited for. Heads that are no
-# power of 2 may take two tiles, of `BLOCK_H` and of `REST_H` heads, which share the loads of B.
+# A score tile has a row for each of `BLOCK_N` tokens, and a column for each of `BLOCK_T * BLOCK_H` pairs of a query token and a
+# head. Heads come last, as in the cached A: the tile is multiplied by A as it was loaded, and products with B are plain matrix
+# products. One product may take `STEP` = 2 ranks, as each product has a latency. If the number of heads is no power of 2, a
+# program may have two tiles, of `BLOCK_H` and of `REST_H` heads, which share the loads of B.
 #
-# Grouped heads share A: a group takes `group_columns` columns, a power of 2, of which the last may be of no head, and A has
-# one column for it. Tiles hold whole groups, or are within one. Of several query tokens, those of a group lie together.
+# Grouped heads share A: a group takes `group_columns` columns, padded to a power of 2, and A has one column for it. Tiles hold
+# whole groups, or are part of one. The query tokens of one group are adjacent.
 #
-# What a kernel is compiled for comes in a few constants: `KEYS` and `VALUES` are [`Rows`], `MASK` is a [`Mask`], and `LAUNCH`
-# is the `Launch` of flash_tpa_t6. They are tuples since Triton writes constants as JSON for whoever watches compilations,
-# as vLLM does.
+# Kernels are specialised by a few constants: `KEYS` and `VALUES` are [`Rows`], `MASK` is a [`Mask`], and `LAUNCH` is the `Launch`
+# of flash_tpa_t6. They are tuples because Triton writes constants as JSON for hooks on compilations, such as vLLM's.
 #
-# On pages, a tile never crosses from one to the next where they hold whole blocks of tokens: one number of the table says
-# where it lies. Else each row of a tile is looked up by itself. Either way the numbers for the next tile are read while
-# this one is worked on, since its loads wait for them.
+# If the page size is a multiple of the tile, a tile lies in one page, and takes one entry of the block table. Otherwise each row
+# of a tile is looked up. Either way the entries for the next tile are prefetched, since its loads depend on them.
 
 
 class Rows(NamedTuple):
-    """How the factors of keys, or of values, lie in the rows of a cache."""
+    """The layout of the factors of keys, or of values, in the rows of a cache."""
 
     rank: int
     num_heads: int
     head_dim: int
-    width: int  # numbers from a row to the next
-    padded_heads: int  # of a row of A, with its padding
+    width: int  # stride between rows, in elements
+    padded_heads: int  # elements of a row of A, including padding
     constant_a: bool  # rows hold B alone
-    step: int  # ranks that one product goes through
-    gathered: bool = False  # whether each row of a tile has a pointer of its own
-    start_8: bool = False  # whether rows start on 8 bytes, which their pointer, in the middle of 16, does not tell
-    groups: int = 1  # heads of queries that share one of A
-    group_columns: int = 1  # columns that they take; 1 also where A is constant, and loaded for each of them
-    packed: bool = False  # whether they are bytes as `QuantizedLayout` packs them; `width` is of bytes, too
-    unit: int = 1  # numbers of B that are loaded as one: 4 of float8 or 8 of 4 bits in 32 bits
+    step: int  # ranks in one matrix product
+    gathered: bool = False  # whether each row of a tile has its own pointer
+    start_8: bool = False  # whether rows are aligned to 8 bytes, though the pointer to the first is not aligned to 16
+    groups: int = 1  # query heads that share a column of A
+    group_columns: int = 1  # columns of a tile for them; 1 also if A is constant, and loaded for each head
+    packed: bool = False  # whether rows are bytes packed by `QuantizedLayout`; `width` is then in bytes
+    elements_per_load: int = 1  # of B: in 32 bits 4 of float8, or 8 of 4 bits
 
 
 class Mask(NamedTuple):
-    """What a query must not look at."""
+    """What a query may attend to."""
 
     num_queries: int
     num_heads: int
     causal: bool
     kind: str  # "none", "boolean" or "additive"
-    by_column: bool  # whether it differs from a query, or a head, to the next
-    sliding: bool = False  # whether a query sees the last tokens alone
+    by_column: bool  # whether the mask depends on the query or the head
+    sliding: bool = False  # whether there is a sliding window
 
 
 @triton.jit
 def _token_of(rows, STEP: tl.constexpr):
     """
-    The token of a tile's row. Of 16 rows, the first 8 are one rank's, the others the same tokens' of the next rank:
+    The token of a tile's row. Of 16 rows, the first 8 are of one rank, the others of the same tokens and the next rank, so that
     one thread holds the results of both.
     """
     if STEP == 1:
@@ -110,7 +108,7 @@ def _repeat_ranks(columns, STEP: tl.constexpr):
 
 @triton.jit
 def _columns(first_column, first_query, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The head (one too many where there is none) and the query token of each of a tile's columns."""
+    """The head (`num_heads` where there is none) and the query token of each column of a tile."""
     IN_GROUPS: tl.constexpr = (ROWS.group_columns > 1) and (ROWS.group_columns < BLOCK_H)
     TOGETHER: tl.constexpr = ROWS.group_columns if IN_GROUPS else BLOCK_H
     columns = tl.arange(0, BLOCK_T * BLOCK_H)
@@ -127,9 +125,9 @@ def _columns(first_column, first_query, ROWS: tl.constexpr, BLOCK_T: tl.constexp
 
 
 @triton.jit
-def _no_tokens(BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The running sums of a tile: the maximum, the normalizer of each row, the output."""
-    # Finite, so that -inf less it is -inf: a block in which a column sees nothing adds nothing.
+def _initial_state(BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The initial state of the online softmax of a tile: the maximum, the normalizer by row, the output."""
+    # Finite, so that -inf minus it is -inf, and a tile in which a column sees nothing adds nothing.
     maximum = tl.full([BLOCK_C], -1e30, tl.float32)
     return maximum, tl.zeros([BLOCK_N, BLOCK_C], tl.float32), tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
 
@@ -157,8 +155,8 @@ def _load_query(
 @triton.jit
 def _hadamard(HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
     """
-    What `rotate_features` multiplies BLOCK features of a head of HEAD_DIM by, times the root of its matrices' size:
-    [BLOCK, BLOCK] of -1, 0 and 1.
+    The matrix [BLOCK, BLOCK] of `rotate_features` for BLOCK features of a head of HEAD_DIM, without its normalisation: its elements
+    are -1, 0 and 1.
     """
     SIZE: tl.constexpr = (HEAD_DIM | 64) & -(HEAD_DIM | 64)
     rows = tl.arange(0, BLOCK)[:, None]
@@ -173,8 +171,8 @@ def _hadamard(HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _fit_float16(query, scale):
     """
-    The query [d, columns] in float16, each column divided by a power of 2 that leaves its largest number below 2^15, and
-    the scale [columns] that scores then have.
+    The query [d, columns] in float16, each column divided by a power of 2 such that its elements are below 2^15, and the scale
+    [columns] that scores then have.
     """
     query = query.to(tl.float32)
     exponents = tl.max(tl.abs(query), 0).to(tl.int32, bitcast=True) & 0x7F800000
@@ -184,12 +182,12 @@ def _fit_float16(query, scale):
 
 @triton.jit
 def _prepare_query(query, scale, FITS_FLOAT16: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The query as B is multiplied by it, rotated where that is, and the scale that scores then have."""
+    """The query as it multiplies B, in the rotated basis if B is packed, and the scale that scores then have."""
     if ROWS.packed:
         HEAD_DIM: tl.constexpr = ROWS.head_dim
         SIZE: tl.constexpr = (HEAD_DIM | 64) & -(HEAD_DIM | 64)
         BLOCK: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64
-        # A batch of products: ptxas 12.8 may lose where the query lies for the instructions of Hopper, which take none.
+        # A batched product: ptxas 12.8 may lose the address of the query for Hopper's instructions, which do not do batches.
         hadamard = _hadamard(HEAD_DIM, BLOCK).to(query.dtype)
         hadamard = tl.broadcast_to(hadamard[None, :, :], [BLOCK_D // BLOCK, BLOCK, BLOCK])
         blocks = tl.reshape(query, [BLOCK_D // BLOCK, BLOCK, query.shape[1]])
@@ -202,8 +200,8 @@ def _prepare_query(query, scale, FITS_FLOAT16: tl.constexpr, ROWS: tl.constexpr,
 
 @triton.jit
 def _b_columns(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Of a row of B: the places of what is loaded of it, numbers or several in 32 bits."""
-    return tl.arange(0, BLOCK_D // ROWS.unit)
+    """The indices of the loads of a row of B, each of an element or of a 32-bit word of several."""
+    return tl.arange(0, BLOCK_D // ROWS.elements_per_load)
 
 
 @triton.jit
@@ -213,7 +211,7 @@ def _load_b(
     """B from `rank` on, [step * BLOCK_N, BLOCK_D], in the dtype of the query."""
     if ROWS.packed:
         b = _load_packed_b(rows_ptr, offsets, is_b, tokens, is_token, rank, ROWS, DTYPE, BLOCK_D)
-    elif ROWS.unit == 4:
+    elif ROWS.elements_per_load == 4:
         N: tl.constexpr = offsets.shape[0]
         rows_ptr = rows_ptr.to(tl.pointer_type(tl.int32))
         words = tl.load(rows_ptr + (offsets + rank * (ROWS.head_dim // 4)), mask=is_b, other=0)
@@ -225,7 +223,7 @@ def _load_b(
 
 @triton.jit
 def pairs_of_float8(words):
-    """The four numbers in each 32 bits, as two words of two float16; not for the interpreter."""
+    """The four float8 in each 32-bit word, as two words of two float16; not for the interpreter."""
     return tl.inline_asm_elementwise(
         """
         {
@@ -241,7 +239,7 @@ def pairs_of_float8(words):
 
 @triton.jit
 def _four_of_float8(words, DTYPE: tl.constexpr):
-    """The numbers in each 32 bits: [..., 2, 2]"""
+    """The four float8 in each 32-bit word: [..., 2, 2]"""
     if DTYPE == tl.float16 and not IS_INTERPRETED:
         first, last = pairs_of_float8(words)
         number_0, number_1 = halves(first)
@@ -283,7 +281,7 @@ def _load_packed_b(
 
 @triton.jit
 def halves(words):
-    """The two float16 numbers in each 32 bits."""
+    """The two float16 in each 32-bit word."""
     low = words.to(tl.int16).to(tl.float16, bitcast=True)
     return low, (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
 
@@ -291,10 +289,10 @@ def halves(words):
 @triton.jit
 def _features(words, scales, DTYPE: tl.constexpr):
     """
-    Of the last 4 bits n of both halves of 32 the features n * scale + zero, [..., 2]; `scales` holds both in 32 bits. As the
-    last digits of a float16 number from 1024 on, 4 bits are that number.
+    The features n * scale + zero, [..., 2], where n are the last 4 bits of both halves of a 32-bit word; `scales` are words of scale
+    and zero point. With n as the last bits of its mantissa, the float16 number 1024 is 1024 + n.
     """
-    if DTYPE == tl.float16 and not IS_INTERPRETED:  # two at once; LLVM would take them apart
+    if DTYPE == tl.float16 and not IS_INTERPRETED:  # two together, which LLVM would split
         pairs = tl.inline_asm_elementwise(
             """
             {
@@ -330,8 +328,7 @@ def _load_a(
     BLOCK_H: tl.constexpr,
 ):
     """
-    A from `rank` on: [step * BLOCK_N, BLOCK_H] from the cache, with a column for each group of heads, or [1, BLOCK_H] of the
-    constants.
+    A from `rank` on: [step * BLOCK_N, BLOCK_H] from the cache, where a group of heads has one column, or constant [1, BLOCK_H].
     """
     NUM_COLUMNS: tl.constexpr = BLOCK_H // ROWS.group_columns if BLOCK_H > ROWS.group_columns else 1
     heads = first_head + tl.arange(0, NUM_COLUMNS)
@@ -360,8 +357,8 @@ def _load_a(
 
 
 @triton.jit
-def _weigh(columns, a, BLOCK_T: tl.constexpr):
-    """Columns [BLOCK_N, BLOCK_T * BLOCK_H], for each of the BLOCK_T queries times A [BLOCK_N or 1, BLOCK_H or groups]."""
+def _multiply_by_a(columns, a, BLOCK_T: tl.constexpr):
+    """Columns [BLOCK_N, BLOCK_T * BLOCK_H] times A [BLOCK_N or 1, BLOCK_H or groups], for each of the BLOCK_T queries."""
     N: tl.constexpr = columns.shape[0]
     C: tl.constexpr = columns.shape[1]
     A: tl.constexpr = a.shape[1]
@@ -375,7 +372,7 @@ def _weigh(columns, a, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _hide(
+def _apply_mask(
     scores,
     mask_ptr,
     queries,
@@ -390,7 +387,7 @@ def _hide(
     mask_stride_n,
     MASK: tl.constexpr,
 ):
-    """Scores, -inf where a query must not look. Those of rows that do not count are so already."""
+    """Scores, -inf where a query must not attend. Those of invalid rows are -inf already."""
     if MASK.kind == "none" and (MASK.num_queries == 1 or not MASK.causal):
         return scores
     visible = is_row[:, None]
@@ -414,8 +411,8 @@ def _hide(
 
 
 @triton.jit
-def _raise(scores, scale, maximum, normalizer, output):
-    """The running sums relative to a maximum over these scores, too."""
+def _rescale(scores, scale, maximum, normalizer, output):
+    """The state of the online softmax, rescaled to a maximum that includes these scores."""
     new_maximum = tl.maximum(maximum, tl.max(scores, 0) * scale)
     decay = tl.exp2(maximum - new_maximum)
     return new_maximum, normalizer * decay[None, :], output * decay[None, :]
@@ -429,7 +426,7 @@ def _scores(
     """Scores of `step` ranks: A (B Q^T)."""
     products = tl.dot(b, query, input_precision="tf32x3")  # three products keep float32's digits
     a = _load_a(rows_ptr, constant_ptr, first_head, num_rows, rank, ROWS, BLOCK_N, BLOCK_H)
-    return _sum_ranks(_weigh(products, a.to(tl.float32), BLOCK_T), ROWS.step)
+    return _sum_ranks(_multiply_by_a(products, a.to(tl.float32), BLOCK_T), ROWS.step)
 
 
 @triton.jit
@@ -461,7 +458,7 @@ def _times_a(
     if ROWS.step > 1 and output.shape[0] == weights.shape[0]:
         # A zero in the layout of a product: Triton 3.6 swizzles A, which meets it, in shared memory only then.
         weights += (output * 0.0).to(weights.dtype)
-    return _weigh(weights, a.to(weights.dtype), BLOCK_T)
+    return _multiply_by_a(weights, a.to(weights.dtype), BLOCK_T)
 
 
 @triton.jit
@@ -532,7 +529,7 @@ def _store_output(
     V_RANK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of a request that one program reads whole: nothing is left to combine."""
+    """The final output, of a request that one program reads whole."""
     normalizer = tl.sum(normalizer, 0)
     normalizer = tl.where(normalizer == 0.0, 1.0, normalizer)
     features = tl.arange(0, BLOCK_D)
@@ -545,7 +542,7 @@ def _store_output(
 
 @triton.jit
 def _pages_of(table_ptr, tokens, end, PAGE_SIZE: tl.constexpr):
-    """The page of each token (0 from `end` on, where the table may hold anything)."""
+    """The page of each token; 0 from `end` on, where the block table is undefined."""
     return tl.load(table_ptr + tokens // PAGE_SIZE, mask=tokens < end, other=0, eviction_policy="evict_last")
 
 
@@ -618,16 +615,16 @@ def decode_kernel(
     OVERLAP: tl.constexpr,
 ):
     """
-    Attention over one of `num_splits` pieces of the cache, for one block of columns of one sequence.
+    Attention over one of `num_splits` splits of the cache, for one block of columns of one sequence.
 
-    Writes the output normalised within the piece [batch, split, query, head, d] and the log2 of its sum of
-    exponentials [batch, split, query, head], both float32. The pieces divide the length that is on the device: the
-    grid depends on the room in the cache alone. Batch strides of the rows count `STRIDE_UNIT` numbers, which tells the
-    compiler that rows start on 16 bytes.
+    Writes the output normalised within the split [batch, split, query, head, d] and its log-sum-exp, to base 2,
+    [batch, split, query, head], both float32. The splits divide the length, which is read on the device: the grid depends only on
+    the capacity of the cache. Batch strides of the rows are in units of `STRIDE_UNIT` elements, which tells the compiler that
+    rows start on 16 bytes.
 
-    On pages (`PAGE_SIZE` is not 0; what follows `log2_e` is theirs, and `None` without), a batch stride is that of a page,
-    and a program takes the piece in its slot, see [`schedule_kernel`]. A piece that is all of its request goes straight
-    into the output.
+    If the cache is paged, `PAGE_SIZE` is not 0, and the parameters from `slots_ptr` on are used; otherwise they are `None`. A batch
+    stride is then that of a page, and a program takes the piece in its slot, see [`schedule_kernel`]. A piece that is a whole
+    request is written to the output.
     """
     NUM_QUERIES: tl.constexpr = MASK.num_queries
     NUM_HEADS: tl.constexpr = KEYS.num_heads
@@ -644,12 +641,12 @@ def decode_kernel(
     HEAD_BLOCKS: tl.constexpr = (NUM_COLUMNS + ALL_H - 1) // ALL_H
     QUERY_BLOCKS: tl.constexpr = (NUM_QUERIES + BLOCK_T - 1) // BLOCK_T
     BLOCK_C: tl.constexpr = BLOCK_T * BLOCK_H
-    # Blocks of columns read the same rows: side by side, they find them in the L2 cache.
+    # Blocks of columns read the same rows. Adjacent programs find them in the L2 cache.
     column_block = tl.program_id(0) % (HEAD_BLOCKS * QUERY_BLOCKS)
     split = tl.program_id(0) // (HEAD_BLOCKS * QUERY_BLOCKS)
     if PAGE_SIZE:
-        # All that a program has to know, in one read. What it finds by it is read at once, too. All layers read the same:
-        # the L2 cache is to keep it while rows stream through.
+        # Adjacent elements, whose loads do not depend on each other. All layers read them, so the L2 cache should keep them while rows
+        # stream through.
         slot_ptr = slots_ptr + 8 * split
         request = tl.load(slot_ptr, eviction_policy="evict_last")
         start = tl.load(slot_ptr + 1, eviction_policy="evict_last")
@@ -693,30 +690,32 @@ def decode_kernel(
     query = _load_query(
         query_ptr, queries, heads, query_stride_t, query_stride_h, num_queries, NUM_HEADS, HEAD_DIM, BLOCK_D
     )  # fmt: skip
-    # An instruction makes two float16 numbers of two in float8, and several one in bfloat16.
+    # One instruction converts two float8 to float16; to bfloat16, it takes several for each.
     IS_FLOAT8: tl.constexpr = key_ptr.dtype.element_ty == tl.float8e4nv or KEYS.packed
     FITS_FLOAT16: tl.constexpr = (IS_FLOAT8 and query.dtype == tl.bfloat16) or (
         KEYS.packed and query.dtype == tl.float16
     )
     query_scale = scale
     query, scale = _prepare_query(query, query_scale, FITS_FLOAT16, KEYS, BLOCK_D)
-    maximum, normalizer, output = _no_tokens(BLOCK_N, BLOCK_C, BLOCK_D)
-    rest_query, rest_output, rest_scale = query, output, scale  # stand for a second tile where there is none
+    maximum, normalizer, output = _initial_state(BLOCK_N, BLOCK_C, BLOCK_D)
+    rest_query, rest_output, rest_scale = query, output, scale  # placeholders if there is no second tile
     if REST_H:
         rest_heads, rest_queries = _columns(first_column + BLOCK_H, first_query, KEYS, BLOCK_T, REST_H)
         rest_query = _load_query(
             query_ptr, rest_queries, rest_heads, query_stride_t, query_stride_h, num_queries, NUM_HEADS, HEAD_DIM, BLOCK_D
         )  # fmt: skip
         rest_query, rest_scale = _prepare_query(rest_query, query_scale, FITS_FLOAT16, KEYS, BLOCK_D)
-        rest_maximum, rest_normalizer, rest_output = _no_tokens(BLOCK_N, BLOCK_T * REST_H, BLOCK_D)
+        rest_maximum, rest_normalizer, rest_output = _initial_state(BLOCK_N, BLOCK_T * REST_H, BLOCK_D)
 
     if not PAGE_SIZE:
         key_ptr += batch * key_stride_b * STRIDE_UNIT
         value_ptr += batch * value_stride_b * STRIDE_UNIT
         mask_ptr += batch * mask_stride_b
     columns = _b_columns(KEYS, BLOCK_D)
-    NUM_B: tl.constexpr = HEAD_DIM // KEYS.unit
-    UNIT: tl.constexpr = 4 if KEYS.unit > 1 else 1  # bytes in it
+    NUM_B: tl.constexpr = HEAD_DIM // KEYS.elements_per_load
+    UNIT: tl.constexpr = (
+        4 if KEYS.elements_per_load > 1 else 1
+    )  # in words of 4 bytes, strides of rows are divided by this
     k_rows = tl.arange(0, KEYS.step * BLOCK_N)
     v_rows = tl.arange(0, VALUES.step * BLOCK_N)
     k_tokens = _token_of(k_rows, KEYS.step)
@@ -739,7 +738,7 @@ def decode_kernel(
     V_STEP: tl.constexpr = VALUES.step
     for first in tl.range(first_tile, end, BLOCK_N, num_stages=STAGES if LAUNCH.unroll else 1):
         if PAGE_SIZE:
-            # Tiles end with blocks of tokens; a piece's first, where it starts within one, is shorter.
+            # Tiles end on multiples of BLOCK_N. The first of a piece is shorter if the piece starts in between.
             tile = tl.maximum(first, start)
             next_tile = first + BLOCK_N
             num_rows = tl.minimum(next_tile, end) - tile
@@ -777,7 +776,7 @@ def decode_kernel(
         is_key_b = is_key[:, None] & (columns < NUM_B)[None, :]
         is_value_b = is_value[:, None] & (columns < NUM_B)[None, :]
 
-        # Loads of every rank are in flight at once if there is room for them, else those of a few ranks.
+        # Unrolled, the loads of all ranks are in flight together; otherwise those of a few ranks.
         no_scores = tl.where(is_row, 0.0, -float("inf"))[:, None]
         scores = tl.broadcast_to(no_scores, [BLOCK_N, BLOCK_C])
         rest_scores = scores
@@ -786,7 +785,7 @@ def decode_kernel(
         if LAUNCH.unroll:
             for r in tl.static_range(0, K_RANK, K_STEP):
                 b = _load_b(key_rows, key_b_offsets, is_key_b, k_tokens, is_key, r, KEYS, query.dtype, BLOCK_D)
-                if r == 0 and VALUES.unit > 1:  # beside which others can be waited for
+                if r == 0 and VALUES.elements_per_load > 1:  # hides the latency of this load behind the scores
                     value_b = _load_b(
                         value_rows, value_b_offsets, is_value_b, v_tokens, is_value, 0, VALUES, query.dtype, BLOCK_D
                     )
@@ -804,28 +803,28 @@ def decode_kernel(
 
         if not PAGE_SIZE:
             last_token = length - NUM_QUERIES
-        scores = _hide(
+        scores = _apply_mask(
             scores, mask_ptr, queries, heads, tokens, is_row, last_token, window, log2_e / scale,
             mask_stride_h, mask_stride_t, mask_stride_n, MASK,
         )  # fmt: skip
         above = scores * scale - maximum[None, :]
         if REST_H:
-            rest_scores = _hide(
+            rest_scores = _apply_mask(
                 rest_scores, mask_ptr, rest_queries, rest_heads, tokens, is_row, last_token, window, log2_e / rest_scale,
                 mask_stride_h, mask_stride_t, mask_stride_n, MASK,
             )  # fmt: skip
             rest_above = rest_scores * rest_scale - rest_maximum[None, :]
             above = tl.maximum(tl.max(above, 1, keep_dims=True), tl.max(rest_above, 1, keep_dims=True))
-        # The maximum may lag by 2^8 before it is worth a reduction over tokens for each column: a power of 2 changes
-        # no digit, and is undone at the end. By 2^7 for float8: times its largest number, 448, that is still a float16.
+        # The maximum is updated, by a reduction over tokens for each column, only when weights exceed 2^8. A power of 2 costs no
+        # precision, and cancels at the end. For float8 it is 2^7, which times float8's largest number, 448, is still a float16.
         if tl.max(above) > LAG:
-            maximum, normalizer, output = _raise(scores, scale, maximum, normalizer, output)
+            maximum, normalizer, output = _rescale(scores, scale, maximum, normalizer, output)
             if REST_H:
-                rest_maximum, rest_normalizer, rest_output = _raise(
+                rest_maximum, rest_normalizer, rest_output = _rescale(
                     rest_scores, rest_scale, rest_maximum, rest_normalizer, rest_output
                 )
         weights = tl.exp2(scores * scale - maximum[None, :])
-        # Summed over rows at the end: for a sum here, in a layout of its own, Triton 3.6 computes the exponentials again.
+        # Summed over rows after the loop. For a sum here, Triton 3.6 would compute the exponentials twice, in two layouts.
         normalizer += weights
         weights = weights.to(query.dtype)
         rest_weights = weights
@@ -836,7 +835,7 @@ def decode_kernel(
 
         if LAUNCH.unroll:
             for r in tl.static_range(0, V_RANK, V_STEP):
-                if r == 0 and VALUES.unit > 1:
+                if r == 0 and VALUES.elements_per_load > 1:
                     b = value_b
                 else:
                     b = _load_b(
@@ -856,7 +855,7 @@ def decode_kernel(
                     VALUES, LAUNCH,
                 )  # fmt: skip
 
-    if OVERLAP:  # the combine kernel's programs may take the places that empty, and wait there
+    if OVERLAP:  # programs of the combine kernel may start on multiprocessors that become free, and wait there
         tl.extra.cuda.gdc_launch_dependents()
     if PAGE_SIZE:
         if partial_row < 0:
@@ -906,10 +905,10 @@ def _combine(
     BLOCK_S: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
 ):
-    """The mean of a column's pieces, weighted by exponentials. `first` is its place in the first piece."""
+    """Combines the partial outputs of a column by their log-sum-exps. `first` is the index of the column in the first split."""
     splits = tl.arange(0, BLOCK_S)
     features = tl.arange(0, BLOCK_D)
-    # Sent for with the sums, not after them.
+    # Loaded together with the log-sum-exps, not after them.
     piece = _load_pieces(partial_ptr, first, splits, features, num_splits, COLUMNS, HEAD_DIM)
     all_splits = tl.arange(0, MAX_SPLITS)
     all_lse = tl.load(lse_ptr + first + all_splits * COLUMNS, mask=all_splits < num_splits, other=-float("inf"))
@@ -942,8 +941,11 @@ def combine_kernel(
     OVERLAP: tl.constexpr,
     ROTATED: tl.constexpr,
 ):
-    """The pieces of one column (a query token's head) into its output; `ROTATED` features are rotated back."""
-    if OVERLAP:  # started early: until the decode kernel is complete, and what it wrote is visible
+    """
+    Combines the splits of one column (a head of a query token) into its output. `ROTATED`: the output is in the rotated basis of
+    `QuantizedLayout`, and is rotated back.
+    """
+    if OVERLAP:  # this kernel has started early: wait until the decode kernel's writes are visible
         tl.extra.cuda.gdc_wait()
     column = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -963,7 +965,7 @@ def combine_kernel(
 
 @triton.jit
 def _load_entry(splits_ptr, query_starts_ptr, i, num_columns, COLUMNS: tl.constexpr, NUM_QUERIES: tl.constexpr):
-    """Of the request of the `i`-th column: its first place, the number of its pieces, its query tokens' first and end."""
+    """For the request of the `i`-th column: its first partial result, the number of its pieces, its query tokens' first and end."""
     entry_ptr = splits_ptr + 4 * (1 + i // COLUMNS)
     is_column = i < num_columns
     place = tl.load(entry_ptr + 1, mask=is_column, other=0, eviction_policy="evict_last")
@@ -994,12 +996,12 @@ def combine_pages_kernel(
     MAX_SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The same for the requests that [`schedule_kernel`] divided: a column of one after another."""
+    """[`combine_kernel`] for the requests that [`schedule_kernel`] has divided: each program loops over columns."""
     COLUMNS: tl.constexpr = NUM_QUERIES * NUM_HEADS
     features = tl.arange(0, BLOCK_D)
     first = tl.program_id(0)
     num_columns = tl.load(splits_ptr, eviction_policy="evict_last") * COLUMNS
-    # Written before the decode kernel began, so this need not wait for it.
+    # The schedule was written before the decode kernel started, so reading it need not wait.
     place, num_splits, token, end = _load_entry(
         splits_ptr, query_starts_ptr, first, num_columns, COLUMNS, NUM_QUERIES
     )  # fmt: skip
@@ -1021,7 +1023,7 @@ def combine_pages_kernel(
 
 @triton.jit
 def _rows_to_read(length_ptr, query_starts_ptr, requests, is_request, window, TILE: tl.constexpr):
-    """Of each request: its first row that a query sees, its length, its first tile, and the number of its tiles."""
+    """For each request the first row that a query sees, the length, the first tile, and the number of tiles."""
     length = tl.load(length_ptr + requests, mask=is_request, other=0).to(tl.int32)
     query_start = tl.load(query_starts_ptr + requests, mask=is_request, other=0)
     num_queries = tl.load(query_starts_ptr + requests + 1, mask=is_request, other=0) - query_start
@@ -1033,7 +1035,7 @@ def _rows_to_read(length_ptr, query_starts_ptr, requests, is_request, window, TI
 
 @triton.jit
 def _count_pieces(first, length, num_tiles, piece, MAX_SPLITS: tl.constexpr):
-    """Into how many pieces of about `piece` times 16 rows each request is divided."""
+    """The number of pieces of about `piece` times 16 rows into which each request is divided."""
     return tl.minimum(tl.minimum(tl.cdiv(tl.cdiv(length - first, 16), piece), num_tiles), MAX_SPLITS)
 
 
@@ -1053,14 +1055,15 @@ def schedule_kernel(
     MAX_SPLITS: tl.constexpr,
 ):
     """
-    Divides the rows of all requests into pieces of about one length, and gives each a slot.
+    Divides the rows of all requests into pieces of about the same length, and assigns each to a slot.
 
-    A slot [8]: the request (-1: none), the first row and the end of the piece, the place of its partial result (-1: it is
-    all of its request); of the request the first query token, the last row that this one sees, and the number of its
-    query tokens; 0. `splits` [1 + requests, 4]: how many requests are divided; then of each of them the request, the place
-    of its first partial result, the number of its pieces, its first query token. Pieces start on multiples of `TILE`, but for the first of a sliding window.
+    A slot [8] is the request (-1: none), the first row and the end of the piece, the index of its partial result (-1: the piece is
+    the whole request), the request's first query token, the last row that this token sees, the number of query tokens, and an unused
+    element. `splits` [1 + requests, 4] is the number of requests that are divided, then for each of them the request, the index of its
+    first partial result, the number of its pieces, and its first query token. Pieces start on multiples of `TILE`, except for the
+    first one of a sliding window.
 
-    Each program finds the same pieces, and fills `BLOCK_S` slots.
+    All programs compute the same pieces, and each fills `BLOCK_S` slots.
     """
     requests = tl.arange(0, BLOCK_R)
     first, length, _, num_tiles = _rows_to_read(
@@ -1078,8 +1081,8 @@ def schedule_kernel(
         longest = tl.maximum(longest, tl.max(units, 0))
         num_used += tl.sum((units > 0).to(tl.int32), 0)
 
-    # The shortest pieces of which there are at most as many as run at once, or twice or three times as many, or besides
-    # one for each request as many as run at once.
+    # Candidates: the shortest pieces of which there are at most `at_once` (one wave), two or three times as many, or `at_once` in
+    # addition to one for each request. Each is found by bisection.
     rounds = tl.arange(1, 5)
     budget = tl.where((rounds < 4) & (rounds * at_once <= num_slots), rounds * at_once, num_used + at_once)
     high = tl.zeros([4], tl.int32) + tl.maximum(longest, 1)
@@ -1101,8 +1104,7 @@ def schedule_kernel(
         fits = (num_pieces <= budget) & (low <= high)
         count = tl.where(fits, num_pieces, count)
         high, low = tl.where(fits, middle - 1, high), tl.where(fits | (low > high), low, middle + 1)
-    # `low` is the shortest that fits. Its time: that of the longest pieces in as many rounds, each of which costs
-    # something.
+    # `low` is the shortest length that fits. The time is that of the longest piece in each wave, plus the cost of a wave.
     num_rounds = tl.cdiv(count, at_once)
     time = (num_rounds * (low + 8)).to(tl.float32) * (1.0 + 0.06 * num_rounds)
     time = tl.where(num_used <= budget, time, float("inf"))

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""FlashTPA's decode kernel for one query token over rows of float8 or of 4 bits"""
+"""FlashTPA's decode kernel for one query token over rows of float8 or 4 bits"""
 
 from typing import NamedTuple
 
@@ -25,31 +25,31 @@ except ImportError:
     raise
 
 
-# Each warp goes through tokens of its own and shares nothing with the others until the end: a product has a batch of warps.
-# Its operands are made in registers, of words of 32 bits that are loaded where the instruction mma.m16n8k16 has their numbers: of
-# the 32 threads of a warp, thread 4 g + t has features 2 t and 2 t + 1 (and 8 more) of token g of a tile of 8 keys, and tokens
-# 2 t and 2 t + 1 of feature g of values. Which feature, or head, of memory is which of a product is free: a thread takes those
-# that lie side by side. So
+# Each warp processes its own tokens and shares nothing with the others until the end: matrix products are batched over warps.
+# Operands are converted in registers, from 32-bit words that each thread loads in the layout of the instruction mma.m16n8k16. Of
+# the 32 threads of a warp, thread 4 g + t holds features 2 t and 2 t + 1 (and 8 more) of token g of a tile of 8 keys, and tokens
+# 2 t and 2 t + 1 of feature g of values. The order of features, and of heads, in a product is arbitrary, so it is chosen such that a
+# thread holds those that are adjacent in memory:
 #
-#     heads     8 i + g                   are heads 4 g + i of memory: one word of A in float8,
+#     heads     8 i + g                   are heads 4 g + i in memory: one word of A in float8,
 #     features  16 q + 8 i + 2 t + e      of keys are 16 t + 4 q + 2 i + e: 16 bytes of float8, 8 of 4 bits,
 #     features  8 k + g                   of values are 8 g + k: 8 bytes of float8, 4 of 4 bits.
 #
-# Scores are in units of a power of 2, one of each head: 1, but where queries times the scale of scores do not fit float16.
+# The scores of each head are in units of a power of 2, which is 1 unless queries times the scale of scores overflow float16.
 #
-# On pages, the tokens of a tile that lie in one page for sure share a pointer: 8 or more, since those of a thread's words are 8
-# apart. The numbers of pages are read two tiles ahead, for words that are sent for one tile ahead.
+# If the cache is paged, tokens of a tile that are certain to lie in one page share a pointer: 8 or more, since the words of a thread
+# are of tokens 8 apart. Block table entries are read two tiles ahead, and words one tile ahead.
 
-HEADS = tl.constexpr(32)  # of a program
+HEADS = tl.constexpr(32)  # per program
 
 
 class LowBitLaunch(NamedTuple):
-    """Sizes with which the kernel is compiled and started."""
+    """Sizes with which the kernel is compiled and launched."""
 
     block_n: int  # tokens in a tile of a warp
     warps: int
-    programs_per_sm: int  # that fit side by side
-    registers: int | None = None  # of a thread at most, so that they do
+    programs_per_sm: int  # resident on a multiprocessor
+    registers: int | None = None  # the most per thread, so that the programs fit
 
     @property
     def tile(self) -> int:
@@ -61,10 +61,10 @@ class LowBitLaunch(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """How rows lie in pages."""
+    """The layout of rows in pages."""
 
-    size: int = 0  # tokens of a page; 0: none, the rows of a sequence lie one after another
-    together: int = 0  # of a tile, the tokens one after another that lie in one page for sure: 8 or more
+    size: int = 0  # tokens per page; 0: not paged, the rows of a sequence are consecutive
+    together: int = 0  # consecutive tokens of a tile that are certain to lie in one page: 8 or more
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def _or(a, b):
 
 @triton.jit
 def _without_order(x):
-    """The same integers, of which the compiler does not know that they follow one another: lanes are as dimensions are."""
+    """The same integers, hidden from the compiler's analysis of contiguity, so that it keeps the order of dimensions over lanes."""
     if not IS_INTERPRETED:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
     return x
@@ -82,14 +82,14 @@ def _without_order(x):
 
 @triton.jit
 def _halves(words):
-    """The two float16 numbers in each 32 bits, [..., 2]"""
+    """The two float16 in each 32-bit word, [..., 2]"""
     low, high = halves(words)
     return tl.join(low, high)
 
 
 @triton.jit
 def _pair(low, high):
-    """Two tensors of float16 in 32 bits."""
+    """Two tensors of float16 packed into 32-bit words."""
     low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return low | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
@@ -101,7 +101,7 @@ def _byte(words, i: tl.constexpr):
 
 @triton.jit
 def _four(words):
-    """The four numbers of float8 in each 32 bits, as two words of two float16."""
+    """The four float8 in each 32-bit word, as two words of two float16."""
     if IS_INTERPRETED:
         first = _pair(_byte(words, 0).to(tl.float16), _byte(words, 1).to(tl.float16))
         last = _pair(_byte(words, 2).to(tl.float16), _byte(words, 3).to(tl.float16))
@@ -112,7 +112,7 @@ def _four(words):
 
 @triton.jit
 def _four_float32(words):
-    """The four numbers of float8 in each 32 bits."""
+    """The four float8 in each 32-bit word, as float32."""
     if IS_INTERPRETED:
         a, b = _byte(words, 0).to(tl.float32), _byte(words, 1).to(tl.float32)
         c, d = _byte(words, 2).to(tl.float32), _byte(words, 3).to(tl.float32)
@@ -140,7 +140,7 @@ def _four_float32(words):
 
 @triton.jit
 def _four_pairs(words, others):
-    """The numbers of float8 in two times 32 bits: four words, each with the i-th number of both in float16."""
+    """The four float8 in each of two words: four words, each with the i-th element of both in float16."""
     if IS_INTERPRETED:
         a = _pair(_byte(words, 0).to(tl.float16), _byte(others, 0).to(tl.float16))
         b = _pair(_byte(words, 1).to(tl.float16), _byte(others, 1).to(tl.float16))
@@ -170,9 +170,9 @@ def _four_pairs(words, others):
 @triton.jit
 def _four_nibbles(words, scales, zeros):
     """
-    Of each 16 bits the four times 4 bits n, n * scale + zero, where `scales` and `zeros` hold one for each half of the words.
+    n * scale + zero for each of the 4-bit numbers n in the words, where `scales` and `zeros` have one for each half of a word.
 
-    As last digits of a float16 number from 1024 on, 4 bits are that number; 4 bits higher 16 times it.
+    With n as the last bits of its mantissa, the float16 number 1024 is 1024 + n; 4 bits higher, it is 1024 + 16 n.
     """
     if IS_INTERPRETED:
         a, b = _scaled(words, scales, zeros), _scaled(words >> 4, scales, zeros)
@@ -220,7 +220,7 @@ def _scaled(words, scales, zeros):
 
 @triton.jit
 def _halves_of(words, others):
-    """The low halves of both as one word, and their high halves."""
+    """The low halves of both words packed into one, and their high halves."""
     if IS_INTERPRETED:
         low, high = (words & 0xFFFF) | (others << 16), ((words >> 16) & 0xFFFF) | (others & -65536)
     else:
@@ -233,7 +233,7 @@ def _halves_of(words, others):
 
 @triton.jit
 def _exponentials(first, second):
-    """Powers of 2 in float16, two in 32 bits."""
+    """2 to the power of both, in float16, packed into 32-bit words."""
     if IS_INTERPRETED:
         words = _pair(tl.exp2(first).to(tl.float16), tl.exp2(second).to(tl.float16))
     else:
@@ -269,8 +269,7 @@ def _join_4(a, b, c, d):
     return tl.join(tl.join(a, c), tl.join(b, d))
 
 
-# Pointers are made of what differs between threads first, and of what is known when compiling after that: it becomes a part of
-# the instruction that loads.
+# Pointers are sums of what differs between threads, and then of compile-time constants, which become offsets of load instructions.
 
 
 @triton.jit
@@ -282,14 +281,14 @@ def _load(pointers, tokens, num_rows, MASKED: tl.constexpr):
 
 @triton.jit
 def _load_pair(pointers, tokens, num_rows, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """Words of even tokens, and of the odd ones after them."""
+    """The words of even tokens, and those of the odd tokens that follow them."""
     even = _load(pointers, tokens, num_rows, MASKED)
     return even, _load(pointers + ROWS.width // 4, tokens + 1, num_rows, MASKED)
 
 
 @triton.jit
 def _pages_of(table_ptr, first, end, LAUNCH: tl.constexpr, PAGES: tl.constexpr):
-    """The pages of a tile, one for as many tokens as lie together (0 from `end` on, where the table may hold anything)."""
+    """The pages of a tile, one for each `PAGES.together` tokens; 0 from `end` on, where the block table is undefined."""
     pages = ()
     if PAGES.size:
         for i in tl.static_range(0, LAUNCH.warps * LAUNCH.block_n // PAGES.together):
@@ -300,12 +299,12 @@ def _pages_of(table_ptr, first, end, LAUNCH: tl.constexpr, PAGES: tl.constexpr):
 
 
 @triton.jit
-def _rows_at(place, warps, tokens, ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr):
+def _rows_at(tile, warps, tokens, ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr):
     """
-    Pointers from which the rows of a tile's tokens, of these warps, are counted as if they lay one after another. `place`: a
-    pointer to all rows, words from a page to the next, the tile's first token and its pages.
+    Pointers relative to which the rows of a tile's tokens, of these warps, can be addressed as if they were consecutive. `tile`: a
+    pointer to all rows, the stride between pages in words, the first token of the tile, and its pages.
     """
-    rows_ptr, page_stride, first, pages = place
+    rows_ptr, page_stride, first, pages = tile
     WIDTH: tl.constexpr = ROWS.width // 4
     N: tl.constexpr = LAUNCH.block_n
     if PAGES.size == 0:
@@ -331,10 +330,10 @@ def _rows_at(place, warps, tokens, ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAG
 
 @triton.jit
 def _load_a(
-    place, first_head, num_rows, r,
+    tile, first_head, num_rows, r,
     ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """A of even and of odd tokens, four heads in 32 bits: [4 (tokens), 8 (heads), warps, tokens // 8]"""
+    """A of even and of odd tokens, in words of four heads: [4 (tokens), 8 (heads), warps, tokens // 8]"""
     W: tl.constexpr = LAUNCH.warps
     N: tl.constexpr = LAUNCH.block_n
     D: tl.constexpr = ROWS.head_dim
@@ -345,10 +344,10 @@ def _load_a(
     g = tl.arange(0, 8)[None, :, None, None]
     w = tl.arange(0, W)[None, None, :, None]
     j = tl.arange(0, N // 8)[None, None, None, :]
-    rows_ptr = _rows_at(place, w, w * N + j * 8, ROWS, LAUNCH, PAGES)
+    rows_ptr = _rows_at(tile, w, w * N + j * 8, ROWS, LAUNCH, PAGES)
     rows_ptr += ROWS.rank * B_BYTES // 4 + r * A_WORDS
     if A_WORDS % 8:
-        g = tl.minimum(g + first_head // 4, A_WORDS - 1)  # heads that there are not have another's A, and no query
+        g = tl.minimum(g + first_head // 4, A_WORDS - 1)  # heads beyond the last read another's A; their query is zero
         if A_WORDS % 4 == 2 and A_WORDS > 2 and r % 2 and not ROWS.packed:  # see `FactorLayout`
             g = (g + 2) % A_WORDS
     else:
@@ -359,7 +358,7 @@ def _load_a(
 
 @triton.jit
 def _load_keys(
-    place, first_head, num_rows, r,
+    tile, first_head, num_rows, r,
     ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The words of a rank of keys: those of A, of B, and of the scales of 4 bits."""
@@ -371,12 +370,12 @@ def _load_keys(
     UNIT: tl.constexpr = 8 if ROWS.packed else 4
     WIDTH: tl.constexpr = ROWS.width // 4
     WORDS: tl.constexpr = 64 // UNIT
-    even_a, odd_a = _load_a(place, first_head, num_rows, r, ROWS, LAUNCH, PAGES, MASKED)
+    even_a, odd_a = _load_a(tile, first_head, num_rows, r, ROWS, LAUNCH, PAGES, MASKED)
     g = tl.arange(0, 8)[:, None, None, None]
     w = tl.arange(0, W)[None, :, None, None]
     x = tl.arange(0, C * J)[None, None, :, None]
     word = tl.arange(0, WORDS)[None, None, None, :]
-    rows_ptr = _rows_at(place, w, w * N + x % J * 8, ROWS, LAUNCH, PAGES)
+    rows_ptr = _rows_at(tile, w, w * N + x % J * 8, ROWS, LAUNCH, PAGES)
     pointers = rows_ptr + r * (D // UNIT) + ((w * N + g) * WIDTH + word) + (x % J * (8 * WIDTH) + x // J * WORDS)
     loaded = even_a, odd_a, _load(pointers, w * N + x % J * 8 + g, num_rows, MASKED)
     if ROWS.packed:
@@ -418,7 +417,7 @@ def _key_b(loaded, ROWS: tl.constexpr, LAUNCH: tl.constexpr):
 
 @triton.jit
 def _load_values(
-    place, first_head, num_rows, r,
+    tile, first_head, num_rows, r,
     ROWS: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The words of a rank of values, of even and of odd tokens: those of A, of B, and of the scales of 4 bits."""
@@ -429,14 +428,14 @@ def _load_values(
     C: tl.constexpr = D // 64
     UNIT: tl.constexpr = 8 if ROWS.packed else 4
     WIDTH: tl.constexpr = ROWS.width // 4
-    even_a, odd_a = _load_a(place, first_head, num_rows, r, ROWS, LAUNCH, PAGES, MASKED)
+    even_a, odd_a = _load_a(tile, first_head, num_rows, r, ROWS, LAUNCH, PAGES, MASKED)
     t = tl.arange(0, 4)[:, None, None, None]
     g = tl.arange(0, 8)[None, :, None, None]
     w = tl.arange(0, W)[None, None, :, None]
     x = tl.arange(0, C * J)[None, None, None, :]
     tokens = w * N + x % J * 8 + 2 * t
     lanes = (w * N + 2 * t) * WIDTH
-    rows_ptr = _rows_at(place, w, w * N + x % J * 8, ROWS, LAUNCH, PAGES)
+    rows_ptr = _rows_at(tile, w, w * N + x % J * 8, ROWS, LAUNCH, PAGES)
     b_ptr = rows_ptr + r * (D // UNIT)
     if ROWS.packed:
         pointers = b_ptr + (lanes + _without_order(g)) + (x % J * (8 * WIDTH) + x // J * 8)
@@ -480,8 +479,9 @@ def _value_b(loaded, ROWS: tl.constexpr, LAUNCH: tl.constexpr):
 
 
 @triton.jit
-def _heads_of(places):
-    return places % 8 * 4 + places // 8
+def _heads_of(columns):
+    """The heads in memory of the heads of a product."""
+    return columns % 8 * 4 + columns // 8
 
 
 @triton.jit
@@ -492,7 +492,7 @@ def _heads_first(a, LAUNCH: tl.constexpr):
 
 @triton.jit
 def _weights(words, LAUNCH: tl.constexpr):
-    """Weights [warps, heads, tokens // 2] of two tokens in 32 bits as those of [warps, heads, tokens]"""
+    """Weights [warps, heads, tokens] of words [warps, heads, tokens // 2], each of two tokens."""
     weights = tl.reshape(_halves(words), [LAUNCH.warps, HEADS, LAUNCH.block_n // 16, 2, 4, 2])
     return tl.reshape(tl.permute(weights, (0, 1, 2, 4, 3, 5)), [LAUNCH.warps, HEADS, LAUNCH.block_n])
 
@@ -503,31 +503,32 @@ def _load_ahead(
     KEYS: tl.constexpr, VALUES: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """
-    The words of the `i`-th rank of the first of two tiles, keys' ranks before those of values, and then of the second.
+    The words of the `i`-th rank of two tiles, where the first tile comes before the second, and keys before values.
 
-    A tile: its first token, and its pages. `cache`: pointers to rows of keys and of values, and words from a page to the next.
+    `tiles`: for each the first token, and the pages. `cache`: pointers to rows of keys and of values, and their strides between pages,
+    in words.
     """
     K_RANK: tl.constexpr = KEYS.rank
     RANKS: tl.constexpr = K_RANK + VALUES.rank
     key_ptr, value_ptr, key_stride, value_stride = cache
     first, pages = tiles[i // RANKS]
     if i % RANKS < K_RANK:
-        place = key_ptr, key_stride, first, pages
-        loaded = _load_keys(place, first_head, end - first, i % RANKS, KEYS, LAUNCH, PAGES, MASKED)
+        tile = key_ptr, key_stride, first, pages
+        loaded = _load_keys(tile, first_head, end - first, i % RANKS, KEYS, LAUNCH, PAGES, MASKED)
     else:
-        place = value_ptr, value_stride, first, pages
-        loaded = _load_values(place, first_head, end - first, i % RANKS - K_RANK, VALUES, LAUNCH, PAGES, MASKED)
+        tile = value_ptr, value_stride, first, pages
+        loaded = _load_values(tile, first_head, end - first, i % RANKS - K_RANK, VALUES, LAUNCH, PAGES, MASKED)
     return loaded
 
 
 @triton.jit
-def _tile(
+def _add_tile(
     query, unit, in_units, maximum, normalizer, output, loaded, later, cache, tiles, first_head, end, is_first,
     KEYS: tl.constexpr, VALUES: tl.constexpr, LAUNCH: tl.constexpr, PAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """
-    Adds the first of `tiles` to the running sums. The words of its first two ranks are `loaded` and `later`; those of the
-    second are returned, unless this is the last, with a part of its rows (`MASKED`).
+    Adds the first of two `tiles` to the state of the online softmax. `loaded` and `later` are the words of its first two ranks. Those
+    of the second tile are returned, unless this is the last tile, which may have fewer rows (`MASKED`).
     """
     W: tl.constexpr = LAUNCH.warps
     N: tl.constexpr = LAUNCH.block_n
@@ -546,16 +547,18 @@ def _tile(
         if (r + 2 < K_RANK + V_RANK) or (not MASKED):
             later = _load_ahead(r + 2, cache, tiles, first_head, end, KEYS, VALUES, LAUNCH, PAGES, MASKED)
     if MASKED:
-        places = tiles[0][0] + tl.arange(0, W)[:, None, None] * N + 2 * tl.arange(0, N // 2)[None, None, :]
-        even = tl.where(places < end, even, -float("inf"))
-        odd = tl.where(places + 1 < end, odd, -float("inf"))
+        tokens = tiles[0][0] + tl.arange(0, W)[:, None, None] * N + 2 * tl.arange(0, N // 2)[None, None, :]
+        even = tl.where(tokens < end, even, -float("inf"))
+        odd = tl.where(tokens + 1 < end, odd, -float("inf"))
     weights = _exponentials(even, odd)
-    # One of 2 or more: the maximum is raised. Until then it may lag. Units other than 1 are seldom, and only met here.
+    # The maximum is updated only if a weight is 2 or more (float16 numbers from 2 on have the bit 0x4000). Units other than 1, which are rare,
+    # are handled in this branch alone.
     if is_first | in_units | ((tl.reduce(weights, None, _or) & 0x40004000) != 0):
         ahead = tl.max(tl.maximum(even, odd), 2) + 6.0 / unit
         ahead = tl.maximum(ahead, tl.where(is_first, -1e30, 0.0))
         raised = maximum + ahead
-        # As rounded, so that all weights are relative to it; but times a large unit that error is no weight, or infinite.
+        # The difference of rounded maxima, so that all weights are relative to the same. With large units, its rounding error would
+        # make weights 0 or infinite.
         shift = tl.where(unit == 1.0, maximum - raised, -ahead)
         decay = tl.where(is_first, 0.0, tl.exp2(shift * unit))
         even = (even + shift[:, :, None]) * unit[:, :, None]
@@ -580,8 +583,8 @@ def _prepare_query(
     query_ptr, first_head, stride_h, scale, ROWS: tl.constexpr, LAUNCH: tl.constexpr
 ):  # fmt: skip
     """
-    Queries times `scale` in float16, rotated where rows are, [warps, heads, head_dim]; divided by units [warps, heads],
-    powers of 2, where the largest number of a head is not from 2^-10 to 2^15.
+    Queries times `scale` in float16, in the rotated basis if rows are packed, [warps, heads, head_dim], and their units [warps, heads]:
+    powers of 2 by which a head is divided if its largest element is not between 2^-10 and 2^15, else 1.
     """
     W: tl.constexpr = LAUNCH.warps
     D: tl.constexpr = ROWS.head_dim
@@ -652,11 +655,12 @@ def low_bit_decode_kernel(
     OVERLAP: tl.constexpr,
 ):
     """
-    One query token's attention over one of `num_splits` pieces of the cache, for a block of heads of one sequence.
+    Attention of one query token over one of `num_splits` splits of the cache, for a block of heads of one sequence. It writes what
+    [`decode_kernel`] writes.
 
-    On pages (`PAGES.size` is not 0; what follows `scale` is theirs, and `None` without), a stride of rows is that of a page,
-    and a program takes the piece in its slot, see `schedule_kernel`. A piece that is all of its request goes straight into
-    the output.
+    If the cache is paged, `PAGES.size` is not 0, and the parameters from `slots_ptr` on are used; otherwise they are `None`. A batch
+    stride is then that of a page, and a program takes the piece in its slot, see [`schedule_kernel`]. A piece that is a whole
+    request is written to the output.
     """
     NUM_HEADS: tl.constexpr = KEYS.num_heads
     D: tl.constexpr = KEYS.head_dim
@@ -667,7 +671,7 @@ def low_bit_decode_kernel(
     first_head = tl.program_id(0) % HEAD_BLOCKS * HEADS
     split = tl.program_id(0) // HEAD_BLOCKS
     if PAGES.size:
-        # All layers read the same: the L2 cache is to keep it while rows stream through.
+        # All layers read these, so the L2 cache should keep them while rows stream through.
         slot_ptr = slots_ptr + 8 * split
         request = tl.load(slot_ptr, eviction_policy="evict_last")
         start = tl.load(slot_ptr + 1, eviction_policy="evict_last")
@@ -683,7 +687,7 @@ def low_bit_decode_kernel(
         length = key_length
         if HAS_LENGTHS:
             length = tl.minimum(tl.load(length_ptr + batch * length_stride_b).to(tl.int32), key_length)
-        # Whole tiles for each piece, as many as another's or one more.
+        # Splits are whole tiles, whose numbers differ by at most one.
         num_tiles = tl.cdiv(length, TILE)
         start = (split * num_tiles // num_splits) * TILE
         end = tl.minimum(((split + 1) * num_tiles // num_splits) * TILE, length)
@@ -707,11 +711,11 @@ def low_bit_decode_kernel(
     maximum = tl.zeros([W, HEADS], tl.float32)
     normalizer = tl.zeros([W, HEADS, 8], tl.float32)
     output = tl.zeros([W, HEADS, D], tl.float32)
-    for first in tl.range(start, whole, TILE, num_stages=1):  # what is ahead is in registers
+    for first in tl.range(start, whole, TILE, num_stages=1):  # prefetching is explicit, in registers
         following = tl.minimum(first + TILE, whole - TILE)
         later_pages = _pages_of(table_ptr, tl.minimum(first + 2 * TILE, whole - TILE), whole, LAUNCH, PAGES)
         tiles = (first, pages), (following, next_pages)
-        maximum, normalizer, output, loaded, later = _tile(
+        maximum, normalizer, output, loaded, later = _add_tile(
             query, unit, in_units, maximum, normalizer, output, loaded, later, cache, tiles, first_head, whole,
             first == start, KEYS, VALUES, LAUNCH, PAGES, False,
         )  # fmt: skip
@@ -721,7 +725,7 @@ def low_bit_decode_kernel(
         tiles = (whole, pages), (whole, pages)
         loaded = _load_ahead(0, cache, tiles, first_head, end, KEYS, VALUES, LAUNCH, PAGES, True)
         later = _load_ahead(1, cache, tiles, first_head, end, KEYS, VALUES, LAUNCH, PAGES, True)
-        maximum, normalizer, output, _, _ = _tile(
+        maximum, normalizer, output, _, _ = _add_tile(
             query, unit, in_units, maximum, normalizer, output, loaded, later, cache, tiles, first_head, end,
             whole == start, KEYS, VALUES, LAUNCH, PAGES, True,
         )  # fmt: skip
@@ -736,8 +740,8 @@ def low_bit_decode_kernel(
     normalizer = tl.where(is_empty, 1.0, normalizer)
     lse = tl.where(is_empty, -float("inf"), highest * tl.max(unit, 0) + tl.log2(normalizer))
     heads = first_head + _heads_of(tl.arange(0, HEADS))
-    place = partial_row.to(tl.int64) if PAGES.size else batch * num_splits + split
-    row = place * NUM_HEADS + heads
+    partial = partial_row.to(tl.int64) if PAGES.size else batch * num_splits + split
+    row = partial * NUM_HEADS + heads
     output = tl.reshape(output * (1.0 / normalizer)[:, None], [HEADS, D // 64, 8, 8])
     output = tl.reshape(tl.permute(output, (0, 1, 3, 2)), [HEADS, D])
     features = tl.arange(0, D)[None, :]

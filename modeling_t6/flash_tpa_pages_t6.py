@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""FlashTPA on pages: decoding attention of an engine's requests, whose factors lie in pages of one cache"""
+"""FlashTPA over a paged cache: decoding attention of a batch of requests of different lengths"""
 
 import functools
 import math
@@ -22,6 +22,7 @@ import torch
 from .flash_tpa_t6 import (
     COMBINE_WARPS,
     COMBINED_SPLITS,
+    LAUNCH_OPTIONS,
     LOG2_E,
     MAX_HEAD_DIM,
     MAX_QUERIES,
@@ -48,12 +49,12 @@ except ImportError:
 
 
 NO_WINDOW = 2**30  # longer than any request
-SCHEDULED_REQUESTS, SCHEDULED_SLOTS, SCHEDULE_WARPS = 1024, 16, 8  # of a program of the schedule
-COMBINE_PROGRAMS = 4  # of a multiprocessor: as many as its registers hold
+SCHEDULED_REQUESTS, SCHEDULED_SLOTS, SCHEDULE_WARPS = 1024, 16, 8  # per program of the schedule kernel
+COMBINE_PROGRAMS = 4  # per multiprocessor, as many as its registers hold
 
 
 def _bucket(max_query_length: int) -> int:
-    """Query tokens that the kernel is compiled for: 1, 2, 4, 8 or 16."""
+    """The number of query tokens that the kernel is compiled for: 1, 2, 4, 8 or 16."""
     if not 1 <= max_query_length <= MAX_QUERIES:
         raise ValueError(f"max_query_length must be 1 to {MAX_QUERIES}, got {max_query_length}.")
     return 1 << (max_query_length - 1).bit_length()
@@ -62,18 +63,19 @@ def _bucket(max_query_length: int) -> int:
 @dataclass(frozen=True)
 class Pieces:
     """
-    Which program reads what of a batch of `num_requests`: filled by [`schedule_pieces`] at each step, read by
-    [`paged_flash_tpa`] in each layer. Made once, its tensors keep their addresses, so that CUDA graphs may read them.
+    The schedule of a batch of `num_requests`: its rows, divided into pieces of similar length, one for each program of the decode
+    kernel. [`schedule_pieces`] fills it at each step, and [`paged_flash_tpa`] reads it in each layer. The tensors keep their
+    addresses, so that CUDA graphs may read them.
 
     Attributes:
-        slots: int32 [num_slots, 8], a piece each: the request (-1: unused), its first row and its end, the place of its
-            partial result (-1: it is all of its request), and what else a program has to know of the request.
-        splits: int32 [1 + num_requests, 4], the requests of several pieces: their number first, then the request, its
-            first place, how many, and its first query token for each of them.
-        num_at_once: pieces that the chip works on at once.
-        num_partials: places for partial results.
-        tile: tokens that pieces are multiples of.
-        sliding_window: tokens that a query sees, its own included; `None`: all.
+        slots: int32 [num_slots, 8], one piece each: the request (-1: unused), the first row and the end, the index of the partial
+            result (-1: none, as the piece is a whole request), and more that `schedule_kernel` documents.
+        splits: int32 [1 + num_requests, 4]: the number of requests that have several pieces, then for each of them the request,
+            the index of its first partial result, their number, and its first query token.
+        num_at_once: the number of pieces that the GPU processes concurrently.
+        num_partials: the number of partial results for which there is memory.
+        tile: pieces start on multiples of this many tokens, except for the first one of a sliding window.
+        sliding_window: tokens that a query sees, including its own; `None`: all.
     """
 
     slots: torch.Tensor
@@ -103,8 +105,8 @@ class Pieces:
         groups: int = 1,
     ) -> "Pieces":
         """
-        Pieces for a batch of that many requests, those without tokens counted, over layers of this shape. Other layers
-        may read them too, as long as their window is the same.
+        An unfilled schedule for batches of `num_requests`, including those without tokens, and layers of this shape. Other
+        layers with the same window may read it, too.
 
         Args:
             dtype: of the cache.
@@ -119,18 +121,22 @@ class Pieces:
             num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, dtype.itemsize, shared_memory, groups=groups
         )  # fmt: skip
         columns = launch.column_blocks(num_queries, columns_of_heads(num_heads, groups, constant_a))
-        places = num_sms * launch.programs_per_sm
-        at_once = max(1, places // columns)
-        # As `choose_splits` fills places, for requests of one length.
-        filled = {n: n * places // (num_requests * columns) * num_requests * columns / (n * places) for n in (1, 2, 3)}
-        rounds = max(filled, key=lambda n: filled[n] - 0.06 * n)
-        num_slots = max(rounds * at_once, at_once + num_requests)
+        resident = num_sms * launch.programs_per_sm
+        at_once = max(1, resident // columns)
+        # The number of waves as in `choose_splits`, by how full they are if all requests have one length.
+        per_split = num_requests * columns
+        filled = {n: n * resident // per_split * per_split / (n * resident) for n in (1, 2, 3)}
+        waves = max(filled, key=lambda n: filled[n] - 0.06 * n)
+        num_slots = max(waves * at_once, at_once + num_requests)
         slots = torch.empty(num_slots, 8, dtype=torch.int32, device=device)
         splits = torch.empty(1 + num_requests, 4, dtype=torch.int32, device=device)
         return cls(slots, splits, at_once, min(num_slots, 3 * at_once), launch.tile, sliding_window)
 
     def new_partials(self, query: torch.Tensor, max_query_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places for partial results of queries [tokens, h, d]: outputs [places, queries, h, d], and sums [places, queries, h]."""
+        """
+        Memory for partial results, float32: outputs [num_partials, queries, h, d], and log-sum-exps [num_partials, queries, h].
+        `query` is [tokens, h, d].
+        """
         shape = (self.num_partials, _bucket(max_query_length), *query.shape[1:])
         return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape[:-1], dtype=torch.float32)
 
@@ -138,7 +144,7 @@ class Pieces:
 def _low_bit_launch(
     num_queries, num_heads, head_dim, k_rank, v_rank, dtype, stored_dtype, constant_a, sliding_window, groups
 ) -> "LowBitLaunch | None":  # fmt: skip
-    """`None` for rows that the other kernel reads. A piece of a window starts within a tile."""
+    """`None` for shapes that `decode_kernel` reads instead. With a window, pieces may start within a tile."""
     if not num_queries == groups == 1 or constant_a or sliding_window is not None:
         return None
     return choose_low_bit_launch(num_heads, head_dim, k_rank, v_rank, dtype, stored_dtype)
@@ -146,15 +152,18 @@ def _low_bit_launch(
 
 def schedule_pieces(lengths: torch.Tensor, query_starts: torch.Tensor, pieces: Pieces) -> Pieces:
     """
-    Divides what a batch reads among the places of the chip, whatever the lengths of its requests: one short launch for
-    all layers of a window. Reads nothing on the host.
+    Divides the rows of a batch evenly among the programs of the GPU, whatever the lengths of the requests: one short launch for
+    all layers with the same window. Does not wait for the device.
 
     Args:
-        lengths: int32 [num_requests], rows of each request, those of its query tokens included.
-        query_starts: int32 [num_requests + 1], where its query tokens begin, and where the last ones end.
+        lengths: int32 [num_requests], the number of rows of each request, including those of its query tokens.
+        query_starts: int32 [num_requests + 1], cumulative numbers of query tokens, from 0.
 
     Returns:
         `pieces`, filled.
+
+    Raises:
+        ValueError: if `lengths` or `query_starts` are for another number of requests.
     """
     num_slots, num_requests = pieces.slots.shape[0], pieces.num_requests
     if lengths.shape != (num_requests,) or query_starts.shape != (num_requests + 1,):
@@ -169,6 +178,7 @@ def schedule_pieces(lengths: torch.Tensor, query_starts: torch.Tensor, pieces: P
         BLOCK_S=SCHEDULED_SLOTS,
         MAX_SPLITS=MAX_SPLITS,
         num_warps=SCHEDULE_WARPS,
+        **LAUNCH_OPTIONS,
     )
     window = NO_WINDOW if pieces.sliding_window is None else pieces.sliding_window
     kernel(
@@ -220,30 +230,32 @@ def paged_flash_tpa(
     partials: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
-    Attention of a few query tokens of each request over its pages of factors, in one pass over the rows as they lie: what
-    [`flash_tpa`] computes. No gradient. Reads nothing on the host, and its launches depend on shapes alone.
+    [`flash_tpa`] of a few query tokens of each request over its pages. No gradient. Does not wait for the device, and its
+    launches depend on shapes alone.
 
     Args:
-        query: [tokens, h, d], rotated, the tokens of one request after those of another; bfloat16, float16 or float32; d at
-            most 256.
-        key_pages, value_pages: [blocks, page_size, width] as `FactorLayout` packs rows, with any strides of pages and
-            rows; the query's dtype, or float8_e4m3fn. Fastest where a page holds whole blocks of `pieces.tile` tokens.
-        block_table: int32 [requests or more, pages], where each page of a request lies. What is beyond its length, or
-            before all windows, is not looked at.
-        lengths: int32 [requests], rows of each request, those of its query tokens included: the last query token sees the
-            last of them, the one before it one less, and so on. 0 for a request without tokens.
-        query_starts: int32 [requests + 1], where the query tokens of each request begin, and where the last ones end.
-        pieces: by [`schedule_pieces`] from the same lengths and query starts.
+        query: [tokens, h, d], rotated, the tokens of all requests concatenated; bfloat16, float16 or float32; d at most 256.
+        key_pages, value_pages: [blocks, page_size, width] of rows as `FactorLayout` packs them, in the query's dtype or
+            float8_e4m3fn, with any strides between pages and between rows. Fastest if `pieces.tile` divides the page size.
+        block_table: int32 [requests or more, pages], the blocks of each request. Entries beyond its length, or before all
+            windows, are ignored.
+        lengths: int32 [requests], the number of rows of each request, including those of its query tokens: the last query token
+            sees all of them, the one before it one less, and so on. 0 for a request without tokens.
+        query_starts: int32 [requests + 1], cumulative numbers of query tokens, from 0.
+        pieces: filled by [`schedule_pieces`] from the same lengths and query starts.
         scaling: of the scores, positive.
-        max_query_length: 1 to 16, the most tokens of a request.
+        max_query_length: the largest number of query tokens of a request, 1 to 16.
         key_a, value_a: constant A factors [R_K, h_kv] and [R_V, h_kv]; rows then hold B alone.
-        sliding_window: how many tokens a query sees, its own included.
-        output: to write into, [tokens, h, d].
-        groups: h / h_kv, how many heads that follow each other share one of A.
-        partials: of `pieces.new_partials`, to write into; calls that follow each other may have the same.
+        sliding_window: how many tokens a query sees, including its own.
+        output: where to write the output, [tokens, h, d].
+        groups: h / h_kv, the number of consecutive heads that share a column of A.
+        partials: memory from `pieces.new_partials`, which consecutive calls may share.
 
     Returns:
-        Output [tokens, h, d]: `output`, if given. Tokens of no request are left as they are.
+        Output [tokens, h, d]: `output`, if given. Tokens that belong to no request are not written.
+
+    Raises:
+        ValueError: if shapes or strides do not fit, or `pieces` are for another window.
     """
     _check(query, key_pages, value_pages, block_table, query_starts, pieces, max_query_length, sliding_window, output)
     num_queries = _bucket(max_query_length)
@@ -273,7 +285,7 @@ def paged_flash_tpa(
         tensors = [query, key_pages, value_pages, *constants, query, *tensors]
         numbers = [0, *numbers, NO_WINDOW if sliding_window is None else sliding_window, *out_strides]
     launches.decode((launches.columns * pieces.slots.shape[0], 1, 1), tensors, numbers)
-    # No more programs than there may be columns of a request of several pieces.
+    # No more programs than pairs of a query token and a head.
     columns = len(block_table) * num_queries * num_heads
     launches.combine(
         (min(launches.combine_programs, columns), 1, 1),
@@ -286,13 +298,13 @@ def paged_flash_tpa(
 @dataclass(frozen=True)
 class _Launches:
     """
-    What the launches of all steps of one layer, and of layers like it, have in common.
+    What the launches for one shape of layer have in common in all steps.
 
     Attributes:
-        columns: blocks of columns of one piece.
-        combine_programs: at most.
-        numbers: of the decode kernel, strides of pages to the factors of scores.
-        is_low_bit: whether that is `low_bit_decode_kernel`.
+        columns: blocks of columns, each of which is a program, for one piece.
+        combine_programs: the maximum for the combine kernel.
+        numbers: the arguments of the decode kernel from the strides of pages to the scale of scores.
+        is_low_bit: whether the decode kernel is `low_bit_decode_kernel`.
     """
 
     decode: KeptKernel
@@ -308,11 +320,11 @@ def _launches(
     num_queries, num_heads, head_dim, k_rank, v_rank, constant_a, sliding_window, groups, scaling, overlap, device, dtype,
     stored_dtype, key_sizes, key_strides, value_width, value_strides, starts, tile,
 ) -> _Launches:  # fmt: skip
-    """Of pages [page_size, width] that start `starts` bytes behind multiples of 16, for pieces of multiples of `tile` tokens."""
+    """`key_sizes` are (page_size, width); `starts` are the addresses of the pages modulo 16; `tile` is that of the pieces."""
     num_sms, shared_memory = device_limits(device)
     (page_size, key_width), itemsize = key_sizes, stored_dtype.itemsize
     unit = stride_unit(itemsize, key_strides[0], value_strides[0])
-    # Copies of 8 bytes are in flight as those of 16 are: FP8 rows of values may start in the middle of 16.
+    # Asynchronous copies may move 8 bytes instead of 16, as for float8 rows of values, which may start on 8.
     offsets = [*starts, key_strides[1] * itemsize, value_strides[1] * itemsize]
     is_aligned = unit * itemsize >= 8 and not any(offset % 8 for offset in offsets)
     low_bit_launch = None
@@ -346,9 +358,10 @@ def _launches(
     )
     constants = {
         "KEYS": keys, "VALUES": values, "LAUNCH": launch, "HAS_LENGTHS": True, "STRIDE_UNIT": unit, "OVERLAP": overlap,
-        "num_warps": launch.warps,
+        "num_warps": launch.warps, **LAUNCH_OPTIONS,
     }  # fmt: skip
-    numbers = key_strides[0] // unit, value_strides[0] // unit, 0, 0, 0  # no lengths nor pieces of rows without pages
+    # The zeros are arguments for rows that are not paged: stride of lengths, key length and number of splits.
+    numbers = key_strides[0] // unit, value_strides[0] // unit, 0, 0, 0
     scale = LOG2_E * scaling / k_rank
     if low_bit_launch is None:
         visible = Mask(
@@ -356,7 +369,8 @@ def _launches(
             sliding=sliding_window is not None and num_queries > 1,
         )  # fmt: skip
         decode = keep(decode_kernel, MASK=visible, PAGE_SIZE=page_size, **constants)
-        numbers = *numbers[:2], 0, 0, 0, 0, *numbers[2:], scale, LOG2_E  # no mask
+        mask_strides = 0, 0, 0, 0
+        numbers = *numbers[:2], *mask_strides, *numbers[2:], scale, LOG2_E
     else:
         pages = Pages(page_size, math.gcd(page_size, launch.tile, tile))
         decode = keep(low_bit_decode_kernel, PAGES=pages, maxnreg=launch.registers, **constants)
@@ -373,6 +387,7 @@ def _launches(
         OVERLAP=overlap,
         num_warps=COMBINE_WARPS,
         **({"launch_pdl": True} if overlap else {}),
+        **LAUNCH_OPTIONS,
     )
     return _Launches(
         decode,

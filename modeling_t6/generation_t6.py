@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What `generate()` and continuous batching ask of a model whose cache is not keys and values"""
+"""The hooks of `generate()` and continuous batching that a model with a cache of factors overrides"""
 
 import functools
 
@@ -20,6 +20,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.utils import logging
 
 from .attention_t6 import choose_attention
 from .cache_t6 import (
@@ -38,12 +39,15 @@ from .masks_t6 import create_attention_masks
 from .paged_t6 import page_factors
 
 
+logger = logging.get_logger(__name__)
+
+
 class T6GenerationMixin(GenerationMixin):
     """
     `GenerationMixin` for a model with a language modelling head whose base model is a [`T6Model`], `self.model`.
 
-    `generate()` and `GenerationConfig` take `cache_dtype`, in which the rows of the cache are stored: `"float8_e4m3fn"`,
-    `"int4"`, or `None` for what the model's configuration says. See [`T6Cache`].
+    `generate()` and `GenerationConfig` take a `cache_dtype` for the rows of the cache: `"float8_e4m3fn"`, `"int4"`, or `None`
+    for the `cache_dtype` of the model's configuration. See [`T6Cache`].
     """
 
     @functools.wraps(GenerationMixin.generate)
@@ -58,9 +62,9 @@ class T6GenerationMixin(GenerationMixin):
         *args,
         **kwargs,
     ) -> ContinuousBatchingManager:
-        """As in every model; the pages of the cache hold factors."""
+        """As in every model, with a cache whose pages hold factors."""
         asked = continuous_batching_config
-        if asked is None:  # where older code puts it
+        if asked is None:  # where older versions expect it
             asked = getattr(generation_config or self.generation_config, "continuous_batching_config", None)
         if getattr(generation_config or self.generation_config, "cache_dtype", None) is not None:
             raise ValueError("Continuous batching keeps rows of the model's dtype: leave `cache_dtype` out.")
@@ -75,41 +79,67 @@ class T6GenerationMixin(GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
-        """The masks that `generate()` makes ahead of a step over a static cache."""
+        """The masks that `generate()` creates before each step over a static cache."""
         model, cache = self.model, self.model.cache_of_this_stage(kwargs[CACHE_NAME])
         attend = choose_attention(model.config, inputs_embeds, cache)
         return create_attention_masks(model.config, attend, inputs_embeds, attention_mask, cache, position_ids)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # whose parameters `generate()` looks at
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args, **kwargs) -> dict:
-        # At the step that passes the length from which long RoPE rotates by other factors, all tokens are computed anew, as
-        # the cache holds rows that were rotated by the others (Phi-3 does so).
-        rope, cache = self.config.rope_parameters, kwargs.get(CACHE_NAME)
-        if rope["rope_type"] == "longrope" and isinstance(cache, Cache):
-            if 0 < cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]:
-                dtype = dtype_name(cache)
-                kwargs[CACHE_NAME] = None if dtype is None else T6Cache(config=self.config, dtype=dtype)
-                kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, *args, **kwargs
+    ) -> dict:
+        # LongRoPE switches from its short to its long factors at this length. Cached rows were rotated with the short ones, so
+        # all tokens are computed again, as in Phi-3.
+        cache, num_new = kwargs.get(CACHE_NAME), next_sequence_length or input_ids.shape[1]
+        if isinstance(cache, Cache) and self._switches_long_rope(cache, num_new, kwargs.get("attention_mask")):
+            if input_ids.shape[1] == cache.get_seq_length() + num_new:
+                kwargs[CACHE_NAME] = T6Cache(config=self.config, dtype=dtype_name(cache), offloading=cache.offloading)
+                if any(getattr(layer, "record_past", False) for layer in cache.layers):  # they are cropped later
+                    kwargs[CACHE_NAME].activate_past_recording()
+                next_sequence_length = None
+            else:
+                logger.warning_once(
+                    "LongRoPE switches to its long factors at this length, and the cached rows were rotated with the short ones. "
+                    "`generate()` would compute all tokens again, but was not given all of their `input_ids`: the rows stay."
+                )
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, *args, **kwargs)
+
+    def _switches_long_rope(self, cache: Cache, num_new: int, attention_mask: torch.Tensor | None) -> bool:
+        """Whether long RoPE rotates by other factors in this step, of `num_new` tokens, than it did for those in the cache."""
+        rope = self.config.rope_parameters
+        if rope["rope_type"] != "longrope":
+            return False
+        past = int(cache.get_seq_length())
+        length = past + num_new
+        # Where B_K is rotated when it is read, positions are those of rows, padding included.
+        if isinstance(attention_mask, torch.Tensor) and not self.config.rotates_on_read:
+            tokens = attention_mask != 0
+            past, length = (int(some.sum(dim=-1).max()) for some in (tokens[:, :past], tokens[:, :length]))
+        return 0 < past <= rope["original_max_position_embeddings"] < length
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
-        """As in every model; `cache_dtype`, of which Transformers knows nothing, becomes a field of the configuration."""
+        """As in every model; `cache_dtype`, which Transformers does not know, becomes a field of the configuration."""
         is_given, cache_dtype = "cache_dtype" in kwargs, kwargs.pop("cache_dtype", None)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if is_given:
             generation_config.cache_dtype = cache_dtype
+        rope = self.config.rope_parameters
+        if rope["rope_type"] == "longrope" and generation_config.prefill_chunk_size is not None:
+            # Pieces of a prompt are not computed anew: the first is to show by which factors the others are rotated.
+            least = rope["original_max_position_embeddings"] + 1
+            generation_config.prefill_chunk_size = max(generation_config.prefill_chunk_size, least)
         return generation_config, model_kwargs
 
     def _get_static_cache_init_shape(self) -> None:
-        # Key and value rows may differ in width, which this hook cannot say: see `_prepare_cache_for_generation`.
+        # This hook has one width for keys and values: see `_prepare_cache_for_generation`.
         return None
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs):
         """
-        `generate()`'s dynamic caches become `T6Cache`s, its static ones are allocated for rows of factors, and its
-        quantised ones group numbers by a size that divides a row.
+        As in every model, except that dynamic caches become `T6Cache`s, static ones are allocated for rows of factors, and
+        quantised ones get a group size that divides the width of a row.
         """
-        if "cache" in model_kwargs:  # the user's, under the name of `forward`
+        if "cache" in model_kwargs:  # given by the user, under the name that `forward` uses
             model_kwargs[CACHE_NAME] = model_kwargs.pop("cache")
         stored_dtype = self._stored_dtype(generation_config, model_kwargs.get(CACHE_NAME))
         user_defined = model_kwargs.get(CACHE_NAME) is not None
@@ -121,12 +151,12 @@ class T6GenerationMixin(GenerationMixin):
         if user_defined:
             return
         if type(cache) is DynamicCache:
-            # On the CPU there is nowhere to offload to. Weights on the disk, "meta", are computed with on an accelerator.
+            # A CPU has nowhere to offload to. Weights on disk, whose device is "meta", are used on an accelerator.
             has_accelerator = self.device.type != "cpu" and torch.accelerator.is_available()
             offloading = cache.offloading and has_accelerator
             dtype = getattr(generation_config, "cache_dtype", None)
             model_kwargs[CACHE_NAME] = T6Cache(config=self.config, dtype=dtype, offloading=offloading)
-            if any(getattr(layer, "record_past", False) for layer in cache.layers):  # an assistant's, which is cropped
+            if any(getattr(layer, "record_past", False) for layer in cache.layers):  # assisted decoding, which crops
                 model_kwargs[CACHE_NAME].activate_past_recording()
             return
         if not isinstance(cache, StaticCache):
@@ -138,12 +168,17 @@ class T6GenerationMixin(GenerationMixin):
         if len(set(getattr(self, "hf_device_map", {}).values())) <= 1:
             batch_size = args[1] if len(args) > 1 else kwargs["batch_size"]
             batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
-            if self.device.type != "meta":  # else weights are on the disk, and the first rows tell the device
+            if self.device.type != "meta":  # else weights are on disk, and the first update allocates the cache
                 layers = self.model.layers_of_this_stage()
                 allocate_static_cache(cache, self.config, batch_size, self.dtype, self.device, layers)
 
     def _stored_dtype(self, generation_config: GenerationConfig, cache: Cache | None) -> torch.dtype | None:
-        """The dtype of the tensors that hold the rows of `cache_dtype`; refuses what it cannot be combined with."""
+        """
+        The dtype of the tensors that hold rows of `cache_dtype`, or `None`.
+
+        Raises:
+            ValueError: if `cache_dtype` contradicts the given cache or another option.
+        """
         dtype = getattr(generation_config, "cache_dtype", None)
         stored_dtype = stored_dtype_of(dtype, self.config, "cache_dtype")
         if dtype is None:

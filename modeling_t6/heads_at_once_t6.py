@@ -21,7 +21,7 @@ from torch import nn
 
 from .factor_product_t6 import is_exporting, is_extended
 from .factors_t6 import T6KeyHeadRMSNorm, T6RMSNorm, apply_rotary_pos_emb, form_heads, norm_key_heads
-from .flash_tpa_t6 import DTYPES, MAX_HEAD_DIM, is_supported, operator_name, power_of_2
+from .flash_tpa_t6 import DTYPES, LAUNCH_OPTIONS, MAX_HEAD_DIM, is_supported, operator_name, power_of_2
 
 
 try:
@@ -199,7 +199,7 @@ def _launch(
     with torch.cuda.device_of(tensors[0]):
         kernel[(num_programs, 3)](
             *tensors, *numbers, Q_RANK=ranks[0], K_RANK=ranks[1], V_RANK=ranks[2],
-            NUM_HEADS=num_heads[0], NUM_KV_HEADS=num_heads[1], HEAD_DIM=head_dim, num_warps=1, **constants,
+            NUM_HEADS=num_heads[0], NUM_KV_HEADS=num_heads[1], HEAD_DIM=head_dim, num_warps=1, **LAUNCH_OPTIONS, **constants,
         )  # fmt: skip
 
 

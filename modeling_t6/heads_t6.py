@@ -11,12 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Queries, keys and values as heads, formed from factors for prompts and training: (1 / R) A^T B of every token"""
+"""Heads formed from factors for prompts and training: (1 / R) A^T B for every token, by a kernel, or fused by torch.compile"""
 
 import torch
 
 from .factors_t6 import form_heads
-from .flash_tpa_t6 import DTYPES, MAX_HEAD_DIM, is_supported, operator_name, power_of_2
+from .flash_tpa_t6 import DTYPES, LAUNCH_OPTIONS, MAX_HEAD_DIM, is_supported, operator_name, power_of_2
 
 
 try:
@@ -27,12 +27,12 @@ except ImportError:
     triton = None
 
 
-# Whether kernels form heads, and their gradients, on GPUs that have them; a benchmark may switch it off.
+# Whether kernels form heads and their gradients on GPUs that run them; a benchmark may switch it off.
 KERNELS = True
-# Heads of this rank or less are sums of outer products where torch.compile fuses those. 0: matrix products everywhere.
+# Under torch.compile, heads of up to this rank are sums of outer products, which it fuses; 0: always matrix products.
 MAX_OUTER_PRODUCTS = 8
 MAX_RANK = 64
-# Sizes with which the kernels are started: numbers of a tile, of heads and of their gradients, and warps.
+# Launch sizes of the kernels: elements of a tile of heads and of a tile of their gradients, and warps.
 FORM_TILE = 8192
 GRADIENT_TILE = 2048
 WARPS = 2
@@ -40,14 +40,13 @@ WARPS = 2
 
 def form_all_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
-    `form_heads` for the tokens of a prompt or a training step: A [batch, seq, R, h] and B [batch, seq, R, d], or a constant,
-    to heads [batch, seq, h, d].
+    `form_heads` for the tokens of a prompt or a training step: heads [batch, seq, h, d] from A [batch, seq, R, h] and
+    B [batch, seq, R, d], one of which may be constant.
 
-    torch.compile fuses a sum of outer products with what is before and after it, such as RoPE and the layout that attention
-    wants. Elsewhere a kernel forms the heads: PyTorch's batched products of so few rows take many times as long as the heads
-    take to be written.
+    torch.compile fuses a sum of outer products with its surroundings, such as RoPE and the layout that attention needs. In
+    eager mode a kernel forms the heads: PyTorch's batched products of so few rows take many times as long as writing the heads.
     """
-    if a.dim() == b.dim() and len(b) < len(a):  # a constant B, rotated alike in all sequences
+    if a.dim() == b.dim() and len(b) < len(a):  # a constant B, rotated to the same positions in all sequences
         b = b.expand(len(a), -1, -1, -1)
     if torch.compiler.is_compiling():
         return form_heads(a, b) if a.shape[-2] > MAX_OUTER_PRODUCTS else SumOfOuterProducts.apply(a, b)
@@ -69,8 +68,8 @@ class FormedHeads(torch.autograd.Function):
 
 class SumOfOuterProducts(torch.autograd.Function):
     """
-    `form_heads` as a sum that torch.compile fuses. Its gradients are not left to it: those of outer products would be sums
-    over all features and over all heads for each rank, which take longer than all that the forward pass gains.
+    `form_heads` as a sum that torch.compile fuses. Its gradients are not left to autograd: those of outer products are
+    sums over all features and all heads for each rank, which cost more than the forward pass gains.
     """
 
     @staticmethod
@@ -85,7 +84,7 @@ class SumOfOuterProducts(torch.autograd.Function):
 
 
 def _has_kernels(*tensors: torch.Tensor) -> bool:
-    """Whether kernels take A, B and, if given, the gradient of the heads: of one dtype, for each token, on a GPU."""
+    """Whether the kernels take A, B and, if given, the gradient of the heads: not constant, of one dtype, on a GPU."""
     a, b = tensors[:2]
     return (
         KERNELS
@@ -97,22 +96,22 @@ def _has_kernels(*tensors: torch.Tensor) -> bool:
         and b.shape[-1] <= MAX_HEAD_DIM
         and type(a) is type(b) is torch.Tensor
         and not torch.is_autocast_enabled(a.device.type)
-        # `torch.func` gives no memory to read; torch.compile, which does, cannot ask.
+        # Tensors of `torch.func` have no memory; torch.compile cannot trace the question.
         and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
         and is_supported(a.device, False)
     )
 
 
 def _gradients(gradient: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of A and B, of that of the heads [batch, seq, h, d]."""
+    """The gradients of A and B, from that of the heads [batch, seq, h, d]."""
     is_compiling = torch.compiler.is_compiling()
-    # With `create_graph` they are differentiated again.
+    # With `create_graph` the gradients must be differentiable.
     if _has_kernels(a, b, gradient) and (is_compiling or not torch.is_grad_enabled()):
         a_gradient, b_gradient = (_gradients_op if is_compiling else _gradients_in_triton)(gradient, a, b)
         return a_gradient.transpose(-1, -2), b_gradient
     a_gradient = torch.matmul(gradient, b.transpose(-1, -2).to(gradient.dtype)).transpose(-1, -2) / a.shape[-2]
     b_gradient = torch.matmul(a.to(gradient.dtype), gradient) / a.shape[-2]
-    # Constants are the same for all tokens.
+    # The gradient of a constant is a sum over tokens.
     return a_gradient.sum_to_size(a.shape).to(a.dtype), b_gradient.sum_to_size(b.shape).to(b.dtype)
 
 
@@ -126,6 +125,7 @@ def _sizes(a: torch.Tensor, b: torch.Tensor, tile: int) -> dict[str, int]:
         "BLOCK_H": min(max(16, tile // block_d), power_of_2(num_heads, 16)),
         "BLOCK_D": block_d,
         "num_warps": WARPS,
+        **LAUNCH_OPTIONS,
     }
 
 
@@ -143,7 +143,7 @@ def _form(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _gradients_in_triton(
     gradient: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of A as [batch, seq, h, R], in which its projection has it, and of B [batch, seq, R, d]."""
+    """The gradient of A as [batch, seq, h, R], the layout of its projection, and of B [batch, seq, R, d]."""
     batch_size, num_tokens, rank, num_heads = a.shape
     b, gradient = (x if x.stride(-1) == 1 else x.contiguous() for x in (b, gradient))
     a_gradient = a.new_empty(batch_size, num_tokens, num_heads, rank)
@@ -164,7 +164,7 @@ def _gradients_in_triton(
     return a_gradient, b_gradient
 
 
-# torch.compile takes the operator whole.
+# For torch.compile, which cannot trace the function.
 _gradients_op = torch.library.custom_op(operator_name("head_gradients"), _gradients_in_triton, mutates_args=())
 
 

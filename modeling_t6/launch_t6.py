@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Launches of Triton's kernels that cost the host little: what Triton finds out of the arguments is kept"""
+"""Launches of Triton kernels with little host overhead: the result of Triton's look at the arguments is cached"""
 
 import functools
 from collections.abc import Sequence
@@ -27,24 +27,24 @@ try:
 except ImportError:
     pass  # there are no kernels
 else:
-    # Versions of Triton whose `JITFunction.run` starts a compiled kernel as it is done here; others start all by themselves.
+    # Versions of Triton whose `JITFunction.run` launches a compiled kernel as it is done here. Others launch every time themselves.
     CAN_KEEP = (3, 5) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
 
 class KeptKernel:
     """
-    A kernel and its constants, to be started again and again. At each launch Triton looks at every argument, constants
-    included, to find which of the kernel's compilations is meant, which takes the host longer than short kernels the GPU.
-    Here it is asked once for each kind of arguments, and what it compiled for them is started from then on.
+    A kernel and its constants, for many launches. At each launch Triton inspects every argument, including constants, to find
+    the compiled variant of the kernel, which takes the host longer than a short kernel takes the GPU. Here it does so once for
+    each kind of arguments, and the compiled kernel is launched directly from then on.
 
-    Triton compiles anew for another dtype of a tensor, for one that does not start on 16 bytes, for numbers beyond 32 bits,
-    and for 1 and multiples of 16 among numbers that the kernel does not list in `do_not_specialize`; the values of these
-    are told apart here, so that they should be few. Numbers are none below -2**31, and each always an integer, or always a
-    float.
+    Triton compiles another variant for another dtype of a tensor, for a tensor that does not start on 16 bytes, for integers
+    beyond 32 bits, and for 1 and multiples of 16 among the integers that the kernel does not list in `do_not_specialize`. Here
+    each value of those counts as a kind, so there should be few. No number may be below -2**31, and each must always be an
+    integer, or always a float.
 
     Args:
-        kernel: of `triton.jit`, whose tensors are the parameters with names on `_ptr`; none is `None`.
-        constants: all others that are `tl.constexpr`, by name, and options of the launch as `num_warps`.
+        kernel: of `triton.jit`. Parameters whose names end in `_ptr` are tensors, none of them `None`.
+        constants: all `tl.constexpr` parameters by name, and options of the launch such as `num_warps`.
     """
 
     def __init__(self, kernel, **constants):
@@ -73,7 +73,7 @@ class KeptKernel:
         Args:
             tensors: all on one device, in the order of the kernel's parameters.
             numbers: in the order of the kernel's parameters.
-            offsets: bytes from the start of each tensor to what the kernel is given of it.
+            offsets: for each tensor, the bytes from its start to the pointer that the kernel is given.
         """
         devices = [x.get_device() for x in tensors]
         device = devices[0]
@@ -92,22 +92,22 @@ class KeptKernel:
         key = (specialized, wide, aligned, *devices, *[x.dtype for x in tensors])
         compiled = self.compiled.get(key)
         if compiled is None or _is_watched(self.kernel):
-            self._start_by_triton(key, grid, tensors, numbers, offsets)
+            self._launch_by_triton(key, grid, tensors, numbers, offsets)
             return
         arguments = self._in_order([*pointers, *numbers])
         stream = driver.active.get_current_stream(device)
         compiled.run(
             *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *self.trailing
-        )  # as `JITFunction.run` does
+        )  # as in `JITFunction.run`
 
-    def _start_by_triton(self, key, grid, tensors, numbers, offsets) -> None:
+    def _launch_by_triton(self, key, grid, tensors, numbers, offsets) -> None:
         if offsets is not None:
             tensors = [
                 x.as_strided((1,), (1,), x.storage_offset() + n // x.itemsize) if n else x
                 for x, n in zip(tensors, offsets)
             ]
         compiled = self.kernel[grid](*self._in_order([*tensors, *numbers]), **self.constants)
-        # Not in the interpreter, which compiles nothing; nor what a profiler may have put more into.
+        # The interpreter compiles nothing, and a profiler may have instrumented the kernel.
         if compiled is not None and CAN_KEEP and not _is_watched(self.kernel):
             self.compiled[key] = compiled
 
@@ -116,12 +116,12 @@ class KeptKernel:
 
 
 def _is_watched(kernel) -> bool:
-    """Whether somebody looks at the kernel's launches, as a profiler of Triton's."""
+    """Whether the kernel's launches have hooks, such as those of Triton's profiler."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # chains of hooks, hooks, or `None`
     return bool(kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 @functools.cache
 def keep(kernel, **constants) -> KeptKernel:
-    """The kernel with these constants, the same one at each call."""
+    """The [`KeptKernel`] for this kernel and these constants, created once."""
     return KeptKernel(kernel, **constants)

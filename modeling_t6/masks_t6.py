@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the attention may see: checks of the input, positions and masks"""
+"""Attention masks and positions of keys, and checks of the model's inputs"""
 
 import copy
 from collections.abc import Callable
@@ -21,14 +21,23 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .attention_t6 import heads_attention_forward
-from .cache_t6 import CACHE_NAME, FactorLayout, StaticRowsMixin, refuse_other_rows
+from .cache_t6 import CACHE_NAME, FactorLayout, StaticRowsMixin, validate_rows
 from .configuration_t6 import ConfigView, T6Config
 from .flash_tpa_t6 import flash_tpa_attention_forward
 from .paged_t6 import PagedFactors
 
 
 def validate_inputs(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None) -> None:
-    """Refuses an empty prompt, and masks that would be misread rather than fail."""
+    """
+    Refuses an empty prompt, and attention masks that would be misread silently.
+
+    Args:
+        inputs_embeds: [batch, query_length, hidden_size].
+        attention_mask: [batch or 1, key_length] or [batch or 1, 1, query_length, key_length].
+
+    Raises:
+        ValueError: with the expected and the actual size, dtype or values.
+    """
     batch_size, query_length = inputs_embeds.shape[:2]
     if query_length == 0:
         raise ValueError("The prompt is empty: `input_ids` (or `inputs_embeds`) must hold at least one token.")
@@ -45,7 +54,7 @@ def validate_inputs(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | 
                 f"A 4D `attention_mask` must be boolean (True: attend) or additive floating point, got {dtype}."
             )
     elif attention_mask.dim() == 2:
-        # A static cache counts its tokens in a tensor: reading it once a step costs less than a wrong answer.
+        # A static cache counts its tokens in a tensor. Reading it once per step is worth a check of the mask.
         past_length = int(cache.get_seq_length()) if cache is not None else 0
         if mask_shape[0] not in (1, batch_size) or mask_shape[1] < past_length + query_length:
             raise ValueError(
@@ -71,9 +80,17 @@ def validate_cache(
     query_length: int,
 ) -> None:
     """
-    Refuses what a T6 model would misread or fail on deep inside: tuples of tensors, rows that are not of the `layouts` of
-    the model's layers, and rows of fewer tokens than the window shows. `layers` are the indices of those that `cache` has,
-    `query_length` is the number of new tokens.
+    Refuses caches that a T6 model would misread, or fail on later with an obscure error: tuples of tensors, rows of another
+    layout, and sliding layers that hold fewer tokens than the model's window.
+
+    Args:
+        layouts: of the key and value rows of each layer of the model.
+        layers: the indices of the layers in `cache`.
+        query_length: the number of new tokens.
+
+    Raises:
+        ValueError: if it is no cache, or a window is too short.
+        RuntimeError: if rows have another layout.
     """
     if not hasattr(cache, "get_seq_length"):
         raise ValueError(
@@ -85,10 +102,10 @@ def validate_cache(
         if isinstance(layer, StaticRowsMixin) and layer.is_initialized:
             rows = layer.stored_rows()
         if all(isinstance(x, torch.Tensor) and x.dim() == 4 for x in rows):
-            refuse_other_rows(rows, layouts[layer_idx], layer_idx)
+            validate_rows(rows, layouts[layer_idx], layer_idx)
         window = getattr(layer, "sliding_window", None)
         if window is None and getattr(layer, "is_sliding", False):
-            # A static layer does not say its window: it has room for one, or for all the tokens that there will be.
+            # A static layer does not store its window: its capacity is the window, or all the tokens that there will be.
             drops_rows = layer.cumulative_length_int + query_length > layer.max_cache_len
             window = layer.max_cache_len if drops_rows else None
         if window is None:
@@ -102,7 +119,7 @@ def validate_cache(
 
 
 class TensorMaskConfig(ConfigView):
-    """A `T6Config` for the functions that make masks: they make tensors for it."""
+    """A `T6Config` for which Transformers' mask functions return tensors."""
 
     _attn_implementation = "eager"
 
@@ -116,16 +133,17 @@ def create_attention_masks(
     position_ids: torch.LongTensor | None,
 ) -> dict:
     """
-    By layer type, the mask as the way `attend` reads it: what the attention interface takes, or a tensor.
+    The masks for the attention function `attend`, by layer type: what Transformers' attention interface takes, or a tensor.
 
     Args:
-        cache: that of this stage, if there is a pipeline.
+        attend: as [`choose_attention`] returns it.
+        cache: with pipeline parallelism, that of this stage.
     """
-    if isinstance(attention_mask, dict):  # made ahead by `generate()`
+    if isinstance(attention_mask, dict):  # created in advance by `generate()`
         return attention_mask
-    if isinstance(cache, PagedFactors):  # goes by the lengths of the requests
+    if isinstance(cache, PagedFactors):  # it knows the lengths of the requests, which take the place of masks
         return dict.fromkeys(cache.key_ends, cache)
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:  # one for the whole batch, maybe
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:  # may be [1, key_length]
         attention_mask = attention_mask.expand(inputs_embeds.shape[0], -1)
     if config.rotates_on_read and cache is not None and position_ids is not None:
         if not torch.compiler.is_compiling():
@@ -135,11 +153,11 @@ def create_attention_masks(
     if attend is flash_tpa_attention_forward and config.sliding_window is None:
         return {"full_attention": padding_mask(attention_mask, cache, inputs_embeds.shape[1])}
     if attend is not heads_attention_forward:
-        # These read tensors, and over a static or sliding cache always one: only it tells which rows to read.
+        # These functions read tensors. Over a static or sliding cache they need one, which says which rows are valid.
         if implementation != "sdpa" or is_static or config.sliding_window is not None:
             config = TensorMaskConfig(config)
     elif implementation == "flex_attention" and is_static:
-        # flex_attention asks the mask late, when the cache has moved its length in place: show it another.
+        # flex_attention evaluates the mask after the cache has advanced its length in place: give it a copy of the length.
         cache = copy.copy(cache)
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         for layer in cache.layers:
@@ -159,9 +177,9 @@ def create_attention_masks(
 
 def padding_mask(attention_mask: torch.Tensor | None, cache: Cache, query_length: int) -> torch.Tensor | None:
     """
-    The mask that `flash_tpa` reads beside causality: of padding only, [batch, 1, 1, key_length], `None` if there is
-    none. Over a static cache it is as long as the cache, so that its shape does not change from token to token.
-    A mask of four dimensions, which says more, stays as it is.
+    The mask that `flash_tpa` takes in addition to causality: of padding, [batch, 1, 1, key_length], or `None`. Over a static
+    cache it is as long as the cache, so that its shape does not change from token to token. A mask of four dimensions is
+    returned unchanged.
     """
     if attention_mask is None or attention_mask.dim() == 4:
         return attention_mask
@@ -177,8 +195,8 @@ def key_positions(
     layers: list[int],
 ) -> tuple[torch.LongTensor, dict[str, torch.LongTensor]]:
     """
-    Positions of the new tokens, and by layer type those of all rows of a cache that holds B_K before RoPE: of models that
-    rotate it where it is read. Others need none. `layers` are the indices of the layers that `cache` has.
+    Positions of the new tokens, and, for models whose cache holds B_K before RoPE, those of all its rows by layer type.
+    `layers` are the indices of the layers in `cache`.
     """
     if not config.rotates_on_read or cache is None:
         return position_ids, {}
@@ -192,27 +210,30 @@ def row_positions(
     layer_types: list[str], cache: Cache, query_length: int, device: torch.device
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    Positions for models that rotate B_K where it is read. Such a cache holds no positions, and RoPE needs only their
-    differences: a token's position is the number of rows before its own, padding included. `layer_types` are those of
-    the cache's layers.
+    Positions for models that rotate B_K when it is read. Their cache holds no positions, but RoPE depends only on differences
+    of positions: a token's position is the number of rows before its own, padding included. `layer_types` are those of the
+    layers in the cache.
 
     Returns:
-        Those of the new tokens [1, query_length], and by layer type those of all rows that the cache will return, from
-        the first new token's update on, [1, key_length].
+        Positions of the new tokens [1, query_length], and by layer type those of all rows that the next update of the cache
+        will return [1, key_length].
     """
     new = torch.arange(query_length, device=device) + cache.get_seq_length()
     rows = {}
     for layer_type in set(layer_types):
         length, offset = cache.get_mask_sizes(query_length, layer_types.index(layer_type))
-        # Rows that a static cache has not filled are masked; their positions must not lengthen a dynamic RoPE.
+        # Unfilled rows of a static cache are masked. Their positions are capped, as dynamic RoPE depends on the largest.
         rows[layer_type] = torch.minimum(torch.arange(length, device=device) + offset, new[-1])[None]
     return new[None], rows
 
 
 def validate_positions(position_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache) -> None:
     """
-    Refuses `position_ids` [1 or batch, query_length] whose differences are not those of `row_positions`: they must count
-    the rows of the cache, or the tokens after left padding, as `generate()` does. Padding itself may have any.
+    Refuses `position_ids` [1 or batch, query_length] whose differences are not those of [`row_positions`]: they must count
+    the rows of the cache, or the tokens after left padding, as `generate()` does. Positions of padding are ignored.
+
+    Raises:
+        ValueError: with the expected and the actual positions.
     """
     past, query_length = int(cache.get_seq_length()), position_ids.shape[1]
     rows = torch.arange(past, past + query_length, device=position_ids.device)

@@ -50,7 +50,7 @@ from .stored_factors_t6 import store_decoded
 from .tensor_parallel_t6 import shared_factors_plan
 
 
-# What a saved model tells the Auto classes; it carries its code.
+# The `auto_map` of a saved model, which carries its code.
 AUTO_MAP = {
     "AutoConfig": "configuration_t6.T6Config",
     "AutoModel": "modeling_t6.T6Model",
@@ -67,7 +67,7 @@ class T6RotaryEmbedding(nn.Module):
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
 
-        if config.c_factor_dim is not None:  # RoPE's functions take `head_dim` for the size of what is rotated
+        if config.c_factor_dim is not None:  # RoPE rotates b, and its functions read the size from `head_dim`
             config = copy.copy(config)
             config.head_dim, config.c_factor_dim = config.b_dim, None
         self.config = config
@@ -89,7 +89,7 @@ class T6RotaryEmbedding(nn.Module):
         Inverse frequencies of the original RoPE, over the rotated part of a head.
 
         Returns:
-            The inverse frequencies [rotary_dim / 2], float32, and the scaling of cos and sin (1: unused here).
+            The inverse frequencies [rotary_dim / 2], float32, and the scaling of cos and sin, which is 1.
         """
         base = config.rope_parameters["rope_theta"]
         dim = config.rotary_dim
@@ -131,7 +131,7 @@ class T6Attention(TensorProductFactors):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.gradient_checkpointing = False  # of the layer: Transformers sets it
+        self.gradient_checkpointing = False  # set by Transformers
 
         hidden_size, heads_size = config.hidden_size, config.num_attention_heads * self.head_dim
         self.o_proj = nn.Linear(heads_size, hidden_size, bias=config.attention_out_bias)
@@ -154,22 +154,28 @@ class T6Attention(TensorProductFactors):
         sliding_window: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        As in Llama's attention, and:
+
+        Args:
+            position_embeddings: cos and sin [batch or 1, seq, rotary_dim].
+            attend: the attention function, as `choose_attention` returns it.
+            key_position_embeddings: cos and sin [batch or 1, key_length, rotary_dim] of all rows of the cache, for variants
+                that cache B_K before RoPE.
+            sliding_window: tokens that a query sees, including its own; `None`: all.
+        """
         input_shape = hidden_states.shape[:-1]
 
         if isinstance(cache, PagedFactors):
             factors = cache.store(self, hidden_states, position_embeddings, key_position_embeddings)
+        elif cache is None:
+            factors = project_at_once(self, hidden_states, position_embeddings)
+            if factors is None:
+                factors = self.project(hidden_states, position_embeddings)
         elif attend is flash_tpa_attention_forward:
             factors = store_decoded(self, hidden_states, position_embeddings, cache)
         else:
-            factors = None
-            if cache is None and attend is heads_attention_forward:
-                factors = project_at_once(self, hidden_states, position_embeddings)
-            elif cache is not None:
-                factors = self.project_to_rows(hidden_states, position_embeddings)
-            if factors is None:
-                factors = self.project(hidden_states, position_embeddings, key_position_embeddings)
-            if cache is not None:
-                self.update_cache(factors, cache)
+            factors = self.project_and_cache(hidden_states, position_embeddings, cache, key_position_embeddings)
 
         attn_output, attn_weights = attend(
             self,
@@ -256,13 +262,13 @@ class T6PreTrainedModel(PreTrainedModel):
     }
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in every model; the `auto_map` written names all of T6's classes, not just the one that is saved."""
+        """As in every model, except that `auto_map` names all classes of T6, not just the one that is saved."""
         if self.is_remote_code():
             self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def gather_sharded_state_dict_for_save(self, *args, **kwargs) -> dict[str, torch.Tensor]:
-        """As in every model; but tied weights, which come from several processes as tensors of their own, are saved once."""
+        """As in every model, except that tied weights are saved once: gathered from several processes, they share no memory."""
         weights = super().gather_sharded_state_dict_for_save(*args, **kwargs)
         tied = {
             target
@@ -273,33 +279,36 @@ class T6PreTrainedModel(PreTrainedModel):
         return {name: weight for name, weight in weights.items() if name not in tied}
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        # Its name would send Transformers looking for FlashAttention; 5.17 puts "paged|" before it.
+        # "flash" in the name would make Transformers look for FlashAttention. 5.17 puts "paged|" before the name.
         if attn_implementation in ("flash_tpa", "paged|flash_tpa"):
             return attn_implementation
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The paper's initialisation: Xavier uniform factors, output projections at zero; the rest as Llama."""
+        """The paper's initialisation: Xavier uniform factors, output projections at zero; the rest as in Llama."""
         super()._init_weights(module)
-        # By Linear, not by attention layer: in remote code, modules without parameters of their own are passed over.
+        # On each Linear, not on the attention layer: remote code skips modules that have no parameters themselves.
         if hasattr(module, "initializer_bound"):
             init.uniform_(module.weight, -module.initializer_bound, module.initializer_bound)
         if isinstance(module, T6Attention):
             for name, parameter in module.named_parameters(recurse=False):  # constant factors
                 if name.endswith("_a"):
                     init.normal_(parameter)
-                else:  # the scale of projected B factors, about sqrt(2 / d)
+                else:  # gives them the scale of projected B factors, about sqrt(2 / d)
                     init.xavier_uniform_(parameter)
 
 
 @auto_docstring
 class T6Model(T6PreTrainedModel):
     def __init__(self, config: T6Config):
+        config.fit_layers()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        if config._attn_implementation == "vllm" and config.layer_types is None:  # vLLM reads the type of each layer
+        if (
+            config._attn_implementation == "vllm" and config.layer_types is None
+        ):  # vLLM's Transformers backend reads them
             config.layer_types = ["full_attention"] * config.num_hidden_layers
 
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -331,8 +340,8 @@ class T6Model(T6PreTrainedModel):
     ) -> BaseModelOutputWithPast:
         r"""
         cache (`Cache`, *optional*):
-            The factors of the tokens seen before, as returned by an earlier step: a `T6Cache`, or any cache of
-            Transformers. Called `past_key_values` before Transformers 5.24; both names are taken.
+            The factors of earlier tokens, as returned by an earlier forward pass: a `T6Cache`, or any cache of
+            Transformers. Before Transformers 5.24 it was called `past_key_values`; both names are accepted.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -341,7 +350,7 @@ class T6Model(T6PreTrainedModel):
             inputs_embeds: torch.Tensor = self.embed_tokens(input_ids)
 
         if self.training and torch.is_grad_enabled() and self.config.cache_dtype is not None:
-            use_cache = False  # rounded rows have no gradient
+            use_cache = False  # quantised rows have no gradient
         if use_cache and cache is None:
             cache = T6Cache(config=self.config)
 
@@ -382,10 +391,10 @@ class T6Model(T6PreTrainedModel):
                 position_ids=position_ids,
                 use_cache=use_cache,
                 attend=attend,
-                # What the configuration says now, as masks and caches follow it. Not looked up by the layer, whose index
-                # would make a graph of its own for each layer that is compiled by itself.
+                # Read now, since masks and caches follow the current configuration. Not in the layer, by its index: layers
+                # that are compiled separately would then each need a graph of their own.
                 sliding_window=self.config.sliding_window if layer_type == "sliding_attention" else None,
-                **{CACHE_NAME: cache},  # the name by which gradient checkpointing drops it
+                **{CACHE_NAME: cache},  # gradient checkpointing drops it by this name
                 **kwargs,
             )
 
@@ -396,16 +405,16 @@ class T6Model(T6PreTrainedModel):
         )
 
     def layers_of_this_stage(self) -> list[int]:
-        """The indices of the layers that this process has: in a pipeline those of its stage, else all."""
+        """The indices of the layers in this process: with pipeline parallelism those of its stage, else all."""
         return [layer_idx for layer_idx, layer in enumerate(self.layers) if not isinstance(layer, nn.Identity)]
 
     def cache_of_this_stage(self, cache: Cache | None) -> Cache | None:
-        """The cache without the layers that other stages of a pipeline have, and fill. Without a pipeline it is whole."""
-        here = self.layers_of_this_stage()
-        if cache is not None and len(here) < len(self.layers):
+        """With pipeline parallelism a shallow copy of the cache with the layers of this stage alone, else the cache."""
+        stage_layers = self.layers_of_this_stage()
+        if cache is not None and len(stage_layers) < len(self.layers):
             layers = cache.layers
             cache = copy.copy(cache)
-            cache.layers = [layers[layer_idx] for layer_idx in here if layer_idx < len(layers)]
+            cache.layers = [layers[layer_idx] for layer_idx in stage_layers if layer_idx < len(layers)]
         return cache
 
 
@@ -442,8 +451,8 @@ class T6ForCausalLM(T6PreTrainedModel, T6GenerationMixin):
     ) -> CausalLMOutputWithPast:
         r"""
         cache (`Cache`, *optional*):
-            The factors of the tokens seen before, as returned by an earlier step: a `T6Cache`, or any cache of
-            Transformers. Called `past_key_values` before Transformers 5.24; both names are taken.
+            The factors of earlier tokens, as returned by an earlier forward pass: a `T6Cache`, or any cache of
+            Transformers. Before Transformers 5.24 it was called `past_key_values`; both names are accepted.
 
         Example:
 
@@ -486,10 +495,10 @@ class T6ForCausalLM(T6PreTrainedModel, T6GenerationMixin):
 
 
 class T6PreTrainedHead(T6PreTrainedModel):
-    """Transformers' generic heads make their body by `AutoModel`, which must know it also where T6 is remote code."""
+    """Transformers' generic heads build their base model with `AutoModel`, which must know T6 in remote code, too."""
 
     def __init__(self, config: T6Config):
-        # Not once for all at import: a folder's configuration comes from another copy of the code than its model.
+        # Not at import: with remote code, the class of the configuration may come from another copy of this code.
         AutoModel.register(type(config), T6Model, exist_ok=True)
         super().__init__(config)
 

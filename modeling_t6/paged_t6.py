@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Continuous batching: pages of factors in the cache of Transformers' engine, and attention over them"""
+"""Transformers' continuous batching: its paged cache holds rows of factors, over which requests attend"""
 
 import functools
 import itertools
@@ -43,9 +43,9 @@ logger = logging.get_logger(__name__)
 
 def paged_width(config: PreTrainedConfig) -> int:
     """
-    The `head_dim` of a paged cache, with one key/value head, for a T6 model. A paged cache holds two rows of one width
-    for a token and layer. They are the two halves of the key row and the value row laid end to end, so no number is
-    lost where those differ in width. Layers of lower ranks than others are as wide as the widest.
+    The `head_dim` of a paged cache for a T6 model, with one key/value head. The cache has two rows of this width per token and
+    layer, which together hold the key row followed by the value row, even where those differ in width. All layers are as wide
+    as the widest.
     """
     layouts = (factor_layouts(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
     return max((key_layout.width + value_layout.width + 1) // 2 for key_layout, value_layout in layouts)
@@ -53,8 +53,8 @@ def paged_width(config: PreTrainedConfig) -> int:
 
 class PagedConfig(ConfigView):
     """
-    A `T6Config` as the engine is to read it: with one key/value head of `paged_width`, and without masks, which take
-    more memory than the factors of a long cache do. The engine makes none if the name of the attention has "flash" in it.
+    A `T6Config` for the engine: with one key/value head of `paged_width`, and without attention masks, which for a long cache
+    would take more memory than the factors. The engine makes none if the attention implementation has "flash" in its name.
     """
 
     num_key_value_heads = 1
@@ -66,7 +66,7 @@ class PagedConfig(ConfigView):
 
 
 class PagedModel:
-    """A T6 model as the engine is to see it: the model, but for its `config`, a [`PagedConfig`]."""
+    """A T6 model for the engine: a proxy whose `config` is a [`PagedConfig`]."""
 
     def __init__(self, model: nn.Module):
         self.__dict__.update(_model=model, config=PagedConfig(model.config))
@@ -83,19 +83,37 @@ class PagedModel:
 
 def page_factors(manager: ContinuousBatchingManager, asked: ContinuousBatchingConfig) -> ContinuousBatchingManager:
     """
-    Has a manager, before it makes its cache, make one of factors. `asked` is the user's configuration: that of the manager
-    has what the engine makes of it for attention with masks.
+    Makes a manager, which has not created its cache yet, create a cache of factors. `asked` is the user's configuration; in
+    that of the manager the engine has already filled in defaults, which are for attention with masks.
     """
     if isinstance(manager.model, PagedModel):  # kept from an earlier batch
         return manager
-    model, config = manager.model, manager.continuous_batching_config
+    model = manager.model
     if model.config.cache_dtype is not None:
         logger.warning(
             f"Continuous batching keeps rows of the model's dtype, in more bytes than caches of `cache_dtype`="
             f"{model.config.cache_dtype!r}, which the model's configuration asks for."
         )
     has_kernel = attends_on_pages(model.config, model.device, model.dtype)
-    # The engine has block tables for layers without windows alone, and records graphs of steps that read block tables.
+    _configure_engine(manager.continuous_batching_config, asked, model, has_kernel)
+    manager.model = PagedModel(model)
+    create_batch_processor = manager._create_batch_processor
+
+    def create_processor_of_pages():
+        processor = create_batch_processor()
+        if not hasattr(processor.cache, "factors"):
+            _use_pages_of_factors(processor, model.config, has_kernel)
+        return processor
+
+    manager._create_batch_processor = create_processor_of_pages
+    return manager
+
+
+def _configure_engine(
+    config: ContinuousBatchingConfig, asked: ContinuousBatchingConfig, model: nn.Module, has_kernel: bool
+) -> None:
+    """Sets graphs, overlapped steps, block tables and memory in `config` for attention over factors."""
+    # The engine has block tables only for models without windows, and captures CUDA graphs only of steps that read them.
     has_block_tables = has_kernel and not _has_windows(model.config) and asked.max_blocks_per_request != 0
     has_graphs = has_block_tables and model.device.type == "cuda" and not _reads_positions_on_host(model.config)
     asked_graphs = asked.cuda_graph_booleans
@@ -113,35 +131,29 @@ def page_factors(manager: ContinuousBatchingManager, asked: ContinuousBatchingCo
     if has_block_tables:
         page_size = config.page_size if hasattr(config, "page_size") else config.block_size
         longest = -(-model.config.max_position_embeddings // page_size)
-        config.max_blocks_per_request = asked.max_blocks_per_request or max(longest, 2)  # as many as its warm-up takes
+        config.max_blocks_per_request = asked.max_blocks_per_request or max(longest, 2)  # the engine's warm-up takes 2
     if config.num_blocks is None:
-        # Beside the cache, the engine leaves room for one layer's rows; attention copies up to five layers' worth.
+        # Beside the cache, the engine leaves memory for the rows of one layer, but attention copies up to five layers' worth.
         num_layers = model.config.num_hidden_layers
         config.max_memory_percent = (config.max_memory_percent or 0.8) * (num_layers + 1) / (num_layers + 5)
-    manager.model = PagedModel(model)
-    create_batch_processor = manager._create_batch_processor
 
-    def create_processor_of_pages():
-        processor = create_batch_processor()
-        if not hasattr(processor.cache, "factors"):
-            if hasattr(processor.cache, "key_cache"):
-                join_halves(processor)
-            processor.cache.factors = EnginePages(processor.cache, model.config, has_kernel)
-            record = processor.model_runner.run_one_warmup
-            # No graph is recorded of a prompt: the engine would read one as long as the whole cache for nothing.
-            processor.model_runner.run_one_warmup = lambda model, num_q_tokens, max_kv_read: (
-                record(model=model, num_q_tokens=num_q_tokens, max_kv_read=None) if max_kv_read is None else 0.0
-            )
-        return processor
 
-    manager._create_batch_processor = create_processor_of_pages
-    return manager
+def _use_pages_of_factors(processor, config: PreTrainedConfig, has_kernel: bool) -> None:
+    """Gives the cache of a batch processor its [`EnginePages`], and its warm-up no prompts."""
+    if hasattr(processor.cache, "key_cache"):
+        join_halves(processor)
+    processor.cache.factors = EnginePages(processor.cache, config, has_kernel)
+    run_one_warmup = processor.model_runner.run_one_warmup
+    # No graph is captured of prompts, so the warm-up need not run one as long as the whole cache.
+    processor.model_runner.run_one_warmup = lambda model, num_q_tokens, max_kv_read: (
+        run_one_warmup(model=model, num_q_tokens=num_q_tokens, max_kv_read=None) if max_kv_read is None else 0.0
+    )
 
 
 def attends_on_pages(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """
-    Whether requests that decode attend by the kernel over pages as they lie: as `decode_with_flash_tpa` says of other
-    caches. On a GPU not where the implementation is `"eager"`, elsewhere where `"flash_tpa"` is asked for by name.
+    Whether FlashTPA's kernel reads the pages of requests that decode: on GPUs and for variants as in `decode_with_flash_tpa`, but
+    not if the attention implementation is `"eager"`; in Triton's interpreter if it is `"flash_tpa"`.
     """
     implementation = config._attn_implementation.removeprefix("paged|")
     if triton is None or config.rotates_on_read or config.c_factor_dim is not None:
@@ -160,21 +172,21 @@ def _has_windows(config: PreTrainedConfig) -> bool:
 
 
 def _reads_positions_on_host(config: PreTrainedConfig) -> bool:
-    """Whether RoPE looks up the longest position of a step, as `dynamic_rope_update` does for these."""
+    """Whether RoPE waits for the largest position of a step on the host, as `dynamic_rope_update` does for these types."""
     return "dynamic" in config.rope_parameters["rope_type"] or config.rope_parameters["rope_type"] == "longrope"
 
 
 @dataclass(frozen=True)
 class DecodingRequests:
     """
-    The requests of a step that decode one token each over pages, which the kernel reads.
+    The requests of a step that decode one token each, and whose pages the kernel reads.
 
     Attributes:
-        queries: where their tokens are among those of the step.
+        queries: indices of their tokens in the step.
         block_table: int32 [requests, pages].
-        lengths: int32 [requests], how many rows each attends to, that of its token included.
+        lengths: int32 [requests], the number of rows that each attends to, including that of its token.
         query_starts: int32 [requests + 1].
-        pieces: which program of the kernel reads which of their rows.
+        pieces: the schedule of the kernel.
     """
 
     queries: slice | torch.Tensor
@@ -190,11 +202,11 @@ class GroupStep:
     A step of the engine in the layers that share pages.
 
     Attributes:
-        write_slots: int64 [tokens], where the rows of the step's tokens go. -1 is nowhere: if there are no `others`, where the
-            kernel alone writes.
-        decoding: requests that the kernel attends for, or `None`.
-        read_slots: int64 [rows], of the rows that the other requests attend to, or `None` if those are rows of the step.
-        new_rows: where among these the rows of the step's tokens belong, and of which tokens.
+        write_slots: int64 [tokens], the slots of the rows of the step's tokens. -1, for a row that is not written, only if there
+            are no `others`: the kernel then does all the writing.
+        decoding: the requests that attend by the kernel, or `None`.
+        read_slots: int64 [rows], the slots of the rows that the other requests attend to; `None` if those are all of this step.
+        new_rows: indices into `read_slots` of the rows of this step, and the tokens whose rows they are.
         others: the other requests, as [`_group_requests`] returns them.
     """
 
@@ -207,18 +219,18 @@ class GroupStep:
 
 class PagedFactors:
     """
-    What one step of the engine reads and writes. Its tokens, of many requests, lie one after the other in one row, and
-    so do the rows of factors that are copied out of pages. Those are of all requests where PyTorch attends, and of the
-    requests that read a prompt, or a piece of one, where the kernel attends for the others, from pages as they lie.
+    What one step of the engine reads and writes; to the model it is both the cache and the mask. The tokens of all requests are
+    concatenated, [1, tokens], and so are rows of factors that are copied out of pages: those of requests with a prompt, or a
+    chunk of one, and of all requests if there is no kernel. The kernel reads the pages of the others in place.
 
-    A step with a block table is one in which every request decodes, and may be recorded as a CUDA graph: what is made of
-    the engine's tensors then is made on the device, for requests of length 0 too, with which the engine fills a graph up.
+    In a step with a block table every request decodes, and it may be captured as a CUDA graph. Everything is then computed on
+    the device, including for requests of length 0, with which the engine pads a graph.
 
     Args:
         config: of the model.
         cache: the engine's, whose `factors` are [`EnginePages`].
-        position_ids: those of the tokens, [1, tokens].
-        kwargs: the other arguments that the engine calls the model with.
+        position_ids: of the tokens, [1, tokens].
+        kwargs: the other arguments with which the engine calls the model.
     """
 
     def __init__(self, config: PreTrainedConfig, cache: PagedAttentionCache, position_ids: torch.Tensor, kwargs: dict):
@@ -234,12 +246,12 @@ class PagedFactors:
 
     @property
     def row_positions(self) -> dict[str, torch.Tensor]:
-        """By layer type, the positions of the rows that are copied, [1, rows], for models that rotate B_K where it is read."""
+        """By layer type, the positions of the copied rows, [1, rows], for models that rotate B_K when it is read."""
         query_ends = self.kwargs["cu_seq_lens_q"]
         last_positions = self.position_ids[0, query_ends[1:].long() - 1]
         positions = {}
         for layer_type, key_ends in self.key_ends.items():
-            # A request's rows are its last ones: their positions go up to that of its last token.
+            # The rows of a request are consecutive, and the last one is that of its last token.
             shifts = (last_positions + 1 - key_ends[1:]).repeat_interleave(key_ends.diff())
             positions[layer_type] = (torch.arange(len(shifts), device=shifts.device) + shifts)[None]
         return positions
@@ -254,44 +266,50 @@ class PagedFactors:
         return GroupStep(slots, self._over_pages(slice(None), block_table, lengths))
 
     def _read_and_decode(self, groups: Iterable[PageGroup]) -> dict[PageGroup, GroupStep]:
-        """The lengths of a step that reads prompts are read on the host: it is no graph, and takes its time anyway."""
-        device = self.position_ids.device
-        if device.type == "cuda":
-            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())  # where the engine writes them
+        """Reads the lengths of requests on the host: a step with prompts is no graph, and long enough to hide that."""
+        if self.position_ids.device.type == "cuda":
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())  # on which the engine writes them
         queries = list(itertools.pairwise(self.kwargs["cu_seq_lens_q"].tolist()))
         keys = {layer_type: list(itertools.pairwise(ends.tolist())) for layer_type, ends in self.key_ends.items()}
         positions = self.position_ids[0].tolist()
-        steps = {}
-        for group in groups:
-            window = self.config.sliding_window if group.layer_type == "sliding_attention" else None
-            read_index, write_index = (self.kwargs[name][group.index] for name in ("read_index", "write_index"))
-            decoding, others = [], []
-            for query, key in zip(queries, keys[group.layer_type]):
-                if query[0] == query[1]:  # with which the engine fills a step up
-                    continue
-                decodes = self.pages.has_kernel and query[1] - query[0] == 1 and read_index.numel() > 0
-                (decoding if decodes else others).append((query, key))
-            on_pages = None
-            if decoding:
-                tokens = [query[0] for query, _ in decoding]
-                table = _find_pages(
-                    decoding, [positions[token] for token in tokens], group, window, read_index, write_index
-                )
-                lengths = torch.tensor([end - start for _, (start, end) in decoding], dtype=torch.int32, device=device)
-                one_by_one = tokens == list(range(tokens[0], tokens[-1] + 1))
-                at = slice(tokens[0], tokens[-1] + 1) if one_by_one else torch.tensor(tokens, device=device)
-                on_pages = self._over_pages(at, table, lengths)
-            read_slots = new_rows = None
-            if others and read_index.numel() > 0:
-                others, read_slots, new_rows = _gather(others, group.slots(read_index))
-            elif others:  # of prompts that begin in this step, all of whose rows are those of their tokens
-                others = [(query, query) for query, _ in others]
-            others = _group_requests(others, math.inf if window is None else window, device)
-            write_slots = group.slots(write_index)
-            if self.pages.has_kernel and not others:
-                write_slots = torch.where(write_slots == group.spare_slot, -1, write_slots)
-            steps[group] = GroupStep(write_slots, on_pages, read_slots, new_rows, others)
-        return steps
+        # Requests without tokens are padding.
+        requests = {
+            layer_type: [(query, key) for query, key in zip(queries, spans) if query[0] < query[1]]
+            for layer_type, spans in keys.items()
+        }
+        return {group: self._read_and_decode_group(group, requests[group.layer_type], positions) for group in groups}
+
+    def _read_and_decode_group(
+        self, group: PageGroup, requests: list[tuple[tuple, tuple]], positions: list[int]
+    ) -> GroupStep:
+        """`requests` are spans of tokens and of rows; `positions` are those of all tokens of the step."""
+        device = self.position_ids.device
+        window = self.config.sliding_window if group.layer_type == "sliding_attention" else None
+        read_index, write_index = (self.kwargs[name][group.index] for name in ("read_index", "write_index"))
+        reads_pages = read_index.numel() > 0
+        decoding, others = [], []
+        for query, key in requests:
+            decodes = self.pages.has_kernel and query[1] - query[0] == 1 and reads_pages
+            (decoding if decodes else others).append((query, key))
+        decoding_requests = read_slots = new_rows = None
+        if decoding:
+            tokens = [query[0] for query, _ in decoding]
+            table = _find_pages(
+                decoding, [positions[token] for token in tokens], group, window, read_index, write_index
+            )
+            lengths = torch.tensor([end - start for _, (start, end) in decoding], dtype=torch.int32, device=device)
+            is_span = tokens == list(range(tokens[0], tokens[-1] + 1))
+            indices = slice(tokens[0], tokens[-1] + 1) if is_span else torch.tensor(tokens, device=device)
+            decoding_requests = self._over_pages(indices, table, lengths)
+        if others and reads_pages:
+            others, read_slots, new_rows = _gather(others, group.slots(read_index))
+        elif others:  # prompts that begin in this step: their rows are those of their tokens
+            others = [(query, query) for query, _ in others]
+        others = _group_requests(others, math.inf if window is None else window, device)
+        write_slots = group.slots(write_index)
+        if self.pages.has_kernel and not others:
+            write_slots = torch.where(write_slots == group.spare_slot, -1, write_slots)
+        return GroupStep(write_slots, decoding_requests, read_slots, new_rows, others)
 
     def _over_pages(
         self, queries: slice | torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
@@ -316,30 +334,34 @@ class PagedFactors:
         return self.steps[self.pages.groups[layer_idx]]
 
     def pages_of_layer(self, layer_idx: int, key_width: int, value_width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Its key rows and its value rows, views [pages, page_size, width]."""
+        """The key rows and the value rows of a layer, views [pages, page_size, width]."""
         rows = self.pages.rows[layer_idx]
         return rows[..., :key_width], rows[..., key_width : key_width + value_width]
 
-    def store(self, module: nn.Module, hidden_states: torch.Tensor, *position_embeddings) -> Factors:
+    def store(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> Factors:
         """
-        The factors of a layer for the step's tokens, whose rows are then in its pages. `position_embeddings` are those of
+        Computes a layer's factors of the step's tokens, and stores their rows in its pages. Position embeddings are those of
         `TensorProductFactors.project`.
 
         Returns:
-            With `key_rows` and `value_rows` that `others` of the step attend to, [1, 1, rows, R_K (h + d)] and [1, 1, rows,
-            R_V (h + d)]; where the kernels run, with queries in place of the new tokens' factors.
+            Factors with the `key_rows` and `value_rows` that `others` of the step attend to, [1, 1, rows, R_K (h + d)] and
+            [1, 1, rows, R_V (h + d)]; if there is a kernel, with `query` instead of A and B.
         """
         if not self.pages.has_kernel:
-            factors = module.project(hidden_states, *position_embeddings)
-            module.update_cache(factors, self)
-            return factors
-        step, angles = self.of_layer(module.layer_idx), position_embeddings[0]
+            return module.project_and_cache(hidden_states, position_embeddings, self, key_position_embeddings)
+        step = self.of_layer(module.layer_idx)
         widths = module.key_layout.width, module.value_layout.width
         pages, slots = self.pages_of_layer(module.layer_idx, *widths), step.write_slots
-        if step.others:  # which may attend to rows that have no place in pages: those that a window has passed
+        if step.others:  # they may attend to rows that are not stored, as the window has moved past them
             rows = self.pages.rows[module.layer_idx].new_empty((1, hidden_states.shape[1], sum(widths)))
             pages, slots = rows.split(widths, dim=-1), torch.arange(rows.shape[1], device=rows.device)
-        factors = store_projected(module, hidden_states, angles, slots, *pages)
+        factors = store_projected(module, hidden_states, position_embeddings, slots, *pages)
         if step.others:
             key_rows, value_rows = (part[:, None] for part in pages)
             factors.key_rows, factors.value_rows = self.update(key_rows, value_rows, module.layer_idx)
@@ -358,10 +380,10 @@ class PagedFactors:
         stored = self.pages.rows[layer_idx].flatten(0, 1)[:, : new.shape[-1]]
         rows = new
         if step.read_slots is not None:
-            # Before these are stored: in a layer with a window they take the place of old rows.
+            # Read before the new rows are stored, which in a layer with a window overwrite old ones.
             rows = stored[step.read_slots]
-            places, tokens = step.new_rows
-            rows[places] = new[tokens]
+            indices, tokens = step.new_rows
+            rows[indices] = new[tokens]
         stored.index_copy_(0, step.write_slots, new.to(stored.dtype))
         return tuple(part[None, None] for part in rows.split([key_rows.shape[-1], value_rows.shape[-1]], dim=-1))
 
@@ -375,9 +397,9 @@ def _find_pages(
     write_index: torch.Tensor,
 ) -> torch.Tensor:
     """
-    The block table, int32 [requests, pages], of requests that decode in a step for which the engine makes none, from the
-    indices at which it reads and writes their rows: a page is where its first row is. In a layer with a window a row's
-    place is its position modulo the window, and the row of the new token is written where the oldest one was read.
+    The block table, int32 [requests, pages], of requests that decode in a step without a block table of the engine. It is
+    derived from the indices at which the engine reads and writes their rows: those of the first row of each page. In a layer
+    with a window, a row is stored at its position modulo the window, so that the row of the new token overwrites the oldest.
     """
     window = window or 2**62
     table = []
@@ -399,25 +421,28 @@ def _gather(
     requests: list[tuple[tuple, tuple]], slots: torch.Tensor
 ) -> tuple[list[tuple[tuple, tuple]], torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """
-    The rows of some of a step's requests one after the other: the requests with the places of their rows there, the slots
-    of these, and where those of the new tokens belong, and of which tokens.
+    Concatenates the rows of some requests of a step.
+
+    Returns:
+        The requests with the new spans of their rows, the slots of all rows, and for the rows of this step's tokens their
+        indices and their tokens.
     """
     moved, length = [], 0
     for query, (start, end) in requests:
         moved.append((query, (length, length + end - start)))
         length += end - start
-    places = torch.cat([torch.arange(end - (query[1] - query[0]), end) for query, (_, end) in moved])
+    indices = torch.cat([torch.arange(end - (query[1] - query[0]), end) for query, (_, end) in moved])
     tokens = torch.cat([torch.arange(*query) for query, _ in moved])
     read_slots = torch.cat([slots[start:end] for _, (start, end) in requests])
-    return moved, read_slots, (places.to(slots.device), tokens.to(slots.device))
+    return moved, read_slots, (indices.to(slots.device), tokens.to(slots.device))
 
 
 def _group_requests(
     requests: list[tuple[tuple, tuple]], window: float, device: torch.device
 ) -> list[tuple[tuple, tuple, torch.Tensor | None]]:
     """
-    Requests, by the places of their queries and of their rows, in groups that attend at once: those that decode one token
-    together where their lengths are within a factor of two, as a padded batch, and each of the others alone.
+    Groups requests, given as spans of tokens and of rows, for attention: those that decode one token, with lengths within a
+    factor of two, are one padded batch; each of the others is a group of its own.
 
     Returns:
         For each group the index of its queries into [1, tokens], that of its keys into [1, rows], and its mask, boolean
@@ -455,9 +480,8 @@ def paged_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention of one layer in one step of the engine. Requests that decode attend over pages by the kernel, or without it in
-    factor space; a prompt or a piece of one forms K and V of its own request, for this layer and step. `attention_mask` is
-    the step.
+    Attention of one layer in one step of the engine, which is `attention_mask`. Requests that decode attend by the kernel over
+    pages, or without a kernel in factor space. Prompts, or chunks of them, form K and V of their own request.
     """
     step = attention_mask.of_layer(module.layer_idx)
     query = module.queries(factors).to(factors.dtype)
@@ -465,9 +489,9 @@ def paged_attention_forward(
     if step.decoding is not None:
         key_a, value_a = (a if a is not None and a.dim() == 2 else None for a in (factors.a_k, factors.a_v))
         widths = module.key_layout.width, module.value_layout.width
-        at = step.decoding.queries
+        indices = step.decoding.queries
         attended = paged_flash_tpa(
-            query[0, at],
+            query[0, indices],
             *attention_mask.pages_of_layer(module.layer_idx, *widths),
             step.decoding.block_table,
             step.decoding.lengths,
@@ -479,11 +503,11 @@ def paged_attention_forward(
             max_query_length=1,
             key_a=key_a,
             value_a=value_a,
-            output=output[0, at] if isinstance(at, slice) else None,
+            output=output[0, indices] if isinstance(indices, slice) else None,
             groups=module.num_key_value_groups,
         )
-        if not isinstance(at, slice):
-            output[0, at] = attended
+        if not isinstance(indices, slice):
+            output[0, indices] = attended
     for queries, keys, mask in step.others:
         key_rows, value_rows = (rows[:, 0][keys].unsqueeze(1) for rows in (factors.key_rows, factors.value_rows))
         a_k, b_k, a_v, b_v = module.unpack(factors, key_rows, value_rows)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Rows of factors in 4 bits: B rotated and quantised with a scale and a zero point for each 32 features, A in 8 bits"""
+"""Rows of factors in 4 bits: B rotated, and quantised with a scale and a zero point per 32 features; A in float8"""
 
 import functools
 import math
@@ -21,27 +21,27 @@ from torch import nn
 
 
 GROUP = 32  # features that share a scale and a zero point
-# Of each 8 features, the order in which 4 bytes hold them: first those of the low halves, then those of the high halves. Of a
-# 32-bit number shifted by 0, 4, 8 and 12 bits, the last 4 bits of both its halves are then features 0 and 1, 2 and 3, and so on.
+# The order of each 8 features in 4 bytes: first the low halves of the bytes, then the high halves. If the 32-bit word is shifted by
+# 0, 4, 8 and 12 bits, the last 4 bits of its two 16-bit halves are then features 0 and 1, 2 and 3, and so on.
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-# What the largest number of a row of A becomes: within the range of float8_e4m3fn, and of float16 with what it is multiplied by.
+# Each row of A is scaled to this maximum: within the range of float8_e4m3fn, and its products within that of float16.
 LARGEST_A = 16.0
-SMALLEST_SCALE = 2.0**-24  # float16's smallest number
+SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
 LARGEST_NUMBER = 65504.0  # and its largest
 
 
 class QuantizedLayout:
     """
-    How the factors of one token, A [rank, num_heads] and B [rank, head_dim], lie in one row of `width` bytes:
+    The layout of one token's factors, A [rank, num_heads] and B [rank, head_dim], in one row of `width` bytes:
 
-        rank * head_dim / 2      B, 4 bits a feature, rounded up to whole groups of 8: their 4 bytes hold features 0, 4, 1 and 5
+        rank * head_dim / 2      B, 4 bits per feature, padded to groups of 8 features, whose 4 bytes hold features 0, 4, 1 and 5
                                  in the low halves, 2, 6, 3 and 7 in the high halves
         rank * padded_heads      A, float8_e4m3fn, each row padded by zeros as in `FactorLayout`
         rank * 4 * groups        a scale and a zero point, float16, for each 32 features of each rank
         up to 7                  zeros, to a multiple of 8 bytes
 
-    B's features are rotated first, by `rotate_features`: after that none stands out. The 4 bits n of a feature stand for
-    n * scale + zero. A rank's A is divided by what makes its largest number 16, and B multiplied by it:
+    B is first rotated by `rotate_features` (H), which spreads outliers over features. The 4 bits n of a feature represent
+    n * scale + zero. Each row A[r] is divided by a size that makes its largest element 16, by which B[r] is multiplied:
 
         A[r] = a[r] size[r],    B[r] H = (n[r] scale[r] + zero[r]) / size[r],    A[r] B[r] = a[r] ((n[r] scale[r] + zero[r]) H).
 
@@ -58,8 +58,8 @@ class QuantizedLayout:
 
     def pack(self, a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
         """
-        A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim] of any floating dtype as rows, uint8
-        [batch, 1, seq, width]. A is not looked at if `num_heads` is 0.
+        Packs A [batch, seq, rank, num_heads] and B [batch, seq, rank, head_dim], of any floating-point dtype, into rows
+        [batch, 1, seq, width], uint8. A is ignored if `num_heads` is 0.
         """
         b = rotate_features(b.to(torch.float32))
         if self.num_heads == 0:
@@ -81,15 +81,14 @@ class QuantizedLayout:
 
     def unpack(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Factors of `rows`, uint8 [batch, 1, seq, width], in `dtype`: a [batch, seq, rank, num_heads], of no size with constant
-        A factors, and n * scale + zero [batch, seq, rank, head_dim], which is B rotated, times the size of A.
+        Unpacks rows [batch, 1, seq, width], uint8, into `dtype`: a [batch, seq, rank, num_heads], which has no heads with constant A
+        factors, and n * scale + zero [batch, seq, rank, head_dim], which is B rotated, times the size of A.
         """
         parts = QuantizedFactors(self, rows, dtype)
-        every = slice(None)
-        b = parts.features(parts.b, every)
+        b = parts.features(parts.b, slice(None))
         feature = torch.arange(self.head_dim, device=b.device)
         byte = feature // 8 * 4 + feature % 2 * 2 + feature // 4 % 2
-        return parts.heads(parts.a, every), b[..., byte + feature // 2 % 2 * (self.padded_dim // 2)]
+        return parts.heads(parts.a), b[..., byte + feature // 2 % 2 * (self.padded_dim // 2)]
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., head_dim] rotated, in the order of `QuantizedFactors.features`: [..., padded_dim]"""
@@ -106,7 +105,7 @@ class QuantizedLayout:
 
 class QuantizedFactors:
     """
-    The factors of `rows`, uint8 [batch, 1, seq, width], as they lie, and what makes numbers of `dtype` of some of them.
+    Views of the packed factors in rows [batch, 1, seq, width], uint8, and their conversion to `dtype` for some of the tokens.
 
     Attributes:
         a: float8_e4m3fn [batch, seq, rank, num_heads], a view.
@@ -123,19 +122,19 @@ class QuantizedFactors:
         scales = scales.clone(memory_format=torch.contiguous_format).view(torch.float16)
         self.scales = scales.unflatten(-1, (layout.rank, layout.groups, 2))
 
-    def heads(self, a: torch.Tensor, tokens: slice) -> torch.Tensor:
-        """A of those `tokens` whose `a` it is, [batch, tokens, rank, num_heads], in units of its size."""
+    def heads(self, a: torch.Tensor) -> torch.Tensor:
+        """A divided by its size, [batch, tokens, rank, num_heads], of the tokens whose `a` is given."""
         if not a.is_cpu:
             return a.to(self.dtype)
-        # PyTorch converts float8 one number after another there. As float16, which has a bit of exponent more and another
-        # bias, the same bits are A / 2^8, none of them beyond the range.
+        # PyTorch's conversion from float8 is not vectorised on a CPU. Float16 has one more exponent bit, and another bias: the same
+        # bits, shifted to its layout, are A / 2^8, which is always in range.
         a = ((a.view(torch.int8).to(torch.int16) << 7) & ~0x4000).view(torch.float16)
         return a.to(torch.float32).mul_(2**8).to(self.dtype)
 
     def features(self, b: torch.Tensor, tokens: slice) -> torch.Tensor:
         """
-        n * scale + zero of those `tokens` whose `b` it is, [batch, tokens, rank, padded_dim]: all low halves of the bytes,
-        then all high halves. `QuantizedLayout.rotate` makes vectors whose products with them are those of the vectors.
+        n * scale + zero, [batch, tokens, rank, padded_dim], of these `tokens`, whose `b` is given: all low halves of the bytes,
+        then all high halves. `QuantizedLayout.rotate` puts vectors into the same basis and order, which preserves dot products.
         """
         dtype = torch.promote_types(self.dtype, torch.float32)
         scales = self.scales[:, tokens].to(dtype)
@@ -148,8 +147,11 @@ class QuantizedFactors:
 
 def quantize(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Numbers n, whole and from 0 to 15, of groups of `GROUP` of b [..., features], in float32 [..., groups, GROUP], and their scales and zero
-    points, float16 [..., groups, 1]: n * scale + zero is about b. The last group may be smaller: it is filled up with its last number.
+    Quantises b [..., features] to 4 bits, in groups of `GROUP` features; a last group that is smaller is padded with its last feature.
+
+    Returns:
+        Integers n from 0 to 15, as float32 [..., groups, GROUP], and scales and zero points, float16 [..., groups, 1], such that
+        b is about n * scale + zero.
     """
     missing = -b.shape[-1] % GROUP
     if missing:
@@ -163,8 +165,8 @@ def quantize(b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def rotate_features(x: torch.Tensor) -> torch.Tensor:
     """
-    x [..., features] times H: normalised Hadamard matrices along the diagonal, of the largest power of 2, up to 64, that divides
-    the features. H is orthogonal and symmetric: it is its own inverse, and products of rotated vectors are those of the vectors.
+    x [..., features] times H, a block-diagonal matrix of normalised Hadamard matrices, whose size is the largest power of 2, up to 64,
+    that divides the number of features. H is orthogonal and symmetric: it is its own inverse, and preserves dot products.
     """
     size = min(x.shape[-1] & -x.shape[-1], 64)
     make = _cached_hadamard_matrix if _is_plain(x) else hadamard_matrix
@@ -172,7 +174,7 @@ def rotate_features(x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(x: torch.Tensor) -> bool:
-    """Whether a matrix made for `x` is of use to all: those of torch.compile are not, nor those of tensors without numbers."""
+    """Whether matrices for `x` may be cached: not those made under torch.compile, nor for fake tensors or other subclasses."""
     return type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
 
@@ -187,7 +189,7 @@ def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> torc
 
 @functools.cache
 def _cached_hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # what it makes could not be used where gradients are wanted
+    with torch.inference_mode(False):  # tensors made in inference mode cannot be used with gradients
         return hadamard_matrix(size, dtype, device)
 
 

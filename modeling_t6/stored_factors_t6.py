@@ -11,25 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Factors of new tokens that go into rows of a cache, and into queries, by one kernel behind the projections"""
+"""Decoded tokens: one kernel after the projections writes their rows into the cache, and forms their queries"""
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
-from .cache_t6 import cached_lengths, refuse_other_rows, reserve_rows
-from .factor_pages_t6 import NewRows, store_factors
+from .cache_t6 import cached_lengths, reserve_rows, validate_rows
+from .factor_pages_t6 import FactorTransform, NewRows, store_factors
 from .factors_t6 import Factors
 from .flash_tpa_t6 import operator_name
 
 
-# Whether decoded tokens go this way; a benchmark may switch it off.
+# Whether decoded tokens use the kernel; a benchmark may switch it off.
 FUSED = True
 
 
 def activates_heads(config: PreTrainedConfig) -> bool:
-    """Whether the kernel can activate A: it does not ask the processes that have other heads, as a softmax over all does."""
+    """Whether the kernel can activate A: a softmax over heads that tensor parallelism splits needs the other processes."""
     return config.head_factor_act != "softmax" or config.num_local_heads == config.num_attention_heads
 
 
@@ -42,18 +42,19 @@ def store_projected(
     value_pages: torch.Tensor,
 ) -> Factors:
     """
-    Projects tokens, and writes their rows into pages.
+    Projects tokens, writes their rows into pages, and forms their queries.
 
     Args:
-        module: a [`TensorProductFactors`] of a model that caches B_K and B_V as K and V are made of them.
+        module: a [`TensorProductFactors`] of a model that caches B_K and B_V as K and V are formed from them.
         hidden_states: [batch, seq, hidden_size].
         angles: cos and sin [batch or 1, seq, rotary_dim].
         slots, key_pages, value_pages: as [`store_factors`] takes them.
 
     Returns:
-        Factors with queries in place of A_Q and B_Q; of keys and values there are constants alone.
+        Factors that hold queries, and constant A_K and A_V if there are any: the caller sets the rows.
     """
     config, shape = module.config, hidden_states.shape[:2]
+    norms = (module.q_norm.weight, module.k_norm.weight) if config.qk_norm else (None, None)
     store = _store_in_graph if torch.compiler.is_compiling() else store_factors
     query = store(
         *module.project_tokens(hidden_states.flatten(0, 1)),
@@ -61,15 +62,10 @@ def store_projected(
         slots,
         key_pages,
         value_pages,
-        q_norm=module.q_norm.weight if config.qk_norm else None,
-        k_norm=module.k_norm.weight if config.qk_norm else None,
-        eps=config.rms_norm_eps,
-        activation=config.head_factor_act,
-        norms_key_heads=config.qk_norm == "heads",
+        FactorTransform(*norms, config.rms_norm_eps, config.head_factor_act, config.qk_norm == "heads"),
     )
     a_k, a_v = (module.k_a, module.v_a) if config.noncontextual_a else (None, None)
-    query = query.unflatten(0, shape)
-    return Factors(None, query, a_k, None, a_v, None, angles[0].dtype, angles, is_query=True)
+    return Factors(angles[0].dtype, a_k=a_k, a_v=a_v, query=query.unflatten(0, shape))
 
 
 def store_decoded(
@@ -79,23 +75,21 @@ def store_decoded(
     cache: Cache,
 ) -> Factors:
     """
-    The factors of tokens that FlashTPA attends for, and the rows of all tokens in `cache`, theirs included: as
-    `TensorProductFactors.project` and `update_cache` make them, where the cache keeps rows that a kernel may write, in float32
-    and rounded once. Depends on nothing that changes from one decoded token to the next.
+    `TensorProductFactors.project_and_cache` for tokens that FlashTPA attends for. If the cache has rows that a kernel may
+    write, the kernel also forms the queries; it computes in float32 and rounds once. Depends on nothing that changes from one
+    decoded token to the next.
     """
     (batch_size, count), dtype = hidden_states.shape[:2], position_embeddings[0].dtype
-    room = None
+    reserved = None
     if _is_fusible(module, hidden_states):
-        room = reserve_rows(cache, module.layer_idx, batch_size, count, dtype, hidden_states.device)
-    if room is None:
-        factors = module.project(hidden_states, position_embeddings)
-        module.update_cache(factors, cache)
-        return factors
-    refuse_other_rows((room.keys, room.values), (module.key_layout, module.value_layout), module.layer_idx)
-    pages = room.key_storage[:, 0], room.value_storage[:, 0]
-    places = NewRows(room.first, count, room.length)
-    factors = store_projected(module, hidden_states, position_embeddings, places, *pages)
-    factors.key_rows, factors.value_rows = room.keys, room.values
+        reserved = reserve_rows(cache, module.layer_idx, batch_size, count, dtype, hidden_states.device)
+    if reserved is None:
+        return module.project_and_cache(hidden_states, position_embeddings, cache)
+    validate_rows((reserved.keys, reserved.values), (module.key_layout, module.value_layout), module.layer_idx)
+    pages = reserved.key_storage[:, 0], reserved.value_storage[:, 0]
+    rows = NewRows(reserved.first, count, reserved.length)
+    factors = store_projected(module, hidden_states, position_embeddings, rows, *pages)
+    factors.key_rows, factors.value_rows = reserved.keys, reserved.values
     factors.lengths = cached_lengths(cache, module.layer_idx)
     return factors
 
@@ -106,7 +100,8 @@ def _is_fusible(module: nn.Module, hidden_states: torch.Tensor) -> bool:
         FUSED
         and activates_heads(module.config)
         and not torch.is_autocast_enabled(device.type)
-        and all(norm.weight.device == device for norm in norms)  # else its weights come when it is called
+        # Offloaded weights arrive only when a module is called.
+        and all(norm.weight.device == device for norm in norms)
     )
 
 
@@ -130,13 +125,12 @@ def _append_factors(
     activation: str | None,
     norms_key_heads: bool,
 ) -> torch.Tensor:
-    return store_factors(
-        a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, NewRows(first, count, length), key_pages, value_pages,
-        q_norm, k_norm, eps, activation, norms_key_heads,
-    )  # fmt: skip
+    transform = FactorTransform(q_norm, k_norm, eps, activation, norms_key_heads)
+    rows = NewRows(first, count, length)
+    return store_factors(a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, rows, key_pages, value_pages, transform)
 
 
-# torch.compile takes the operator whole; without it the function is called as it is, which costs the host less.
+# For torch.compile, which cannot trace the function. Eager code calls the function itself, which costs the host less.
 _append_factors_op = torch.library.custom_op(
     operator_name("append_factors"), _append_factors, mutates_args=("key_pages", "value_pages")
 )
@@ -147,9 +141,10 @@ def _(a_q, b_q, *args):
     return b_q.new_empty((b_q.shape[0], b_q.shape[1] if a_q is None else a_q.shape[1], b_q.shape[2]))
 
 
-def _store_in_graph(*args, q_norm, k_norm, eps, activation, norms_key_heads) -> torch.Tensor:
-    *factors, places, key_pages, value_pages = args
+def _store_in_graph(*args) -> torch.Tensor:
+    """[`store_factors`] of [`NewRows`], as an operator."""
+    *factors, rows, key_pages, value_pages, transform = args
+    norms, others = transform[:2], transform[2:]
     return _append_factors_op(
-        *factors, places.length, key_pages, value_pages, q_norm, k_norm, places.first, places.count, eps, activation,
-        norms_key_heads,
+        *factors, rows.length, key_pages, value_pages, *norms, rows.first, rows.count, *others
     )  # fmt: skip

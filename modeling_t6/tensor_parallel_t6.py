@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tensor parallelism: a process has its share of the heads, and like every other all that the heads have in common"""
+"""Tensor parallelism: each process has a share of the heads, and a replica of what the heads share (B factors, norms)"""
 
 from contextlib import contextmanager
 
@@ -27,8 +27,8 @@ if is_torch_distributed_available():
 
 def sum_gradients(x: torch.Tensor, mesh) -> torch.Tensor:
     """
-    `x`, the same in all processes of `mesh`, for the heads of this one. The gradient that goes back is the sum of those
-    that the heads of all processes have for it.
+    The identity, for an `x` that is replicated over `mesh` and read by the heads of this process. In the backward pass, the
+    gradients of all processes are summed.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
@@ -36,20 +36,20 @@ def sum_gradients(x: torch.Tensor, mesh) -> torch.Tensor:
 
 
 def softmax_over_heads(a: torch.Tensor, mesh) -> torch.Tensor:
-    """Softmax of A [batch, seq, R, h] over all heads, of which this process has the given ones, and gets those."""
+    """Softmax over all heads of `mesh` of the A [batch, seq, R, local h] of this process, of the same shape."""
     a = DTensor.from_local(a, mesh, [Shard(-1)], run_check=False).softmax(-1)
     return a.redistribute(placements=[Shard(-1)]).to_local()
 
 
 class SharedOutput(TensorParallelLayer):
-    """A layer that every process has whole, and whose output the heads of all of them read: a projection to B or c."""
+    """A replicated layer whose output the heads of all processes read: a projection to B or c."""
 
     def transform_output_post_forward(self, module: nn.Module, output: torch.Tensor, mesh) -> torch.Tensor:
         return sum_gradients(output, mesh)
 
 
 class SharedParameters(TensorParallelLayer):
-    """A layer that computes with this process's heads, by parameters of its own that all heads share, or of these heads."""
+    """A layer with parameters of its own, replicated or sharded by heads, that it applies to the heads of this process."""
 
     @contextmanager
     def context_around_forward(self, module: nn.Module, mesh):
@@ -64,7 +64,7 @@ class SharedParameters(TensorParallelLayer):
 
 
 class SharedAttention(SharedParameters):
-    """The attention layer itself: with its constant factors, and the softmax over all heads."""
+    """The attention layer itself: it has the constant factors, and the softmax over all heads."""
 
     def install_forward(self, module: nn.Module, mesh) -> nn.Module:
         module.head_mesh = mesh
@@ -72,7 +72,7 @@ class SharedAttention(SharedParameters):
 
 
 def shared_factors_plan(model: nn.Module) -> dict[str, str]:
-    """What `T6Config.base_model_tp_plan`, for any engine, leaves to add for Transformers: who sums whose gradients, too."""
+    """The plan for Transformers, by module: that of `T6Config` for the heads, and the styles above for what the heads share."""
     styles = {"self_attn": "t6_attention"}
     for name in ("q_norm", "k_norm", "head_norm"):
         styles[f"self_attn.{name}"] = "t6_shared_parameters"

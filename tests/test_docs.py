@@ -11,7 +11,15 @@ from tests.test_architecture import ROOT, find_modules
 PAGES = sorted(path for folder in (".", "docs", "configuration") for path in (ROOT / folder).glob("*.md"))
 FOLDERS = ("benchmarks", "configuration", "conversion", "docs", "examples", "hub", "modeling_t6", "serving", "tests")
 # Pages whose names in code type are all names of this code.
-OF_THE_CODE = ("architecture", "converting", "flash_tpa", "studying", "training")
+OF_THE_CODE = (
+    "architecture",
+    "converting",
+    "flash_tpa",
+    "flash_tpa_kernels",
+    "studying",
+    "training",
+    "training_speed",
+)
 
 pytestmark = pytest.mark.once
 

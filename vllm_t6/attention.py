@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How the tokens of a step attend: rows into pages, requests that decode from the factors, prompts to heads"""
+"""Attention of one step: stores rows in pages; requests that decode attend to factors, prompts to K and V formed from them"""
 
 import functools
 import itertools
@@ -25,6 +25,7 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 from modeling_t6.configuration_t6 import T6Config
 from modeling_t6.factor_pages_t6 import (
     FactorColumns,
+    FactorTransform,
     SelectedRanks,
     form_heads_from_pages,
     has_kernels,
@@ -40,22 +41,21 @@ from .prefill import attend_to_piece, flash_attention_version, workspace_rows
 
 class FactorImpl(AttentionImpl):
     """
-    What [`FactorAttention`] does in vLLM's operator.
+    The implementation of [`FactorAttention`], which vLLM's attention operator calls.
 
     Args:
         owner: the module that has the norms of queries and keys, and constant A factors.
-        layer: whose pages these are.
+        layer: the [`FactorAttention`].
         config: of the model.
-        layer_idx: which layer of it.
+        layer_idx: the index of the layer.
     """
 
     supports_dcp = False
 
     def __init__(self, owner: nn.Module, layer: nn.Module, config: T6Config, layer_idx: int):
         self.owner, self.config = owner, config
-        # Read by each layer in each step, and a configuration's fields are slow to read.
-        self.q_rank, self.constant_a, self.qk_norm = config.q_rank, config.noncontextual_a, config.qk_norm
-        self.eps, self.activation = config.rms_norm_eps, config.head_factor_act
+        # Copies, since each layer reads them in each step, and fields of a configuration are slow to read.
+        self.q_rank, self.constant_a = config.q_rank, config.noncontextual_a
         self.num_heads, self.num_kv_heads = layer.num_heads, layer.num_kv_heads
         self.groups = config.num_key_value_groups
         self.head_size, self.scale = config.head_dim, config.head_dim**-0.5
@@ -68,7 +68,7 @@ class FactorImpl(AttentionImpl):
         parts |= {"k_a_proj": self.num_kv_heads, "k_b_proj": self.k_rank}
         parts |= {"v_a_proj": self.num_kv_heads, "v_b_proj": self.v_rank}
         starts = itertools.accumulate(self.projection_sizes.values(), initial=0)
-        columns = {  # where in the projections, and as how many rows and columns of a token
+        columns = {  # by name the first column, n and m, as in `FactorColumns`
             name: (start, parts[name], size // parts[name])
             for start, (name, size) in zip(starts, self.projection_sizes.items())
         }
@@ -94,12 +94,21 @@ class FactorImpl(AttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`query` are the projections, `key` and `value` the tokens' cos and sin: vLLM's operator has names for three."""
+        """
+        Writes the output of the step's tokens, [tokens, h * d].
+
+        Args:
+            query: the projections [tokens, columns]. vLLM's operator passes three tensors, under these names.
+            key, value: cos and sin [tokens, rotary_dim / 2].
+            attn_metadata: `None` while vLLM measures how much memory a step takes.
+        """
         projections, cos, sin = query, key, value
         heads = output.view(-1, self.num_heads, self.head_size)
-        if attn_metadata is None:  # vLLM measures how much memory a step takes
+        if attn_metadata is None:
             self._workspace(heads.dtype, heads.device)
-            heads.new_empty(4, *heads.shape)  # queries, and outputs of a prompt that takes several pieces
+            heads.new_empty(
+                4, *heads.shape
+            )  # as much as queries, and the partial outputs of prompts in several pieces
             return output.zero_()
         key_pages, value_pages = self.pages(kv_cache)
         query = attn_metadata.query
@@ -114,8 +123,8 @@ class FactorImpl(AttentionImpl):
         return output
 
     def pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key rows [blocks, block_size, key width] and value rows, in the dtype of the numbers that they hold."""
-        if self._pages is None or self._pages[0] is not kv_cache:  # vLLM gives a layer the same tensor at each step
+        """Views of key rows [blocks, block_size, key width] and of value rows, as float8 where vLLM has bytes."""
+        if self._pages is None or self._pages[0] is not kv_cache:  # vLLM passes the same tensor at each step
             pages = kv_cache.squeeze(1)
             pages = pages.view(torch.float8_e4m3fn) if pages.dtype == torch.uint8 else pages
             self._pages = kv_cache, pages.split([self.key_layout.width, self.value_layout.width], dim=-1)
@@ -134,13 +143,12 @@ class FactorImpl(AttentionImpl):
         kernels: bool | None = None,
     ) -> None:
         """
-        Writes the rows of a step's tokens, their queries [tokens, h, d], and K and V of those that `formed` says. See
-        `store_factors` of `kernels`.
+        Writes the rows of a step's tokens into pages, and their queries into `query` [tokens, h, d]. `formed`, as
+        [`states_of_new_prompts`] returns it, are outputs for K and V; `kernels` as in `store_factors`.
         """
-        q_norm, k_norm = self._norms
         store_projections(
-            projections, self.columns, self.constants[0], cos, sin, slots, key_pages, value_pages, query, q_norm, k_norm,
-            self.eps, self.activation, self.qk_norm == "heads", kernels, *formed,
+            projections, self.columns, self.constants[0], cos, sin, slots, key_pages, value_pages, query,
+            self._transform, kernels, *formed,
         )  # fmt: skip
 
     def decode(
@@ -151,7 +159,7 @@ class FactorImpl(AttentionImpl):
         metadata: FactorMetadata,
         heads: torch.Tensor,
     ) -> None:
-        """Attention of the requests that decode, into the first of `heads` [tokens, h, d]."""
+        """Attention of the requests that decode, whose tokens are the first of `heads` [tokens, h, d]."""
         batch = query, key_pages, value_pages, metadata.block_table, metadata.lengths, metadata.query_starts
         pieces, (_, key_a, value_a) = metadata.decode_pieces, self.constants
         if pieces is None:
@@ -176,7 +184,7 @@ class FactorImpl(AttentionImpl):
         )
 
     def empty_pieces(self, num_requests: int, max_queries: int, device: torch.device) -> Pieces | None:
-        """What FlashTPA's schedule of as many requests is written to; `None` where its kernels do not run."""
+        """An unfilled schedule of FlashTPA for as many requests; `None` if its kernels do not run here."""
         if not has_kernels(device, self.stored_dtype):
             return None
         return Pieces.empty(
@@ -202,9 +210,12 @@ class FactorImpl(AttentionImpl):
         heads: torch.Tensor,
         are_formed: bool = False,
     ) -> None:
-        """Attention of the prompts of a step, into the last of `heads` [tokens, h, d]; K and V may be formed already."""
+        """
+        Attention of the prompts of a step, whose tokens are the last of `heads` [tokens, h, d]. `are_formed`: whether [`store`]
+        has formed their K and V.
+        """
         constants = self._selected_ranks or self.constants[1:]
-        earlier = None  # of a prompt whose rows take several pieces
+        earlier = None  # the result of the previous piece, of a prompt in several
         for piece, (piece_query, key, value) in zip(metadata.prompt_pieces, self._prompt_states(query, metadata)):
             if not are_formed:
                 form_heads_from_pages(
@@ -219,8 +230,8 @@ class FactorImpl(AttentionImpl):
         self, query: torch.Tensor, metadata: FactorMetadata
     ) -> tuple[torch.Tensor, torch.Tensor, int] | tuple[()]:
         """
-        Room for K and V of the step's prompts, and the first token of these: where nothing is before any of them, their heads
-        are formed as their rows are written.
+        If all prompts of the step are new, so that their K and V can be formed as their rows are written: the workspace for K
+        and V, and the index of the first of their tokens; else an empty tuple.
         """
         pieces = metadata.prompt_pieces
         if self.constant_a or len(pieces) != 1 or not pieces[0].is_new:
@@ -230,11 +241,11 @@ class FactorImpl(AttentionImpl):
     def _prompt_states(
         self, query: torch.Tensor, metadata: FactorMetadata
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Of each piece its query tokens, and room for its K and V."""
+        """For each piece its query tokens, and the workspace for its K and V."""
         states = metadata.prompt_states.get(self.num_formed_heads)
         if states is None:
             pieces, (key, value) = metadata.prompt_pieces, self._workspace(query.dtype, query.device)
-            # Tokens behind all requests, which fill up a graph, are not looked at.
+            # Padding after the tokens of all requests is ignored.
             is_whole = len(pieces) == 1 and pieces[0].queries.start == 0
             states = metadata.prompt_states[self.num_formed_heads] = [
                 (query if is_whole else query[piece.queries], key[: len(piece.slots)], value[: len(piece.slots)])
@@ -244,7 +255,10 @@ class FactorImpl(AttentionImpl):
 
     @functools.cached_property
     def _selected_ranks(self) -> tuple[SelectedRanks, SelectedRanks] | None:
-        """Constant A_K and A_V that only select, as those of a converted MHA, GQA or MQA model do: fewer heads to form."""
+        """
+        Constant A_K and A_V as `select_ranks` has them, for models converted from MHA, GQA or MQA, of which fewer heads have to be
+        formed; `None` for other models.
+        """
         _, key_a, value_a = self.constants
         selected = None if key_a is None else (select_ranks(key_a), select_ranks(value_a))
         if selected is None or None in selected or len(selected[0].ranks) != len(selected[1].ranks):
@@ -253,33 +267,34 @@ class FactorImpl(AttentionImpl):
 
     @functools.cached_property
     def num_formed_heads(self) -> int:
-        """Key/value heads that are formed for prompts."""
+        """The number of key/value heads that are formed for prompts."""
         return self.num_kv_heads if self._selected_ranks is None else len(self._selected_ranks[0].ranks)
 
     def weights_changed(self) -> None:
-        for name in ("constants", "_norms", "_selected_ranks", "num_formed_heads"):
+        for name in ("constants", "_transform", "_selected_ranks", "num_formed_heads"):
             self.__dict__.pop(name, None)
 
     def pages_changed(self) -> None:
-        # Else the memory of pages that vLLM gives back, as when it has measured CUDA graphs, would stay.
+        # Views would keep alive pages that vLLM frees, as after measuring CUDA graphs.
         self._pages = None
 
-    # Parameters of a module are slow to read.
+    # Cached, since parameters of a module are slow to read.
 
     @functools.cached_property
     def constants(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """A_Q [R, h], A_K and A_V [R, h_kv], as far as they are constants."""
+        """A_Q [R, h], A_K and A_V [R, h_kv], each `None` unless it is a constant."""
         if not self.constant_a:
             return None, None, None
         return tuple(getattr(self.owner, f"{name}_a", None) for name in "qkv")
 
     @functools.cached_property
-    def _norms(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Weights of the norms of queries and keys."""
-        return (self.owner.q_norm.weight, self.owner.k_norm.weight) if self.qk_norm else (None, None)
+    def _transform(self) -> FactorTransform:
+        config, qk_norm = self.config, self.config.qk_norm
+        norms = (self.owner.q_norm.weight, self.owner.k_norm.weight) if qk_norm else (None, None)
+        return FactorTransform(*norms, config.rms_norm_eps, config.head_factor_act, qk_norm == "heads")
 
     def _workspace(self, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-        """Room for K and V of `room` tokens, [room, h_kv or fewer key/value heads, d]; all layers share it."""
+        """Memory for K and V of `room` tokens, [room, num_formed_heads, d] each; all layers share it."""
         shape = (self.room, self.num_formed_heads, self.head_size)
         if is_workspace_manager_initialized():
             return current_workspace_manager().get_simultaneous((shape, dtype), (shape, dtype))

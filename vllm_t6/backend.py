@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""vLLM's attention backend over pages of factors: what a step's batch is, and how its requests attend"""
+"""vLLM's attention backend over pages of factors: the layout of pages, and the metadata of each step's batch"""
 
 from typing import ClassVar
 
@@ -37,9 +37,9 @@ from .metadata import FactorMetadata
 from .prefill import plan_pieces
 
 
-# As many query tokens of a request as FlashTPA takes: one, and those that speculation proposes.
+# The most query tokens per request that FlashTPA takes: one, and those that speculative decoding proposes.
 MAX_QUERIES = 16
-# Tokens of a page, unless the user chooses, where FlashTPA's kernels do not run.
+# The default number of tokens per page where FlashTPA's kernels do not run.
 BLOCK_SIZE = 64
 
 
@@ -66,7 +66,7 @@ class FactorBackend(AttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """As many tokens as FlashTPA looks at at once, which then lie in one page."""
+        """The size of FlashTPA's tiles, each of which then lies in one page."""
         layers = get_layers_from_vllm_config(get_current_vllm_config(), AttentionLayerBase)
         device = torch.device(current_platform.device_type)
         pieces = [
@@ -80,7 +80,7 @@ class FactorBackend(AttentionBackend):
     def supports_sliding_window(cls) -> bool:
         return True
 
-    # Up to vLLM 0.28 a backend says how its pages lie; from 0.29 on vLLM does, and they lie the same.
+    # Up to vLLM 0.28 a backend defines the layout of its pages. From 0.29 on vLLM does, in the same way.
 
     @staticmethod
     def get_kv_cache_shape(
@@ -95,8 +95,8 @@ class FactorBackend(AttentionBackend):
 
 class SlidingFactorBackend(FactorBackend):
     """
-    That of layers with a sliding window: vLLM may keep the pages of both kinds of layers in one group, and makes a builder of
-    metadata for each backend in it.
+    The backend of layers with a sliding window. It is a class of its own because vLLM may put both kinds of layers into one group
+    of pages, and makes one metadata builder per backend there.
     """
 
 
@@ -110,13 +110,13 @@ class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         self.impl = layer.impl
         self.pieces: dict[tuple[int, int], Pieces | None] = {}
-        # vLLM's bound of a request's length counts tokens that are only proposed; prompts have none, unless more are
-        # proposed than a request that decodes may have.
+        # vLLM's upper bound of a request's length includes tokens that are only proposed. Prompts have none, unless decoding
+        # requests with many proposed tokens are treated as prompts.
         self.bound_is_exact = _most_queries(vllm_config) <= MAX_QUERIES
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec) -> AttentionCGSupport:
-        # Layers whose rows differ in width come as one collection of specs, of one dtype.
+        # Layers whose rows differ in width have one spec together, which holds theirs, all of one dtype.
         spec = next(iter(getattr(kv_cache_spec, "kv_cache_specs", {"": kv_cache_spec}).values()))
         if not has_kernels(torch.device(current_platform.device_type), spec.dtype):
             return AttentionCGSupport.NEVER
@@ -160,7 +160,7 @@ class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
         return metadata
 
     def _schedule(self, metadata: FactorMetadata) -> Pieces | None:
-        """FlashTPA's schedule of the requests that decode: of as many, always at the same place, which graphs read."""
+        """FlashTPA's schedule of the requests that decode; one object for each number of them, as CUDA graphs read its memory."""
         num_requests, max_queries = metadata.num_decodes, metadata.max_decode_queries
         if (num_requests, max_queries) not in self.pieces:
             self.pieces[num_requests, max_queries] = self.impl.empty_pieces(num_requests, max_queries, self.device)
@@ -171,6 +171,6 @@ class FactorMetadataBuilder(AttentionMetadataBuilder[FactorMetadata]):
 
 
 def _most_queries(vllm_config: VllmConfig) -> int:
-    """Query tokens of a request that decodes: one, and those that speculation proposes."""
+    """The most query tokens of a request that decodes: one, and those that speculative decoding proposes."""
     speculation = vllm_config.speculative_config
     return 1 + (0 if speculation is None else speculation.num_speculative_tokens or 0)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Requests that decode where FlashTPA's kernels do not run, as on a CPU: PyTorch's factor space, request by request"""
+"""Decoding where FlashTPA's kernels do not run, as on a CPU: attention in factor space, request by request"""
 
 import itertools
 
@@ -36,8 +36,8 @@ def paged_factor_space_attention(
     output: torch.Tensor,
 ) -> None:
     """
-    What `paged_flash_tpa` computes, and its arguments, but for the layouts of key rows and value rows, which say what the
-    ranks are, and A_K and A_V where they are constants.
+    `paged_flash_tpa` in PyTorch. In place of ranks it takes the `layouts` of key rows and value rows; `constant_a` are A_K and A_V
+    where they are constants.
     """
     block_size = key_pages.shape[1]
     for request, (start, end) in enumerate(itertools.pairwise(query_starts.tolist())):

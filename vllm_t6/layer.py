@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""T6's attention as vLLM sees it: a layer with pages of factor rows in the place of keys and values"""
+"""T6's attention layer for vLLM, whose KV cache holds rows of factors"""
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3")
 
 
 class LocalConfig(ConfigView):
-    """A `T6Config` whose local heads are those of this process among vLLM's."""
+    """A `T6Config` whose local heads are those of this process in vLLM's tensor parallel group."""
 
     @property
     def num_local_heads(self) -> int:
@@ -50,14 +50,14 @@ class LocalConfig(ConfigView):
 
 class FactorAttention(nn.Module, AttentionLayerBase):
     """
-    From the projections of the tokens of a step to the outputs of this process's heads. A token's page entry is its key
-    row and its value row of factors, side by side as `FactorLayout` packs them: to vLLM, one key/value head.
+    From the projections of a step's tokens to the outputs of this process's heads. In the cache, a token is its key row followed
+    by its value row, as `FactorLayout` packs them: for vLLM, one key/value head.
 
     Args:
-        owner: the module that has `q_norm` and `k_norm`, or `None` in their places, and the constant A factors, if any.
+        owner: the module with `q_norm` and `k_norm` (which may be `None`), and the constant A factors, if any.
         config: of the model.
-        layer_idx: which layer, of those that may differ in ranks and in kind.
-        projection_sizes: of the parts of the projections' outputs, by name, in order.
+        layer_idx: the index of the layer, on which ranks and the layer type may depend.
+        projection_sizes: sizes of the parts of the projections' outputs, by name, in order.
         cache_config: vLLM's.
         prefix: the layer's name in vLLM.
     """
@@ -98,7 +98,7 @@ class FactorAttention(nn.Module, AttentionLayerBase):
 
     @property
     def kv_cache(self) -> torch.Tensor:
-        """[blocks, 1, block_size, key row + value row]; empty until vLLM has made it."""
+        """[blocks, 1, block_size, key width + value width]; empty until vLLM has allocated it."""
         return self._kv_cache
 
     @kv_cache.setter
@@ -111,14 +111,14 @@ class FactorAttention(nn.Module, AttentionLayerBase):
     def forward(self, projections: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            projections: [tokens, ...], the outputs of the layer's fused product.
+            projections: [tokens, columns], the outputs of the layer's fused projection.
             cos, sin: of the tokens' positions, [tokens, rotary_dim / 2].
 
         Returns:
-            [tokens, h * d], normalised neither by `head_norm` nor gated.
+            [tokens, h * d], before `head_norm` and the output gate.
         """
         output = projections.new_empty(projections.shape[0], self.num_heads * self.head_dim)
-        # The operator of vLLM's own layers, at which it divides what it compiles and captures.
+        # The operator of vLLM's own attention layers, at which it splits graphs for compilation and capture.
         torch.ops.vllm.unified_attention_with_output(
             projections, cos, sin, output, _encode_layer_name(self.layer_name)
         )
@@ -131,7 +131,7 @@ class FactorAttention(nn.Module, AttentionLayerBase):
         fields = {
             "block_size": vllm_config.cache_config.block_size,
             "num_kv_heads": 1,
-            # The backend is asked for the shape of pages by `head_size` alone.
+            # vLLM asks the backend for the shape of pages with `head_size` alone.
             "head_size": self.key_layout.width + self.value_layout.width,
             "head_size_v": 0,
             "dtype": self.stored_dtype,

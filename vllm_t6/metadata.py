@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a step's batch is to all layers with pages of one kind"""
+"""The metadata of a step's batch for the attention layers"""
 
 from dataclasses import dataclass, field
 
@@ -26,24 +26,24 @@ from .prefill import Piece
 @dataclass
 class FactorMetadata(AttentionMetadata):
     """
-    One step's batch, as all layers with pages of one kind see it. Requests with few query tokens come first and decode
-    from the factors; the others are prompts. What layers need of memory is made by the first of them: each layer's launches wait
-    for the host, which a view or an allocation takes as long as a launch.
+    One step's batch, shared by all layers of one kind. Requests with few query tokens come first and decode; the others are
+    prompts. The first layer of a pass allocates memory, which the following layers use: launches wait for the host, which takes
+    as long for a view or an allocation as for a launch.
 
     Attributes:
-        slots: int64 [tokens], where the rows of the step's tokens go: block * block_size + offset, or negative.
-        block_table: int32 [requests that decode, most blocks of one].
-        lengths: int32 [requests that decode], rows that a request has with those of this step.
-        query_starts: int32 [requests that decode + 1], where its query tokens start.
-        num_decodes: requests that decode.
-        max_decode_queries: query tokens of one of these at most.
-        decode_pieces: what FlashTPA has scheduled for them.
-        prompt_pieces: K and V that the prompts look at, piece by piece.
-        first: the first layer of a pass. vLLM may keep the metadata for another pass, over other tokens, or recorded as a CUDA
-            graph, which must not write into memory of one that is not.
-        query: [tokens, h, d], of one layer after another.
-        partials: of FlashTPA.
-        prompt_states: by number of heads of K and V, of each piece the query [query tokens, h, d], K and V.
+        slots: int64 [tokens], the slots of the rows of the step's tokens, block * block_size + offset, or negative.
+        block_table: int32 [decoding requests, blocks].
+        lengths: int32 [decoding requests], the number of rows of each, including those of this step.
+        query_starts: int32 [decoding requests + 1], cumulative numbers of their query tokens.
+        num_decodes: the number of decoding requests.
+        max_decode_queries: the most query tokens of one of them.
+        decode_pieces: FlashTPA's schedule for them.
+        prompt_pieces: the pieces in which prompts attend to K and V.
+        first: the first layer of the current pass. vLLM may reuse the metadata for another pass, over other tokens, or captured as a
+            CUDA graph; a graph must not write into the memory of a pass outside of it.
+        query: [tokens, h, d], overwritten by each layer.
+        partials: memory for FlashTPA's partial results.
+        prompt_states: by number of heads of K and V, for each piece the query [query tokens, h, d], K and V.
     """
 
     slots: torch.Tensor
@@ -60,7 +60,7 @@ class FactorMetadata(AttentionMetadata):
     prompt_states: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
 
     def start_pass(self, first: AttentionImpl, query: torch.Tensor) -> torch.Tensor:
-        """From this layer on, all share `query`, and nothing of a pass before."""
+        """Starts a pass with the layer `first`, whose layers share `query`, and nothing of an earlier pass."""
         self.first, self.query, self.partials = first, query, None
         self.prompt_states.clear()
         return query

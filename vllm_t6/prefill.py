@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Prompts: how K and V of their tokens, formed from the pages, go through a workspace of bounded size"""
+"""Attention of prompts: their K and V, formed from the pages, pass through a workspace of bounded size, piece by piece"""
 
 import functools
 import itertools
@@ -25,24 +25,24 @@ from vllm.config import VllmConfig
 from modeling_t6.factor_pages_t6 import slots_of_rows
 
 
-# Rows of the workspace that holds K and V while prompts attend, unless a step may add more to one request.
+# Rows of the workspace for K and V, unless a step may add more to one request.
 WORKSPACE_ROWS = 16384
 
 
 @dataclass
 class Piece:
     """
-    Rows of some requests that are in the workspace at once, and the query tokens that look at them.
+    Rows of some requests that are in the workspace together, and the query tokens that attend to them.
 
     Attributes:
-        queries: a slice of the step's tokens, those of the requests.
-        query_starts: int32 [requests + 1] on the device, counted from the piece's first query token.
-        row_starts: int32 [requests + 1] on the device, where in the workspace a request's rows start.
-        slots: int64 [rows] on the device, where in the pages these are.
-        max_queries, max_rows: of one request.
-        is_first, is_last: whether the query tokens have attended to nothing before, and to all that they see after it.
-            The last query token of a request sees the last row of its last piece, the one before it one row less.
-        is_new: whether its rows are those of its query tokens, as nothing is before them.
+        queries: the slice of the step's tokens that are query tokens of these requests.
+        query_starts: int32 [requests + 1] on the device, cumulative numbers of query tokens, from 0.
+        row_starts: int32 [requests + 1] on the device, cumulative numbers of rows, from 0.
+        slots: int64 [rows] on the device, the slots of these rows in the pages.
+        max_queries, max_rows: the most of one request.
+        is_first, is_last: whether this is the first, or the last, of the pieces that its query tokens attend to. In the last one
+            attention is causal, the last query token being aligned with the last row.
+        is_new: whether its rows are exactly those of its query tokens, as the prompts begin in this step.
     """
 
     queries: slice
@@ -57,13 +57,13 @@ class Piece:
 
 
 def workspace_rows(vllm_config: VllmConfig) -> int:
-    """Rows of the workspace: all that a step adds to one request, and all that a sliding window shows of it."""
+    """The number of rows of the workspace: at least as many as a step adds to one request, plus a sliding window."""
     model_config = vllm_config.model_config
     max_length, most_queries = model_config.max_model_len, vllm_config.scheduler_config.max_num_batched_tokens
     window = getattr(model_config.hf_text_config, "sliding_window", None) or 0
     device = torch.device(vllm_config.device_config.device_type)
     if flash_attention_version(device, model_config.dtype, model_config.hf_text_config.head_dim) is None:
-        return max_length  # nothing merges pieces
+        return max_length  # pieces cannot be merged
     return max(WORKSPACE_ROWS, min(most_queries, max_length) + window)
 
 
@@ -80,14 +80,15 @@ def plan_pieces(
     step_query_starts: torch.Tensor,
 ) -> list[Piece]:
     """
-    Divides prompts, the last `query_lengths` tokens of `lengths`, into pieces of at most `room` rows: as many requests as
-    fit side by side; of one that does not fit alone, all that is before its last `room` rows first, in pieces of its own.
-    With a sliding window a request has no more rows than its query tokens see, which always fit.
+    Divides the rows of prompts into pieces of at most `room` rows. Consecutive requests share a piece if they fit. A request that
+    does not fit alone has several pieces, of which the last has `room` rows. With a sliding window only the rows that query
+    tokens see are read, which always fit.
 
     Args:
-        first_request, first_token: of the prompts, in the step.
-        step_slots: int64 [tokens or more], where the rows of all tokens of the step are.
-        step_query_starts: int32 [requests + 1 or more], where in the step the query tokens of all its requests start.
+        query_lengths: query tokens of each prompt, the last of its `lengths` tokens.
+        first_request, first_token: the indices of the first prompt, and of its first token, in the step.
+        step_slots: int64 [tokens or more], the slots of the rows of all tokens of the step.
+        step_query_starts: int32 [requests + 1 or more], cumulative numbers of query tokens of all requests of the step.
     """
     starts = [max(0, n - q + 1 - window) if window else 0 for q, n in zip(query_lengths, lengths)]
     pieces = []
@@ -106,7 +107,7 @@ def plan_pieces(
                 [span] for span in itertools.pairwise([*range(start, length - room, room), length - room, length])
             ]
         queries, requests = query_lengths[request:end], slice(first_request + request, first_request + end)
-        if queries == lengths[request:end]:  # nothing is before these, which fit: their rows are those of the step
+        if queries == lengths[request:end]:  # prompts that begin in this step
             query_starts = step_query_starts[requests.start : requests.stop + 1]
             pieces.append(_new_piece(token, queries, query_starts - token if token else query_starts, step_slots))
         else:
@@ -144,7 +145,7 @@ def _piece(
     block_size: int,
 ) -> Piece:
     device, num_requests, row_lengths = block_table.device, len(spans), [end - start for start, end in spans]
-    # One copy to the device, which the host does not wait for.
+    # One copy to the device, asynchronous to the host.
     query_ends, row_ends = itertools.accumulate(query_lengths), itertools.accumulate(row_lengths)
     numbers = [0, *query_ends, 0, *row_ends, *(start for start, _ in spans)]
     host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -165,15 +166,15 @@ def _piece(
 
 
 def can_merge_pieces(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether FlashAttention may run, which returns what the pieces of one request are merged by."""
+    """Whether FlashAttention may run, which returns the log-sum-exps that merging pieces needs."""
     is_half = dtype in (torch.float16, torch.bfloat16)
     return device.type == "cuda" and is_half and head_dim % 8 == 0 and head_dim <= 256
 
 
 def flash_attention_version(device: torch.device, dtype: torch.dtype, head_dim: int) -> int | None:
     """
-    Which FlashAttention vLLM takes here; `None` where it has none and pieces cannot be merged, so that all rows have to fit.
-    Asked once: the answer takes longer than a launch.
+    The version of FlashAttention that vLLM chooses here. `None` if it has none: pieces can then not be merged, and all rows of a
+    request must fit the workspace. Ask once, as this takes longer than a launch.
     """
     if not can_merge_pieces(device, dtype, head_dim):
         return None
@@ -194,15 +195,17 @@ def attend_to_piece(
     output: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """
-    Attention of a piece's query tokens [tokens, h, d] to its rows as heads [rows, key/value heads, d].
+    Attention of a piece's query tokens to its rows, merged with that to earlier pieces.
 
     Args:
-        fa_version: of FlashAttention, as `flash_attention_version` says; `None` for PyTorch's attention.
-        earlier: what was returned of the piece before, if this one is not the first of its requests.
+        query: [tokens, h, d].
+        key, value: [rows, key/value heads, d].
+        fa_version: from `flash_attention_version`; `None` for PyTorch's attention.
+        earlier: what the previous piece of the same request returned, if there is one.
         output: [tokens, h, d], written with the last piece.
 
     Returns:
-        Of a piece that is not the last: output, and the logarithm of the sums of exponentials [h, tokens], so far.
+        For a piece that is not the last: the output and the log-sum-exp [h, tokens] up to this piece; else `None`.
     """
     if fa_version is None:
         return _attend_in_pytorch(query, key, value, piece, scaling, window, output)
@@ -235,7 +238,7 @@ def attend_to_piece(
 
 @functools.cache
 def _flash_attention() -> tuple[Callable, Callable]:
-    """vLLM's functions, which there are on GPUs alone."""
+    """vLLM's functions, which can be imported only on GPUs."""
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
     from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 

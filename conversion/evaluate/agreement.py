@@ -1,4 +1,4 @@
-"""How near a model's predictions are to those of its source."""
+"""How close a model's predictions are to those of its source."""
 
 import torch
 from torch.nn import functional as F

@@ -1,4 +1,4 @@
-"""What a model's cache may hold: what the model makes, or keys and values rounded to a few bits."""
+"""Caches to evaluate a model with: its own, or keys and values rounded to a few bits."""
 
 import torch
 from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedModel

@@ -1,4 +1,4 @@
-"""What a source and what was made of it do with long texts, for the report of a compression."""
+"""What source and result find in long texts, for the report of a compression."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ from ..files.tokenizer import load_tokenizer
 from ..smaller import text as texts
 from ..smaller.languages import Language, find_language
 from ..smaller.stages import stage
-from .order import bytes_per_token, context_of, load_model, measure_windows, score_all
+from .evaluation import bytes_per_token, context_of, load_model, measure_windows, score_all
 from .report import warning
 from .tasks import TASKS, Sample, TooShort, make_samples
 
@@ -56,7 +56,7 @@ def compare_retrieval(
     """What source and result find, and their loss by position in the windows `held_out` [n, length], as fields of the report."""
     if questions is None or not questions[1]:
         return {}
-    rows, windows = [], held_out[torch.linspace(0, len(held_out) - 1, min(len(held_out), WINDOWS)).long()]
+    rows, windows = [], texts.evenly_spaced(held_out, WINDOWS)
     with stage("retrieval"):
         for name, folder in (("source", source), ("result", result)):
             model, stored = load_model(folder, getattr(torch, args.compute_dtype), device)

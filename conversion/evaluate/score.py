@@ -1,4 +1,4 @@
-"""How much of an answer a model finds, with all that it knows of the text in its cache."""
+"""How much of an answer a model finds when all that it knows of the text is in its cache."""
 
 import copy
 from collections.abc import Callable
@@ -46,9 +46,9 @@ def score_samples(
     context: int | None = None,
 ) -> Score:
     """
-    Scores samples with prompts of one length. The prompt goes into an empty cache, its last token and the answer are read
-    after it: a token of the answer is greedy decoding's where it is the most probable after those before it, so that one pass
-    tells whether all of them are. Where one is not, a copy of the cache goes on with what the model itself says.
+    Scores samples with prompts of one length. The prompt fills an empty cache; then one pass over its last token and the answer shows
+    whether each token of the answer is the most probable one, as greedy decoding needs it. Where one is not, greedy decoding
+    goes on from a copy of the cache.
 
     Args:
         make_cache: makes an empty cache for the model.

@@ -1,8 +1,8 @@
 """
-Questions that only who reads a long text can answer, in the manner of RULER (arXiv 2404.06654).
+Questions that can only be answered by reading a long text, in the manner of RULER (arXiv 2404.06654).
 
-Facts stand in filler at depths that are spread evenly: those of sample i of n at (i + 1/2) / n of the text, and where there
-are k facts, at steps of 1/k from there, past the end from the beginning again. Values are random: no question helps to guess them.
+Facts stand in filler at evenly spread depths: the first fact of sample i of n at (i + 1/2) / n of the text, k facts at steps of 1/k
+from there, modulo the length. Values are random, so that no question helps to guess them.
 """
 
 import random

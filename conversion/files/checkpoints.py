@@ -1,6 +1,7 @@
 """Checkpoints in safetensors, read and written one tensor at a time."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import ConversionError
 from .folders import read_json
-from .sizes import shard_size as shard_size  # the size of a shard belongs to checkpoints; it needs no torch
 
 
 INDEX = "model.safetensors.index.json"
@@ -29,6 +29,10 @@ class TensorInfo(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 def shard_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -119,7 +123,12 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum(torch.Size(info.shape).numel() * info.dtype.itemsize for info in self.tensors.values())
+        return sum(info.numel * info.dtype.itemsize for info in self.tensors.values())
+
+
+def count_numbers(checkpoint: "Checkpoint") -> int:
+    """Of all tensors of a checkpoint, or of what has `tensors` as it does."""
+    return sum(info.numel for info in checkpoint.tensors.values())
 
 
 class ShardWriter:

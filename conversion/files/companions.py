@@ -8,7 +8,8 @@ from transformers import GenerationConfig
 
 from .errors import ConversionError, reason
 from .folders import read_json
-from .tokenizer import TEMPLATE_FILES, TOKENIZER_FILES, copy_files, files_like, write_tokenizer
+from .names import copy_files, matching_files
+from .tokenizer import TEMPLATE_FILES, TOKENIZER_FILES, write_tokenizer
 
 
 COPIED = ("generation_config.json", "LICENSE*", "NOTICE*")
@@ -53,12 +54,12 @@ def write_generation_config(source: Path, folder: Path) -> None:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def without_marks(source: Path, patterns: tuple[str, ...], folder: Path) -> Path:
+def without_byte_order_marks(source: Path, patterns: tuple[str, ...], folder: Path) -> Path:
     """
     The folder `source`, or, if JSON in it begins with a byte order mark, which Transformers does not read, `folder` with
     links to all of its files and those files without the mark.
     """
-    files = files_like(source, patterns)
+    files = matching_files(source, patterns)
     marked = set()
     for path in files:
         if path.suffix == ".json":
@@ -80,6 +81,6 @@ def without_marks(source: Path, patterns: tuple[str, ...], folder: Path) -> Path
 
 def check_json(source: Path) -> None:
     """Raises a `ConversionError` that names a companion in JSON that is damaged, or holds something else than an object."""
-    for path in files_like(source, COMPANIONS):
+    for path in matching_files(source, COMPANIONS):
         if path.suffix == ".json":
             read_json(path)

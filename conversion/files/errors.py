@@ -21,3 +21,16 @@ def one_line(error: BaseException) -> str:
 def is_error(error: BaseException) -> bool:
     """Whether what a library raised is an error, and not the end of the process: a panic in Rust is no `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def unwritten(error: BaseException) -> str | None:
+    """
+    Why a file could not be written, if that is what an error says. Libraries in Rust and C++ have errors of their own for what is an
+    `OSError` in Python, and PyTorch's says no reason.
+    """
+    text = one_line(error)
+    if "while serializing: I/O error: " in text:
+        return text.partition("I/O error: ")[2]
+    if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
+        return "a file could not be written whole, as on a full disk"
+    return None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from .errors import ConversionError
+from .errors import ConversionError, unwritten
 from .exchange import exchange
 from .locks import release, take_lock
 from .targets import MODEL, Kind, check_target, is_empty
@@ -67,10 +67,15 @@ def new_folder(
         whole = True
     except OSError as error:
         if error.filename is not None:
-            place = Path(os.path.abspath(os.fsdecode(error.filename)))
+            written = error.filename if error.filename2 is None else error.filename2  # of a copy
+            place = Path(os.path.abspath(os.fsdecode(written)))
             if place not in target.parents and not any(place.is_relative_to(p) for p in (target, folder or target)):
                 raise ConversionError(f"{place}: {error.strerror}") from error
-        raise ConversionError(f"cannot write {shown}: {error}") from error
+        raise ConversionError(f"cannot write {shown}: {error.strerror or error}") from error
+    except Exception as error:
+        if (why := unwritten(error)) is None:
+            raise
+        raise ConversionError(f"cannot write {shown}: {why}") from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -151,17 +156,17 @@ def remove_dead(folders: list[Path]) -> None:
 def temporary_folder(prefix: str, place: Path | None = None) -> Iterator[Path]:
     """
     A folder in `place`, or where the system has temporary files, for what is not to be kept. Those with the same prefix
-    that killed runs of the same user left there are removed first.
+    that killed runs of the same user left there are removed first: by a name that nobody gives to what is to stay.
     """
     place = Path(tempfile.gettempdir() if place is None else place)
     if hasattr(os, "getuid"):  # there are no users on Windows
         left = []
-        for path in place.glob(f"{glob.escape(prefix)}????????"):
+        for path in place.glob(f"{glob.escape(prefix)}????????.tmp"):
             with contextlib.suppress(FileNotFoundError):  # of a run that has ended in this moment
                 if path.lstat().st_uid == os.getuid() and path.is_dir() and not path.is_symlink():
                     left.append(path)
         remove_dead(left)
-    folder, lock = locked_folder(lambda: Path(tempfile.mkdtemp(prefix=prefix, dir=place)))
+    folder, lock = locked_folder(lambda: Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=place)))
     try:
         yield folder
     finally:

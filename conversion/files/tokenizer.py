@@ -7,15 +7,14 @@ class that takes a pipeline as it is.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .errors import ConversionError, is_error, reason
 from .folders import read_json
+from .names import copy_files, matching_files
 
 
 # Of which a folder with a tokenizer has some.
@@ -48,24 +47,6 @@ TOOLS = [{
 }]  # fmt: skip
 
 
-def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """The files whose paths in the folder match one of the patterns, sorted."""
-    paths = [path for path in [*folder.iterdir(), *folder.glob("*/*")] if path.is_file()]
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return [names[name] for name in sorted(names) if any(matches(name, pattern) for pattern in patterns)]
-
-
-def matches(name: str, pattern: str) -> bool:
-    return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
-
-
-def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    for path in files_like(source, patterns):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
-
-
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     The tokenizer that Transformers loads, without code of its own.
@@ -85,7 +66,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def check_tokenizer(folder: Path, needed: bool) -> None:
     """Raises a `ConversionError` if a tokenizer is `needed`, or `folder` has the files of one, and it does not load."""
-    if needed or files_like(folder, TOKENIZER_FILES):
+    if needed or matching_files(folder, TOKENIZER_FILES):
         load_tokenizer(folder)
 
 
@@ -102,7 +83,7 @@ def write_tokenizer(source: Path, folder: Path) -> bool:
     Raises:
         ConversionError: if the tokenizer cannot be loaded, or is not the same beside the T6 model.
     """
-    if not files_like(source, TOKENIZER_FILES):
+    if not matching_files(source, TOKENIZER_FILES):
         copy_files(source, folder, TEMPLATE_FILES)
         return False
     tokenizer = load_tokenizer(source)
@@ -154,6 +135,7 @@ def properties(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, object
     for name, template in sorted(templates.items()):
         for tools in (None, TOOLS):
             options = {"chat_template": template, "tools": tools, "add_generation_prompt": True, "tokenize": False}
+            options["strftime_now"] = str  # a clock that stands still
             yield f"what chat template {name!r} makes", outcome(tokenizer.apply_chat_template, CONVERSATION, **options)
     added = sorted(tokenizer.get_added_vocab(), key=tokenizer.get_added_vocab().get)
     marked = [f"a{token}b {token} c" for token in (*added[:50], *added[-50:])]

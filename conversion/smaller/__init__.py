@@ -13,10 +13,10 @@ factor. Values are not rotated and allow more, a matrix for each head that goes 
 
     V_i = U_i sum_r A[r, i] b_r,                  b = M V
 
-Both are fitted by alternating least squares on second moments of the activations: the error of a key is weighted by the
-power of the queries that read it, the error of a value by what the output projection makes of it, and values are
-averaged by the attention as in the model. Keys count less their mean under a query's probabilities, as a softmax sees no
-more of them: in SmolLM2-135M, 80% to 95% of their power, so weighted, is that of a mean. Small relative errors of B count, too: without them, heads come out as small
-differences of large B, which rounding to half precision damages and from which training diverges. Nothing is rotated
-differently, so RoPE stays exact at every position.
+Both are fitted by alternating least squares on second moments of the activations. The error of a key is weighted by the
+power of the queries that read it, the error of a value by what the output projection makes of it, after attention has
+averaged the values. The mean of the keys under a query's probabilities is subtracted first, since a softmax does not see
+it: in SmolLM2-135M it is 80% to 95% of their power, so weighted. Small relative errors of B are part of the loss; without
+them heads come out as small differences of large B, which rounding to half precision damages and from which training
+diverges. Nothing is rotated differently, so RoPE stays exact at every position.
 """

@@ -23,13 +23,13 @@ from .weights import balance, compressed_attention, compressed_model
 
 
 TRIAL_ITERATIONS = 30  # enough to compare ranks
-NEAR = 1.5  # times the least cost: costs add up about so well, and what costs more is not tried
+NEAR = 1.5  # times the least cost: costs add up only roughly, and what costs more than this is not built
 CANDIDATE_RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 
 
 class Compression:
     """
-    What a model with constant A becomes with other ranks, all of it found from one look at the calibration.
+    Makes models of other ranks from one with constant A, all of them by the same pass over the calibration.
 
     Args:
         model: with full ranks.
@@ -42,23 +42,23 @@ class Compression:
         self.parts = [(layer, side) for layer in range(len(self.attentions)) for side in "kv"]
         self.full = [getattr(model.config, f"{side}_rank") for _, side in self.parts]
         self.fits = HeadFits(self.attentions, method)
-        self.found: dict[tuple[int, str, int], KeyFit | ValueFit | None] = {}
+        self.known: dict[tuple[int, str, int], KeyFit | ValueFit | None] = {}  # by layer, side and rank
         if method == "fit":
             with stage("calibrating", quiet):
                 self.fits.use(collect_moments(model, tqdm(batches, desc="calibrating", unit="batch", disable=quiet)))
 
     def build(self, ranks: list[int], cache_dtype: str | None) -> T6ForCausalLM:
         """A model with a rank for each of `parts`, its caches' rows in `cache_dtype`."""
-        layers = defaultdict(list)  # of each side and rank
+        missing = defaultdict(list)  # layers by side and rank
         for (layer, side), rank in zip(self.parts, ranks):
-            if (layer, side, rank) not in self.found:
-                layers[side, rank].append(layer)
+            if (layer, side, rank) not in self.known:
+                missing[side, rank].append(layer)
         with stage("fitting", self.quiet):
-            for (side, rank), some in tqdm(layers.items(), desc="fitting", unit="rank", disable=self.quiet):
+            for (side, rank), layers in tqdm(missing.items(), desc="fitting", unit="rank", disable=self.quiet):
                 iterations = KEY_ITERATIONS if side == "k" else VALUE_ITERATIONS
-                fits = self.fits(side, rank, iterations, some)
-                self.found |= {(layer, side, rank): fit for layer, fit in zip(some, fits)}
-        fits = [self.found[(*part, rank)] for part, rank in zip(self.parts, ranks)]
+                fits = self.fits(side, rank, iterations, layers)
+                self.known |= {(layer, side, rank): fit for layer, fit in zip(layers, fits)}
+        fits = [self.known[(*part, rank)] for part, rank in zip(self.parts, ranks)]
         pairs = list(zip(fits[::2], fits[1::2]))  # of each layer, keys and values
         result = compressed_model(self.model, pairs)
         if self.method == "fit":
@@ -68,12 +68,12 @@ class Compression:
         return result
 
     def costs(self, probe: Probe) -> list[dict[int, float]]:
-        """Of each of `parts`, what each rank that it may have costs, alone."""
+        """The divergence that each candidate rank of each of `parts` causes by itself, all else as in the model."""
         candidates = [
-            [whole]
+            [full]
             if side == "k" and self.model.config.qk_norm is True
-            else [rank for rank in CANDIDATE_RANKS if rank < whole] + [whole]
-            for (_, side), whole in zip(self.parts, self.full)
+            else [rank for rank in CANDIDATE_RANKS if rank < full] + [full]
+            for (_, side), full in zip(self.parts, self.full)
         ]
         costs: list[dict[int, torch.Tensor | float]] = [{} for _ in self.parts]
         with (
@@ -100,16 +100,19 @@ class Compression:
     def choices(
         self, probe: Probe, budget: int, itemsize: int, cache_dtypes: Sequence[str | None]
     ) -> list[tuple[float, list[int], str | None]]:
-        """For each of `cache_dtypes` what its best ranks cost, if costs add up, and these, for rows of at most `budget` bytes in all."""
+        """
+        For rows of at most `budget` bytes in all: the cost, if costs add up, the ranks and the dtype, of the best ranks for each of
+        `cache_dtypes`, and of equal ranks where they take as many.
+        """
         costs = self.costs(probe)
-        whole = self.build(self.full, None)  # balanced, as rounding will meet it
+        unchanged = self.build(self.full, None)  # balanced, as rounding will meet it
         found = []
         for name in cache_dtypes:
             size = self.size_in(name, itemsize)
             if budget < sum(size(min(cost)) for cost in costs):
                 continue
             ranks = choose_ranks(costs, budget, size)
-            rounding = 0.0 if name is None else probe.divergence(whole, name).item()
+            rounding = 0.0 if name is None else probe.divergence(unchanged, name).item()
             found.append((rounding + sum(cost[rank] for cost, rank in zip(costs, ranks)), ranks, name))
             equal = [min(most, sum(ranks) // len(self.parts)) for most in self.full]
             known = all(rank in cost for rank, cost in zip(equal, costs))
@@ -133,6 +136,7 @@ def compress(
     calibration: torch.Tensor,
     k_ranks: Ranks = None,
     v_ranks: Ranks = None,
+    *,
     cache_ratio: float | None = None,
     method: str = "fit",
     batch_size: int = 8,
@@ -142,20 +146,20 @@ def compress(
     cache_dtypes: Sequence[str | None] = (None,),
 ) -> T6ForCausalLM:
     """
-    A copy of a converted model whose cache is smaller. One that normalises its keys becomes one that normalises formed heads
-    where keys have lower ranks (`normed_heads`).
+    A copy of a converted model whose cache is smaller. If the model normalises its keys and their ranks become lower, the copy
+    normalises formed heads (`normed_heads`).
 
     Args:
         model: with constant A factors and queries of full rank, as `python -m conversion hf` makes them.
         calibration: token ids [n, seq] of the text on whose activations little is to be lost.
         k_ranks, v_ranks: one for all layers or one for each; `None` keeps the model's.
-        cache_ratio: in place of ranks, how many times smaller the cache is to be; the ranks then differ from layer to
-            layer, and between keys and values, where the predictions change less so than with equal ranks.
+        cache_ratio: how many times smaller the cache is to be, instead of ranks. Ranks are then chosen by layer, and for keys and
+            values apart, where that changes predictions less than equal ranks.
         batch_size: rows of `calibration` that go through the model at a time.
-        questions: text that is part of the calibration, and whose answers the ranks of a `cache_ratio` are to keep.
-        dtype: in which the model will be used, as the rows of its cache are if their dtype is `None`.
-        cache_dtypes: what the `cache_dtype` of the result may be, the first if ranks are given. Of several, that is taken with which
-            a `cache_ratio` costs least: rows of 8 bits may have twice the ranks of rows of 16.
+        questions: a further part of the calibration; the ranks of a `cache_ratio` are to keep its answers.
+        dtype: in which the model will be used, and of its cache's rows if their dtype is `None`.
+        cache_dtypes: candidates for the `cache_dtype` of the result. With given ranks the first is taken, with a `cache_ratio` the
+            one that costs least: in the same bytes, rows of 8 bits have twice the ranks of rows of 16.
         method: `"fit"`, or `"mean-pool"` for the GQA paper's recipe.
 
     Raises:

@@ -11,7 +11,7 @@ from .normed_heads import constant_factors
 from .value_fits import ValueFit, ValueProblem
 
 
-TOGETHER = 2**23  # numbers in the moments of the layers that are fitted side by side, which take 30 times that
+MAX_MOMENTS = 2**23  # numbers in the moments of the layers that are fitted side by side, which take 30 times that
 
 
 def selections(attention: T6Attention) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ class HeadFits:
         self.problems: list[tuple[range, dict[str, KeyProblem | ValueProblem]]] = []
 
     def use(self, moments: list[Moments]) -> None:
-        count = max(1, TOGETHER // moments[0].values.numel())
+        count = max(1, MAX_MOMENTS // moments[0].values.numel())
         for start in range(0, len(moments), count):
             layers = range(start, min(start + count, len(moments)))
             attentions, part = self.attentions[layers.start : layers.stop], moments[layers.start : layers.stop]

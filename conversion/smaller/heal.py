@@ -33,7 +33,7 @@ class Windows(Dataset):
 # Steps from which on it is worth the time, up to a minute, that layers take to be compiled for a GPU: one by one, the operators of a
 # step are thousands, most of which read and write all that they are given for a sum or a product of it.
 COMPILED_STEPS = 1000
-FORMS = 64  # of a layer that are compiled, one for each pair of ranks
+MAX_GRAPHS = 64  # of a layer that are compiled, one for each pair of ranks
 
 
 def distillation_loss(
@@ -116,15 +116,15 @@ def compiled_layers(*models: PreTrainedModel, **options) -> Iterator[None]:
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=False, **options)  # and not its hooks
     try:
-        with torch._dynamo.config.patch(recompile_limit=FORMS, suppress_errors=True):
+        with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, suppress_errors=True):
             yield
     finally:
         for layer in layers:
             del layer.forward
 
 
-class Together(torch.optim.Optimizer):
-    """Optimizers that are one to `Trainer`: it sees their groups of parameters, and saves their states."""
+class JointOptimizer(torch.optim.Optimizer):
+    """Several optimizers as one for `Trainer`, which sees their parameter groups and saves their states."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
@@ -150,7 +150,7 @@ def join_optimizers(adamw: list[dict], muon: list[dict], fused: bool = False) ->
         optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.0, fused=fused))
     if muon:
         optimizers.append(Muon(muon))
-    return optimizers[0] if len(optimizers) == 1 else Together(*optimizers)
+    return optimizers[0] if len(optimizers) == 1 else JointOptimizer(*optimizers)
 
 
 def make_optimizer(model: PreTrainedModel, name: str, learning_rate: float, fused: bool) -> torch.optim.Optimizer:
@@ -188,14 +188,15 @@ def heal(
     teacher: PreTrainedModel,
     ids: torch.Tensor,
     folder: Path,
+    *,
     steps: int,
     batch_size: int,
-    accumulation: int,
     optimizer: str,
     learning_rate: float,
-    cross_entropy: float,
-    seed: int,
     device: str,
+    accumulation: int = 1,
+    cross_entropy: float = 0.0,
+    seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
     compiled: bool = False,
 ) -> int:

@@ -1,6 +1,5 @@
-"""What a model loses, and what its cache takes."""
+"""Perplexity of a model, and the bytes of its cache."""
 
-import math
 from collections.abc import Iterator
 from unittest import mock
 
@@ -62,15 +61,4 @@ def perplexity(model: PreTrainedModel, ids: torch.Tensor, batch_size: int, name:
         for logits in logits_in_pieces(model, batch[:, :-1], cache):
             piece, targets = targets[:, : logits.shape[1]], targets[:, logits.shape[1] :]
             total += F.cross_entropy(logits.float().flatten(0, 1), piece.flatten(), reduction="sum").double()
-    return math.exp(total.item() / (ids.shape[0] * (ids.shape[1] - 1)))
-
-
-@torch.no_grad()
-def log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids, use_cache=False).logits.float().log_softmax(-1)
-
-
-def divergence(model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor) -> float:
-    """Nats per token by which predictions for `ids` [batch, seq] differ from `expected` log-probabilities (KL)."""
-    log_probs = log_probabilities(model, ids)
-    return F.kl_div(log_probs, expected, log_target=True, reduction="sum").item() / ids.numel()
+    return (total / (ids.shape[0] * (ids.shape[1] - 1))).exp().item()

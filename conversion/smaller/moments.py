@@ -1,4 +1,4 @@
-"""Second moments of the activations of a text, which are all that a fit knows of a model."""
+"""Second moments of a model's activations on a text: all that a fit knows of the model."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -28,13 +28,13 @@ def from_complex(x: torch.Tensor, rotary_dim: int) -> torch.Tensor:
     return torch.cat([torch.cat([part.real, part.imag], dim=-1) for part in parts], dim=-1)
 
 
-# Most of the power of keys is often that of a mean which all tokens share, or is that of tokens which nobody reads. In the feature
-# pairs that RoPE hardly turns a mean adds the same to all scores of a query, of which a softmax sees nothing, and a fit by power
-# would keep it in place of what tells tokens apart. So keys count as they are read: by their variance under each query's
-# probabilities. Of these, those of a text know little of what a question would look for, and so all keys count a little.
-ALL_KEYS = 0.25  # part at which all tokens of a window count alike
-WHOLE_KEYS = 0.01  # part at which keys count with their mean: nothing of it is to become large
-TOGETHER = 2**28  # probabilities, or values that heads read, of the sequences that are looked at side by side
+# Most of the power of keys often belongs to a mean that all tokens share, or to tokens that no query reads. In the feature pairs that
+# RoPE hardly rotates, a mean adds the same to all scores of a query, which the softmax does not see; a fit by power would keep it
+# instead of what tells tokens apart. So keys are weighted as they are read: by their variance under each query's probabilities.
+# The probabilities on a text say little of what a question would look for, so all keys count a little, too.
+ALL_KEYS = 0.25  # weight of the variance in which all tokens of a window count alike
+WHOLE_KEYS = 0.01  # weight of keys with their mean, so that no error of the mean becomes large
+MAX_PROBABILITIES = 2**28  # probabilities, or values that heads read, of the sequences that are looked at side by side
 
 
 @dataclass
@@ -89,7 +89,7 @@ def layer_moments(attention: T6Attention, hidden_states: torch.Tensor, position_
     query, heads = query.transpose(1, 2) * attention.scaling, heads.transpose(1, 2)
     mask = None if mask is None else mask.expand(len(query), -1, -1, -1)
     num_heads, seq = query.shape[1:3]
-    count = max(1, TOGETHER // (num_heads * seq * max(seq, value.shape[-1])))
+    count = max(1, MAX_PROBABILITIES // (num_heads * seq * max(seq, value.shape[-1])))
     keys = values = 0
     for start in range(0, len(query), count):
         some = slice(start, start + count)

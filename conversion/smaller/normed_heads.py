@@ -1,8 +1,8 @@
 """
-Models that normalise their keys, in a form that has lower ranks. A converted Qwen3 normalises each row of B_K, which are whole heads.
-Rows of which heads are mixed cannot take their place: a mixture of normed heads is not normed. The norm of each formed head
-(`qk_norm="heads"`) can, as it divides A by one number a token and head. So A is of the token and cached: its projections have no weight yet,
-and constant A for biases.
+Models that normalise their keys, in a form that can have lower ranks. A converted Qwen3 normalises each row of B_K, and each row is a whole
+head. With lower ranks a head is a mixture of rows, and a mixture of normalised rows is not normalised. The norm of each formed head
+(`qk_norm="heads"`) is: it divides A by one number for each token and head. A then depends on the token and is cached. Its projections
+start with zero weights, and with the constant A as biases.
 """
 
 import copy
@@ -31,8 +31,8 @@ def constant_state(attention: T6Attention, side: str, a: torch.Tensor) -> dict[s
 @torch.no_grad()
 def with_normed_heads(model: T6ForCausalLM) -> T6ForCausalLM:
     """
-    The same function as that of a converted model with `qk_norm=True`, in the form with `qk_norm="heads"`. It has the other's parameters but those
-    of its attentions.
+    A converted model with `qk_norm=True` as one with `qk_norm="heads"` that computes the same. The two share all parameters but those of
+    attention.
     """
     result = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     config = result.config

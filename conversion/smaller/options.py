@@ -99,7 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heal-cross-entropy", type=not_negative(float), default=0.0, metavar="X",
         help="weight of the loss on the text itself beside the source's predictions (%(default)s)",
     )  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    seed = checked(int, "non-negative", lambda number: 0 <= number < 2**32 - 1)  # which NumPy takes, and the next
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
 
 
 def set_defaults(args: argparse.Namespace) -> None:
@@ -110,7 +111,7 @@ def set_defaults(args: argparse.Namespace) -> None:
         args.heal_learning_rate = LEARNING_RATES[args.method] * (3 if args.heal_optimizer == "muon" else 1)
 
 
-def wanted(args: argparse.Namespace) -> bool:
+def wants_smaller_cache(args: argparse.Namespace) -> bool:
     """Whether the cache is to be smaller. Raises a `ConversionError` for options that do not go together."""
     smaller = any(value is not None for value in (args.k_rank, args.v_rank, args.cache_ratio))
     for option in ("calibration", "heal", "held_out", "cache_dtype"):

@@ -1,4 +1,4 @@
-"""How far a change of a model moves its predictions: of a text, and where it is asked for what it has read."""
+"""How much a change of a model changes its predictions, on a text and on answers to questions about what it has read."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ ANSWER_TOKENS = 8192  # read to be asked
 
 
 class Replay(nn.Module):
-    """In the place of a layer: gives the states that are known to leave it, or passes on what it gets."""
+    """Replaces a layer: returns its known output, or passes its input on."""
 
     def __init__(self, states: torch.Tensor | None = None):
         super().__init__()
@@ -82,7 +82,7 @@ class Probe:
     @torch.no_grad()
     def divergence(self, model: T6ForCausalLM, dtype: str | None = None, first: int = 0) -> torch.Tensor:
         """
-        KL(model before || now) in nats, the mean over tokens of the text plus the mean over tokens of answers: a number on the
+        KL(model as it was || model now) in nats, the mean over tokens of the text plus the mean over tokens of answers; a scalar on the
         model's device.
 
         Args:

@@ -9,6 +9,7 @@ parts of its weights.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,18 +29,18 @@ from .stages import stage
 from .straight_through import as_read
 
 
-STEP = 0.02  # the longest, as a part of the root mean square of the weights that it changes
+MAX_STEP = 0.02  # the longest, as a part of the root mean square of the weights that it changes
 ROUNDED = 0.25  # part of it for layers whose ranks are the source's: there is but rounding to learn
-WINDOWS = 2  # of text in a step: many small steps are worth more than few large ones
-AHEAD = 4  # steps whose windows the source reads at once: a GPU is busy with two no longer than with eight
-LEAST = 1e-4  # error below which there is nothing to learn: bfloat16 leaves a tenth of it
+WINDOWS_PER_STEP = 2  # of text in a step: many small steps are worth more than few large ones
+STEPS_AHEAD = 4  # steps whose windows the source reads at once: a GPU is busy with two no longer than with eight
+MIN_ERROR = 1e-4  # error below which there is nothing to learn: bfloat16 leaves a tenth of it
 CHECKED = 10  # every tenth window is not learnt from, and says whether a layer is better than before
-TOGETHER = 2**29  # numbers in the states of the layers that learn side by side
+MAX_STATES = 2**29  # numbers in the states of the layers that learn side by side
 
 
-class Weights(nn.Module):
+class StackedWeights(nn.Module):
     """
-    A weight of each of some layers, [layers, out, in], as sizes, which stay, times numbers of about one, which learn.
+    The same weight of several layers, [layers, out, in]: fixed sizes times parameters of about one.
 
     Args:
         by_rows: the sizes are of rows, not of whole weights. In queries and keys of a fit, some features are a thousand times as
@@ -58,11 +59,14 @@ class Weights(nn.Module):
         return self.size * self.numbers
 
 
-class Attentions(nn.Module):
+class StackedAttentions(nn.Module):
     """
-    The attentions of some layers, made of `sources`, with constant A, but for the norm of heads, as one: of states [layers, batch, seq,
-    hidden] it makes outputs of that shape. Layers of a lower rank than others are filled up with zeros, which stay. Keys and values are read
-    as rows of the model's `cache_dtype` hold them.
+    The attentions of several layers as one module: from states [layers, batch, seq, hidden] to outputs of that shape. A is constant but for the
+    norm of heads. Layers of a lower rank than others are padded with zeros, which stay. Keys and values are read as rows of the model's
+    `cache_dtype` hold them.
+
+    Args:
+        sources: the attentions that these take the place of.
     """
 
     def __init__(self, attentions: list[T6Attention], sources: list[T6Attention], dtype: torch.dtype):
@@ -96,7 +100,7 @@ class Attentions(nn.Module):
                 self.register_buffer(name.replace(".", "_"), stacked)
             else:
                 by_rows = name in ("q_proj.weight", "k_b_proj.weight")
-                self.weights[name.replace(".", "_")] = Weights(stacked, by_rows)
+                self.weights[name.replace(".", "_")] = StackedWeights(stacked, by_rows)
 
     def _project(self, name: str, states: torch.Tensor) -> torch.Tensor:
         result = states.flatten(1, 2) @ self.weights[f"{name}_weight"]().mT
@@ -163,10 +167,10 @@ class Attentions(nn.Module):
                 parameter.data.copy_(self.weights[key]()[index][: len(parameter)])
 
 
-class Steps:
-    """Muon for matrices, AdamW for biases, in steps that are the same part of all weights."""
+class MuonAndAdamW:
+    """Muon for matrices, AdamW for biases, in steps that are the same fraction of all weights."""
 
-    def __init__(self, students: list[Attentions], count: int):
+    def __init__(self, students: list[StackedAttentions], count: int):
         parameters = [(parameter, student.rates) for student in students for parameter in student.parameters()]
         self.matrices = [(*pair, torch.zeros_like(pair[0])) for pair in parameters if pair[0].dim() == 3]
         biases = [parameter for parameter, _ in parameters if parameter.dim() == 2]
@@ -175,11 +179,11 @@ class Steps:
 
     @property
     def size(self) -> float:
-        """Of the next step: a warm-up, then half a cosine."""
+        """Size of the next step: a linear warm-up, then half a cosine."""
         warmup = max(1, self.count // 20)
         if self.done < warmup:
-            return STEP * self.done / warmup
-        return STEP * 0.5 * (1 + math.cos(math.pi * (self.done - warmup) / max(1, self.count - warmup)))
+            return MAX_STEP * self.done / warmup
+        return MAX_STEP * 0.5 * (1 + math.cos(math.pi * (self.done - warmup) / max(1, self.count - warmup)))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -195,7 +199,7 @@ class Steps:
         self.done += 1
 
 
-def one_mask(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
+def stack_masks(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
     """Masks of some layers, [layers, batch or 1, 1, seq, seq], or `None` if none has one; bool, or to be added to scores."""
     others = [mask for mask in masks if mask is not None]
     if not others:
@@ -206,8 +210,8 @@ def one_mask(masks: list[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.stack([seen if mask is None else mask for mask in masks])
 
 
-class Shuffled:
-    """Places of `batch` of `count` windows, again and again, in ever new orders."""
+class ShuffledBatches:
+    """Indices of `batch` of `count` windows, shuffled anew for each pass."""
 
     def __init__(self, count: int, batch: int, generator: torch.Generator):
         self.count, self.batch, self.generator = count, min(batch, count), generator
@@ -216,8 +220,104 @@ class Shuffled:
     def next(self) -> torch.Tensor:
         if len(self.order) < self.batch:
             self.order = torch.randperm(self.count, generator=self.generator)
-        some, self.order = self.order[: self.batch], self.order[self.batch :]
-        return some
+        indices, self.order = self.order[: self.batch], self.order[self.batch :]
+        return indices
+
+
+class Targets(NamedTuple):
+    """
+    What the attentions of some layers of the source read of a batch of windows, and what they make of it.
+
+    Attributes:
+        states, outputs: [layers, batch, seq, hidden].
+        rotation: cos and sin [batch or 1, seq, rotary_dim].
+        mask: [layers, batch or 1, 1, seq, seq], or `None` for that of a text.
+    """
+
+    states: torch.Tensor
+    outputs: torch.Tensor
+    rotation: list[torch.Tensor]
+    mask: torch.Tensor | None
+
+    def of_windows(self, windows: slice) -> "Targets":
+        rotation = [x if len(x) == 1 else x[windows] for x in self.rotation]
+        mask = self.mask if self.mask is None or self.mask.shape[1] == 1 else self.mask[:, windows]
+        return Targets(self.states[:, windows], self.outputs[:, windows], rotation, mask)
+
+
+class Students:
+    """
+    The attentions of all layers of a model, which learn the outputs of its source's: in groups of layers, many at once.
+
+    Args:
+        tokens: of a step.
+    """
+
+    def __init__(self, model: T6ForCausalLM, source: T6ForCausalLM, tokens: int):
+        self.source = source
+        self.attentions = [layer.self_attn for layer in model.model.layers]
+        is_half, self.on_gpu = source.dtype.itemsize == 2, source.device.type == "cuda"
+        self.autocast_dtype, self.uses_autocast = source.dtype if is_half else torch.bfloat16, is_half or self.on_gpu
+        self.dtype = torch.float32 if is_half else source.dtype  # of what learns
+        count, layers = max(1, MAX_STATES // (tokens * 6 * model.config.hidden_size)), len(self.attentions)
+        self.groups = [range(start, min(start + count, layers)) for start in range(0, layers, count)]
+        originals = [layer.self_attn for layer in source.model.layers]
+        self.students = [
+            StackedAttentions(
+                self.attentions[group.start : group.stop], originals[group.start : group.stop], self.dtype
+            )
+            for group in self.groups
+        ]
+
+    def targets(self, ids: torch.Tensor) -> list[Targets]:
+        """Of each group, what the source reads and makes of the windows `ids` [batch, seq]."""
+        states, outputs, masks, rotations = [], [], [], []
+
+        def hook(attention, args, kwargs, output) -> None:
+            states.append(args[0])
+            outputs.append(output[0])
+            masks.append(kwargs["attention_mask"])
+            rotations.append(kwargs["position_embeddings"])
+
+        autocast = torch.autocast("cuda", self.autocast_dtype, enabled=self.on_gpu)
+        with torch.no_grad(), attention_hooks(self.source, hook), autocast:
+            self.source.model(ids, use_cache=False)
+        return [
+            Targets(
+                torch.stack(states[part]), torch.stack(outputs[part]), rotations[part.start], stack_masks(masks[part])
+            )
+            for part in (slice(group.start, group.stop) for group in self.groups)
+        ]
+
+    def errors(self, targets: list[Targets], weights: torch.Tensor, learn: bool = False) -> torch.Tensor:
+        """The error of each layer, tokens counting by `weights` [batch, seq]; with `learn`, its gradients are in the parameters afterwards."""
+        errors = []
+        for (states, outputs, rotation, mask), student in zip(targets, self.students):
+            autocast = torch.autocast(self.source.device.type, self.autocast_dtype, enabled=self.uses_autocast)
+            with torch.set_grad_enabled(learn), autocast:
+                new = student(states, rotation, mask)
+            with torch.set_grad_enabled(learn):
+                expected = outputs.to(self.dtype)
+                power = (weights * expected.square().mean(-1)).sum((1, 2)).clamp(min=torch.finfo(self.dtype).tiny)
+                error = (weights * (new.to(self.dtype) - expected).square().mean(-1)).sum((1, 2)) / power
+                if learn:
+                    error.sum().backward()
+            errors.append(error.detach())
+        return torch.cat(errors)
+
+    def mean_errors(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+        """Of each layer, over batches of windows and weights."""
+        total = sum(ids.numel() for ids, _ in batches)
+        errors = (ids.numel() * self.errors(self.targets(ids), weights) for ids, weights in batches)
+        return (sum(errors) / total).tolist()
+
+    @torch.no_grad()
+    def copy_layers(self, is_better: list[bool]) -> None:
+        """Puts what some layers have learnt into the model."""
+        for group, student in zip(self.groups, self.students):
+            for layer in group:
+                if is_better[layer]:
+                    student.copy_to(self.attentions[layer], layer - group.start)
 
 
 def reconstruct(
@@ -242,90 +342,38 @@ def reconstruct(
     Returns:
         Of each layer, the mean squared error of its output as a part of the output's power, before and after.
     """
-    attentions = [layer.self_attn for layer in model.model.layers]
-    half, on_gpu = source.dtype.itemsize == 2, source.device.type == "cuda"
-    low = source.dtype if half else torch.bfloat16
-    dtype = torch.float32 if half else source.dtype
-    texts = [(ids, torch.ones_like(ids, dtype=dtype))]
+    tokens = WINDOWS_PER_STEP * ids.shape[1]
+    students = Students(model, source, tokens)
+    texts = [(ids, torch.ones_like(ids, dtype=students.dtype))]
     if questions is not None:
         # An answer's token is predicted at the one before it.
-        asked = questions.asked.roll(-1, 1).to(dtype)
+        asked = questions.asked.roll(-1, 1).to(students.dtype)
         texts.append((questions.ids, 1 + asked * (asked.numel() / asked.sum().clamp(min=1))))
-    tokens = WINDOWS * ids.shape[1]
-    count = max(1, TOGETHER // (tokens * 6 * model.config.hidden_size))
-    groups = [range(start, min(start + count, len(attentions))) for start in range(0, len(attentions), count)]
-    whole = [layer.self_attn for layer in source.model.layers]
-    students = [
-        Attentions(attentions[group.start : group.stop], whole[group.start : group.stop], dtype) for group in groups
-    ]
-
-    def look(batch: torch.Tensor) -> list[tuple]:
-        """Of each group, what its attentions read, [layers, batch, seq, hidden], and make of it in the source, rotation and mask."""
-        states, outputs, masks, rotations = [], [], [], []
-
-        def hook(attention, args, kwargs, output) -> None:
-            states.append(args[0])
-            outputs.append(output[0])
-            masks.append(kwargs["attention_mask"])
-            rotations.append(kwargs["position_embeddings"])
-
-        with torch.no_grad(), attention_hooks(source, hook), torch.autocast("cuda", low, enabled=on_gpu):
-            source.model(batch, use_cache=False)
-        return [
-            (torch.stack(states[part]), torch.stack(outputs[part]), rotations[part.start], one_mask(masks[part]))
-            for part in (slice(group.start, group.stop) for group in groups)
-        ]
-
-    def visit(looked: list[tuple], weights: torch.Tensor, learn: bool, some: slice = slice(None)) -> torch.Tensor:
-        """The error of each layer for `some` windows; with `learn`, its gradients are in the weights afterwards."""
-        found = []
-        for (states, outputs, rotation, mask), student in zip(looked, students):
-            rotation = [x if len(x) == 1 else x[some] for x in rotation]
-            mask = mask if mask is None or mask.shape[1] == 1 else mask[:, some]
-            with torch.set_grad_enabled(learn), torch.autocast(source.device.type, low, enabled=half or on_gpu):
-                new = student(states[:, some], rotation, mask)
-            with torch.set_grad_enabled(learn):
-                expected = outputs[:, some].to(dtype)
-                power = (weights * expected.square().mean(-1)).sum((1, 2)).clamp(min=torch.finfo(dtype).tiny)
-                error = (weights * (new.to(dtype) - expected).square().mean(-1)).sum((1, 2)) / power
-                if learn:
-                    error.sum().backward()
-            found.append(error.detach())
-        return torch.cat(found)
-
     checked, learnt = [], []
-    for text, weights in texts:
-        kept = torch.arange(len(text)) % CHECKED == 0
-        batch = max(1, tokens // text.shape[1])
-        checked += zip(text[kept].split(batch), weights[kept].split(batch))
-        learnt.append((text[~kept], weights[~kept]) if len(text) > 1 else (text, weights))
+    for windows, weights in texts:
+        is_checked = torch.arange(len(windows)) % CHECKED == 0
+        batch = max(1, tokens // windows.shape[1])
+        checked += zip(windows[is_checked].split(batch), weights[is_checked].split(batch))
+        learnt.append((windows[~is_checked], weights[~is_checked]) if len(windows) > 1 else (windows, weights))
 
-    def errors() -> list[float]:
-        total = sum(batch.numel() for batch, _ in checked)
-        found = (batch.numel() * visit(look(batch), weights, learn=False) for batch, weights in checked)
-        return (sum(found) / total).tolist()
-
-    before = errors()
-    optimizer = Steps(students, steps)
+    before = students.mean_errors(checked)
+    optimizer = MuonAndAdamW(students.students, steps)
     generator = torch.Generator().manual_seed(seed)
-    orders = [Shuffled(len(text), max(1, tokens // text.shape[1]), generator) for text, _ in learnt]
-    waiting: list[list[tuple]] = [[] for _ in learnt]
+    orders = [ShuffledBatches(len(windows), max(1, tokens // windows.shape[1]), generator) for windows, _ in learnt]
+    waiting: list[list[tuple[list[Targets], torch.Tensor]]] = [[] for _ in learnt]  # steps whose targets are known
     with stage("reconstructing", quiet):
         for index in tqdm(range(steps), desc="reconstructing", unit="step", disable=quiet):
             kind = index % len(learnt)
             if not waiting[kind]:
-                some = [orders[kind].next() for _ in range(AHEAD)]
-                places, (text, weights) = torch.cat(some).to(ids.device), learnt[kind]
-                looked, weights, end = look(text[places]), weights[places], 0
-                for one in some:
-                    start, end = end, end + len(one)
-                    waiting[kind].append((looked, weights[start:end], True, slice(start, end)))
-            visit(*waiting[kind].pop(0))
+                batches = [orders[kind].next() for _ in range(STEPS_AHEAD)]
+                places, (windows, weights) = torch.cat(batches).to(ids.device), learnt[kind]
+                targets, weights, end = students.targets(windows[places]), weights[places], 0
+                for batch in batches:
+                    start, end = end, end + len(batch)
+                    part = slice(start, end)
+                    waiting[kind].append(([group.of_windows(part) for group in targets], weights[part]))
+            students.errors(*waiting[kind].pop(0), learn=True)
             optimizer.step()
-    after = errors()
-    with torch.no_grad():
-        for group, student in zip(groups, students):
-            for layer in group:
-                if before[layer] > LEAST and after[layer] < before[layer]:
-                    student.copy_to(attentions[layer], layer - group.start)
-    return [(old, min(old, new) if old > LEAST else old) for old, new in zip(before, after)]
+    after = students.mean_errors(checked)
+    students.copy_layers([old > MIN_ERROR and new < old for old, new in zip(before, after)])
+    return [(old, min(old, new) if old > MIN_ERROR else old) for old, new in zip(before, after)]

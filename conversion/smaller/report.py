@@ -20,11 +20,26 @@ class Row:
     perplexity: float
 
 
+def shown_command(words: list[str], on_hub: str | None = None) -> str:
+    """
+    A command without the folders in which files lie: a report is made to be published.
+
+    Args:
+        words: behind `python -m conversion`.
+        on_hub: the one among them that is a name on the Hub, if there is one.
+    """
+
+    def shown(word: str) -> str:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        return option + equals + (Path(value).name if "/" in value and value != on_hub else value)
+
+    return " ".join(["python -m conversion", *map(shown, words)])
+
+
 def provenance(command: list[str], source: str, model_type: str, base_model: str | None) -> dict:
-    """Where a converted model comes from; paths are cut to names, for the report is made to be published."""
-    words = [Path(word).name if Path(word).is_absolute() or Path(word).exists() else word for word in command]
+    """Where a converted model comes from."""
     return {
-        "command": " ".join(["python -m conversion", *words]),
+        "command": shown_command(command, base_model),
         "source": base_model or Path(source).resolve().name,
         "source_model_type": model_type,
         "base_model": base_model,

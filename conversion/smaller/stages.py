@@ -1,4 +1,4 @@
-"""How long the stages of a run take, and how a GPU computes in them."""
+"""The time of a run's stages, and the precision of a GPU's products in them."""
 
 import contextlib
 import time

@@ -1,6 +1,6 @@
 """
-Rows of a cache as they come back from it, with the gradient of what went in (a straight-through estimator, arXiv 1308.3432): what is
-learnt for rows of 8 or 4 bits is learnt with their rounding.
+Rows as a cache of 8 or 4 bits returns them, with the gradient of what went in (a straight-through estimator, arXiv 1308.3432), so that
+a model learns with the rounding of its cache.
 """
 
 import contextlib

@@ -63,6 +63,11 @@ def windows(
     return ids[: len(ids) // length * length].view(-1, length)[:most]
 
 
+def evenly_spaced(windows: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many of the windows [n, length], spread over all of them."""
+    return windows[torch.linspace(0, len(windows) - 1, min(len(windows), most)).long()]
+
+
 def is_windows(path: Path) -> bool:
     """Whether a file is to hold windows of token ids, not text."""
     return path.suffix == ".npy"

@@ -29,6 +29,8 @@ OPTIONS = (
     "heal_learning_rate", "heal_cross_entropy", "seed",
 )  # fmt: skip
 NOTHING = "nothing of it is finished"
+# What the folder holds, beside the settings.
+EXACT_MODEL, COMPRESSED_MODEL, CHECKPOINTS = "exact", "compressed", "checkpoints"
 
 
 def unfinished_folder(target: Path) -> Path:
@@ -105,8 +107,8 @@ def working_folder(args: argparse.Namespace, inputs: dict[str, dict[str, str] | 
 
 def progress(folder: Path) -> str:
     """What of a run is finished."""
-    checkpoint = last_checkpoint(folder / "checkpoints")
-    parts = [f"the {name} model is there" for name in ("exact", "compressed") if (folder / name).is_dir()]
+    checkpoint = last_checkpoint(folder / CHECKPOINTS)
+    parts = [f"the {name} model is there" for name in (EXACT_MODEL, COMPRESSED_MODEL) if (folder / name).is_dir()]
     parts += [] if checkpoint is None else [f"healing is at step {checkpoint.name.removeprefix('checkpoint-')}"]
     return ", ".join(parts) or NOTHING
 

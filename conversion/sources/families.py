@@ -98,8 +98,8 @@ def make_plan(config: PreTrainedConfig) -> Plan:
 
 def plan_as_loaded(config: PreTrainedConfig, checkpoint: Checkpoint) -> Plan:
     """
-    The plan for the weights that Transformers loads of `checkpoint`. Under a configuration that ties the output layer to
-    the embeddings it loads both all the same if the checkpoint has both and they differ, and either if it has only one.
+    The plan for the weights that Transformers loads from `checkpoint`. Under a configuration that ties the output layer to the
+    embeddings, it still loads both if the checkpoint has both and they differ; if it has only one, that one is used for both.
 
     Raises:
         ConversionError: as `make_plan`, or if Transformers would load other files than those of `checkpoint`.

@@ -1,7 +1,9 @@
-"""Fields of config.json and generation_config.json, by themselves: what they must be before anything is computed from them."""
+"""Checks of single fields of config.json and generation_config.json, before anything is computed from them."""
 
 import math
 from collections.abc import Callable, Mapping
+
+import torch
 
 from ..files.errors import ConversionError
 
@@ -43,6 +45,11 @@ def is_list(value: object, accepts: Callable[[object], bool]) -> bool:
     return isinstance(value, list) and all(map(accepts, value))
 
 
+def is_dtype(value: object) -> bool:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else None
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
 Rule = tuple[str, Callable[[object], bool]]  # what is expected, and whether a value is that
 
 
@@ -62,6 +69,11 @@ def _rules() -> dict[str, Rule]:
         rules[name] = "a list of numbers", lambda value: is_list(value, is_number)
     for name in ("sliding_window", "attention_chunk_size"):
         rules[name] = "an integer or null", lambda value: value is None or is_integer(value)
+    for name in ("dtype", "torch_dtype"):
+        rules[name] = (
+            "a floating-point type of torch such as bfloat16, or null",
+            lambda value: value is None or is_dtype(value),
+        )
     rules["id2label"] = "an object or null", lambda value: value is None or isinstance(value, Mapping)
     rules["layer_types"] = (
         "a list of texts or null",

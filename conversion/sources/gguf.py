@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..files.checkpoints import ShardWriter
 from ..files.errors import ConversionError, is_error, one_line
+from ..files.names import listed
 from ..files.space import check_space
 from ..files.tokenizer import compare_tokenizers, load_tokenizer, save_tokenizer
 from .fields import RULES, shown
-from .plan import listed
 
 
 ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3")  # those that Transformers reads of the families here
@@ -228,7 +228,7 @@ class GgufFile:
                     f"have {list(shape)}"
                 )
             announced.append((names[name], shape, EXACT_DTYPES.get(tensor.tensor_type.name, torch.float32)))
-        if missing := sorted(gguf for gguf, name in names.items() if name in shapes and gguf not in stored):
+        if missing := [gguf for gguf, name in names.items() if name in shapes and gguf not in stored]:
             raise ConversionError(f"{self.path}: tensors are missing: {listed(missing)}")
 
         check_space(folder, sum(torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in announced))

@@ -8,6 +8,7 @@ import torch
 from modeling_t6 import T6Config
 
 from ..files.errors import ConversionError
+from ..files.names import listed
 
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -41,14 +42,9 @@ class Plan:
 
     def check_names(self, names: set[str]) -> None:
         """Raises a `ConversionError` that names the tensors that are missing, or that have no place."""
-        missing = sorted(set(self.moves) - names)
+        missing = set(self.moves) - names
         if missing:
             raise ConversionError(f"missing from the checkpoint: {listed(missing)}")
-        unexpected = sorted(name for name in names - set(self.moves) if not name.endswith(self.ignored or ("\0",)))
+        unexpected = [name for name in names - set(self.moves) if not name.endswith(self.ignored or ("\0",))]
         if unexpected:
             raise ConversionError(f"unexpected in the checkpoint: {listed(unexpected)}")
-
-
-def listed(names: list[str]) -> str:
-    """The first of many names, for an error that stays one line."""
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -1,7 +1,7 @@
 """
 Which models the comparison trains, and in which order.
 
-Each model has its own learning rate, doubled or halved until the best is not at the edge. Runs are done in this order:
+Each model has its own learning rate: rates are doubled and halved until the best one has a worse one on either side. The order of runs:
 
 1. the first models once, at one rate;
 2. other rates, a second seed and a run of equal time of the finalists: the T6 and the twins that are lowest, and those that are lowest
@@ -37,8 +37,8 @@ class Run(NamedTuple):
 
 def models(settings: dict) -> dict[str, Ablation]:
     """
-    Every model by its name in the results, the most telling first. Those named after the mechanism alone have MHA's heads, and an MLP
-    that is as much wider as brings the parameters to MHA's; the others get there by more heads, as in the paper.
+    Every model by its name in the results, the most informative first. Models named after the mechanism alone have MHA's number of heads,
+    and an MLP so much wider that their parameters equal MHA's; those with "more heads" reach that by heads, as in the paper.
     """
     dim, norm = settings["head_dim"], {"qk_norm": True}
 
@@ -99,7 +99,7 @@ def rates_to_try(results: dict, name: str) -> list[float]:
 
 
 def step_seconds(results: dict, name: str) -> float | None:
-    """Of a step, the least of all runs of the model: what else the machine does makes steps slower, never faster."""
+    """Seconds of a step, the minimum over all runs of the model: other work on the machine makes steps slower, never faster."""
     runs = results["runs"].values()
     return min((run["ms_per_step"] / 1e3 for run in runs if run["name"] == name), default=None)
 
@@ -112,8 +112,8 @@ def cache_limit(results: dict) -> float:
 
 def finalists(results: dict, names: list[str]) -> list[str]:
     """
-    By their best runs of the first seed the lowest T6 and the lowest twin, the lowest of each that caches no more than GQA, and at least
-    two twins.
+    By their best runs of the first seed: the lowest T6 and the lowest twin, the lowest T6 and twin that cache no more than GQA, and at
+    least two twins.
     """
     best = {name: min(losses.values()) for name in names if (losses := losses_by_rate(results, name))}
     caches = {run["name"]: run["cache_bytes_per_token"] for run in results["runs"].values()}
@@ -129,8 +129,8 @@ def finalists(results: dict, names: list[str]) -> list[str]:
 
 def steps_of_equal_time(results: dict, names: list[str]) -> dict[str, int]:
     """
-    How many steps of each of `names` take as long as the slowest of them takes for its `max_steps`; none if one has not run yet. Times
-    change a little as runs are added: if a number that a model has runs of is almost that, it is this number.
+    The number of steps with which each of `names` takes as long as the slowest of them does for its `max_steps`; empty if one has not run yet.
+    Times change a little as runs are added, so a number of steps that a model already has runs of is taken if it is close.
     """
     seconds = {name: step_seconds(results, name) for name in names}
     if None in seconds.values() or not seconds:
@@ -145,7 +145,7 @@ def steps_of_equal_time(results: dict, names: list[str]) -> dict[str, int]:
 
 
 def needed_runs(results: dict, names: list[str]) -> list[Run]:
-    """All that are known to be needed, done or not, in the order in which they are to be done."""
+    """All runs that are known to be needed so far, done or not, in the order in which they are to be done."""
     steps = results["settings"]["max_steps"]
 
     def first_runs(chosen: list[str]) -> list[Run]:

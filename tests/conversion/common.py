@@ -1,9 +1,10 @@
-"""Small models of Transformers with random weights, no weight at its initial value."""
+"""Small models of Transformers with random weights, no weight at its initial value, and how far predictions are apart."""
 
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conversion.sources.families import make_plan
 from modeling_t6 import T6ForCausalLM
@@ -114,3 +115,14 @@ def last_error(capsys) -> str:
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ") and sum("error" in line.lower() for line in lines) == 1, lines
     return lines[-1]
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids, use_cache=False).logits.float().log_softmax(-1)
+
+
+def divergence(model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor) -> float:
+    """Nats per token by which predictions for `ids` [batch, seq] differ from `expected` log-probabilities (KL)."""
+    log_probs = log_probabilities(model, ids)
+    return F.kl_div(log_probs, expected, log_target=True, reduction="sum").item() / ids.numel()

@@ -34,6 +34,8 @@ SOURCES = {
         "model_type": "llama", "max_position_embeddings": 96,
         "rope_parameters": {"rope_type": "dynamic", "factor": 4.0} | ROPE,
     },
+    "many-tokens": {"model_type": "gemma", "vocab_size": 1000},
+    "filled-rows": {"model_type": "llama", "head_dim": 10},  # of 20 numbers, which kernels do not read
     "yarn": {
         "model_type": "qwen3",
         "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64} | ROPE,
@@ -82,6 +84,11 @@ def weight(name: str, change):
     return plant
 
 
+def extra_tensor(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"model.layers.3.mlp.up_proj.weight": torch.ones(2)}, folder / "model.safetensors")
+
+
 def generation(**fields):
     def plant(folder: Path) -> None:
         content = json.loads((folder / "generation_config.json").read_text())
@@ -111,6 +118,19 @@ FAULTS = {
     ),
     "one-group": ("yarn", weight("model.layers.1.self_attn.v_a", lambda w: w.copy_(w.roll(1, 1))), "logits differ"),
     "one-token": ("yarn", weight("lm_head.weight", lambda w: w[98].mul_(1.01)), "logits differ"),
+    # Of a token that is in no text.
+    "one-number-of-a-token": (
+        "many-tokens", weight("model.embed_tokens.weight", lambda w: w[777, 5].neg_()), "embedding of token 777 differs",
+    ),
+    "size-of-a-token": (
+        "many-tokens", weight("model.embed_tokens.weight", lambda w: w[777].mul_(1.01)), "embedding of token 777 differs",
+    ),
+    "context": ("yarn", config(max_position_embeddings=512), "max_position_embeddings=512, the source has 256"),
+    "end-of-text-elsewhere": ("yarn", config(eos_token_id=7), "eos_token_id=7, the source has None"),
+    "dtype": ("yarn", config(dtype="float16"), "dtype=torch.float16, the source torch.float32"),
+    "biases": ("yarn", config(attention_bias=True), "k_b_proj.bias is missing from the weights"),
+    "one-tensor-more": ("yarn", extra_tensor, "layers.3.mlp.up_proj.weight is unknown to config.json"),
+    "shape": ("yarn", config(intermediate_size=97), "gate_proj.weight has shape .96, 64., by config.json it is .97, 64."),
     "end-of-text": ("yarn", generation(eos_token_id=7), "eos_token_id=7, the source has None"),
     "sampling": ("yarn", generation(do_sample=True, temperature=0.5), "do_sample=True"),
 }  # fmt: skip
@@ -171,8 +191,16 @@ def test_a_planted_fault_is_refused(name, plant, named, folders, tmp_path):
 
 
 @pytest.mark.once
+def test_rows_of_another_kind_are_refused(folders, tmp_path):
+    """Where weights are rounded, no tokens are generated, whose caches would show it."""
+    with pytest.raises(ConversionError, match="config.json has cache_dtype='int4', the source has None"):
+        verify.compare_with_transformers(*planted(folders, "yarn", config(cache_dtype="int4"), tmp_path), rounded=True)
+
+
+@pytest.mark.once
 @pytest.mark.parametrize(
-    "fault", ["window-of-another-layer", "far-window-off-by-one", "long-factor", "one-group", "one-token"]
+    "fault",
+    ["window-of-another-layer", "far-window-off-by-one", "long-factor", "one-group", "one-token", "size-of-a-token"],
 )
 def test_a_planted_fault_is_refused_layer_by_layer(fault, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(layerwise, "ROWS", 32)  # the last tokens are in the fourth part of the vocabulary

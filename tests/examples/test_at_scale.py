@@ -89,6 +89,18 @@ def test_stopped(data, in_this_process, tmp_path, capsys):
     assert list(runs) == ["GQA"] and "held_out" not in runs["GQA"]
     with pytest.raises(SystemExit, match="gqa was trained with max_steps=4, this command has 5"):
         at_scale.main(["run", *options, "--tokens", "5000", "--results", str(tmp_path / "other.json")])
+    (tmp_path / "others").mkdir()
+    # Whatever the results are called: a model of the work folder stands for what it was trained on, and how.
+    for changed, named in (
+        (["--data", str(write_tokens(tmp_path / "others", 30, 60))], "sha256=.*, this command has"),
+        (["--learning-rates", "GQA=0.1"], "learning_rate=0.0006, this command has 0.1"),
+        (
+            ["--set", *options[options.index("--set") + 1 : options.index("--tokens")], "rms_norm_eps=0.1"],
+            "rms_norm_eps=1e-0., this command",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=f"gqa was trained with {named}"):
+            at_scale.main(["run", *options, *changed, "--results", str(tmp_path / "other.json")])
     with pytest.raises(SystemExit, match="MLA: pretrain.py ended with exit code 1"):
         at_scale.main(["run", *options, "--batch-size", "3"])
 

@@ -2,12 +2,16 @@
 
 import io
 import re
+import shutil
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import chat
+import export
+import generate
+import score
 from conversion.__main__ import main as convert
 from tests.conversion.common import save_source
 
@@ -59,3 +63,43 @@ def test_refused(folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         chat.main([str(folder / "t6"), "--prompt", " "])
     assert "--prompt is empty" in capsys.readouterr().err
+
+
+@pytest.mark.once
+def test_what_cannot_be_loaded_is_told_in_one_line(folder, tmp_path, monkeypatch, capsys):
+    """Weights cut off, a model of another kind, a dtype that is none, and messages of bytes that are no text."""
+    broken, text = shutil.copytree(folder / "t6", tmp_path / "broken"), tmp_path / "text.txt"
+    (broken / "model.safetensors").write_bytes(b"cut")
+    text.write_text("w1 w2")
+    commands = {
+        "chat.py": (chat.main, [broken, "--prompt", "w1"]),
+        "generate.py": (generate.main, ["--model", broken, "--prompt", "w1"]),
+        "export.py": (export.main, [broken, tmp_path / "step.pt2"]),
+        "score.py": (score.main, ["perplexity", broken, text]),
+    }
+    PreTrainedTokenizerFast.from_pretrained(broken, bos_token="w1").save_pretrained(broken)  # which score.py wants
+    for name, (main, arguments) in commands.items():
+        with pytest.raises(SystemExit) as caught:
+            main(list(map(str, arguments)))
+        assert re.fullmatch(rf"{name}: error: cannot load the model {broken}: .*header.*", caught.value.code)
+        with pytest.raises(SystemExit, match="2"):
+            main([*map(str, arguments), "--dtype", "half"])
+        assert "argument --dtype: invalid choice: 'half'" in capsys.readouterr().err
+    for main, arguments in list(commands.values())[:2]:
+        for option, value in (
+            ("--seed", "-1"),
+            ("--temperature", "inf"),
+            ("--temperature", "nan"),
+            ("--temperature", "-1"),
+        ):
+            with pytest.raises(SystemExit, match="2"):
+                main([*map(str, arguments), option, value])
+            assert f"argument {option}: invalid" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--model must be a T6 model, got one of type 'llama'"):
+        generate.main(["--model", str(folder / "source"), "--prompt", "w1"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w1 \xff\n"), encoding="utf-8"))
+    with pytest.raises(SystemExit, match="a message is not UTF-8 text"):
+        chat.main([str(folder / "t6")])
+    with pytest.raises(SystemExit, match="2"):
+        chat.main([str(folder / "t6"), "--prompt", "w1 \udcff"])
+    assert "argument --prompt: invalid UTF-8 value" in capsys.readouterr().err

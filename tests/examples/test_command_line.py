@@ -65,6 +65,7 @@ def test_help_and_mistakes_are_answered_at_once():
         "serve",
         "shapes",
         "throughput",
+        "timing",
         "turns",
         "twins",
         "vllm_server",

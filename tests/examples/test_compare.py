@@ -340,11 +340,11 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and "](comparison.png)" in text
     sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     assert list(sections)[:4] == ["Equal parameters", "Equal heads", "Equal bytes of cache", "Equal training time"]
-    losses = [results["runs"][plan.Run("T6", 1e-3, seed, 7).key]["loss"] for seed in (0, 1)]
+    losses = [results["runs"][plan.Run("T6", compare.LEARNING_RATE, seed, 7).key]["loss"] for seed in (0, 1)]
     row = next(line for line in sections["Equal parameters"].splitlines() if line.startswith("| T6 |")).split(" | ")
     assert row[6] == f"{sum(losses) / 2:.4f} ± {abs(losses[0] - losses[1]) / 2:.4f}"
     assert "| MHA, QK norm |" not in sections["Equal bytes of cache"] and "| GQA |" in sections["Equal bytes of cache"]
     assert all(" is lowest**" in sections[name] for name in list(sections)[:4] if "bytes" not in name)
     assert "There are not yet a T6 and a twin here" in sections["Equal bytes of cache"]
     assert "cpu, torch " in text and "steps not compiled and not captured. Tokens " in text
-    assert "* MLA lr 0.001 seed 0 steps 7" in sections["Not run yet"]
+    assert f"* MLA lr {compare.LEARNING_RATE:g} seed 0 steps 7" in sections["Not run yet"]

@@ -93,6 +93,20 @@ def test_kinds(sources, tmp_path):
     assert all(of["documents"] == 1 for of in less.values())
 
 
+def test_patterns_behind_a_kind(sources, tmp_path):
+    """The shell leaves them as they are."""
+    patterns = [source.replace("d.deb", "d*.deb") for source in sources]
+    gather.main([*patterns, "--output-dir", str(tmp_path / "out")])
+    gather.main([*sources, "--output-dir", str(tmp_path / "same")])
+    assert patterns != sources and read(tmp_path / "out") == read(tmp_path / "same")
+    options = ["--vocab-size", "300", "--num-processes", "1", "--held-out-fraction", "0.3"]
+    pattern = f"all={tmp_path / 'out' / '*.xz'}"
+    facts = prepare.main(["--text", pattern, *options, "--output-dir", str(tmp_path / "tokens")])
+    assert set(facts["kinds"]) == {"all"}
+    with pytest.raises(SystemExit, match=r"there is no .*x\*.deb"):
+        gather.main([f"prose={tmp_path / 'x*.deb'}", "--output-dir", str(tmp_path / "none")])
+
+
 def test_books_of_sword(tmp_path):
     """Blocks of markup, compressed one by one, with zeros between."""
     blocks = [f"<div><verse>{lines(name)}</verse><note n='1'/></div>" for name in ("genesis", "exodus")]

@@ -548,6 +548,8 @@ def test_two_processes(run, data, tmp_path):
         (["--block-length", "2000"], "--block-length 2000 exceeds max_position_embeddings=1024"),
         (["--min-learning-rate", "1"], "--min-learning-rate 1.0 exceeds the learning rate"),
         (["--resume"], "--resume: there is no checkpoint"),
+        (["--attention", "flash"], "--attention flash: .* is not supported"),
+        (["--report-to", "paper"], "--report-to paper: no such package is installed"),
     ],
 )
 def test_one_line_errors(data, tmp_path, options, message):

@@ -17,6 +17,7 @@ import pytest
 import task_data
 import torch
 from lm_eval.models.huggingface import HFLM
+from token_data import write_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import language_modeling
@@ -414,6 +415,16 @@ def test_held_out(tmp_path):
         assert bits == pytest.approx(whole[kind]["bits_per_byte"], rel=1e-5)
     scores = read_results([tmp_path / "c.json"], "text-generation")
     assert {score.dataset_name for score in scores} == {"held-out text: code", "held-out text: prose"}
+
+
+@pytest.mark.once
+def test_tokens_of_another_tokenizer(tmp_path):
+    data = write_tokens(tmp_path, 20, 40)
+    options = ["--data", str(data), "--windows", "16", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="has another tokenizer than .*tokens: expected tokens of prepare.py"):
+        score.main(["held-out", str(SHIPPED), *options])
+    random_model(tiny_config(vocab_size=300)).save_pretrained(tmp_path / "without-tokenizer")
+    assert "16" in score.main(["held-out", str(tmp_path / "without-tokenizer"), *options])
 
 
 def test_decoding_keeps_no_logits():

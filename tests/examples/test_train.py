@@ -138,8 +138,22 @@ def test_resumed_run_equals_uninterrupted_run(run, tmp_path, monkeypatch):
     assert command_line.last_checkpoint(tmp_path / "model-checkpoints").name == "checkpoint-4"
     (tmp_path / "model-checkpoints" / "checkpoint-5").mkdir()  # a checkpoint that a killed run left half written
 
-    with pytest.raises(SystemExit, match="hidden_size=16, this command 24"):
-        train.main([*options, "--hidden-size", "24", "--resume"])
+    (tmp_path / "longer.txt").write_text(run.text.read_text(encoding="utf-8") + "one more line\n", encoding="utf-8")
+    for changed, named in (
+        (["--hidden-size", "24"], "hidden_size=16, this command has 24"),
+        (["--text", str(tmp_path / "longer.txt")], "held_out_text_sha256="),
+        (["--validation-text", str(run.text)], "training_text_sha256="),
+        (["--learning-rate", "2e-4"], "learning_rate=.*, this command has 0.0002"),
+        (["--max-steps", "9"], "max_steps=6, this command has 9"),
+        (["--gradient-accumulation", "3"], "windows_per_step=4, this command has 12"),
+        (["--dropout", "0.2"], "dropout=0.1, this command has 0.2"),
+        (["--attention-dropout", "0.2"], "attention_dropout=0.1, this command has 0.2"),
+        (["--vocab-size", "290"], "vocab_size=300, this command has 290"),
+        (["--tokenizer", str(run.folder)], "tokenizer=None"),
+        (["--seed", "9"], "seed=0, this command has 9"),
+    ):
+        with pytest.raises(SystemExit, match=f"--resume: the run was started with {named}"):
+            train.main([*options, *changed, "--resume"])
     report = train.main([*options, "--resume"])
     assert report == pytest.approx(run.report, rel=1e-5)
     for name, tensor in load_file(run.folder / "model.safetensors").items():

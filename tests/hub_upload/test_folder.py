@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, utils
 
 import hub_upload
-from hub.folder import REPLACED, TEXTS, matches
+from hub.folder import REPLACED, TEXTS
+from hub.shared import matches
 from modeling_t6.modeling_t6 import AUTO_MAP
 
 from ..versions import once_but

@@ -13,6 +13,11 @@ from modeling_t6.cache_t6 import CACHE_NAME
 
 # `T6_TEST_DEVICE=cuda pytest tests/modeling_t6/test_generation.py tests/modeling_t6/test_reference.py` tests a GPU.
 DEVICE = os.environ.get("T6_TEST_DEVICE", "cpu")
+# The mode of `generate()` by its id, none where Transformers cannot make its cache: that wants a stream, which torch for CUDA has not
+# without a GPU, unlike torch for CPUs.
+OFFLOADED_MODE = {"offloaded": {"cache_implementation": "offloaded"}}
+if torch.version.cuda is not None and not torch.cuda.is_available():
+    OFFLOADED_MODE = {}
 
 
 def tiny_config(**overrides) -> T6Config:

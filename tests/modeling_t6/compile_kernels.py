@@ -24,11 +24,12 @@ from modeling_t6.flash_tpa_pages_t6 import SCHEDULE_WARPS, SCHEDULED_REQUESTS, S
 from modeling_t6.flash_tpa_t6 import (
     COMBINE_WARPS,
     COMBINED_SPLITS,
+    LAUNCH_OPTIONS,
     MAX_SPLITS,
     WITHOUT_PAGES,
     choose_launch,
     choose_low_bit_launch,
-    numbers_at_once,
+    elements_per_load,
     power_of_2,
     rows_of,
 )
@@ -77,7 +78,9 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, warps: int, c
     source = ASTSource(
         kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps} | LAUNCH_OPTIONS
+    )
 
 
 def compile_shape(shape: tuple, capability: int, page_size: int = 0):
@@ -89,7 +92,7 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
     heads, groups = heads if isinstance(heads, tuple) else (heads, 1)
     packed = cache_dtype == "u8"
     stored = torch.uint8 if packed else torch.float8_e4m3fn if cache_dtype == "fp8e4nv" else torch.bfloat16
-    unit = 1 if page_size else numbers_at_once(k_rank, v_rank, head_dim, stored, aligned)
+    unit = 1 if page_size else elements_per_load(k_rank, v_rank, head_dim, stored, aligned)
     launch = choose_launch(
         queries, heads, head_dim, k_rank, v_rank, constant_a, BYTES[cache_dtype], SHARED_MEMORY[capability], aligned,
         groups, unit, dtype == "fp32",
@@ -114,7 +117,7 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
             gathered,
             groups=groups,
             packed=packed,
-            unit=unit,
+            elements_per_load=unit,
         )
         for rank, width, stride in zip((k_rank, v_rank), widths, strides)
     ]

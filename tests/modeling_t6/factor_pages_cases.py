@@ -16,6 +16,7 @@ from modeling_t6 import T6Config, factor_pages_t6
 from modeling_t6.cache_t6 import factor_layouts
 from modeling_t6.factor_pages_t6 import (
     FactorColumns,
+    FactorTransform,
     form_heads_from_pages,
     select_ranks,
     slots_of_rows,
@@ -204,9 +205,9 @@ def check_store(case: dict, device: str, store=store_factors) -> None:
     norms = (
         [norm.weight.to(device, dtype) for norm in (layer.q_norm, layer.k_norm)] if case["qk_norm"] else (None, None)
     )
-    variant = *norms, layer.config.rms_norm_eps, case["activation"], case["qk_norm"] == "heads"
+    transform = FactorTransform(*norms, layer.config.rms_norm_eps, case["activation"], case["qk_norm"] == "heads")
     query = store(
-        a_q if constant_a_q is None else constant_a_q, *others, *tokens_at, *(as_given(x) for x in pages), *variant
+        a_q if constant_a_q is None else constant_a_q, *others, *tokens_at, *(as_given(x) for x in pages), transform
     )
     assert query.dtype == dtype
     other_query, other_pages = torch.empty_like(query), random_pages(case, blocks, widths, device)
@@ -215,7 +216,7 @@ def check_store(case: dict, device: str, store=store_factors) -> None:
         room = torch.full((2, tokens - first, kv_heads, head_dim), math.nan, dtype=dtype, device=device)
         states = dict(zip(("key", "value"), room))
     store_projections(
-        product, columns, constant_a_q, *tokens_at, *(as_given(x) for x in other_pages), other_query, *variant,
+        product, columns, constant_a_q, *tokens_at, *(as_given(x) for x in other_pages), other_query, transform,
         **states, first_formed=first,
     )  # fmt: skip
     for (name, formed), rows, layout in zip(states.items(), other_pages, layouts):

@@ -1,4 +1,4 @@
-"""What Triton's interpreter does not do by itself: bfloat16 arithmetic, checks of every address, and some haste."""
+"""What Triton's interpreter does not do by itself: bfloat16 arithmetic, checks of every address and launch, and some haste."""
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ def compute_as_a_gpu(monkeypatch, float8: bool = False) -> None:
     if float8:
         round_float8(monkeypatch)
     check_addresses(monkeypatch)
+    check_options(monkeypatch)
     patch_language_once(monkeypatch)
 
 
@@ -105,6 +106,21 @@ def check_addresses(monkeypatch) -> None:
     monkeypatch.setattr(executor, "_init_args_hst", record)
     monkeypatch.setattr(builder, "create_masked_load", create_masked_load)
     monkeypatch.setattr(builder, "create_masked_store", create_masked_store)
+
+
+def check_options(monkeypatch) -> None:
+    """
+    Every launch says whether products and sums are one instruction. What kernels compile to else depends on the version of Triton,
+    whose default 3.10 changes, and 3.9 warns of it.
+    """
+    executor = interpreter.GridExecutor
+    start = executor.__call__
+
+    def checked(self, *args, **kwargs):
+        assert kwargs.get("enable_fp_fusion") is True, f"{self.fn.__name__} is started without `LAUNCH_OPTIONS`"
+        return start(self, *args, **kwargs)
+
+    monkeypatch.setattr(executor, "__call__", checked)
 
 
 def patch_language_once(monkeypatch) -> None:

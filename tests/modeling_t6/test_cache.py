@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from modeling_t6 import T6Cache
 from modeling_t6.cache_t6 import FactorLayout, cache_nbytes, factor_layouts, quantization_group_size
 
-from .common import cached, random_ids, random_model, tiny_config
+from .common import OFFLOADED_MODE, cached, random_ids, random_model, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_views_need_a_config():
         print(cache.layers[0].a_k)
 
 
-@pytest.mark.parametrize("implementation", [None, "static", "offloaded", "quantized"])
+@pytest.mark.parametrize("implementation", [None, "static", *OFFLOADED_MODE, "quantized"])
 def test_caches_of_generate_hold_factors_only(implementation):
     config = tiny_config(num_attention_heads=24, head_dim=16, v_rank=2)
     model = random_model(config)

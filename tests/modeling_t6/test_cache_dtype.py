@@ -33,7 +33,7 @@ from modeling_t6.cache_t6 import CACHE_NAME, FactorLayout, cache_nbytes, dtype_n
 from modeling_t6.factors_t6 import TensorProductFactors
 
 from . import interpreter
-from .common import DEVICE, cached, random_ids, random_model, tiny_config
+from .common import DEVICE, OFFLOADED_MODE, cached, random_ids, random_model, tiny_config
 from .test_attention import LargestResult
 from .test_generation import generate
 from .test_quantized_rows import reference_factors
@@ -92,7 +92,7 @@ def model_of(**fields):
 MODES = {
     "default": {},
     "static": {"cache_implementation": "static"},
-    "offloaded": {"cache_implementation": "offloaded"},
+    **OFFLOADED_MODE,
     "prompt-lookup": {"prompt_lookup_num_tokens": 3},
     "chunked-prefill-static": {"prefill_chunk_size": 5, "cache_implementation": "static"},
 }
@@ -370,6 +370,9 @@ def test_models_without_rows_of_4_bits(fields, named):
         generate(model, random_ids(model.config, 1, 3), cache_dtype="int4")
     with pytest.raises(ValueError, match=f"`dtype`='int4' .*{named}"):
         T6Cache(config=model.config, dtype="int4")
+    model.config.cache_dtype = "int4"
+    with pytest.raises(ValueError, match=f"`cache_dtype`='int4' .*{named}"):
+        model(random_ids(model.config, 1, 3))
 
 
 def test_what_excludes_each_other():

@@ -75,7 +75,7 @@ def test_same_as_one_by_one(variant, bias, dtype, products):
 def test_few_tokens_without_gradients(products):
     model = random_model(config_of("TPA"))
     with torch.no_grad():
-        model(random_ids(model.config, 3, factor_product_t6.MAX_TOKENS_ONE_BY_ONE), use_cache=False)
+        model(random_ids(model.config, 3, factor_product_t6.MAX_OVERHEAD_BOUND_TOKENS), use_cache=False)
     assert not products
 
 
@@ -339,6 +339,41 @@ def test_packed_weights_that_move():
     assert [layer.product.weight.data_ptr() for layer in packed(model)] == places
     model.to(torch.bfloat16)
     assert all(layer.product is None for layer in packed(model))
+
+
+class Codes(nn.Module):
+    """A layer as AWQ and GPTQ leave it, which has no `weight`."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.register_buffer("codes", linear.weight.detach().t().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.codes
+
+
+class CodesOnDemand(Codes):
+    """As PyTorch's own quantisation leaves it: the weight is what a method returns."""
+
+    def weight(self) -> torch.Tensor:
+        return self.codes.t()
+
+
+@pytest.mark.parametrize("quantized", [Codes, CodesOnDemand])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_quantized_projections_that_move(quantized, is_packed):
+    """`model.to()` asks them for no weight, and leaves no copies of those that were."""
+    model = random_model(config_of("TPA"))
+    ids = random_ids(model.config, 2, 3)
+    expected = generated_logits(model, ids)
+    if not is_packed:
+        model = copy.deepcopy(model)  # which makes copies of its own
+    for layer in model.model.layers:
+        for name in ("k_a_proj", "v_b_proj"):
+            setattr(layer.self_attn, name, quantized(getattr(layer.self_attn, name)))
+    model.to(torch.float64)
+    assert all(layer.product is None for layer in packed(model))
+    torch.testing.assert_close(generated_logits(model, ids), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_packed_in_a_compiled_step():

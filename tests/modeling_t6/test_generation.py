@@ -5,11 +5,11 @@ import torch
 from transformers import CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_t6 import T6Cache, T6Config, T6ForCausalLM
+from modeling_t6 import T6Cache, T6Config, T6ForCausalLM, generation_t6
 from modeling_t6.cache_t6 import CACHE_NAME
 
 from ..versions import once_but
-from .common import DEVICE, cached, quick, random_ids, random_model, tiny_config
+from .common import DEVICE, OFFLOADED_MODE, cached, quick, random_ids, random_model, tiny_config
 
 
 NEW = 10
@@ -38,7 +38,7 @@ MODES = {
     "no-cache": {"use_cache": False},
     "dynamic": {"cache_implementation": "dynamic"},
     "static": {"cache_implementation": "static"},
-    "offloaded": {"cache_implementation": "offloaded"},
+    **OFFLOADED_MODE,
     "prompt-lookup": {"prompt_lookup_num_tokens": 3},
     "chunked-prefill": {"prefill_chunk_size": 5},
     "chunked-prefill-static": {"prefill_chunk_size": 5, "cache_implementation": "static"},
@@ -53,16 +53,69 @@ def test_greedy(model, kwargs):
     assert torch.equal(generate(model, ids, **kwargs), greedy(model, ids))
 
 
+def long_rope_model(**fields):
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 12}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
+    return random_model(tiny_config(rope_parameters=rope, **fields))
+
+
 @pytest.mark.parametrize("length", [9, 12, 13])
 def test_long_rope_across_the_switch(length):
     """From the 13th token on, all tokens are rotated by other factors, those in a cache too."""
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 12}
-    rope |= {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
-    model = random_model(tiny_config(rope_parameters=rope))
+    model = long_rope_model()
     ids = random_ids(model.config, 1, length)
     expected = greedy(model, ids)
-    for mode in ("default", "no-cache", "dynamic", "static", "offloaded"):
+    for mode in ("default", "no-cache", "dynamic", "static", *OFFLOADED_MODE):
         assert torch.equal(generate(model, ids, **MODES[mode]), expected), mode
+
+
+@pytest.mark.parametrize("padding", ["left", "between"])
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_long_rope_counts_tokens(padding, implementation):
+    """Not padding: the tokens, from the 13th on, are what decides."""
+    model = long_rope_model()
+    ids = random_ids(model.config, 2, 9)
+    mask = torch.ones_like(ids)
+    mask[:, :4] = torch.tensor([0, 0, 0, 0] if padding == "left" else [1, 0, 0, 1])
+    expected = generate(model, ids, attention_mask=mask, use_cache=False)
+    assert torch.equal(generate(model, ids, attention_mask=mask, cache_implementation=implementation), expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"noncontextual_b": True}], ids=["TPA", "constant B"])
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_long_rope_of_a_prompt_in_pieces(fields, chunk):
+    """The first pieces are rotated as the last one is."""
+    model = long_rope_model(**fields)
+    for length in (9, 12, 13, 17):
+        ids = random_ids(model.config, 1, length)
+        assert torch.equal(generate(model, ids, prefill_chunk_size=chunk), greedy(model, ids)), length
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int4"])
+def test_long_rope_and_rows_to_return_to(cache_dtype):
+    """The cache that is made anew at the switch is cropped as the one before, also where a window drops rows."""
+    model = long_rope_model(sliding_window=4)
+    ids = random_ids(model.config, 1, 3).repeat(1, 3)
+    output = generate(model, ids, prompt_lookup_num_tokens=3, cache_dtype=cache_dtype)
+    if cache_dtype is None:
+        assert torch.equal(output, greedy(model, ids))
+    assert output.shape[1] == 9 + NEW
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 2])
+def test_long_rope_of_tokens_that_are_not_given(padding, monkeypatch):
+    """The first tokens are in the cache alone: they are kept, and what cannot be computed anew is said."""
+    model, messages = long_rope_model(), []
+    monkeypatch.setattr(generation_t6.logger, "warning_once", messages.append)
+    ids = random_ids(model.config, 1, 24)
+    mask = torch.ones_like(ids)
+    mask[:, :padding] = 0
+    cache = T6Cache(config=model.config)
+    model(ids[:, :9], attention_mask=mask[:, :9], **{CACHE_NAME: cache})
+    generate(model, ids[:, 9:], attention_mask=mask, max_new_tokens=2, **{CACHE_NAME: cache})
+    assert cache.get_seq_length() == 25
+    assert len(messages) == 1 and "`input_ids`" in messages[0]
 
 
 @pytest.mark.parametrize("cache_implementation", [None, "static"])
@@ -315,6 +368,38 @@ def test_window_that_is_given_later(saved, change, like, how, tmp_path):
     windows = {getattr(layer, "sliding_window", None) for layer in T6Cache(config=model.config).layers}
     assert windows == {getattr(layer, "sliding_window", None) for layer in T6Cache(config=expected.config).layers}
     T6Config.from_dict(model.config.to_dict())  # still one that can be saved
+
+
+LAYERS = {
+    "fewer": ({"sliding_window": 5}, 1, {"sliding_window": 5}),
+    "more": ({"sliding_window": 5, "k_rank": [2, 2]}, 3, {"sliding_window": 5, "k_rank": [2, 2, 2]}),
+    "the first": (
+        ALTERNATING | {"k_rank": [1, 2], "v_rank": [2, 1]},
+        1,
+        {"sliding_window": 8, "layer_types": ALTERNATING["layer_types"][:1], "k_rank": [1], "v_rank": [2]},
+    ),
+}
+
+
+@pytest.mark.parametrize("saved,count,like", LAYERS.values(), ids=LAYERS)
+def test_number_of_layers_that_is_given_later(saved, count, like, tmp_path):
+    """What is said for each layer follows: the model generates, and is saved, as if it had been made so."""
+    random_model(tiny_config(**saved)).save_pretrained(tmp_path)
+    model = random_model(T6Config.from_pretrained(tmp_path, num_hidden_layers=count))
+    expected = random_model(tiny_config(num_hidden_layers=count, **like))
+    ids = random_ids(model.config, 1, 13)
+    assert torch.equal(generate(model, ids), greedy(expected, ids))
+    model.save_pretrained(tmp_path / "saved")
+    assert T6ForCausalLM.from_pretrained(tmp_path / "saved").config.layer_types == expected.config.layer_types
+
+
+@pytest.mark.parametrize("field,value", [("k_rank", [1, 2]), ("layer_types", ALTERNATING["layer_types"])])
+def test_more_layers_of_several_kinds(field, value):
+    """Nothing says of which kind the others are."""
+    config = tiny_config(sliding_window=8, **{field: value})
+    config.num_hidden_layers = 4
+    with pytest.raises(Exception, match=rf"`{field}`"):
+        T6ForCausalLM(config)
 
 
 def test_windows_that_cannot_be():

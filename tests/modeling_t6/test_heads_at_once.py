@@ -176,7 +176,7 @@ def test_gradients_of_a_model(fields, fits, rebuilt, launches, monkeypatch):
     """Logits and weights' gradients are those without, for every variant; the kernels are used for those that fit."""
     from modeling_t6 import attention_t6, heads_t6
 
-    monkeypatch.setattr(attention_t6, "REBUILD_HEADS_EAGER", rebuilt)
+    monkeypatch.setattr(attention_t6, "RECOMPUTE_HEADS_EAGER", rebuilt)
     monkeypatch.setattr(heads_t6, "KERNELS", False)
     model = random_model(tiny_config(num_hidden_layers=1, **fields)).train()
     ids, results = random_ids(model.config, 2, 5), []

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..versions import once_but
-from .common import cached, projected_one_by_one, random_ids, random_model, tiny_config
+from .common import OFFLOADED_MODE, cached, projected_one_by_one, random_ids, random_model, tiny_config
 from .test_generation import generate, greedy
 
 
@@ -92,7 +92,7 @@ def test_offloaded_weights(saved, make_map, tmp_path):
     for kwargs in (
         {"cache_implementation": "static"},
         {"cache_implementation": "static", "prefill_chunk_size": 4},
-        {"cache_implementation": "offloaded"},
+        *OFFLOADED_MODE.values(),
     ):
         assert torch.equal(generate(model, ids, max_new_tokens=NEW, **kwargs).to(COMPUTES_ON), tokens), kwargs
     beams = {"num_beams": 3, "max_new_tokens": 3}

@@ -412,7 +412,7 @@ def test_answers_end_with_the_context(asked, length, given):
 
 
 def test_server_of_transformers_loads_a_folder_that_names_an_auto_class(folder, tmp_path):
-    """What to do without this package: see docs/serving.md."""
+    """What to do without this package: see docs/transformers_engine.md."""
     shutil.copytree(folder, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["architectures"] = ["AutoModelForCausalLM"]

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_t6 import T6Cache, attention_t6, heads_t6
-from modeling_t6.attention_t6 import rebuild_heads
+from modeling_t6.attention_t6 import should_recompute_heads
 from modeling_t6.factors_t6 import form_heads, norm_key_heads
 from modeling_t6.heads_t6 import form_all_heads
 
@@ -35,8 +35,8 @@ PARTITION = {"backend": "aot_eager_decomp_partition", "fullgraph": True}
 
 
 def choose(monkeypatch, rebuild: bool) -> None:
-    monkeypatch.setattr(attention_t6, "REBUILD_HEADS_EAGER", rebuild)
-    monkeypatch.setattr(attention_t6, "REBUILD_HEADS_COMPILED", rebuild)
+    monkeypatch.setattr(attention_t6, "RECOMPUTE_HEADS_EAGER", rebuild)
+    monkeypatch.setattr(attention_t6, "RECOMPUTE_HEADS_COMPILED", rebuild)
 
 
 def gradients(overrides: dict, compiled: bool = False) -> list[torch.Tensor]:
@@ -202,10 +202,12 @@ def test_when_heads_are_rebuilt(monkeypatch):
     choose(monkeypatch, rebuild=True)
     # Which Dynamo, up to torch 2.11, takes for True in torch.compile.
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
-    assert rebuild_heads(None, is_checkpointed=False)
-    assert not rebuild_heads(None, is_checkpointed=True) and not rebuild_heads(T6Cache(), is_checkpointed=False)
+    assert should_recompute_heads(None, is_checkpointed=False)
+    assert not should_recompute_heads(None, is_checkpointed=True) and not should_recompute_heads(
+        T6Cache(), is_checkpointed=False
+    )
     with torch.no_grad():
-        assert not rebuild_heads(None, is_checkpointed=False)
+        assert not should_recompute_heads(None, is_checkpointed=False)
 
 
 @pytest.mark.parametrize("shapes", [((2, 3, 4, 5), (2, 3, 4, 6)), ((4, 5), (2, 3, 4, 6)), ((2, 3, 4, 5), (4, 6))])

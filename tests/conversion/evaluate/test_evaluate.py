@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from conversion.__main__ import main
-from conversion.evaluate import order, report
+from conversion.evaluate import evaluation, report
 from conversion.evaluate.options import CACHE_DTYPES, TASK_NAMES
 from conversion.evaluate.tasks import TASKS
 
@@ -160,7 +160,7 @@ def test_the_worst_cache_is_warned_of(folders, tmp_path, capsys, monkeypatch):
         scores = [{"task": "needle", "length": 64, "found": found, "log_probability": -1.0}]
         return {"model": name, "found": found, "exact": found, "log_probability": -1.0, "scores": scores}
 
-    monkeypatch.setattr(order, "score_all", score_all)
+    monkeypatch.setattr(evaluation, "score_all", score_all)
     words = ["evaluate", str(folders / "t6"), "--beside", str(folders / "source"), "--lengths", "64", "--windows", "1"]
     assert main([*words, "--device", "cpu", "--cache-dtypes", "int4,model"]) == 0
     assert "warning: t6 in int4: of the values hidden" in capsys.readouterr().out

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig
 
-from conversion.evaluate import order
+from conversion.evaluate import evaluation
 from conversion.evaluate.agreement import Agreement
 from conversion.evaluate.caches import RoundedCache, make_cache, rounded
-from conversion.evaluate.order import bytes_per_token, measure_windows, refuse_caches
+from conversion.evaluate.evaluation import bytes_per_token, measure_windows, refuse_caches
 from conversion.evaluate.positions import LossByPosition
 from conversion.evaluate.score import Score, score_samples
 from conversion.evaluate.tasks import Sample, make_samples
@@ -184,8 +184,8 @@ def test_long_samples_take_no_more_tokens_at_a_time_than_windows(monkeypatch):
     counts = {}
     score = Score(0.0, 0.0, 0.0, 1, [0.0])
     monkeypatch.setattr(
-        order, "score_samples", lambda *words: counts.update({len(words[3][0].prompt): words[4]}) or score
+        evaluation, "score_samples", lambda *words: counts.update({len(words[3][0].prompt): words[4]}) or score
     )
     samples = {("needle", n): [Sample([0] * n, [0], [], 0.5, [0])] for n in (50, 100, 250, 2000)}
-    order.score_all(source_model("llama", "mha"), "model", "", Tokens(99), samples, 8, window=100)
+    evaluation.score_all(source_model("llama", "mha"), "model", "", Tokens(99), samples, 8, window=100)
     assert counts == {50: 8, 100: 8, 250: 3, 2000: 1}

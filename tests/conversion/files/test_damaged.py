@@ -1,10 +1,13 @@
 """Damaged folders of Transformers' models: one line that names what is wrong, and nothing at the target."""
 
 import codecs
+import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -135,6 +138,9 @@ WHOLE = {
     "no-model-type": (config(model_type="absent"), "config.json"),
     "model-type-list": (config(model_type=["llama"]), "config.json: `model_type` must be text, got ['llama']"),
     "labels": (config(id2label=7), "config.json: `id2label` must be an object or null, got 7"),
+    "dtype-unknown": (config(dtype="half-precision"), "config.json: `dtype` must be a floating-point type of torch"),
+    "dtype-integer": (config(torch_dtype="int8"), "config.json: `torch_dtype` must be a floating-point type of torch"),
+    "dtype-by-part": (config(dtype={"": "float32"}), "config.json: `dtype` must be a floating-point type of torch"),
     "unknown-model-type": (config(model_type="no-such-model"), "no-such-model"),
     "code-of-its-own": (config(model_type="own", auto_map={"AutoConfig": "own.Own"}), "config.json: "),
     "another-model": (config(model_type="gpt2"), "gpt2"),
@@ -262,8 +268,40 @@ def test_a_full_disk(whole, tmp_path):
         import resource, sys
         from conversion.__main__ import main
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        # Of healing, Trainer writes checkpoints by these two, whose errors are no `OSError`.
+        import torch
+        from safetensors.torch import save_file
+        from conversion.files.errors import ConversionError
+        from conversion.files.folders import new_folder
+        for write in (torch.save, save_file):
+            try:
+                with new_folder(sys.argv[-1]) as folder:
+                    write({"weight": torch.ones(10**5)}, folder / "model")
+            except ConversionError as error:
+                print("told:", error)
         sys.exit(main(sys.argv[1:]))"""
     process = run(code, "hf", str(whole), str(tmp_path / "t6"), env=dict(os.environ), cwd=ROOT)
     assert process.code == 1 and not list(tmp_path.iterdir())
     assert f"error: cannot write {tmp_path / 't6'}" in process.stderr and "File too large" in process.stderr
     assert "Traceback" not in process.stderr
+    told = [line for line in process.stdout.splitlines() if line.startswith("told: ")]
+    assert [line.partition("t6: ")[2] for line in told] == [
+        "a file could not be written whole, as on a full disk", "File too large (os error 27)",
+    ]  # fmt: skip
+
+
+@pytest.mark.once
+def test_the_file_that_is_written_is_named(whole, tmp_path, monkeypatch, capsys):
+    """Not the one that it is copied from; and where there is no place for temporary files, that is said."""
+
+    def copy(source, target, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    assert main(["hf", str(whole), str(tmp_path / "t6")]) == 1
+    assert last_error(capsys) == f"error: cannot write {tmp_path / 't6'}: No space left on device"
+    missing = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+    monkeypatch.setattr(tempfile, "gettempdir", mock.Mock(side_effect=missing))
+    assert main(["hf", str(whole), str(tmp_path / "t6")]) == 1
+    assert "No usable temporary directory found" in last_error(capsys)
+    assert not list(tmp_path.iterdir())

@@ -289,7 +289,7 @@ def test_a_stopped_run_cleans_up(number, source, tmp_path, capsys, monkeypatch):
 
 def test_temporary_folder_of_a_run_that_ends(tmp_path, monkeypatch):
     """It is listed, and gone when it is looked at."""
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([tmp_path / "t6-upload-abcdefgh"]))
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([tmp_path / "t6-upload-abcdefgh.tmp"]))
     with temporary_folder("t6-upload-", tmp_path) as folder:
         assert folder.is_dir()
 
@@ -299,10 +299,12 @@ def test_temporary_folders(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with temporary_folder("t6-upload-") as alive:
         assert stat.S_IMODE(alive.stat().st_mode) == 0o700
-        dead = tmp_path / "t6-upload-deadbeef"
+        dead, kept = tmp_path / "t6-upload-deadbeef.tmp", tmp_path / "t6-upload-20261129"
         dead.mkdir()
+        kept.mkdir()  # a model of the user's
         with temporary_folder("t6-upload-") as other:
-            assert sorted(tmp_path.iterdir()) == sorted([alive, other])
+            assert sorted(tmp_path.iterdir()) == sorted([alive, other, kept])
             assert f"{dead} is removed" in capsys.readouterr().out
+        kept.rmdir()
         assert list(tmp_path.iterdir()) == [alive]
     assert not list(tmp_path.iterdir())

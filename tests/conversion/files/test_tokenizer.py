@@ -133,6 +133,14 @@ def test_named_chat_templates(form, pipelines, tmp_path):
     assert (target / "chat_template.json").exists()
 
 
+def test_templates_that_tell_the_time(pipelines, tmp_path):
+    """What they make in one moment is not what they make in the next."""
+    template = "{{ strftime_now('%d %b %Y %H:%M:%S.%f') }} {{ messages[0].content }}"
+    save(pipelines["byte-level"], tmp_path / "source", chat_template=template)
+    (tmp_path / "target").mkdir()
+    assert write_tokenizer(tmp_path / "source", tmp_path / "target")
+
+
 def test_templates_without_a_tokenizer(tmp_path):
     source, target = save_source(tmp_path / "source"), tmp_path / "t6"
     (source / "additional_chat_templates").mkdir()

@@ -11,7 +11,7 @@ from conversion.smaller.compress import Compression, compress
 from conversion.smaller.fits import mean_pool, selections
 from conversion.smaller.key_fits import KeyFit, KeyProblem
 from conversion.smaller.least_squares import NOISE
-from conversion.smaller.measure import cache_bytes_per_token, divergence, log_probabilities
+from conversion.smaller.measure import cache_bytes_per_token
 from conversion.smaller.moments import Moments, collect_moments, from_complex, to_complex
 from conversion.smaller.normed_heads import with_normed_heads
 from conversion.smaller.options import METHODS
@@ -25,7 +25,7 @@ from modeling_t6 import T6Cache, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
 from modeling_t6.factors_t6 import apply_rotary_pos_emb
 
-from ..common import FAMILIES, LAYOUTS, exact_model, random_ids
+from ..common import FAMILIES, LAYOUTS, divergence, exact_model, log_probabilities, random_ids
 
 
 pytestmark = pytest.mark.once

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from conversion.smaller.compress import compress
-from conversion.smaller.measure import divergence, log_probabilities
 from conversion.smaller.options import METHODS
 from conversion.smaller.reconstruct import CHECKED, reconstruct
 from conversion.smaller.straight_through import rounded_rows
 from modeling_t6 import T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_DTYPES
 
-from ..common import FAMILIES, exact_model, random_ids
+from ..common import FAMILIES, divergence, exact_model, log_probabilities, random_ids
 
 
 pytestmark = pytest.mark.once

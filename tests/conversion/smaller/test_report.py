@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from conversion.smaller.report import Row, plot
+from conversion.smaller.report import Row, plot, provenance
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,14 @@ def test_panels_of_long_texts(monkeypatch, tmp_path):
     assert [line.get_xydata().tolist() for line in parts.lines] == [[[512, 75]], [[256, 50]]]
     assert [line.get_xydata().tolist() for line in losses.lines] == [[[1, 3], [2, 2]], [[1, 3.5], [2, 2.5]]]
     assert [text.get_text() for text in losses.get_legend().get_texts()] == ["source", "result"]
+
+
+@pytest.mark.parametrize("source", ["/home/me/llama", "../me/llama", "someone/llama"])
+def test_no_folder_of_this_machine_is_published(source):
+    on_hub = source if source == "someone/llama" else None
+    words = ["hf", source, "me/t6", "--calibration=/home/me/text.txt", "--heal", "../me/more.txt", "--cache-ratio=2"]
+    report = provenance(words, source, "llama", on_hub)
+    assert report["command"] == (
+        f"python -m conversion hf {on_hub or 'llama'} t6 --calibration=text.txt --heal more.txt --cache-ratio=2"
+    )
+    assert report["source"] == (on_hub or "llama")

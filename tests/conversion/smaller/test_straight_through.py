@@ -5,14 +5,13 @@ import copy
 import pytest
 import torch
 
-from conversion.smaller.measure import log_probabilities
 from conversion.smaller.normed_heads import with_normed_heads
 from conversion.smaller.reconstruct import reconstruct
 from conversion.smaller.straight_through import as_read, rounded_rows
 from modeling_t6 import T6Cache
 from modeling_t6.cache_t6 import CACHE_DTYPES, CACHE_NAME, FactorLayout
 
-from ..common import exact_model, random_ids
+from ..common import exact_model, log_probabilities, random_ids
 
 
 pytestmark = pytest.mark.once

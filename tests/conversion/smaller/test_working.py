@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conversion.__main__ import main
 from conversion.files.locks import release, take_lock
-from conversion.smaller import order
+from conversion.smaller import pipeline
 
 from ..common import last_error, source_model
 
@@ -55,7 +55,7 @@ def unfinished(source, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(order, "heal", stopped)
+        patch.setattr(pipeline, "heal", stopped)
         assert main(words) == 130
     folder = tmp_path / ".t6.unfinished"
     message = f"interrupted: the same command goes on from what {folder} holds"
@@ -63,7 +63,7 @@ def unfinished(source, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["compressed", "exact", "settings.json"]
     assert not list(tmp_path.glob(".t6.*.partial")) and not (tmp_path / "t6").exists()
     # Healing is Trainer's: what it starts from shows as well without.
-    monkeypatch.setattr(order, "heal", lambda *arguments, **options: None)
+    monkeypatch.setattr(pipeline, "heal", lambda *arguments, **options: None)
     return words
 
 
@@ -80,7 +80,7 @@ def perplexities(folder: Path) -> dict[str, float]:
 
 def test_goes_on_with_the_same_inputs(unfinished, tmp_path, capsys, monkeypatch):
     """Also where they are named from elsewhere; it says with what, and does not do it again."""
-    monkeypatch.setattr(order, "compress", None)
+    monkeypatch.setattr(pipeline, "compress", None)
     monkeypatch.chdir(tmp_path)
     words = [str(Path(word).relative_to(tmp_path)) if word.startswith(str(tmp_path)) else word for word in unfinished]
     assert main(words) == 0
@@ -175,7 +175,7 @@ def test_a_target_filled_meanwhile_loses_nothing(unfinished, tmp_path, capsys, m
         (tmp_path / "t6").mkdir()
         (tmp_path / "t6" / "notes.txt").write_text("hours of work")
 
-    monkeypatch.setattr(order, "heal", filled)
+    monkeypatch.setattr(pipeline, "heal", filled)
     assert main(unfinished) == 1
     assert "t6 is not empty" in last_error(capsys)
     assert (tmp_path / "t6" / "notes.txt").read_text() == "hours of work"
@@ -255,6 +255,6 @@ def test_too_little_memory_of_a_device(source, tmp_path, capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     text = write_text(tmp_path / "text.txt", 0)
-    monkeypatch.setattr(order, "compress", full)
+    monkeypatch.setattr(pipeline, "compress", full)
     assert main(["hf", str(source), str(tmp_path / "t6"), "--k-rank", "1", "--calibration", str(text)]) == 1
     assert "a smaller --batch-size" in last_error(capsys)

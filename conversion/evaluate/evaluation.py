@@ -1,7 +1,8 @@
-"""The order of an evaluation: models and caches one after the other, on the same samples and windows."""
+"""An evaluation: models and caches one after the other, on the same samples and windows."""
 
 import argparse
 import platform
+import random
 from pathlib import Path
 
 import torch
@@ -14,10 +15,12 @@ from modeling_t6 import T6ForCausalLM
 from ..files.devices import find_device
 from ..files.errors import ConversionError, reason
 from ..files.folders import read_json
-from ..files.tokenizer import TOKENIZER_FILES, files_like, load_tokenizer
+from ..files.names import matching_files
+from ..files.tokenizer import TOKENIZER_FILES, load_tokenizer
 from ..smaller import text as texts
 from ..smaller.languages import Language, Sentences, find_language
 from ..smaller.measure import cache_bytes_per_token, logits_in_pieces
+from ..smaller.report import shown_command
 from . import report
 from .agreement import Agreement
 from .caches import RoundedCache, can_be_rounded, make_cache
@@ -155,17 +158,55 @@ def refuse_caches(folder: Path, model: PreTrainedModel, kinds: list[str]) -> Non
             raise ConversionError(f"--cache-dtypes {kind}: {folder}: {error}") from error
 
 
-def window_ids(
-    language: Language, tokenizer: PreTrainedTokenizerBase | None, text: str | None, length: int, args
+def make_windows(
+    language: Language,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: str | None,
+    length: int,
+    args: argparse.Namespace,
 ) -> torch.Tensor:
     """Windows [n, length] of the text, spread over it, or of what fills the room between facts."""
     if text is not None and isinstance(language, Sentences):
         whole = texts.windows(tokenizer, text, length, f"--text {args.text}")
-        return whole[torch.linspace(0, len(whole) - 1, min(len(whole), args.windows)).long()]
-    import random
-
+        return texts.evenly_spaced(whole, args.windows)
     generator = random.Random(args.seed)
     return torch.tensor([sum(language.fill(generator, length), []) for _ in range(args.windows)])
+
+
+def load_models(args: argparse.Namespace, device: str) -> list[tuple[Path, PreTrainedModel, torch.dtype]]:
+    """
+    FOLDER, behind the source if one is named: the folder, its model, and the dtype that it says.
+
+    Raises:
+        ConversionError: if one cannot be evaluated, they do not know the same tokens, or FOLDER has no such caches as are asked for.
+    """
+    dtype, loaded = getattr(torch, args.compute_dtype), []
+    for folder in [args.folder] if args.beside is None else [args.beside, args.folder]:
+        loaded.append((folder, *load_model(folder, dtype, device)))
+    sizes = [model.config.get_text_config().vocab_size for _, model, _ in loaded]
+    if len(set(sizes)) > 1:
+        raise ConversionError(
+            f"{args.folder} has vocab_size={sizes[1]}, and {args.beside} {sizes[0]}: expected the same"
+        )
+    for folder, model, _ in loaded:
+        refuse_others(folder, model)
+    if not isinstance(loaded[-1][1], T6ForCausalLM) and args.cache_dtypes != ["model"]:
+        raise ConversionError(
+            f"--cache-dtypes {','.join(args.cache_dtypes)}: {args.folder} is no T6, whose caches have them"
+        )
+    return loaded
+
+
+def cache_kinds(args: argparse.Namespace, folder: Path, model: PreTrainedModel, is_source: bool) -> list[str]:
+    """The kinds of cache (see `make_cache`) with which a model is measured."""
+    if is_source and can_be_rounded(model):
+        return ["model", "8", "4"]
+    if isinstance(model, T6ForCausalLM):
+        return args.cache_dtypes
+    if is_source:
+        name = folder.resolve().name
+        print(f"{name} is not measured in 8 and 4 bits: not all of its layers keep all keys and values", flush=True)
+    return ["model"]
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -176,51 +217,31 @@ def evaluate(args: argparse.Namespace) -> None:
         ConversionError: naming the option, folder or field that is not as it must be.
     """
     text = None if args.text is None else texts.read_text(args.text)
-    device, dtype = find_device(args.device), getattr(torch, args.compute_dtype)
-    folders = [args.folder] if args.beside is None else [args.beside, args.folder]
-    models = [load_model(folder, dtype, device) for folder in folders]
-    source = models[0][0] if args.beside is not None else None
-    sizes = [model.config.get_text_config().vocab_size for model, _ in models]
-    if len(set(sizes)) > 1:
-        raise ConversionError(
-            f"{args.folder} has vocab_size={sizes[1]}, and {args.beside} {sizes[0]}: expected the same"
-        )
-    for folder, (model, _) in zip(folders, models):
-        refuse_others(folder, model)
-    if not isinstance(models[-1][0], T6ForCausalLM) and args.cache_dtypes != ["model"]:
-        raise ConversionError(
-            f"--cache-dtypes {','.join(args.cache_dtypes)}: {args.folder} is no T6, whose caches have them"
-        )
-    tokenizer = load_tokenizer(args.folder) if files_like(args.folder, TOKENIZER_FILES) else None
-    language = find_language(tokenizer, sizes[0], text)
+    loaded = load_models(args, find_device(args.device))
+    source = loaded[0][1] if args.beside is not None else None
+    tokenizer = load_tokenizer(args.folder) if matching_files(args.folder, TOKENIZER_FILES) else None
+    language = find_language(tokenizer, loaded[0][1].config.get_text_config().vocab_size, text)
     if not isinstance(language, Sentences):
         print("no tokenizer that writes sentences: the tasks are told in bare token ids", flush=True)
         if text is not None:
             raise ConversionError(f"--text {args.text}: {args.folder} has no tokenizer that writes sentences")
-    lengths = find_lengths(args.lengths, min(context_of(model) for model, _ in models))
+    lengths = find_lengths(args.lengths, min(context_of(model) for _, model, _ in loaded))
     samples = all_samples(language, args.tasks, lengths, args.samples, args.seed)
-    windows = window_ids(language, tokenizer, text, lengths[-1], args)
-
-    for folder, (model, _) in zip(folders, models):
+    windows = make_windows(language, tokenizer, text, lengths[-1], args)
+    for folder, model, _ in loaded:
         refuse_caches(folder, model, args.cache_dtypes)
+
     rows = []
-    for folder, (model, stored) in zip(folders, models):
-        name = folder.resolve().name
-        kinds = args.cache_dtypes if isinstance(model, T6ForCausalLM) else ["model"]
-        if model is source and can_be_rounded(model):
-            kinds = ["model", "8", "4"]
-        elif model is source and not isinstance(model, T6ForCausalLM):
-            print(
-                f"{name} is not measured in 8 and 4 bits: not all of its layers keep all keys and values", flush=True
-            )
+    for folder, model, stored in loaded:
+        kinds = cache_kinds(args, folder, model, is_source=model is source)
         for kind in kinds:
-            shown = name + NAMES[kind]
-            row = score_all(model, kind, shown, language, samples, args.batch_size)
+            name = folder.resolve().name + NAMES[kind]
+            row = score_all(model, kind, name, language, samples, args.batch_size)
             row["cache_bytes_per_token"] = bytes_per_token(model, kind, stored)
-            rows.append(row | measure_windows(model, kind, shown, windows, args.batch_size, source))
+            rows.append(row | measure_windows(model, kind, name, windows, args.batch_size, source))
     print(report.table(rows), flush=True)
     content = {
-        "command": " ".join(["python -m conversion", *shown_words(args.words)]),
+        "command": shown_command(args.words),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         },
@@ -236,8 +257,3 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.output is not None:
         report.write(args.output, content)
         print(f"{args.output} and {args.output.with_suffix('.png').name} hold the figures and a picture")
-
-
-def shown_words(words: list[str]) -> list[str]:
-    """Without the folders in which files lie: a report is made to be published."""
-    return [Path(word).name if "/" in word else word for word in words]

@@ -21,15 +21,14 @@ from conversion.__main__ import main, parse_args
 from conversion.files.folders import last_checkpoint
 from conversion.files.tokenizer import load_tokenizer
 from conversion.smaller import options as smaller_options
-from conversion.smaller import text
+from conversion.smaller import order, text
 from conversion.smaller.heal import DistillationTrainer, compiled_layers, distillation_loss, make_optimizer, run
-from conversion.smaller.measure import divergence, log_probabilities
-from conversion.smaller.order import Texts
+from conversion.smaller.pipeline import Texts
 from conversion.smaller.straight_through import rounded_rows
 from modeling_t6 import T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
 
-from ..common import last_error, source_model
+from ..common import divergence, last_error, log_probabilities, source_model
 
 
 ROOT = Path(__file__).parents[3]
@@ -58,6 +57,29 @@ def options(folder: Path, target: Path, *more: str) -> list[str]:
 
 def healing(folder: Path, steps: int) -> list[str]:
     return ["--heal", str(folder / "heal.txt"), "--heal-steps", str(steps), "--heal-learning-rate", "3e-3"]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("seed", ["-1", str(2**32 - 1)])
+def test_seeds_that_no_library_takes(seed, capsys):
+    """Known before the work, not when healing begins."""
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(["hf", "source", "t6", "--k-rank", "1", "--seed", seed])
+    assert "argument --seed: invalid non-negative int value" in capsys.readouterr().err
+
+
+@pytest.mark.once
+def test_a_model_without_numbers_is_not_written(folder, tmp_path, monkeypatch, capsys):
+    """Healing can fail behind the last step whose loss was looked at."""
+
+    def diverges(model, *args, **kwargs):
+        model.lm_head.weight.data.fill_(math.nan)
+
+    monkeypatch.setattr(order, "heal", diverges)
+    ranks = ["--k-rank", "2", "--v-rank", "2", "--retrieval-samples", "0"]
+    assert main(options(folder, tmp_path / "t6", *ranks, *healing(folder, 2))) == 1
+    assert "the healed model has perplexity nan: expected a number; lower --heal-learning-rate" in last_error(capsys)
+    assert not (tmp_path / "t6").exists()
 
 
 def test_compresses_and_heals(folder, tmp_path, capsys):
@@ -287,7 +309,7 @@ def test_heals_on_some_tokens(folder, tmp_path):
     """What healing reads of its text, and options that reach it."""
     more = [*healing(folder, 4), "--heal-tokens", "100", "--heal-cross-entropy", "0.5"]
     args = parse_args(options(folder, tmp_path / "t6", "--k-rank", "1", *more))
-    assert smaller_options.wanted(args) and args.heal_cross_entropy == 0.5
+    assert smaller_options.wants_smaller_cache(args) and args.heal_cross_entropy == 0.5
     config = T6Config(max_position_embeddings=32)
     texts = Texts(args, folder / "source", config)
     assert texts.healing.shape == (3, 32) and texts.healing.dtype == torch.long
@@ -309,7 +331,7 @@ def test_defaults_of_methods():
     for method, steps, rate in (("fit", 500, 1e-4), ("mean-pool", 0, 3e-4)):
         for optimizer, times in (("adamw", 1), ("muon", 3)):
             args = parse_args([*words, "--method", method, "--heal-optimizer", optimizer])
-            assert smaller_options.wanted(args)
+            assert smaller_options.wants_smaller_cache(args)
             assert (args.reconstruct_steps, args.heal_learning_rate) == (steps, times * rate)
 
 

@@ -299,7 +299,8 @@ def compare_steps(pair: Pair, length: int) -> None:
             ids, next_sequence_length=1, attention_mask=torch.ones_like(ids), use_cache=True,
             **{CACHE_NAME: deep_cache(cache, length)},
         )  # fmt: skip
-        fed.append((inputs["input_ids"].shape[1], inputs.get(CACHE_NAME) is not None))
+        cache = inputs.get(CACHE_NAME)
+        fed.append((inputs["input_ids"].shape[1], cache is not None and cache.get_seq_length() > 0))
     if fed[0] == (1, False):
         raise ConversionError(
             f"verification failed: from token {length + 1} on, generate() of Transformers {transformers.__version__} loses "

@@ -17,6 +17,7 @@ IMPORTS = {
     "__future__", "abc", "collections", "contextlib", "copy", "dataclasses", "enum", "functools", "itertools", "math",
     "numbers", "operator", "os", "torch", "transformers", "triton", "typing", "warnings",
 }  # fmt: skip
+CHECKS_OF_FIELDS = ("huggingface_hub.dataclasses", "huggingface_hub.errors")  # of a configuration
 FORBIDDEN_MODULES = (
     "torch.hub",
     "torch.utils.cpp_extension",
@@ -92,7 +93,7 @@ def unsafe_code(source: str) -> tuple[str, ...]:
         elif isinstance(node, ast.Attribute):
             names = [node.attr]
         for module in modules:
-            allowed = module.split(".")[0] in IMPORTS or module.startswith("huggingface_hub.dataclasses")
+            allowed = module.split(".")[0] in IMPORTS or module.startswith(CHECKS_OF_FIELDS)
             if not allowed or module.startswith(FORBIDDEN_MODULES) and module not in SPREAD_TENSORS:
                 found.add((node.lineno, f"imports {module}"))
         if id(node) not in harmless:

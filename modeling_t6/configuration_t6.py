@@ -16,6 +16,7 @@
 import math
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
@@ -215,7 +216,10 @@ class T6Config(PreTrainedConfig):
             values, count = getattr(self, field), self.num_hidden_layers
             if isinstance(values, list) and len(values) != count and (len(values) > count or len(set(values)) == 1):
                 setattr(self, field, (values + values[:1] * max(0, count - len(values)))[:count])
-        self.validate()
+        try:
+            self.validate()
+        except StrictDataclassClassValidationError as error:
+            raise ValueError(str(error.__cause__)) from None
 
     @property
     def heads_tp_plan(self) -> dict[str, str]:

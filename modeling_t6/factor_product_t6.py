@@ -37,8 +37,9 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     A context without autocast on `device`. Autocast mixes its own dtype and float32, and fails on others: float8, or the
     other half precision.
     """
-    enabled = device.type != "meta" and torch.is_autocast_enabled(device.type)  # "meta" has none
-    return torch.autocast(device.type, enabled=False) if enabled else _UNCHANGED
+    if not torch._C._is_any_autocast_enabled() or device.type == "meta":  # which has none
+        return _UNCHANGED
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _UNCHANGED
 
 
 def is_exporting() -> bool:

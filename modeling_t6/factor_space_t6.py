@@ -138,6 +138,9 @@ def factor_space_attention_forward(
     with without_autocast(query.device):
         if factors.key_rows.dtype == torch.uint8:
             return _attend_to_quantized_rows(module, factors, query, attention_mask, scaling, output_attentions)
+        if module.caches_both_factors and _is_short(factors.key_rows.shape[2]) and not output_attentions:
+            keys, values = module.key_layout.unpack(factors.key_rows), module.value_layout.unpack(factors.value_rows)
+            return _attend_to_few_tokens(query, keys, values, attention_mask, scaling), None
         chunks = _chunks_of_cache(module, factors, matmul_dtype(query), output_attentions)
         return factor_space_attention(query, *chunks, attention_mask, scaling, output_attentions)
 
@@ -146,7 +149,7 @@ def matmul_dtype(query: torch.Tensor) -> torch.dtype:
     """The dtype of matrix products: float32 instead of half precision on a CPU."""
     # Some CPUs have no instructions for half precision; for others oneDNN generates code for each length of the cache, which takes
     # longer than the products.
-    return torch.promote_types(query.dtype, torch.float32) if query.device.type == "cpu" else query.dtype
+    return torch.promote_types(query.dtype, torch.float32) if query.is_cpu else query.dtype
 
 
 def _chunks_of_cache(
@@ -226,16 +229,14 @@ def factor_space_attention(
     batch_size, query_length, num_heads, head_dim = query.shape
     keys, values = (x if isinstance(x, FactorChunks) else FactorChunks.of(*x) for x in (keys, values))
     key_length = keys.length
-    if attention_mask is None and query_length > 1:
-        attention_mask = torch.ones(query_length, key_length, dtype=torch.bool, device=query.device)
-        attention_mask = attention_mask.tril(key_length - query_length)[None, None]
     constant_a, constant_b = keys.constant_a is not None, values.constant_b is not None
-    # Under torch.compile the length must not decide what is computed: each case would be a graph of its own.
-    is_eager = not torch.compiler.is_compiling()
-    if is_eager and key_length < MIN_TOKENS_IN_BLOCKS and key_length <= FACTOR_SPACE_CHUNK:
-        if not (constant_a or constant_b or output_attentions):
-            return _attend_to_few_tokens(query, keys, values, attention_mask, scaling), None
+    if _is_short(key_length) and not (constant_a or constant_b or output_attentions):
+        factors = (x.read(slice(0, key_length)) for x in (keys, values))
+        return _attend_to_few_tokens(query, *factors, attention_mask, scaling), None
 
+    if attention_mask is None and query_length > 1:
+        attention_mask = _causal_mask(query_length, key_length, query.device)
+    is_eager = not torch.compiler.is_compiling()
     chunk_length = FACTOR_SPACE_CHUNK if query.is_cpu else FACTOR_SPACE_CHUNK * GPU_CHUNK_FACTOR
     chunk_length = key_length if output_attentions else min(chunk_length, key_length)
 
@@ -331,41 +332,57 @@ def _chunk_output(
     return _sums_over_tokens(weighted, _cast(b, dtype), in_blocks)
 
 
+def _is_short(key_length: int) -> bool:
+    """Whether [`_attend_to_few_tokens`] attends to a cache of this length."""
+    # Under torch.compile the length must not decide what is computed: each case would be a graph of its own.
+    return key_length < MIN_TOKENS_IN_BLOCKS and key_length <= FACTOR_SPACE_CHUNK and not torch.compiler.is_compiling()
+
+
+def _causal_mask(query_length: int, key_length: int, device: torch.device) -> torch.Tensor:
+    """[1, 1, query_length, key_length], the last query being aligned with the last key."""
+    mask = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
+    return mask.tril(key_length - query_length)[None, None]
+
+
 def _attend_to_few_tokens(
     query: torch.Tensor,
-    keys: FactorChunks,
-    values: FactorChunks,
+    keys: tuple[torch.Tensor, torch.Tensor],
+    values: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
     """
-    [`factor_space_attention`] over a short cache, where the overhead of operators dominates: rows are cast whole, one product with B
-    serves all ranks, and the softmax is one operator. It goes over the last dimension: over another, a CPU would wake all its
-    threads.
+    [`factor_space_attention`] over a short cache, where the overhead of operators dominates: one product with B serves all ranks,
+    and the softmax is one operator. `keys` and `values` are A [batch, seq, R, h_kv] and B [batch or 1, seq, R, d] in any dtype.
     """
     batch_size, query_length, num_heads, _ = query.shape
-    dtype, shape = matmul_dtype(query), (batch_size, -1, keys.length, query_length, num_heads)
-    # [batch, 1, d, query_length * h]
-    flat_query = (_cast(query, dtype) * (scaling / keys.rank)).flatten(1, 2).transpose(1, 2).unsqueeze(1)
-    a, b = _ranks_before_tokens(keys, query, dtype)
-    scores = torch.matmul(b, flat_query).view(shape).mul_(a).sum(dim=1)
+    key_length, k_rank, v_rank, dtype = keys[0].shape[1], keys[0].shape[2], values[0].shape[2], matmul_dtype(query)
+    if attention_mask is None and query_length > 1:
+        attention_mask = _causal_mask(query_length, key_length, query.device)
+    # [batch, d, query_length * h]
+    flat_query = (_cast(query, dtype) * (scaling / k_rank)).flatten(1, 2).transpose(1, 2)
+    a, b = _ranks_with_tokens(*keys, query, dtype)
+    scores = torch.bmm(b, flat_query).view(batch_size, key_length, k_rank, query_length, num_heads).mul_(a)
+    scores, *others = scores.unbind(2)
+    for other in others:  # takes less than `sum`
+        scores.add_(other)
     if attention_mask is not None:
-        _mask_scores(scores, attention_mask[..., : keys.length], 1.0)
-    scores = _cast(scores, torch.promote_types(dtype, torch.float32)).flatten(2)
-    weights = _cast(torch.softmax(scores.transpose(1, 2), dim=-1), dtype).transpose(1, 2)
-    a, b = _ranks_before_tokens(values, query, dtype)
-    weighted = (weights.view(batch_size, 1, *shape[2:]) * a).flatten(3)
-    output = torch.matmul(weighted.transpose(2, 3), b).mean(dim=1)
+        _mask_scores(scores, attention_mask[..., :key_length], 1.0)
+    weights = torch.softmax(_cast(scores, torch.promote_types(dtype, torch.float32)), dim=1)
+    a, b = _ranks_with_tokens(*values, query, dtype)
+    weights = (a * _cast(weights, dtype).unsqueeze(2)).reshape(batch_size, key_length * v_rank, -1)
+    output = torch.bmm(weights.transpose(1, 2), b).mul_(1 / v_rank)
     return _cast(output, query.dtype).view(query.shape)
 
 
-def _ranks_before_tokens(
-    chunks: FactorChunks, query: torch.Tensor, dtype: torch.dtype
+def _ranks_with_tokens(
+    a: torch.Tensor, b: torch.Tensor, query: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [batch, R, seq, 1, h] and B [batch or 1, R, seq, d] of all tokens."""
-    a, b = chunks.read(slice(0, chunks.length))
-    a = _of_each_head(_cast(a, dtype), query.shape[2])
-    return a.transpose(1, 2).unsqueeze(3), _cast(b, dtype).transpose(1, 2)
+    """A [batch, seq, R, 1, h] and B [batch, seq * R, d]."""
+    a = _of_each_head(_cast(a, dtype), query.shape[2]).unsqueeze(3)
+    # Cast apart from A, B is contiguous.
+    b = _cast(b, dtype).flatten(1, 2)
+    return a, b if len(b) == len(query) else b.expand(len(query), -1, -1)
 
 
 def _mask_scores(scores: torch.Tensor, attention_mask: torch.Tensor, base: float) -> None:

@@ -127,10 +127,11 @@ def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
 
 def rotate_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """[`apply_rotary_pos_emb`] in place, which takes fewer operators; not for constant factors."""
-    x_rot, cos, sin = x[..., : cos.shape[-1]], cos.unsqueeze(2), sin.unsqueeze(2)
+    rotary_dim, cos, sin = cos.shape[-1], cos.unsqueeze(2), sin.unsqueeze(2)
+    x_rot = x if rotary_dim == x.shape[-1] else x[..., :rotary_dim]
     with without_autocast(x.device):
-        rotated = rotate_half(x_rot).mul_(sin)
-        x_rot.mul_(cos).add_(rotated)
+        rotated = rotate_half(x_rot)
+        x_rot.mul_(cos).addcmul_(rotated, sin)
 
 
 def form_heads(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

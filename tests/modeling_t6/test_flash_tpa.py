@@ -521,6 +521,7 @@ def test_constants_can_be_written_as_json():
     assert json.loads(json.dumps(constants)) == [list(constant) for constant in constants]
 
 
+@pytest.mark.timeout(1800)  # 47 s where nothing else runs, six minutes seen where much does
 @pytest.mark.once
 @needs_triton
 def test_kernels_compile_for_a_gpu():

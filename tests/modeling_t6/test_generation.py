@@ -398,7 +398,7 @@ def test_more_layers_of_several_kinds(field, value):
     """Nothing says of which kind the others are."""
     config = tiny_config(sliding_window=8, **{field: value})
     config.num_hidden_layers = 4
-    with pytest.raises(Exception, match=rf"`{field}`"):
+    with pytest.raises(ValueError, match=rf"`{field}`"):
         T6ForCausalLM(config)
 
 

@@ -21,7 +21,7 @@ from conversion.__main__ import main, parse_args
 from conversion.files.folders import last_checkpoint
 from conversion.files.tokenizer import load_tokenizer
 from conversion.smaller import options as smaller_options
-from conversion.smaller import order, text
+from conversion.smaller import pipeline, text
 from conversion.smaller.heal import DistillationTrainer, compiled_layers, distillation_loss, make_optimizer, run
 from conversion.smaller.pipeline import Texts
 from conversion.smaller.straight_through import rounded_rows
@@ -75,7 +75,7 @@ def test_a_model_without_numbers_is_not_written(folder, tmp_path, monkeypatch, c
     def diverges(model, *args, **kwargs):
         model.lm_head.weight.data.fill_(math.nan)
 
-    monkeypatch.setattr(order, "heal", diverges)
+    monkeypatch.setattr(pipeline, "heal", diverges)
     ranks = ["--k-rank", "2", "--v-rank", "2", "--retrieval-samples", "0"]
     assert main(options(folder, tmp_path / "t6", *ranks, *healing(folder, 2))) == 1
     assert "the healed model has perplexity nan: expected a number; lower --heal-learning-rate" in last_error(capsys)

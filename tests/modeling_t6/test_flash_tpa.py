@@ -53,7 +53,7 @@ def test_the_interpreter_sees_a_read_beyond_a_tensor():
 
 @pytest.mark.once
 @needs_triton
-@pytest.mark.parametrize("seed", range(18))
+@pytest.mark.parametrize("seed", range(14))
 def test_random_shapes(seed):
     """On a GPU, `flash_tpa_cases` runs as many shapes as one likes; the interpreter runs small ones."""
     case = random_case(seed)
@@ -188,7 +188,7 @@ GROUPS = {  # heads, groups
 @pytest.mark.parametrize("name", GROUPS)
 def test_grouped_heads(name, queries, dtype):
     heads, groups = GROUPS[name]
-    fixed = {"queries": queries, "head_dim": 64, "k_rank": 2, "v_rank": 4, "constant_a": False, "batch": 2}
+    fixed = {"queries": queries, "head_dim": 64, "k_rank": 2, "v_rank": 3, "constant_a": False, "batch": 2}
     case = random_case(heads, heads=heads, groups=groups, dtype=dtype, tokens=70, mask="boolean", **fixed)
     assert relative_error(case, DEVICE) < TOLERANCES[dtype]
 
@@ -457,6 +457,7 @@ def test_several_query_tokens_and_masks_of_the_user(calls):
     assert calls.count == 3
 
 
+@pytest.mark.once
 @needs_triton
 @torch.no_grad()
 def test_compiled_step_over_a_static_cache():
@@ -702,8 +703,16 @@ def test_weights_above_the_running_maximum_times_the_largest_number_of_fp8(dtype
 @torch.no_grad()
 @pytest.mark.parametrize(
     "implementation,fields",
-    [("flash_tpa", {}), ("sdpa", {}), ("sdpa", {"noncontextual_a": True}), ("sdpa", {"sliding_window": 6})],
-    ids=["flash_tpa", "sdpa", "noncontextual-a", "sliding"],
+    once_but(
+        {
+            "flash_tpa": ("flash_tpa", {}),
+            "sdpa": ("sdpa", {}),
+            "noncontextual-a": ("sdpa", {"noncontextual_a": True}),
+            "sliding": ("sdpa", {"sliding_window": 6}),
+        }.items(),
+        "sdpa",
+        "sliding",
+    ),
 )
 def test_fp8_cache(implementation, fields):
     """A cache a quarter of float32's, whose logits are near the exact ones."""

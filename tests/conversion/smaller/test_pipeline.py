@@ -171,9 +171,10 @@ def test_rows_of_8_bits_are_chosen_where_they_lose_less(folder, tmp_path, capsys
 
 
 @pytest.mark.once
-def test_goes_on_after_a_kill(folder, tmp_path, capsys):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_goes_on_after_a_kill(optimizer, folder, tmp_path, capsys):
     """A run that is killed while it heals leaves no result, and ends as if it had not been killed."""
-    more = ["--heal-optimizer", "muon", "--k-rank", "1,2", "--v-rank", "1", *healing(folder, 40)]
+    more = ["--heal-optimizer", optimizer, "--k-rank", "1,2", "--v-rank", "1", *healing(folder, 40)]
     assert main(options(folder, tmp_path / "whole", *more)) == 0
     command = [sys.executable, "-m", "conversion", *options(folder, tmp_path / "t6", *more)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

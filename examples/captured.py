@@ -28,6 +28,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import ablations
+from conversion.smaller import text
 from pretraining_data import open_prepared
 
 
@@ -59,9 +60,7 @@ def batch_starts(num_tokens: int, settings: dict, seed: int) -> torch.Tensor:
 
 def evenly_spaced(tokens: torch.Tensor, window: int, stride: int, number: int) -> torch.Tensor:
     """Of the windows [n, window] that begin every `stride` tokens, `number` that are evenly spaced, or all if there are fewer."""
-    windows = tokens.unfold(0, window, stride)
-    chosen = torch.linspace(0, len(windows) - 1, min(number, len(windows)), device=tokens.device).long()
-    return windows[chosen].long()
+    return text.evenly_spaced(tokens.unfold(0, window, stride), number).long()
 
 
 class CapturedTraining:

@@ -46,13 +46,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-DTYPES = (
-    "auto",
-    "float64",
-    "float32",
-    "bfloat16",
-    "float16",
-)  # in which a model is loaded; auto: as its checkpoint says
+# In which a model is loaded; auto: as its checkpoint says.
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
 class InputError(ValueError):

@@ -250,7 +250,7 @@ def model_card(old: ModelCard, checked: CheckedFolder, digest: str, conversion: 
 def architecture(checked: CheckedFolder) -> str:
     """The table of sizes and variants."""
     config, tensors = checked.config, checked.checkpoint.tensors.values()
-    parameters = sum(torch.Size(info.shape).numel() for info in tensors)
+    parameters = sum(info.numel for info in tensors)
     ranks = ["no factors (one projection)" if config.q_rank is None else config.q_rank, config.k_rank, config.v_rank]
     a_factors = "learned constants" if config.noncontextual_a else "of the token"
     b_factors = "learned constants" if config.noncontextual_b else "of the token"

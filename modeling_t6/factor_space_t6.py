@@ -363,9 +363,7 @@ def _attend_to_few_tokens(
     flat_query = (_cast(query, dtype) * (scaling / k_rank)).flatten(1, 2).transpose(1, 2)
     a, b = _ranks_with_tokens(*keys, query, dtype)
     scores = torch.bmm(b, flat_query).view(batch_size, key_length, k_rank, query_length, num_heads).mul_(a)
-    scores, *others = scores.unbind(2)
-    for other in others:  # takes less than `sum`
-        scores.add_(other)
+    scores = _sum_over_ranks(scores, 2)
     if attention_mask is not None:
         _mask_scores(scores, attention_mask[..., :key_length], 1.0)
     weights = torch.softmax(_cast(scores, torch.promote_types(dtype, torch.float32)), dim=1)
@@ -410,6 +408,14 @@ def _ranks_first(a: torch.Tensor) -> torch.Tensor:
     return a.permute(2, 0, 1, 3).unsqueeze(3)
 
 
+def _sum_over_ranks(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum over a dimension, in place of its first part: for few ranks faster than `sum`."""
+    total, *others = x.unbind(dim)
+    for other in others:
+        total.add_(other)
+    return total
+
+
 def _weighted_scores(
     b: torch.Tensor, query: torch.Tensor, a: torch.Tensor, buffer: torch.Tensor | None
 ) -> torch.Tensor:
@@ -425,11 +431,7 @@ def _weighted_scores(
         out = query.new_empty(rank, *b.shape[:2], query.shape[2]) if out is None else out
         for r in range(rank):
             out[r].baddbmm_(b.select(2, r), query, beta=0)
-    out = out.unflatten(3, (-1, a.shape[3])).mul_(_ranks_first(a))
-    scores, *others = out.unbind(0)
-    for other in others:
-        scores = scores.add_(other)
-    return scores
+    return _sum_over_ranks(out.unflatten(3, (-1, a.shape[3])).mul_(_ranks_first(a)), 0)
 
 
 def _weighted(weights: torch.Tensor, a: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:

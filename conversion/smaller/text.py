@@ -65,7 +65,7 @@ def windows(
 
 def evenly_spaced(windows: torch.Tensor, most: int) -> torch.Tensor:
     """At most so many of the windows [n, length], spread over all of them."""
-    return windows[torch.linspace(0, len(windows) - 1, min(len(windows), most)).long()]
+    return windows[torch.linspace(0, len(windows) - 1, min(len(windows), most), device=windows.device).long()]
 
 
 def is_windows(path: Path) -> bool:

@@ -38,6 +38,7 @@ def in_this_process(monkeypatch) -> list[list[str]]:
     return calls
 
 
+@pytest.mark.once
 def test_run_and_report(data, in_this_process, tmp_path):
     options = ["--data", str(data), "--results", str(tmp_path / "r.json"), "--work-dir", str(tmp_path / "work")]
     at_scale.main(["run", *options, *COMMON, "--models", "T6", "--learning-rates", "T6=0.01"])

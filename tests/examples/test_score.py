@@ -115,6 +115,7 @@ def log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
     return sum(scores[place - 1, whole[place]].item() for place in range(start, len(whole)))
 
 
+@pytest.mark.once
 def test_shipped_model_by_hand(shipped_results, data):
     """PIQA's acc_norm, MMLU's weighted mean of its subjects and WinoGrande's acc, counted from plain log-likelihoods."""
     model = AutoModelForCausalLM.from_pretrained(SHIPPED)

@@ -180,6 +180,7 @@ def test_loss_that_is_no_number(text, tmp_path, monkeypatch):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.once
 def test_other_sources_and_options(run, tmp_path):
     """A saved tokenizer and configuration, held-out text of its own, half precision, epochs; then replaced."""
     config = json.loads((run.folder / "config.json").read_text()) | {"num_hidden_layers": 1}

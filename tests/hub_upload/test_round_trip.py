@@ -111,6 +111,7 @@ HEADS = {
 }
 
 
+@pytest.mark.once
 def test_heads(hub, uploader, tmp_path):
     """Each kind of head in a clean process, before any other model there has made `AutoModel` known; one pushed from there."""
     expected, ids = {}, torch.arange(10).view(2, 5)
@@ -148,6 +149,7 @@ def test_heads(hub, uploader, tmp_path):
         assert torch.equal(logits, expected[name.removesuffix("-again")])
 
 
+@pytest.mark.once
 def test_what_readers_get(hub, uploader, tmp_path):
     """
     A model of mixed dtypes, with named chat templates, into a repository with an adapter, code and a template of another,
@@ -186,6 +188,7 @@ def test_what_readers_get(hub, uploader, tmp_path):
     assert outcome.output.splitlines()[-1] == "['default', 'tool_use'] D What is worth knowing? torch.bfloat16"
 
 
+@pytest.mark.once
 def test_a_reader_who_gets_something_else(tmp_path):
     """What the check of a push would say of a repository into which it has come, by its own reader."""
     make_model(tmp_path / "model")

@@ -10,6 +10,7 @@ from torch import nn
 from modeling_t6 import T6ForCausalLM, factor_product_t6
 from modeling_t6.factor_product_t6 import FactorProjections, packed_factors
 
+from ..versions import once_but
 from .common import projected_one_by_one, random_ids, random_model
 from .test_variants import HALF_ROPE, VARIANTS, config_of
 
@@ -183,7 +184,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", once_but({"eager": False, "compiled": True}.items(), "eager"))
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_weights_are_never_stale(change, compiled):
     """Whatever replaces the weights, the next product is of the new ones; so is that of a copy, and after a step of SGD."""

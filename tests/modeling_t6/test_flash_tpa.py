@@ -457,6 +457,7 @@ def test_several_query_tokens_and_masks_of_the_user(calls):
     assert calls.count == 3
 
 
+@pytest.mark.once
 @needs_triton
 @torch.no_grad()
 def test_compiled_step_over_a_static_cache():
@@ -702,8 +703,16 @@ def test_weights_above_the_running_maximum_times_the_largest_number_of_fp8(dtype
 @torch.no_grad()
 @pytest.mark.parametrize(
     "implementation,fields",
-    [("flash_tpa", {}), ("sdpa", {}), ("sdpa", {"noncontextual_a": True}), ("sdpa", {"sliding_window": 6})],
-    ids=["flash_tpa", "sdpa", "noncontextual-a", "sliding"],
+    once_but(
+        {
+            "flash_tpa": ("flash_tpa", {}),
+            "sdpa": ("sdpa", {}),
+            "noncontextual-a": ("sdpa", {"noncontextual_a": True}),
+            "sliding": ("sdpa", {"sliding_window": 6}),
+        }.items(),
+        "sdpa",
+        "sliding",
+    ),
 )
 def test_fp8_cache(implementation, fields):
     """A cache a quarter of float32's, whose logits are near the exact ones."""

@@ -81,7 +81,7 @@ def answer(manager, prompts: list[list[int]]) -> list[list[int]]:
     return [tokens[name] for name in names]
 
 
-@pytest.mark.parametrize("name", once_but(CONFIGS, "full", "mixed windows"))
+@pytest.mark.parametrize("name", once_but(CONFIGS, "mixed windows"))
 def test_requests_decode_over_pages_in_place(name, monkeypatch):
     """The kernel is given the engine's own memory, and no row of a request that decodes is copied."""
     model = served_model(**CONFIGS[name])
@@ -104,7 +104,7 @@ def test_requests_decode_over_pages_in_place(name, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU fills its graphs up")
-@pytest.mark.parametrize("overrides", [{}, MIXED_LAYERS], ids=["full", "mixed windows"])
+@pytest.mark.parametrize("overrides", once_but({"full": {}, "mixed windows": MIXED_LAYERS}.items(), "full"))
 def test_steps_that_are_filled_up(overrides):
     """As for graphs: three requests decode as four, the last of which has no rows, and prompts come with tokens of none."""
     model = served_model(**overrides)

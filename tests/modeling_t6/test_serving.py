@@ -26,6 +26,7 @@ from modeling_t6 import T6ForCausalLM
 from modeling_t6.cache_t6 import factor_layouts
 from serving.command import within_context
 
+from ..versions import once_but
 from .common import random_ids, random_model, tiny_config
 from .served import pages
 from .test_attention import LargestResult
@@ -97,7 +98,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("overrides", once_but(CONFIGS.items(), "full", "all sliding", "eager"))
 def test_generate_batch_of_other_configs(overrides):
     model = random_model(tiny_config(**overrides))
     prompts = prompts_of(model.config)

@@ -156,6 +156,7 @@ def test_compresses_and_heals(folder, tmp_path, capsys):
     assert tokens.shape == (2, 16)
 
 
+@pytest.mark.once
 def test_rows_of_8_bits_are_chosen_where_they_lose_less(folder, tmp_path, capsys):
     """Whole heads in 8 bits, beside half of them in the model's dtype; what is saved uses such rows by itself."""
     target = tmp_path / "t6"
@@ -211,6 +212,7 @@ def test_part_of_a_checkpoint(part, tmp_path):
     assert last_checkpoint(tmp_path) == state_10.parent
 
 
+@pytest.mark.once
 def test_mean_pool(folder, tmp_path):
     target = tmp_path / "t6"
     more = ["--method", "mean-pool", "--k-rank", "2", "--v-rank", "2", "--reconstruct-steps", "0"]
@@ -385,6 +387,7 @@ def test_windows_hold_the_text(folder, monkeypatch):
     assert kept + held_out == lines and kept.endswith("\n") and 0.09 < len(held_out) / len(lines) < 0.11
 
 
+@pytest.mark.once
 def test_compiled_layers_compute_the_same(folder):
     """One graph for each pair of ranks, one for all layers of the source, one for the loss."""
     torch._dynamo.reset()

@@ -45,8 +45,6 @@ TOKENS = 8
 STAGES = 3
 AHEAD_BYTES = 48 * 1024
 HEADS = 16
-# Registers of a thread of gradients with norms: fewer leave room for more programs, 168 without spills where heads have 64 features.
-NORMED_REGISTERS = None
 
 
 @dataclass
@@ -263,7 +261,7 @@ def _gradient(
         [length, angles_stride, None if sums is None else eps, *strides], (ranks, num_heads, head_dim),
         WIDTH=width, ROTARY_DIM=rotary_dim, TOKENS=TOKENS, BLOCK_H=HEADS,
         STAGES=min(STAGES, 1 + AHEAD_BYTES // token_bytes) if product.element_size() == 2 else 1,
-        BLOCK_HALF=block_half, BLOCK_REST=block_rest, maxnreg=None if sums is None else NORMED_REGISTERS,
+        BLOCK_HALF=block_half, BLOCK_REST=block_rest,
     )  # fmt: skip
     return [result] if sums is None else [result, sums.sum(1)]
 

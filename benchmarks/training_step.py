@@ -24,6 +24,7 @@ from options import add_output, batch_and_tokens, describe, draw, save
 def parse_args() -> argparse.Namespace:
     parser = describe(__doc__)
     parser.add_argument("--config", default="configuration/t6-medium")
+    parser.add_argument("--qk-norm", action="store_true", help="the norm of queries' and keys' formed heads")
     parser.add_argument("--layers", type=int, help="of the model, instead of those in its configuration")
     parser.add_argument("--attention", default="sdpa", help="an attention implementation of Transformers")
     parser.add_argument("--batch", type=int, default=8)
@@ -247,6 +248,7 @@ def reported(name: str, failures: list[str]) -> Iterator[None]:
 def measure(args) -> tuple[dict, bool]:
     config = AutoConfig.from_pretrained(args.config, attn_implementation=args.attention)
     config.num_hidden_layers = args.layers or config.num_hidden_layers
+    config.qk_norm = "heads" if args.qk_norm else config.qk_norm
     if args.device == "cuda":
         head = machine()
     else:

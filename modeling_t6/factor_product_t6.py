@@ -66,7 +66,7 @@ def is_overhead_bound(hidden_states: torch.Tensor) -> bool:
 
 def _are_plain(projections: Collection[nn.Module]) -> bool:
     """Whether the projections are `nn.Linear` without hooks or wrappers, whose weights and biases can be concatenated."""
-    if not all(type(projection) is nn.Linear and not _is_extended(projection) for projection in projections):
+    if not all(type(projection) is nn.Linear and not is_extended(projection) for projection in projections):
         return False
     weights = [parameter for projection in projections for parameter in (projection.weight, projection.bias)]
     first, biases = weights[0], weights[1::2]
@@ -95,7 +95,7 @@ def _are_whole(projections: Collection[nn.Module]) -> bool:
     )
 
 
-def _is_extended(module: nn.Module) -> bool:
+def is_extended(module: nn.Module) -> bool:
     """Whether a call does more than the class's `forward`: by hooks, or by a `forward` that accelerate or sharding has set."""
     return bool(
         "forward" in module.__dict__

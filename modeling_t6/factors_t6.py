@@ -225,13 +225,10 @@ class TensorProductFactors(FactorProjections):
         )
         self.q_rank = config.q_rank
         self.k_rank, self.v_rank = config.ranks(layer_idx)
-        # Whether the outputs of the projections are the factors, but for RoPE.
-        self.has_plain_factors = (
-            self.caches_both_factors
-            and config.q_rank is not None
-            and config.head_factor_act is None
-            and not config.qk_norm
-        )
+        # Whether the outputs of the projections are the factors, but for RoPE, or for norms of heads and RoPE.
+        is_plain = self.caches_both_factors and config.q_rank is not None and config.head_factor_act is None
+        self.has_plain_factors = is_plain and not config.qk_norm
+        self.has_normed_heads = is_plain and config.qk_norm == "heads"
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
         self.head_mesh = None  # the device mesh over which tensor parallelism splits the heads
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .factor_product_t6 import is_exporting
-from .factors_t6 import apply_rotary_pos_emb, form_heads
+from .factor_product_t6 import is_exporting, is_extended
+from .factors_t6 import T6KeyHeadRMSNorm, T6RMSNorm, apply_rotary_pos_emb, form_heads, norm_key_heads
 from .flash_tpa_t6 import DTYPES, LAUNCH_OPTIONS, MAX_HEAD_DIM, is_supported, operator_name, power_of_2
 
 
@@ -36,9 +36,11 @@ except ImportError:
 AT_ONCE = True
 # The kernel that forms heads keeps all rows of B in registers; that of gradients fills tiles up to this.
 MAX_RANK = 16
-# Sizes with which they are started, one warp each: numbers of a tile of heads; for gradients, the tokens of a program, one after
-# another, stages (one less is read ahead, of so many bytes of shared memory at most), and heads of a tile.
+# Sizes with which they are started, one warp each: numbers of a tile of heads, half as many for norms of heads of more than so many
+# rows of B, whose products are kept in registers, too; for gradients, the tokens of a program, one after another, stages (one less is
+# read ahead, of so many bytes of shared memory at most), and heads of a tile.
 TILE = 256
+MAX_RANK_OF_TILE = 8
 TOKENS = 8
 STAGES = 3
 AHEAD_BYTES = 48 * 1024
@@ -69,18 +71,31 @@ def project_at_once(
     The factors of tokens that attend over heads, without a cache, if kernels take them from there to heads at once; else `None`, and
     `TensorProductFactors.project` goes by way of [`Factors`], which every variant has.
     """
-    if not (_has_plain_factors(module) and _has_kernels(hidden_states)):
+    if not (_has_fitting_factors(module) and _has_kernels(hidden_states) and _has_plain_norms(module, hidden_states)):
         return None
     product = module.project_together(hidden_states)
     return None if product is None else UnsplitFactors(product, position_embeddings)
 
 
-def _has_plain_factors(module: nn.Module) -> bool:
-    """Whether nothing but RoPE stands between the projections of a layer and its heads, and the kernels have room."""
+def _has_fitting_factors(module: nn.Module) -> bool:
+    """Whether nothing but RoPE, and norms of heads, stands between a layer's projections and its heads, and the kernels have room."""
     return (
-        module.has_plain_factors
+        (module.has_plain_factors or module.has_normed_heads)
         and max(module.q_rank, module.k_rank, module.v_rank) <= MAX_RANK
         and module.head_dim <= MAX_HEAD_DIM
+    )
+
+
+def _has_plain_norms(module: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether the norms of a layer, if any, are what their weights say: without hooks, adapters, and weights that come when called."""
+    norms = ((module.q_norm, T6RMSNorm), (module.k_norm, T6KeyHeadRMSNorm)) if module.has_normed_heads else ()
+    return all(
+        type(norm) is cls
+        and not is_extended(norm)
+        and type(norm.weight) in (nn.Parameter, torch.Tensor)
+        and norm.weight.device == hidden_states.device
+        and norm.weight.dtype in DTYPES
+        for norm, cls in norms
     )
 
 
@@ -105,51 +120,77 @@ def heads_at_once(module: nn.Module, factors: UnsplitFactors) -> tuple[torch.Ten
     ranks = module.q_rank, module.k_rank, module.v_rank
     outputs = (getattr(module, f"{name}_a_proj").out_features for name in "qkv")
     num_heads = tuple(size // rank for size, rank in zip(outputs, ranks))
-    return HeadsAtOnce.apply(factors.product, *factors.rotation, ranks, num_heads, module.head_dim)
+    weights, eps = (None, None), 0.0
+    if module.has_normed_heads:
+        weights, eps = (module.q_norm.weight, module.k_norm.weight), module.q_norm.variance_epsilon
+    return HeadsAtOnce.apply(factors.product, *weights, *factors.rotation, ranks, num_heads, module.head_dim, eps)
 
 
 class HeadsAtOnce(torch.autograd.Function):
-    """The heads of a product [batch, seq, width] of factors, of `ranks` and `num_heads` for queries, keys and values."""
+    """
+    The heads of a product [batch, seq, width] of factors, of `ranks` and `num_heads` for queries, keys and values. With weights [d],
+    queries and keys have RMS norms before RoPE.
+    """
 
     @staticmethod
-    def forward(ctx, product, cos, sin, ranks: tuple[int, ...], num_heads: tuple[int, ...], head_dim: int):
-        ctx.save_for_backward(product, cos, sin)
-        ctx.sizes = ranks, num_heads, head_dim
+    def forward(
+        ctx, product, q_weight, k_weight, cos, sin, ranks: tuple[int, ...], num_heads: tuple[int, ...], head_dim: int, eps: float
+    ):  # fmt: skip
+        ctx.save_for_backward(product, q_weight, k_weight, cos, sin)
+        ctx.sizes = ranks, num_heads, head_dim, eps
         form = _form_op if torch.compiler.is_compiling() else _form
-        return tuple(form(product, cos, sin, ranks, num_heads, head_dim))
+        return tuple(form(product, q_weight, k_weight, cos, sin, *ctx.sizes))
 
     @staticmethod
     def backward(ctx, *gradients: torch.Tensor):
-        product, cos, sin = ctx.saved_tensors
-        if torch.compiler.is_compiling():
-            gradient = _gradient_op(*gradients, product, cos, sin, *ctx.sizes)
-        elif torch.is_grad_enabled():  # with `create_graph` it is differentiated again
-            heads = form_in_pytorch(product, cos, sin, *ctx.sizes)
-            (gradient,) = torch.autograd.grad(heads, product, gradients, create_graph=True)
+        inputs = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # with `create_graph` it is differentiated again
+            heads = form_in_pytorch(*inputs, *ctx.sizes)
+            wanted = [x for x, is_wanted in zip(inputs[:3], ctx.needs_input_grad) if is_wanted]
+            heads, gradients = zip(*(pair for pair in zip(heads, gradients) if pair[0].requires_grad))
+            results = iter(torch.autograd.grad(heads, wanted, gradients, create_graph=True))
+            results = [next(results) if is_wanted else None for is_wanted in ctx.needs_input_grad[:3]]
         else:
-            gradient = _gradient(*gradients, product, cos, sin, *ctx.sizes)
-        return gradient, None, None, None, None, None
+            gradients_of = _gradient_op if torch.compiler.is_compiling() else _gradient
+            product, *sums = gradients_of(*gradients, *inputs, *ctx.sizes)
+            weights = (None, None)
+            if sums:
+                weights = [x.to(weight.dtype) for x, weight in zip(sums[0].unbind(), inputs[1:3])]
+            results = [product, *weights]
+        return *results, None, None, None, None, None, None
 
 
 def form_in_pytorch(
-    product: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ranks: tuple, num_heads: tuple, head_dim: int
+    product: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    ranks: tuple[int, ...],
+    num_heads: tuple[int, ...],
+    head_dim: int,
+    eps: float,
 ) -> list[torch.Tensor]:
     """What the kernels compute."""
     b_sizes, a_sizes = [rank * head_dim for rank in ranks], [rank * heads for rank, heads in zip(ranks, num_heads)]
     *factors, _ = product.split([*b_sizes, *a_sizes, product.shape[-1] - sum(b_sizes + a_sizes)], dim=-1)
     b = [x.unflatten(-1, (-1, head_dim)) for x in factors[:3]]
     a = [x.unflatten(-1, (-1, rank)).transpose(-1, -2) for x, rank in zip(factors[3:], ranks)]
-    b[:2] = [apply_rotary_pos_emb(x, cos, sin) for x in b[:2]]
+    for index, weight in enumerate((q_weight, k_weight)):
+        if weight is not None:
+            a[index], b[index] = norm_key_heads(a[index], b[index], weight, eps)
+        b[index] = apply_rotary_pos_emb(b[index].to(product.dtype), cos, sin)
     return [form_heads(*pair) for pair in zip(a, b)]
 
 
 def _launch(
     kernel,
     num_programs: int,
-    tensors: tuple[torch.Tensor, ...],
-    numbers: list[int],
+    tensors: tuple[torch.Tensor | None, ...],
+    numbers: list[int | float],
     sizes: tuple[list[int], list[int], int],
-    **constants: int,
+    **constants: int | None,
 ) -> None:
     """Starts a kernel with so many programs for each of queries, keys and values."""
     ranks, num_heads, head_dim = sizes
@@ -167,19 +208,23 @@ def _angles(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 def _form(
     product: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     ranks: list[int],
     num_heads: list[int],
     head_dim: int,
+    eps: float,
 ) -> list[torch.Tensor]:
     product, (cos, sin, angles_stride) = product.contiguous(), _angles(cos, sin)
     heads = [product.new_empty(*product.shape[:2], number, head_dim) for number in num_heads]
     (batch_size, length, width), block_d = product.shape, power_of_2(head_dim, 16)
-    block_t = max(1, TILE // block_d)
+    tile = TILE // 2 if q_weight is not None and max(ranks[:2]) > MAX_RANK_OF_TILE else TILE
+    block_t = max(1, tile // block_d)
     _launch(
-        form_at_once_kernel, -(-batch_size * length // block_t), (product, cos, sin, *heads),
-        [batch_size * length, length, angles_stride], (ranks, num_heads, head_dim),
+        form_at_once_kernel, -(-batch_size * length // block_t), (product, cos, sin, q_weight, k_weight, *heads),
+        [batch_size * length, length, angles_stride, None if q_weight is None else eps], (ranks, num_heads, head_dim),
         WIDTH=width, ROTARY_DIM=cos.shape[-1], BLOCK_T=block_t, BLOCK_D=block_d,
     )  # fmt: skip
     return heads
@@ -190,28 +235,35 @@ def _gradient(
     k_gradient: torch.Tensor,
     v_gradient: torch.Tensor,
     product: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     ranks: list[int],
     num_heads: list[int],
     head_dim: int,
-) -> torch.Tensor:
+    eps: float,
+) -> list[torch.Tensor]:
+    """That of the product and, with norms, of both weights, float32 [2, d]: sums over programs, in the same order each time."""
     product, (cos, sin, angles_stride) = product.contiguous(), _angles(cos, sin)
     gradients = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_gradient, k_gradient, v_gradient)]
     strides = [stride for gradient in gradients for stride in gradient.stride()[:3]]
     result, rotary_dim = product.new_empty(product.shape), cos.shape[-1]
     batch_size, length, width = product.shape
+    num_programs, sums = batch_size * -(-length // TOKENS), None
+    if q_weight is not None:
+        sums = product.new_empty(2, num_programs, head_dim, dtype=torch.float32)
     block_half, block_rest = power_of_2(rotary_dim // 2, 16), power_of_2(max(1, head_dim - rotary_dim), 16)
     # Of each head its gradient and A. In float32 Triton reads nothing ahead for products.
     token_bytes = -(-max(num_heads) // HEADS) * HEADS * (2 * block_half + block_rest + 16) * product.element_size()
     _launch(
-        gradients_at_once_kernel, batch_size * -(-length // TOKENS), (*gradients, product, cos, sin, result),
-        [length, angles_stride, *strides], (ranks, num_heads, head_dim),
+        gradients_at_once_kernel, num_programs, (*gradients, product, cos, sin, q_weight, k_weight, result, sums),
+        [length, angles_stride, None if sums is None else eps, *strides], (ranks, num_heads, head_dim),
         WIDTH=width, ROTARY_DIM=rotary_dim, TOKENS=TOKENS, BLOCK_H=HEADS,
         STAGES=min(STAGES, 1 + AHEAD_BYTES // token_bytes) if product.element_size() == 2 else 1,
         BLOCK_HALF=block_half, BLOCK_REST=block_rest,
     )  # fmt: skip
-    return result
+    return [result] if sums is None else [result, sums.sum(1)]
 
 
 def _operator(function: Callable, fake: Callable) -> Callable:
@@ -226,12 +278,15 @@ def _operator(function: Callable, fake: Callable) -> Callable:
     return getattr(torch.ops.t6, name.removeprefix("t6::")).default
 
 
-def _heads_at_once(product, cos, sin, ranks, num_heads, head_dim):
+def _heads_at_once(product, q_weight, k_weight, cos, sin, ranks, num_heads, head_dim, eps):
     return [product.new_empty(*product.shape[:2], heads, head_dim) for heads in num_heads]
 
 
-def _heads_at_once_gradient(q_gradient, k_gradient, v_gradient, product, cos, sin, ranks, num_heads, head_dim):
-    return product.new_empty(product.shape)
+def _heads_at_once_gradient(
+    q_gradient, k_gradient, v_gradient, product, q_weight, k_weight, cos, sin, ranks, num_heads, head_dim, eps
+):
+    result = product.new_empty(product.shape)
+    return [result] if q_weight is None else [result, product.new_empty(2, head_dim, dtype=torch.float32)]
 
 
 # Without torch.compile the functions are called as they are.

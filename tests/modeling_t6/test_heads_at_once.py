@@ -9,14 +9,22 @@ from modeling_t6 import heads_at_once_t6
 from modeling_t6.heads_at_once_t6 import HeadsAtOnce
 
 from .common import DEVICE, random_ids, random_model, tiny_config
+from .heads_cases import (
+    NORMED_TOLERANCES,
+    TOLERANCES,
+    error,
+    inputs_of,
+    leaves_of,
+    random_errors,
+    reference,
+    results_and_expected,
+)
 
 
 pytestmark = [
     pytest.mark.once,
     pytest.mark.skipif(heads_at_once_t6.triton is None, reason="Triton is for Linux"),
 ]
-# Of the norm: sums of up to 256 products in float32, rounded once to the dtype.
-TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 HAS_KERNELS = heads_at_once_t6._has_kernels
 # batch, tokens, ranks of queries, keys and values, heads, heads of keys and values, head_dim, rotated of it
 SHAPES = [
@@ -27,6 +35,7 @@ SHAPES = [
     (2, 11, (7, 3, 16), 4, 1, 20, 12),
     (1, 3, (2, 5, 4), 3, 3, 256, 256),
 ]
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 
 @pytest.fixture(autouse=True)
@@ -49,78 +58,79 @@ def launches(monkeypatch):
     return calls
 
 
-def inputs_of(shape: tuple, dtype: torch.dtype) -> tuple[list[torch.Tensor], tuple]:
-    """The product of a layer's factors, whose padding is NaN, and the angles of its tokens; and the sizes."""
-    batch, tokens, ranks, heads, kv_heads, head_dim, rotary_dim = shape
-    num_heads = heads, kv_heads, kv_heads
-    columns = sum(rank * (h + head_dim) for rank, h in zip(ranks, num_heads))
-    product = torch.full((batch, tokens, -(-columns // 8) * 8), math.nan, dtype=dtype, device=DEVICE)
-    product[..., :columns] = torch.randn(batch, tokens, columns)
-    angles = torch.rand(batch if tokens % 2 else 1, tokens, rotary_dim // 2) * 7
-    cos, sin = (x.repeat(1, 1, 2).to(DEVICE, dtype) for x in (angles.cos(), angles.sin()))
-    return [product, cos, sin], (ranks, num_heads, head_dim)
-
-
-def reference(product: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sizes: tuple) -> list[torch.Tensor]:
-    """Q, K and V from the equations: pairs of features as complex numbers, which RoPE turns."""
-    ranks, num_heads, head_dim = sizes
-    half, turned = cos.shape[-1] // 2, torch.complex(cos, sin)[..., : cos.shape[-1] // 2].unsqueeze(2)
-    b_sizes, a_sizes = [r * head_dim for r in ranks], [r * h for r, h in zip(ranks, num_heads)]
-    *factors, _ = product.split([*b_sizes, *a_sizes, product.shape[-1] - sum(b_sizes + a_sizes)], dim=-1)
-    results = []
-    for index, (rank, heads) in enumerate(zip(ranks, num_heads)):
-        b, a = factors[index].unflatten(-1, (rank, head_dim)), factors[index + 3].unflatten(-1, (heads, rank))
-        if index < 2:
-            pairs = torch.complex(b[..., :half], b[..., half : 2 * half]) * turned
-            b = torch.cat([pairs.real, pairs.imag, b[..., 2 * half :]], dim=-1)
-        results.append(torch.einsum("nthr,ntrd->nthd", a, b) / rank)
-    return results
-
-
-def error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((result.double() - expected).norm() / expected.norm()).item()
-
-
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)).replace(", ", "-"))
-def test_heads_and_gradient(shape, dtype, launches):
+def test_heads_and_gradient(shape, dtype, normed, launches):
     torch.manual_seed(shape[3])
-    (product, cos, sin), sizes = inputs_of(shape, dtype)
-    product.requires_grad_()
-    wide = product.detach().double().requires_grad_()
-    expected = reference(wide, cos.double(), sin.double(), sizes)
-    # As attention returns them, heads before tokens.
-    gradients = [torch.randn(x.transpose(1, 2).shape, device=DEVICE).to(dtype).transpose(1, 2) for x in expected]
-    (expected_gradient,) = torch.autograd.grad(expected, wide, [x.double() for x in gradients])
-    heads = HeadsAtOnce.apply(product, cos, sin, *sizes)
-    (gradient,) = torch.autograd.grad(heads, product, gradients)
+    inputs, sizes = inputs_of(shape, dtype, normed, DEVICE)
+    results, expected = results_and_expected(inputs, sizes)
     assert launches == ["_form", "_gradient"]
-    assert [error(*pair) < TOLERANCES[dtype] for pair in zip(heads, expected)] == [True] * 3
-    assert error(gradient, expected_gradient) < TOLERANCES[dtype]
-    is_padding = product[0, 0].isnan()
-    assert not gradient[..., is_padding].any()  # which goes on to the hidden states
-    assert [x.dtype for x in (*heads, gradient)] == [dtype] * 4
+    tolerance = (NORMED_TOLERANCES if normed else TOLERANCES)[dtype]
+    assert [error(*pair) < tolerance for pair in zip(results, expected)] == [True] * (6 if normed else 4)
+    is_padding = inputs[0][0, 0].isnan()
+    assert not results[3][..., is_padding].any()  # which goes on to the hidden states
+    assert {x.dtype for x in results} == {dtype}
 
 
-def test_gradient_of_a_part(launches):
+@pytest.mark.parametrize("seed", range(3))
+def test_random_shapes_with_norms(seed, launches):
+    """More of them: `heads_cases`, on a GPU."""
+    shape, dtype, errors = random_errors(seed, DEVICE)
+    assert max(errors) < NORMED_TOLERANCES[dtype], (shape, dtype, errors)
+
+
+@pytest.mark.parametrize("scales", [(1e-2, 1e-2), (1e2, 1e2), (1e-2, 1e2), (1e2, 1e-2)], ids=str)
+def test_small_and_large_factors(scales, launches):
+    """Heads are normalised whatever their size: neither overflow nor zeros on the way, in float16."""
+    torch.manual_seed(0)
+    (product, *rest), (*sizes, _) = inputs_of((1, 9, (6, 2, 2), 8, 8, 64, 64), torch.float16, True, DEVICE)
+    product = product.nan_to_num()
+    product[..., : 10 * 64] *= scales[1]  # B, then A
+    product[..., 10 * 64 :] *= scales[0]
+    results, expected = results_and_expected([product, *rest], (*sizes, 1e-6), num_outputs=2)
+    errors = [error(*pair) for pair in zip(results, expected)]
+    assert max(errors) < NORMED_TOLERANCES[torch.float16], errors
+
+
+def test_weights_of_another_dtype(launches):
+    """Under autocast norms have weights of float32, factors are of bfloat16: each gradient is of its own."""
+    inputs, sizes = inputs_of(SHAPES[0], torch.bfloat16, True, DEVICE)
+    leaves = [leaves_of(inputs)[0], *leaves_of(inputs, torch.float32)[1:]]
+    results, expected = results_and_expected(inputs, sizes, leaves)
+    assert [x.dtype for x in results] == [torch.bfloat16] * 4 + [torch.float32] * 2
+    assert max(error(*pair) for pair in zip(results, expected)) < NORMED_TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+def test_gradient_of_a_part(normed, launches):
     """Of heads that nothing reads there is none; that of a sum is one number, expanded."""
-    (product, cos, sin), sizes = inputs_of(SHAPES[2], torch.float32)
-    product.requires_grad_()
-    wide = product.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad(reference(wide, cos.double(), sin.double(), sizes)[1].sum(), wide)
-    (gradient,) = torch.autograd.grad(HeadsAtOnce.apply(product, cos, sin, *sizes)[1].sum(), product)
-    assert error(gradient, expected) < 1e-6 and len(launches) == 2
+    inputs, sizes = inputs_of(SHAPES[2], torch.float32, normed, DEVICE)
+    leaves, wide = leaves_of(inputs), leaves_of(inputs, torch.float64)
+    heads = HeadsAtOnce.apply(*leaves, *inputs[3:], *sizes)
+    expected = reference(*wide, *(x.double() for x in inputs[3:]), *sizes)
+    for index in (0, 2) if normed else (0,):  # the product, and the keys' norm
+        (result,) = torch.autograd.grad(heads[1].sum(), leaves[index], retain_graph=True)
+        (expected_result,) = torch.autograd.grad(expected[1].sum(), wide[index], retain_graph=True)
+        assert error(result, expected_result) < (1e-5 if normed else 1e-6)
+    if normed:
+        assert not torch.autograd.grad(heads[1].sum(), leaves[1])[0].any()
 
 
-def test_gradients_of_gradients(launches):
-    (product, cos, sin), sizes = inputs_of((2, 2, (2, 1, 2), 3, 3, 16, 16), torch.float32)
-    results = []
-    for form in (HeadsAtOnce.apply, lambda *args: reference(*args[:3], args[3:])):
-        leaf = product.nan_to_num().clone().requires_grad_()
-        loss = sum(x.square().sum() for x in form(leaf, cos, sin, *sizes))
-        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        results.append([gradient, *torch.autograd.grad(gradient.square().sum(), leaf)])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("frozen", [None, 0, 1, 2], ids=["plain", "product", "queries' norm", "keys' norm"])
+def test_gradients_of_gradients(frozen, launches):
+    inputs, sizes = inputs_of((2, 2, (2, 1, 2), 3, 3, 16, 16), torch.float32, frozen is not None, DEVICE)
+    inputs[0], results = inputs[0].nan_to_num(), []
+    for form in (HeadsAtOnce.apply, reference):
+        leaves = leaves_of(inputs)
+        if frozen is not None:
+            leaves[frozen].requires_grad_(False)
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        loss = sum(x.square().sum() + x[..., 0].sum() for x in form(*leaves, *inputs[3:], *sizes))
+        gradients = torch.autograd.grad(loss, wanted, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in gradients), wanted)
+        results.append([*gradients, *second])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
     assert launches == ["_form", "_gradient"]  # the second of the last gradients alone
 
 
@@ -130,16 +140,37 @@ def test_gradients_of_gradients(launches):
     [
         ({}, True),
         ({"num_key_value_heads": 2, "num_attention_heads": 4, "attention_bias": True}, True),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, True),
+        ({"rope_parameters": PARTIAL_ROPE}, True),
         ({"q_rank": None}, False),
         ({"noncontextual_a": True}, False),
         ({"noncontextual_b": True}, False),
         ({"shared_b": True, "v_rank": 2}, False),
+        ({"qk_norm": "heads"}, True),
+        ({"qk_norm": "heads", "num_key_value_heads": 2, "num_attention_heads": 4, "head_dim": 20}, True),
+        ({"qk_norm": "heads", "q_rank": 9, "rope_parameters": PARTIAL_ROPE}, True),
         ({"qk_norm": True}, False),
+        ({"qk_norm": "heads", "head_factor_act": "sigmoid"}, False),
+        ({"qk_norm": "heads", "q_rank": None}, False),
         ({"head_factor_act": "sigmoid"}, False),
         ({"q_rank": 17}, False),
     ],
-    ids=["plain", "grouped, biases", "partial", "kvonly", "constant A", "constant B", "shared", "norm", "act", "rank"],
+    ids=[
+        "plain",
+        "grouped, biases",
+        "partial",
+        "kvonly",
+        "constant A",
+        "constant B",
+        "shared",
+        "norms",
+        "grouped, norms",
+        "partial, norms",
+        "norm of rows",
+        "norms, act",
+        "norms, kvonly",
+        "act",
+        "rank",
+    ],
 )
 def test_gradients_of_a_model(fields, fits, rebuilt, launches, monkeypatch):
     """Logits and weights' gradients are those without, for every variant; the kernels are used for those that fit."""
@@ -161,11 +192,12 @@ def test_gradients_of_a_model(fields, fits, rebuilt, launches, monkeypatch):
     assert launches == ([] if not fits else ["_form", "_form", "_gradient"] if rebuilt else ["_form", "_gradient"])
 
 
-def test_autocast(launches, monkeypatch):
+@pytest.mark.parametrize("norm", [False, "heads"], ids=["plain", "normed"])
+def test_autocast(norm, launches, monkeypatch):
     """The product is in half precision, the angles are not: gradients are, to its digits, those of float32."""
     from modeling_t6 import attention_t6
 
-    model = random_model(tiny_config(num_hidden_layers=1)).train()
+    model = random_model(tiny_config(num_hidden_layers=1, qk_norm=norm)).train()
     ids, results, dtypes = random_ids(model.config, 2, 5), [], []
     form = attention_t6.heads_at_once
     monkeypatch.setattr(
@@ -198,9 +230,26 @@ def test_paths(launches):
     assert launches == ["_form"]
 
 
-def test_compiled_layer(launches, monkeypatch):
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+def test_norms_with_hooks(name, launches):
+    """A norm that does more than its weight says is called."""
+    model, calls = random_model(tiny_config(num_hidden_layers=1, qk_norm="heads")).eval(), []
+    ids = random_ids(model.config, 1, 9)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        getattr(model.model.layers[0].self_attn, name).register_forward_hook(lambda *args: calls.append(name))
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+    assert calls == [name] and launches == ["_form"]
+
+
+@pytest.mark.parametrize(
+    ("norm", "is_frozen"), [(False, False), ("heads", False), ("heads", True)], ids=["plain", "normed", "frozen"]
+)
+def test_compiled_layer(norm, is_frozen, launches, monkeypatch):
     """One graph, forward and backward, in which nothing stands between the operators and the products."""
-    model = random_model(tiny_config(num_hidden_layers=1)).train()
+    model = random_model(tiny_config(num_hidden_layers=1, qk_norm=norm)).train()
+    if is_frozen:
+        model.model.layers[0].self_attn.k_norm.requires_grad_(False)
     ids, results, graphs = random_ids(model.config, 2, 5), [], []
 
     def backend(graph, inputs):
@@ -215,7 +264,7 @@ def test_compiled_layer(launches, monkeypatch):
             model.model.layers[0].compile(fullgraph=True, dynamic=False, backend=compiler)
         model.zero_grad()
         model(ids, labels=ids, use_cache=False).loss.backward()
-        results.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+        results.append({name: x.grad.clone() for name, x in model.named_parameters() if x.requires_grad})
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
     forward, backward = ([str(node.target) for node in graph.graph.nodes] for graph in graphs)
     assert [sum("heads_at_once" in name for name in names) for names in (forward, backward)] == [1, 2]
@@ -232,18 +281,17 @@ def test_function_transforms(launches, monkeypatch):
     assert answers == [False]
 
 
-def test_operators(launches, monkeypatch):
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+def test_operators(normed, launches, monkeypatch):
     """What torch.compile takes whole has the shapes and strides that it is told."""
-    (product, cos, sin), sizes = inputs_of(SHAPES[2], torch.float32)
-    ranks, num_heads, head_dim = sizes
+    (product, *inputs), (ranks, num_heads, head_dim, eps) = inputs_of(SHAPES[2], torch.float32, normed, DEVICE)
     monkeypatch.undo()
     if DEVICE == "cpu":
         from . import interpreter
 
         interpreter.patch_language_once(monkeypatch)
     tests = {"test_utils": ("test_schema", "test_faketensor")}
-    product = product.nan_to_num()
-    rest = product, cos, sin, list(ranks), list(num_heads), head_dim
+    rest = product.nan_to_num(), *inputs, list(ranks), list(num_heads), head_dim, eps
     gradients = [torch.randn(3, 5, heads, head_dim, device=DEVICE) for heads in num_heads]
     torch.library.opcheck(heads_at_once_t6._form_op, rest, **tests)
     torch.library.opcheck(heads_at_once_t6._gradient_op, (*gradients, *rest), **tests)

@@ -1,0 +1,145 @@
+"""
+Random cases of the kernels from the product of a layer's factors to its heads and back, and the reference in float64.
+
+    python -m tests.modeling_t6.heads_cases 0 96      # on a GPU: that many seeds, in as many processes as cores
+"""
+
+import math
+import random
+import sys
+
+import torch
+
+from modeling_t6.heads_at_once_t6 import HeadsAtOnce
+
+
+# Of the norm: sums of up to 256 products in float32, rounded once to the dtype.
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+# With norms, a head whose terms cancel has fewer digits than they, and gradients are sums of terms that were rounded before.
+NORMED_TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+
+
+def random_shape(choose: random.Random) -> tuple:
+    """
+    Batch, tokens, ranks of queries, keys and values, heads, heads of keys and values, head_dim, rotated of it: ranks to 16, head sizes
+    that are no powers of two, tokens that fill no tile.
+    """
+    kv_heads, half = choose.randint(1, 5), choose.choice((1, 3, 8, 16, 20, 24, 32))
+    ranks = tuple(choose.choice((1, 2, 3, 6, 8, 9, 16)) for _ in range(3))
+    head_dim = 2 * half + choose.choice((0, 0, 0, 1, 7, 20))
+    return (
+        choose.randint(1, 3),
+        choose.randint(1, 18),
+        ranks,
+        kv_heads * choose.randint(1, 5),
+        kv_heads,
+        head_dim,
+        2 * half,
+    )
+
+
+def inputs_of(
+    shape: tuple, dtype: torch.dtype, normed: bool = False, device: str = "cpu"
+) -> tuple[list[torch.Tensor | None], tuple]:
+    """
+    The product of a layer's factors, whose padding is NaN, the weights of its norms, and the angles of its tokens; and the sizes, last
+    an epsilon that shows.
+    """
+    batch, tokens, ranks, heads, kv_heads, head_dim, rotary_dim = shape
+    num_heads = heads, kv_heads, kv_heads
+    columns = sum(rank * (h + head_dim) for rank, h in zip(ranks, num_heads))
+    product = torch.full((batch, tokens, -(-columns // 8) * 8), math.nan, dtype=dtype, device=device)
+    product[..., :columns] = torch.randn(batch, tokens, columns)
+    angles = torch.rand(batch if tokens % 2 else 1, tokens, rotary_dim // 2) * 7
+    cos, sin = (x.repeat(1, 1, 2).to(device, dtype) for x in (angles.cos(), angles.sin()))
+    weights = [(torch.rand(head_dim) + 0.5).to(device, dtype) if normed else None for _ in range(2)]
+    return [product, *weights, cos, sin], (ranks, num_heads, head_dim, 0.05)
+
+
+def reference(product, q_weight, k_weight, cos, sin, ranks, num_heads, head_dim, eps) -> list[torch.Tensor]:
+    """Q, K and V from the equations: heads are formed, normalised, and pairs of features turned as complex numbers."""
+    half, turned = cos.shape[-1] // 2, torch.complex(cos, sin)[..., : cos.shape[-1] // 2].unsqueeze(2)
+    b_sizes, a_sizes = [r * head_dim for r in ranks], [r * h for r, h in zip(ranks, num_heads)]
+    *factors, _ = product.split([*b_sizes, *a_sizes, product.shape[-1] - sum(b_sizes + a_sizes)], dim=-1)
+    results = []
+    for index, (rank, heads) in enumerate(zip(ranks, num_heads)):
+        b, a = factors[index].unflatten(-1, (rank, head_dim)), factors[index + 3].unflatten(-1, (heads, rank))
+        formed = torch.einsum("nthr,ntrd->nthd", a, b) / rank
+        weight = (q_weight, k_weight, None)[index]
+        if weight is not None:
+            formed = weight * formed / (formed.square().mean(-1, keepdim=True) + eps).sqrt()
+        if index < 2:
+            pairs = torch.complex(formed[..., :half], formed[..., half : 2 * half]) * turned
+            formed = torch.cat([pairs.real, pairs.imag, formed[..., 2 * half :]], dim=-1)
+        results.append(formed)
+    return results
+
+
+def leaves_of(inputs: list[torch.Tensor | None], dtype: torch.dtype | None = None) -> list[torch.Tensor | None]:
+    """Of the inputs those that have gradients, in that dtype: the product, and the norms' weights, if any."""
+    return [None if x is None else x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in inputs[:3]]
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the norm; of numbers that are none, the norm itself."""
+    return ((result.double() - expected).norm() / max(expected.norm().item(), 1e-30)).item()
+
+
+def results_and_expected(
+    inputs: list[torch.Tensor | None],
+    sizes: tuple,
+    leaves: list[torch.Tensor | None] | None = None,
+    num_outputs: int = 3,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Queries, keys and values, and the gradients of what has any: by kernels, and in float64."""
+    leaves, wide = leaves_of(inputs) if leaves is None else leaves, leaves_of(inputs, torch.float64)
+    expected = reference(*wide, *(x.double() for x in inputs[3:]), *sizes)[:num_outputs]
+    heads = HeadsAtOnce.apply(*leaves, *inputs[3:], *sizes)[:num_outputs]
+    # As attention returns them, heads before tokens.
+    gradients = [torch.randn_like(x.transpose(1, 2).contiguous()).transpose(1, 2) for x in heads]
+    leaves, wide = ([x for x in tensors if x is not None] for tensors in (leaves, wide))
+    results = torch.autograd.grad(heads, leaves, gradients)
+    expected_gradients = torch.autograd.grad(expected, wide, [x.double() for x in gradients])
+    return [*heads, *results], [*expected, *expected_gradients]
+
+
+def random_errors(seed: int, device: str, normed: bool = True) -> tuple[tuple, torch.dtype, list[float]]:
+    """A random shape and dtype, and the errors of Q, K, V and of the gradients of the product and of both weights."""
+    choose = random.Random(seed)
+    shape, dtype = random_shape(choose), choose.choice(list(TOLERANCES))
+    torch.manual_seed(seed)
+    results, expected = results_and_expected(*inputs_of(shape, dtype, normed, device))
+    columns = sum(rank * (heads + shape[5]) for rank, heads in zip(shape[2], (shape[3], shape[4], shape[4])))
+    assert not results[3][..., columns:].any(), "the gradient of the padding is not zero"
+    return shape, dtype, [error(*pair) for pair in zip(results, expected)]
+
+
+def _run(seed: int) -> tuple[tuple, torch.dtype, bool, list[float]]:
+    torch.set_num_threads(1)
+    empty = torch.Tensor.new_empty
+    # What no kernel writes is not a number.
+    torch.Tensor.new_empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan)
+    try:
+        normed = seed % 4 > 0
+        shape, dtype, errors = random_errors(seed, "cuda", normed)
+    finally:
+        torch.Tensor.new_empty = empty
+    return shape, dtype, normed, errors
+
+
+def main() -> None:
+    first, last = int(sys.argv[1]), int(sys.argv[2])
+    worst, failures = {}, 0
+    with torch.multiprocessing.get_context("spawn").Pool(int(sys.argv[3]) if len(sys.argv) > 3 else None) as pool:
+        for shape, dtype, normed, errors in pool.imap_unordered(_run, range(first, last)):
+            name = f"{dtype}, {'normed' if normed else 'plain'}"
+            worst[name] = max(worst.get(name, 0.0), *errors)
+            if not max(errors) <= (NORMED_TOLERANCES if normed else TOLERANCES)[dtype]:
+                failures += 1
+                print(f"errors {', '.join(f'{x:.1e}' for x in errors)}: {shape}, {name}")
+    print(f"{last - first} random shapes, {failures} failures; worst errors {worst}")
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -285,7 +285,7 @@ def choose_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
     if by_recipe(args, config):
         # Sizes that are given stay as they are.
         are_given = {"num_attention_heads", "intermediate_size"} & set(dict(args.set))
-        new = recipe.FIELDS if are_given else recipe.fields(config)
+        new = recipe.extras(config) if are_given else recipe.fields(config)
         args = argparse.Namespace(**vars(args) | {"set": [*new.items(), *args.set]})
         config = make_config(args, tokenizer)
         if not config.attention_bias:

@@ -16,7 +16,8 @@ How a T6 is initialised so that it learns as early as Llamas of its size: what `
 
 Attention to a position needs a part of queries and keys that is the same for all tokens. A matrix gives it as one product; two factors
 that depend on the token give it as the product of two such parts, each small at first, so that heads that copy form late. So A starts as
-a constant, the bias of its projection, and heads start with the size of Llama's. docs/evidence.md has the runs.
+a constant, the bias of its projection, and heads start with the size of Llama's. Formed queries and keys are normalised, as those of
+the best twins are. docs/evidence.md has the runs.
 """
 
 from collections.abc import Callable
@@ -80,27 +81,34 @@ def one_after_the_other(*steps: Callable[[PreTrainedModel], None]) -> Callable[[
     return prepare
 
 
-FIELDS = BIASES  # of the configuration
 WIDTH_MULTIPLE = 64  # of the MLP, whose products are slow at other sizes
+
+
+def extras(config: PreTrainedConfig) -> dict:
+    """
+    The fields beside sizes that the recipe gives `config`, a T6 of the paper. No norm of formed heads where it leaves nothing but the sign
+    of A, in keys of rank 1, which learn less with it, and where `config` is of a variant that cannot have it.
+    """
+    has_rank_1 = any(config.ranks(layer)[0] == 1 for layer in range(config.num_hidden_layers))
+    cannot = config.noncontextual_a or config.c_factor_dim
+    return BIASES | ({} if has_rank_1 or cannot else {"qk_norm": "heads"})
 
 
 def fields(config: PreTrainedConfig) -> dict:
     """
-    The fields in which a T6 by the recipe differs from `config`, a T6 of the paper: biases, as many heads as MHA, and an MLP so much
+    The fields in which a T6 by the recipe differs from `config`, a T6 of the paper: `extras`, as many heads as MHA, and an MLP so much
     wider that the number of parameters stays.
     """
-    heads = max(1, config.hidden_size // config.head_dim)
+    new, heads = extras(config), max(1, config.hidden_size // config.head_dim)
 
     def parameters(width: int, **replaced) -> int:
         replaced |= {"intermediate_size": width}
         return count_parameters(type(config)(**config.to_dict() | replaced))
 
-    few, more = (
-        parameters(width, **FIELDS, num_attention_heads=heads) for width in (WIDTH_MULTIPLE, 2 * WIDTH_MULTIPLE)
-    )
+    few, more = (parameters(width, **new, num_attention_heads=heads) for width in (WIDTH_MULTIPLE, 2 * WIDTH_MULTIPLE))
     target = parameters(config.intermediate_size)
     width = max(1, round(1 + (target - few) / (more - few))) * WIDTH_MULTIPLE
-    return {**FIELDS, "num_attention_heads": heads, "intermediate_size": width}
+    return {**new, "num_attention_heads": heads, "intermediate_size": width}
 
 
 start = one_after_the_other(heads_as_llama(), constants_in_a())  # of the weights of a new model

@@ -4,8 +4,8 @@ Which models the comparison trains, and in which order.
 Each model has its own learning rate: rates are doubled and halved until the best one has a worse one on either side. The order of runs:
 
 1. the first models once, at one rate;
-2. other rates, a second seed and a run of equal time of the finalists: the T6 and the twins that are lowest, and those that are lowest
-   with no more cache than GQA's;
+2. other rates and a second seed of the finalists, the lowest T6 and the lowest twin of each table, and a run of equal time of those with
+   MHA's heads: more heads take longer;
 3. the other models once;
 4. further seeds of the finalists, at equal tokens and at equal time;
 5. rates of all others.
@@ -46,7 +46,7 @@ def models(settings: dict) -> dict[str, Ablation]:
         return Ablation(base, fields, widened=True, **more)
 
     def t6(base: str = "TPA", groups: int = 1, **fields) -> Ablation:
-        return widened(base, recipe.FIELDS | fields, prepare=recipe.start, groups=groups)
+        return widened(base, recipe.BIASES | fields, prepare=recipe.start, groups=groups)
 
     return {
         "MHA, QK norm": Ablation("MHA", norm),
@@ -56,13 +56,13 @@ def models(settings: dict) -> dict[str, Ablation]:
         "T6, ranks 2 and 1, QK norm": t6(k_rank=2, v_rank=1, qk_norm="heads"),
         # A latent for which MLA caches as much as GQA.
         "MLA": widened("MLA", {"kv_lora_rank": 4 * dim - dim // 2}),
-        "T6, more heads": Ablation("TPA", recipe.FIELDS, prepare=recipe.start),
+        "T6, more heads": Ablation("TPA", recipe.BIASES, prepare=recipe.start),
         "GQA": widened("GQA", {}),
         "T6-KVonly, QK norm": t6("TPA-KVonly", qk_norm="heads"),
         "MQA, QK norm": widened("MQA", norm),
         "T6, rank 1, QK norm": t6(k_rank=1, v_rank=1, qk_norm="heads"),
         "T6, ranks 2 and 1": t6(k_rank=2, v_rank=1),
-        "T6, more heads, QK norm": Ablation("TPA", recipe.FIELDS | {"qk_norm": "heads"}, prepare=recipe.start),
+        "T6, more heads, QK norm": Ablation("TPA", recipe.BIASES | {"qk_norm": "heads"}, prepare=recipe.start),
         "GQA, more heads": Ablation("GQA"),
         "MQA": widened("MQA", {}),
         "T6, rank 1": t6(k_rank=1, v_rank=1),
@@ -110,21 +110,34 @@ def cache_limit(results: dict) -> float:
     return max((run["cache_bytes_per_token"] for run in runs), default=math.inf)
 
 
+def heads_of_mha(settings: dict) -> int:
+    return settings["hidden_size"] // settings["head_dim"]
+
+
 def finalists(results: dict, names: list[str]) -> list[str]:
     """
-    By their best runs of the first seed: the lowest T6 and the lowest twin, the lowest T6 and twin that cache no more than GQA, and at
-    least two twins.
+    By their best runs of the first seed the lowest T6 and the lowest twin of all, of those with MHA's heads, and of those that cache no
+    more than GQA; and at least two twins.
     """
     best = {name: min(losses.values()) for name in names if (losses := losses_by_rate(results, name))}
-    caches = {run["name"]: run["cache_bytes_per_token"] for run in results["runs"].values()}
-    ranked, limit = sorted(best, key=best.get), cache_limit(results)
+    shapes = {run["name"]: run for run in results["runs"].values()}
+    ranked, heads, limit = sorted(best, key=best.get), heads_of_mha(results["settings"]), cache_limit(results)
 
     def lowest(of: list[str]) -> list[str]:
-        return list(dict.fromkeys([*of[:1], *[name for name in of if caches[name] <= limit][:1]]))
+        same_heads = [name for name in of if shapes[name]["heads"] == heads]
+        small = [name for name in of if shapes[name]["cache_bytes_per_token"] <= limit]
+        return list(dict.fromkeys([*of[:1], *same_heads[:1], *small[:1]]))
 
     twins = [name for name in ranked if not is_t6(name)]
     chosen = lowest(twins)
     return lowest([name for name in ranked if is_t6(name)]) + (chosen if len(chosen) > 1 else twins[:2])
+
+
+def with_heads_of_mha(results: dict, names: list[str]) -> list[str]:
+    """Of `names`, which have runs, those with as many heads as MHA."""
+    heads = heads_of_mha(results["settings"])
+    having = {run["name"] for run in results["runs"].values() if run["heads"] == heads}
+    return [name for name in names if name in having]
 
 
 def steps_of_equal_time(results: dict, names: list[str]) -> dict[str, int]:
@@ -165,7 +178,10 @@ def needed_runs(results: dict, names: list[str]) -> list[Run]:
         return first_runs(names)  # among which there are no finalists yet
     best = finalists(results, names)
     others = [name for name in names if name not in best and losses_by_rate(results, name)]
-    equal_tokens, equal_time = dict.fromkeys(best, steps), steps_of_equal_time(results, best)
+    equal_tokens, equal_time = (
+        dict.fromkeys(best, steps),
+        steps_of_equal_time(results, with_heads_of_mha(results, best)),
+    )
     runs = [
         *first,
         *rates(best, higher=True),

@@ -81,8 +81,8 @@ def verdict(rows: Rows) -> str:
 
 def four_tables(results: dict, rows: Rows) -> list[str]:
     settings, limit = results["settings"], plan.cache_limit(results)
-    heads = settings["hidden_size"] // settings["head_dim"]
-    lines = []
+    heads, lines = plan.heads_of_mha(settings), []
+    timed = plan.with_heads_of_mha(results, plan.finalists(results, list(plan.models(settings))))
     for title, said, chosen in (
         ("Equal parameters", "Parameters are MHA's to within 1%, by more heads or by a wider MLP.", rows),
         (
@@ -97,11 +97,9 @@ def four_tables(results: dict, rows: Rows) -> list[str]:
         ),
         (
             "Equal training time",
-            "The T6 and the twins that are lowest at equal tokens, and those that are with a cache no larger than GQA's, each trained for as "
-            "long as the slowest of them takes.",
-            best_runs(
-                results, plan.steps_of_equal_time(results, plan.finalists(results, list(plan.models(settings))))
-            ),
+            f"Of those with {heads} heads, the lowest at equal tokens and the lowest with a cache no larger than GQA's, each trained for as "
+            "long as the slowest of them takes. More heads take longer: the column of milliseconds has how much.",
+            best_runs(results, plan.steps_of_equal_time(results, timed)),
         ),
     ):
         lines += ["", f"## {title}", "", said, ""]
@@ -134,7 +132,7 @@ def describe(results: dict, rows: Rows, picture: str) -> str:
         f"{settings['max_steps']:,} steps of {settings['sequences_per_step']} sequences of {settings['block_length']}: "
         f"{one['tokens'] / 1e6:.1f} million tokens. Losses are nats a token on held-out text, mean and half of the range over "
         f"seeds, each model at the best of its own learning rates; the lowest is looked for among those of several seeds, if there "
-        f"are any. T6 is that of `examples/recipe.py`. "
+        f"are any. `examples/recipe.py` starts each T6 but the paper's; a new one has QK norm and MHA's number of heads. "
         f"{'; '.join(sorted(places))}. Tokens {results['data'][:16]}.",
         "",
         f"![Held-out loss]({picture})",
@@ -153,17 +151,24 @@ def describe(results: dict, rows: Rows, picture: str) -> str:
 
 
 def plot(rows: Rows, settings: dict, path: Path) -> None:
-    """Curves of the held-out loss, their last part, and the final loss against the size of the cache."""
+    """
+    Curves of the held-out loss, their last part, of the models of several seeds, if there are any; of all the final loss against the size
+    of the cache.
+    """
+    from matplotlib import colormaps  # which `three_panels` has found
+
     tokens_per_step = settings["sequences_per_step"] * settings["block_length"]
     figure, (whole, end, cache) = three_panels()
-    markers = itertools.cycle("osD^v*Ph<>dX")
-    for index, (name, runs) in enumerate(rows.items()):
-        color, style = f"C{index % 10}", "-" if plan.is_t6(name) else "--"
+    markers, colors = itertools.cycle("osD^v*Ph<>dX"), colormaps["tab20"].colors
+    colors = itertools.cycle(colors[::2] + colors[1::2])  # the dark ones first
+    several = [name for name, runs in rows.items() if len(runs) > 1] or list(rows)
+    for (name, runs), color in zip(rows.items(), colors):
+        style = "-" if plan.is_t6(name) else "--"
         tokens = [entry["step"] * tokens_per_step / 1e6 for entry in runs[0]["curve"]]
         curves = [[entry["loss"] for entry in run["curve"]] for run in runs]
         mean = [statistics.mean(values) for values in zip(*curves)]
-        for axes, start in ((whole, 0), (end, len(mean) * 2 // 3)):
-            axes.plot(tokens[start:], mean[start:], style, color=color, linewidth=1.2)
+        for axes, start in ((whole, 0), (end, len(mean) * 2 // 3)) if name in several else ():
+            axes.plot(tokens[start:], mean[start:], style, color=color, linewidth=1.2, label=name)
             lows, highs = ([f(values) for values in zip(*curves)][start:] for f in (min, max))
             axes.fill_between(tokens[start:], lows, highs, color=color, alpha=0.15, linewidth=0)
         losses, middle = [run["loss"] for run in runs], mean_loss(runs)
@@ -175,6 +180,7 @@ def plot(rows: Rows, settings: dict, path: Path) -> None:
         )  # fmt: skip
     for axes in (whole, end):
         axes.set(xlabel="million tokens", ylabel="held-out loss, nats a token")
+    whole.legend(fontsize="small")
     cache.set(xlabel="cache, bytes a token (bfloat16)", ylabel="final held-out loss")
     cache.set_xscale("log", base=2)
     cache.xaxis.set_major_formatter("{x:,.0f}")

@@ -69,12 +69,18 @@ def test_names_in_files():
 
 def result(run: plan.Run, loss: float, ms: float = 40.0) -> dict:
     cache = 4608 if run.model == "T6" else 16384 if run.model == "MHA" else 4096
-    return {**run._asdict(), "name": run.model, "loss": loss, "ms_per_step": ms, "cache_bytes_per_token": cache}
+    heads = 16 if "more heads" in run.model else 8
+    shape = {"heads": heads, "cache_bytes_per_token": cache}
+    return {**run._asdict(), "name": run.model, "loss": loss, "ms_per_step": ms, **shape}
 
 
 def results_with(losses: dict[plan.Run, float], ms: dict[str, float] | None = None) -> dict:
     runs = {run.key: result(run, loss, (ms or {}).get(run.model, 40.0)) for run, loss in losses.items()}
-    return {"settings": {"max_steps": 100}, "learning_rate": 1e-3, "runs": runs}
+    return {
+        "settings": {"max_steps": 100, "hidden_size": 512, "head_dim": 64},
+        "learning_rate": 1e-3,
+        "runs": runs,
+    }
 
 
 NAMES = [f"{mechanism}{end}" for end in ("", ", b", ", c") for mechanism in ("MHA", "T6", "GQA")]
@@ -119,6 +125,22 @@ def test_plan():
     for name in tuned - {"T6"}:
         assert {run.seed for run in done if run.model == name and run.steps == 110} == set(plan.SEEDS)
     assert len(done) == len(set(done))
+
+
+def test_finalists():
+    """The lowest of each table; more heads are in no run of equal time."""
+    order = ("T6, more heads", "T6, b", "T6", "T6, c", "GQA, more heads", "MHA", "GQA")
+    losses = {plan.Run(name, 1e-3, 0, 100): 2 + index / 10 for index, name in enumerate(order)}
+    losses |= {plan.Run("T6, c", 2e-3, 0, 100): 2.15}  # at its best rate lower than T6
+    results = results_with(losses, {"T6, more heads": 90.0})
+    for run in results["runs"].values():
+        if run["name"] in ("T6, more heads", "T6, b"):
+            run["cache_bytes_per_token"] = 5000
+    best = plan.finalists(results, list(order))
+    assert best == ["T6, more heads", "T6, b", "T6, c", "GQA, more heads", "MHA"]
+    assert plan.with_heads_of_mha(results, best) == ["T6, b", "T6, c", "MHA"]
+    needed = plan.needed_runs(results, list(order))
+    assert {run.steps for run in needed} == {100}  # none waits for the slow one
 
 
 def test_equal_times():

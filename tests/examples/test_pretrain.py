@@ -20,8 +20,10 @@ import language_modeling
 import prepare
 import pretrain
 import pretraining_data
+import recipe
 import throughput
 from configuration.make_configs import DIRECTORY, make_configs
+from modeling_t6 import T6Config
 
 
 ROOT = Path(__file__).parents[2]
@@ -288,6 +290,26 @@ def test_recipe(monkeypatch):
     }
 
 
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({}, "heads"),
+        ({"k_rank": 1}, False),
+        ({"k_rank": [2, 1]}, False),
+        ({"v_rank": 1}, "heads"),
+        ({"noncontextual_a": True}, False),
+        ({"c_factor_dim": 4}, False),
+        ({"q_rank": None}, "heads"),
+    ],
+    ids=str,
+)
+def test_norm_of_the_recipe(fields, expected):
+    """Of formed heads, where a variant can have it and keys have more than one row."""
+    config = T6Config(num_hidden_layers=2, hidden_size=64, num_attention_heads=2, head_dim=32, vocab_size=64, **fields)
+    new = T6Config(**config.to_dict() | recipe.fields(config))
+    assert new.qk_norm == expected
+
+
 def test_t6_by_the_recipe(data, tmp_path, monkeypatch):
     """MHA's heads and as many parameters, A constant, heads as large as Llama's; the paper's T6 on demand, and sizes as given."""
     configs, models, make_model = {}, {}, pretrain.make_model
@@ -320,6 +342,7 @@ def test_t6_by_the_recipe(data, tmp_path, monkeypatch):
     assert config.attention_bias and not config.attention_out_bias and not paper.attention_bias
     assert configs["given"][0].num_attention_heads == 5 and configs["given"][0].attention_bias
     assert configs["given"][0].intermediate_size == paper.intermediate_size
+    assert (config.qk_norm, paper.qk_norm, configs["given"][0].qk_norm) == ("heads", False, "heads")
     assert not configs["Llama"][0].attention_bias and configs["narrow"][0].num_attention_heads == 1
     with pytest.raises(SystemExit, match="--set attention_bias=false: .* --paper does without"):
         pretrain.main(

@@ -22,7 +22,14 @@ from transformers.cache_utils import Cache
 
 from .cache_t6 import cached_lengths, factor_layouts
 from .configuration_t6 import T6Config
-from .factor_product_t6 import FactorProduct, FactorProjections, RowProduct, is_overhead_bound, without_autocast
+from .factor_product_t6 import (
+    FactorProduct,
+    FactorProjections,
+    RowProduct,
+    is_extended,
+    is_overhead_bound,
+    without_autocast,
+)
 from .tensor_parallel_t6 import softmax_over_heads
 
 
@@ -58,23 +65,14 @@ class T6RMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-def norm_key_heads(
-    a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def inverse_rms_of_heads(a: torch.Tensor, b: torch.Tensor, eps: float) -> torch.Tensor:
     """
-    Applies the RMS norm of the key heads K = (1 / R) A^T B, before RoPE, to their factors: the root mean square of a head is
-    one scalar per token and head, by which A is divided, and the weight [d] multiplies B. The normalised factors form the
-    normalised keys exactly, and RoPE may still rotate B.
-
-    K is not formed: its mean square is A^T (B B^T) A / (R^2 d), where B B^T is only R x R.
+    1 / sqrt(mean square + eps) of each head (1 / R) A^T B, [batch, seq, 1, h], in float32 or float64. No head is formed: its mean square
+    is A^T (B B^T) A / (R^2 d), where B B^T is only R x R.
 
     Args:
         a: [batch, seq, R, h].
         b: [batch, seq, R, d], or constant [R, d].
-        weight: [d].
-
-    Returns:
-        A and B, in the shapes of `a` and of `b`.
     """
     rank, head_dim = b.shape[-2:]
     with without_autocast(a.device):
@@ -87,8 +85,21 @@ def norm_key_heads(
             mixed_a = torch.matmul(products, wide_a)
         variance = (wide_a * mixed_a).sum(-2, keepdim=True) / (rank**2 * head_dim)
         # Where the terms of a head cancel, rounding may leave a negative number.
-        wide_a = wide_a * torch.rsqrt(variance.clamp(min=0) + eps)
-    return wide_a.to(a.dtype), weight * b
+        return torch.rsqrt(variance.clamp(min=0) + eps)
+
+
+def norm_key_heads(
+    a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Applies the RMS norm of the key heads K = (1 / R) A^T B, before RoPE, to their factors: the root mean square of a head is
+    one scalar per token and head, by which A is divided, and the weight [d] multiplies B. The normalised factors form the
+    normalised keys exactly, and RoPE may still rotate B.
+
+    Returns:
+        A and B, in the shapes of `a` and of `b`: see [`inverse_rms_of_heads`].
+    """
+    return (a * inverse_rms_of_heads(a, b, eps)).to(a.dtype), weight * b
 
 
 class T6KeyHeadRMSNorm(T6RMSNorm):
@@ -183,7 +194,8 @@ class Factors:
         b_k, b_v: B_K and B_V [batch, seq, R, d] as they are cached, or constant [R, d]; third-order factors are b and c
             concatenated, [..., d_b + d_c]. `TensorProductFactors.features` turns them into the B that K and V are made of.
         query: Q [batch, seq, h, d], normalised and rotated, where a kernel has formed it: `a_q` and `b_q` are then `None`.
-        query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens; `None` if `b_q` is already rotated.
+        query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens; `None` if `a_q` and `b_q` are already those of
+            normalised and rotated queries.
         key_rotation: cos and sin [batch or 1, key_length, rotary_dim] if `b_k` is cached before RoPE, else `None`.
         key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them.
         lengths: int [1] on the device, the number of valid rows of a static cache; `None` if all are valid.
@@ -258,6 +270,14 @@ class TensorProductFactors(FactorProjections):
             self.q_norm = T6RMSNorm(self.head_dim, eps=self.config.rms_norm_eps)
             key_norm = T6KeyHeadRMSNorm if self.config.qk_norm == "heads" else T6RMSNorm
             self.k_norm = key_norm(self.head_dim, eps=self.config.rms_norm_eps)
+
+    def has_plain_norms(self) -> bool:
+        """Whether norms of heads, if any, are what their weights say: without hooks, adapters, and weights that come when called."""
+        norms = ((self.q_norm, T6RMSNorm), (self.k_norm, T6KeyHeadRMSNorm)) if self.has_normed_heads else ()
+        return all(
+            type(norm) is cls and not is_extended(norm) and type(norm.weight) in (nn.Parameter, torch.Tensor)
+            for norm, cls in norms
+        )
 
     def _factor_proj(self, n1: int, n2: int) -> nn.Linear:
         """A projection to a factor [n1, n2], with the bound of Xavier's initialisation of its weight [hidden, n1, n2]."""
@@ -355,13 +375,18 @@ class TensorProductFactors(FactorProjections):
         _, key_rows, value_rows, a_q = outputs.unsqueeze(1).split_with_sizes(product.sizes, dim=-1)
         # B_Q, and B_K, with which the key row begins: one RoPE for both.
         b = outputs[..., : (self.q_rank + self.k_rank) * self.head_dim].view(*tokens, -1, self.head_dim)
-        rotate_in_place(b, *position_embeddings)
         a_q, b_q = a_q.view(*tokens, self.q_rank, -1), b[:, :, : self.q_rank]
+        if self.has_normed_heads:
+            for norm, x, y in (self.q_norm, a_q, b_q), (self.k_norm, *self.key_layout.unpack(key_rows)):
+                x.mul_(inverse_rms_of_heads(x, y, norm.variance_epsilon))
+                y.mul_(norm.weight)
+        rotate_in_place(b, *position_embeddings)
         return Factors(dtype, a_q, b_q, key_rows=key_rows, value_rows=value_rows)
 
     def _product_of(self, projections: dict[str, nn.Linear], other: FactorProduct | None) -> FactorProduct:
-        # On a GPU kernels take the outputs of a `FactorProduct`.
-        if self.has_plain_factors and self.k_b_proj.weight.is_cpu:
+        # On a GPU kernels take the outputs of a `FactorProduct`. Norms are applied to rows in place, which rotated ones do not allow.
+        can_norm = self.has_normed_heads and not self.key_layout.rotates and self.has_plain_norms()
+        if (self.has_plain_factors or can_norm) and self.k_b_proj.weight.is_cpu:
             return RowProduct(self, projections, other)
         return super()._product_of(projections, other)
 
@@ -439,16 +464,18 @@ class TensorProductFactors(FactorProjections):
         """Q [batch, seq, h, d], normalised and rotated; `form` is [`form_heads`] or another function that computes the same."""
         if factors.query is not None:
             return factors.query
-        a_q, b_q = factors.a_q, factors.b_q
+        a_q, b_q, rotation = factors.a_q, factors.b_q, factors.query_rotation
+        if rotation is None:
+            return form(a_q, self.features(b_q))
         query_states = b_q
         if a_q is not None:
-            if not self.qk_norm and factors.query_rotation is not None:
-                b_q = apply_rotary_pos_emb(b_q, *factors.query_rotation)
+            if not self.qk_norm:
+                b_q = apply_rotary_pos_emb(b_q, *rotation)
             query_states = form(a_q, self.features(b_q))
         if self.qk_norm:
             query_states = self.q_norm(query_states)
         if self.qk_norm or a_q is None:
             # RoPE rotates blocks of d_b features: a head has d_c of them (theorem C.1), or one without a third factor.
             blocks = query_states.unflatten(-1, (-1, self.b_dim)).flatten(2, 3)
-            query_states = apply_rotary_pos_emb(blocks, *factors.query_rotation).view_as(query_states)
+            query_states = apply_rotary_pos_emb(blocks, *rotation).view_as(query_states)
         return query_states

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .factor_product_t6 import is_exporting, is_extended
-from .factors_t6 import T6KeyHeadRMSNorm, T6RMSNorm, apply_rotary_pos_emb, form_heads, norm_key_heads
+from .factor_product_t6 import is_exporting
+from .factors_t6 import apply_rotary_pos_emb, form_heads, norm_key_heads
 from .flash_tpa_t6 import DTYPES, LAUNCH_OPTIONS, MAX_HEAD_DIM, is_supported, operator_name, power_of_2
 
 
@@ -71,7 +71,9 @@ def project_at_once(
     The factors of tokens that attend over heads, without a cache, if kernels take them from there to heads at once; else `None`, and
     `TensorProductFactors.project` goes by way of [`Factors`], which every variant has.
     """
-    if not (_has_fitting_factors(module) and _has_kernels(hidden_states) and _has_plain_norms(module, hidden_states)):
+    if not (
+        _has_fitting_factors(module) and _has_kernels(hidden_states) and _has_fitting_norms(module, hidden_states)
+    ):
         return None
     product = module.project_together(hidden_states)
     return None if product is None else UnsplitFactors(product, position_embeddings)
@@ -86,16 +88,11 @@ def _has_fitting_factors(module: nn.Module) -> bool:
     )
 
 
-def _has_plain_norms(module: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether the norms of a layer, if any, are what their weights say: without hooks, adapters, and weights that come when called."""
-    norms = ((module.q_norm, T6RMSNorm), (module.k_norm, T6KeyHeadRMSNorm)) if module.has_normed_heads else ()
-    return all(
-        type(norm) is cls
-        and not is_extended(norm)
-        and type(norm.weight) in (nn.Parameter, torch.Tensor)
-        and norm.weight.device == hidden_states.device
-        and norm.weight.dtype in DTYPES
-        for norm, cls in norms
+def _has_fitting_norms(module: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether kernels can take the weights of a layer's norms, if it has any, in place of the norms."""
+    norms = (module.q_norm, module.k_norm) if module.has_normed_heads else ()
+    return module.has_plain_norms() and all(
+        norm.weight.device == hidden_states.device and norm.weight.dtype in DTYPES for norm in norms
     )
 
 

@@ -178,10 +178,8 @@ def needed_runs(results: dict, names: list[str]) -> list[Run]:
         return first_runs(names)  # among which there are no finalists yet
     best = finalists(results, names)
     others = [name for name in names if name not in best and losses_by_rate(results, name)]
-    equal_tokens, equal_time = (
-        dict.fromkeys(best, steps),
-        steps_of_equal_time(results, with_heads_of_mha(results, best)),
-    )
+    equal_tokens = dict.fromkeys(best, steps)
+    equal_time = steps_of_equal_time(results, with_heads_of_mha(results, best))
     runs = [
         *first,
         *rates(best, higher=True),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modeling_t6 import T6ForCausalLM, factor_product_t6
-from modeling_t6.factor_product_t6 import FactorProjections, packed_factors
+from modeling_t6.factor_product_t6 import FactorProjections, RowProduct, packed_factors
 
 from ..versions import once_but
 from .common import projected_one_by_one, random_ids, random_model
@@ -260,10 +260,11 @@ def test_generate_packs_once(variant, bias, products):
     ],
     ids=["padded", "rotated", "grouped-partial-RoPE"],
 )
+@pytest.mark.parametrize("qk_norm", [False, "heads"], ids=["plain", "normed"])
 @torch.no_grad()
-def test_rows_of_one_product(fields):
+def test_rows_of_one_product(fields, qk_norm):
     """On a CPU the product makes rows as the layout packs factors, for prompts and for tokens."""
-    model = random_model(config_of("TPA", attention_bias=True, **fields), dtype=torch.float64)
+    model = random_model(config_of("TPA", attention_bias=True, qk_norm=qk_norm, **fields), dtype=torch.float64)
     layer = model.model.layers[1].self_attn
     layouts = layer.key_layout, layer.value_layout
     assert all(layout.rotates == (layout.num_heads == 24) for layout in layouts)
@@ -275,9 +276,25 @@ def test_rows_of_one_product(fields):
             made, parts = layer.project_to_rows(hidden_states, rotation), layer.project_factors(hidden_states)
         assert layer.project_to_rows(hidden_states, rotation) is None
         torch.testing.assert_close(parts, layer.project_factors(hidden_states), atol=1e-12, rtol=1e-12)
+        if qk_norm and layouts[0].rotates:
+            assert made is None  # A in rotated rows cannot be normalised in place
+            continue
         rows = layouts[0].pack(apart.a_k, apart.b_k), layouts[1].pack(apart.a_v, apart.b_v)
         torch.testing.assert_close((made.key_rows, made.value_rows), rows, atol=1e-12, rtol=1e-12)
         torch.testing.assert_close(layer.queries(made), layer.queries(apart), atol=1e-12, rtol=1e-12)
+
+
+@torch.no_grad()
+def test_norms_with_hooks_are_called():
+    """A norm that does more than its weight says is not applied to rows."""
+    model = random_model(config_of("TPA", qk_norm="heads"))
+    ids, calls = random_ids(model.config, 1, 5), []
+    expected = generated_logits(model, ids)
+    layer = model.model.layers[0].self_attn
+    layer.k_norm.register_forward_hook(lambda *args: calls.append(1))
+    torch.testing.assert_close(generated_logits(model, ids), expected, atol=1e-4, rtol=1e-4)
+    assert len(calls) == 4 and not isinstance(layer.packed.product, RowProduct)
+    assert isinstance(model.model.layers[1].self_attn.packed.product, RowProduct)
 
 
 def copy_into_data(model, other):

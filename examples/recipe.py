@@ -87,11 +87,11 @@ WIDTH_MULTIPLE = 64  # of the MLP, whose products are slow at other sizes
 def extras(config: PreTrainedConfig) -> dict:
     """
     The fields beside sizes that the recipe gives `config`, a T6 of the paper. No norm of formed heads where it leaves nothing but the sign
-    of A, in keys of rank 1, which learn less with it, and where `config` is of a variant that cannot have it.
+    of A, which is in rank 1 (keys of which learnt less with it), and where `config` is of a variant that cannot have it.
     """
-    has_rank_1 = any(config.ranks(layer)[0] == 1 for layer in range(config.num_hidden_layers))
+    ranks = {config.q_rank, *(config.ranks(layer)[0] for layer in range(config.num_hidden_layers))}
     cannot = config.noncontextual_a or config.c_factor_dim
-    return BIASES | ({} if has_rank_1 or cannot else {"qk_norm": "heads"})
+    return BIASES | ({} if 1 in ranks or cannot else {"qk_norm": "heads"})
 
 
 def fields(config: PreTrainedConfig) -> dict:

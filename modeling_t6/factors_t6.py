@@ -194,8 +194,7 @@ class Factors:
         b_k, b_v: B_K and B_V [batch, seq, R, d] as they are cached, or constant [R, d]; third-order factors are b and c
             concatenated, [..., d_b + d_c]. `TensorProductFactors.features` turns them into the B that K and V are made of.
         query: Q [batch, seq, h, d], normalised and rotated, where a kernel has formed it: `a_q` and `b_q` are then `None`.
-        query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens; `None` if `a_q` and `b_q` are already those of
-            normalised and rotated queries.
+        query_rotation: cos and sin [batch or 1, seq, rotary_dim] of the new tokens; `None` if `b_q` is already rotated.
         key_rotation: cos and sin [batch or 1, key_length, rotary_dim] if `b_k` is cached before RoPE, else `None`.
         key_rows, value_rows: [batch, 1, key_length, width] as the cache stores them.
         lengths: int [1] on the device, the number of valid rows of a static cache; `None` if all are valid.
@@ -373,15 +372,16 @@ class TensorProductFactors(FactorProjections):
         if outputs.dtype != dtype:
             outputs = outputs.to(dtype)
         _, key_rows, value_rows, a_q = outputs.unsqueeze(1).split_with_sizes(product.sizes, dim=-1)
-        # B_Q, and B_K, with which the key row begins: one RoPE for both.
+        # B_Q, and B_K, with which the key row begins: one RoPE for both, unless queries are normalised before it.
         b = outputs[..., : (self.q_rank + self.k_rank) * self.head_dim].view(*tokens, -1, self.head_dim)
-        a_q, b_q = a_q.view(*tokens, self.q_rank, -1), b[:, :, : self.q_rank]
+        a_q, b_q, query_rotation = a_q.view(*tokens, self.q_rank, -1), b[:, :, : self.q_rank], None
         if self.has_normed_heads:
-            for norm, x, y in (self.q_norm, a_q, b_q), (self.k_norm, *self.key_layout.unpack(key_rows)):
-                x.mul_(inverse_rms_of_heads(x, y, norm.variance_epsilon))
-                y.mul_(norm.weight)
+            a_k, b = self.key_layout.unpack(key_rows)
+            a_k.mul_(inverse_rms_of_heads(a_k, b, self.k_norm.variance_epsilon))
+            b.mul_(self.k_norm.weight)
+            query_rotation = position_embeddings
         rotate_in_place(b, *position_embeddings)
-        return Factors(dtype, a_q, b_q, key_rows=key_rows, value_rows=value_rows)
+        return Factors(dtype, a_q, b_q, key_rows=key_rows, value_rows=value_rows, query_rotation=query_rotation)
 
     def _product_of(self, projections: dict[str, nn.Linear], other: FactorProduct | None) -> FactorProduct:
         # On a GPU kernels take the outputs of a `FactorProduct`. Norms are applied to rows in place, which rotated ones do not allow.
@@ -464,18 +464,16 @@ class TensorProductFactors(FactorProjections):
         """Q [batch, seq, h, d], normalised and rotated; `form` is [`form_heads`] or another function that computes the same."""
         if factors.query is not None:
             return factors.query
-        a_q, b_q, rotation = factors.a_q, factors.b_q, factors.query_rotation
-        if rotation is None:
-            return form(a_q, self.features(b_q))
+        a_q, b_q = factors.a_q, factors.b_q
         query_states = b_q
         if a_q is not None:
-            if not self.qk_norm:
-                b_q = apply_rotary_pos_emb(b_q, *rotation)
+            if not self.qk_norm and factors.query_rotation is not None:
+                b_q = apply_rotary_pos_emb(b_q, *factors.query_rotation)
             query_states = form(a_q, self.features(b_q))
         if self.qk_norm:
             query_states = self.q_norm(query_states)
         if self.qk_norm or a_q is None:
             # RoPE rotates blocks of d_b features: a head has d_c of them (theorem C.1), or one without a third factor.
             blocks = query_states.unflatten(-1, (-1, self.b_dim)).flatten(2, 3)
-            query_states = apply_rotary_pos_emb(blocks, *rotation).view_as(query_states)
+            query_states = apply_rotary_pos_emb(blocks, *factors.query_rotation).view_as(query_states)
         return query_states

@@ -91,8 +91,11 @@ def _has_fitting_factors(module: nn.Module) -> bool:
 def _has_fitting_norms(module: nn.Module, hidden_states: torch.Tensor) -> bool:
     """Whether kernels can take the weights of a layer's norms, if it has any, in place of the norms."""
     norms = (module.q_norm, module.k_norm) if module.has_normed_heads else ()
-    return module.has_plain_norms() and all(
-        norm.weight.device == hidden_states.device and norm.weight.dtype in DTYPES for norm in norms
+    return (
+        module.has_plain_norms()
+        and all(norm.weight.device == hidden_states.device and norm.weight.dtype in DTYPES for norm in norms)
+        and all(norm.weight.is_contiguous() for norm in norms)
+        and len({norm.variance_epsilon for norm in norms}) < 2  # the kernels take one for both
     )
 
 
@@ -177,7 +180,7 @@ def form_in_pytorch(
     for index, weight in enumerate((q_weight, k_weight)):
         if weight is not None:
             a[index], b[index] = norm_key_heads(a[index], b[index], weight, eps)
-        b[index] = apply_rotary_pos_emb(b[index].to(product.dtype), cos, sin)
+        b[index] = apply_rotary_pos_emb(b[index], cos, sin).to(product.dtype)  # angles are wider under autocast
     return [form_heads(*pair) for pair in zip(a, b)]
 
 

@@ -296,6 +296,7 @@ def test_recipe(monkeypatch):
         ({}, "heads"),
         ({"k_rank": 1}, False),
         ({"k_rank": [2, 1]}, False),
+        ({"q_rank": 1}, False),
         ({"v_rank": 1}, "heads"),
         ({"noncontextual_a": True}, False),
         ({"c_factor_dim": 4}, False),
@@ -304,7 +305,7 @@ def test_recipe(monkeypatch):
     ids=str,
 )
 def test_norm_of_the_recipe(fields, expected):
-    """Of formed heads, where a variant can have it and keys have more than one row."""
+    """Of formed heads, where a variant can have it and heads are of more than one row."""
     config = T6Config(num_hidden_layers=2, hidden_size=64, num_attention_heads=2, head_dim=32, vocab_size=64, **fields)
     new = T6Config(**config.to_dict() | recipe.fields(config))
     assert new.qk_norm == expected

@@ -285,6 +285,23 @@ def test_rows_of_one_product(fields, qk_norm):
 
 
 @torch.no_grad()
+def test_norm_of_heads_whose_terms_cancel():
+    """In float32 a query that is the small difference of large terms keeps its digits, as it is normalised when it is formed."""
+    model = random_model(config_of("TPA", qk_norm="heads", q_rank=2))
+    for layer in model.model.layers:
+        b, a = layer.self_attn.q_b_proj, layer.self_attn.q_a_proj
+        rows = b.weight.view(2, -1, b.in_features)
+        rows[1] = -rows[0] * (1 + 1e-3)
+        columns = a.weight.view(-1, 2, a.in_features)
+        columns[:, 1] = columns[:, 0]
+    ids = random_ids(model.config, 1, 9)
+    expected = copy.deepcopy(model).double()(ids).logits
+    with packed_factors(model):
+        result = model(ids).logits
+    assert (result - expected).norm() < 1e-3 * expected.norm()
+
+
+@torch.no_grad()
 def test_norms_with_hooks_are_called():
     """A norm that does more than its weight says is not applied to rows."""
     model = random_model(config_of("TPA", qk_norm="heads"))

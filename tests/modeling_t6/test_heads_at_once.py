@@ -215,6 +215,44 @@ def test_autocast(norm, launches, monkeypatch):
     assert dtypes == [{torch.float32}, {torch.bfloat16}] and launches == ["_form", "_gradient"] * 2
 
 
+@pytest.mark.parametrize("norm", [False, "heads"], ids=["plain", "normed"])
+def test_gradients_of_gradients_under_autocast(norm, launches, monkeypatch):
+    """As without kernels, to the digits of half precision."""
+    model = random_model(tiny_config(num_hidden_layers=1, qk_norm=norm)).train()
+    model.set_attn_implementation("eager")
+    ids, results = random_ids(model.config, 2, 5), []
+    weights = list(model.model.layers.parameters())
+    for has_kernels in (True, False):
+        if not has_kernels:
+            monkeypatch.setattr(heads_at_once_t6, "_has_kernels", lambda hidden_states: False)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+        results.append(torch.autograd.grad(sum(x.float().square().sum() for x in gradients), weights))
+    assert [error(one, other.double()) < 6e-2 for one, other in zip(*results)] == [True] * len(weights)
+    assert launches == ["_form", "_gradient"]  # of the last gradients alone
+
+
+def change_eps(norm) -> None:
+    norm.variance_epsilon *= 100
+
+
+def spread_weight(norm) -> None:
+    norm.weight = torch.nn.Parameter(torch.rand(2 * len(norm.weight), device=DEVICE)[::2])
+
+
+@pytest.mark.parametrize("change", [change_eps, spread_weight])
+def test_norms_that_kernels_do_not_read(change, launches, monkeypatch):
+    """One epsilon for both norms, weights without gaps; others are formed and normalised one after the other."""
+    model = random_model(tiny_config(num_hidden_layers=1, qk_norm="heads")).eval()
+    ids = random_ids(model.config, 1, 9)
+    change(model.model.layers[0].self_attn.k_norm)
+    with torch.no_grad():
+        result = model(ids, use_cache=False).logits
+        torch.testing.assert_close(result, model(ids).logits, rtol=1e-4, atol=1e-5)  # through a cache
+    assert not launches
+
+
 def test_paths(launches):
     """With a cache, for few tokens and where projections are more than their weights, factors are made one by one."""
     model = random_model(tiny_config(num_hidden_layers=1, q_rank=9)).eval()

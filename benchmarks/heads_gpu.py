@@ -128,10 +128,7 @@ def layer_inputs(shape: tuple, normed: bool) -> tuple[list[torch.Tensor], tuple]
 
 def form_as_before(product, q_weight, k_weight, cos, sin, ranks, num_heads, head_dim, eps) -> list[torch.Tensor]:
     """Normed heads as layers form them without the kernels that do it at once."""
-    sizes = [rank * head_dim for rank in ranks] + [rank * heads for rank, heads in zip(ranks, num_heads)]
-    *factors, _ = product.split([*sizes, product.shape[-1] - sum(sizes)], dim=-1)
-    b_q, b_k, b_v = (x.unflatten(-1, (-1, head_dim)) for x in factors[:3])
-    a_q, a_k, a_v = (x.unflatten(-1, (-1, rank)).transpose(-1, -2) for x, rank in zip(factors[3:], ranks))
+    (a_q, a_k, a_v), (b_q, b_k, b_v) = heads_at_once_t6.split_factors(product, ranks, num_heads, head_dim)
     query = torch.nn.functional.rms_norm(heads_t6.form_all_heads(a_q, b_q), (head_dim,), q_weight, eps)
     a_k, b_k = norm_key_heads(a_k, b_k, k_weight, eps)
     key = heads_t6.form_all_heads(a_k, apply_rotary_pos_emb(b_k, cos, sin))
@@ -201,8 +198,8 @@ def measure_layers(layers: list[str], sweep: list[str], bandwidth: float) -> dic
         processes = min(16, len(os.sched_getaffinity(0)))
         with torch.multiprocessing.get_context("spawn").Pool(processes) as pool:
             pool.map(compile_layer, jobs, chunksize=1)
-    for (name, shape), normed in itertools.product(((name, LAYERS[name]) for name in layers), (False, True)):
-        title = f"{name}, normed" if normed else name
+    for name, normed in itertools.product(layers, (False, True)):
+        title, shape = f"{name}, normed" if normed else name, LAYERS[name]
         results[title] = measure_layer(shape, bandwidth, normed, with_compiled=normed)
         cells = (f"{way} {row['seconds'] * 1e6:8.1f} us ({row['share']:4.0%})" for way, row in results[title].items())
         print(f"{title + ', Q, K and V':36}", "; ".join(cells), flush=True)

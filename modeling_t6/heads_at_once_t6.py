@@ -93,8 +93,10 @@ def _has_fitting_norms(module: nn.Module, hidden_states: torch.Tensor) -> bool:
     norms = (module.q_norm, module.k_norm) if module.has_normed_heads else ()
     return (
         module.has_plain_norms()
-        and all(norm.weight.device == hidden_states.device and norm.weight.dtype in DTYPES for norm in norms)
-        and all(norm.weight.is_contiguous() for norm in norms)
+        and all(
+            norm.weight.device == hidden_states.device and norm.weight.dtype in DTYPES and norm.weight.is_contiguous()
+            for norm in norms
+        )
         and len({norm.variance_epsilon for norm in norms}) < 2  # the kernels take one for both
     )
 
@@ -161,6 +163,16 @@ class HeadsAtOnce(torch.autograd.Function):
         return *results, None, None, None, None, None, None
 
 
+def split_factors(
+    product: torch.Tensor, ranks: tuple[int, ...], num_heads: tuple[int, ...], head_dim: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Of a product [batch, seq, width], A [batch, seq, R, h] and B [batch, seq, R, d] of queries, keys and values: views."""
+    b_sizes, a_sizes = [rank * head_dim for rank in ranks], [rank * heads for rank, heads in zip(ranks, num_heads)]
+    *factors, _ = product.split([*b_sizes, *a_sizes, product.shape[-1] - sum(b_sizes + a_sizes)], dim=-1)
+    a = [x.unflatten(-1, (-1, rank)).transpose(-1, -2) for x, rank in zip(factors[3:], ranks)]
+    return a, [x.unflatten(-1, (-1, head_dim)) for x in factors[:3]]
+
+
 def form_in_pytorch(
     product: torch.Tensor,
     q_weight: torch.Tensor | None,
@@ -173,10 +185,7 @@ def form_in_pytorch(
     eps: float,
 ) -> list[torch.Tensor]:
     """What the kernels compute."""
-    b_sizes, a_sizes = [rank * head_dim for rank in ranks], [rank * heads for rank, heads in zip(ranks, num_heads)]
-    *factors, _ = product.split([*b_sizes, *a_sizes, product.shape[-1] - sum(b_sizes + a_sizes)], dim=-1)
-    b = [x.unflatten(-1, (-1, head_dim)) for x in factors[:3]]
-    a = [x.unflatten(-1, (-1, rank)).transpose(-1, -2) for x, rank in zip(factors[3:], ranks)]
+    a, b = split_factors(product, ranks, num_heads, head_dim)
     for index, weight in enumerate((q_weight, k_weight)):
         if weight is not None:
             a[index], b[index] = norm_key_heads(a[index], b[index], weight, eps)
@@ -190,7 +199,7 @@ def _launch(
     tensors: tuple[torch.Tensor | None, ...],
     numbers: list[int | float],
     sizes: tuple[list[int], list[int], int],
-    **constants: int | None,
+    **constants: int,
 ) -> None:
     """Starts a kernel with so many programs for each of queries, keys and values."""
     ranks, num_heads, head_dim = sizes

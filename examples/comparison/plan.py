@@ -114,30 +114,29 @@ def heads_of_mha(settings: dict) -> int:
     return settings["hidden_size"] // settings["head_dim"]
 
 
+def with_heads_of_mha(results: dict, names: list[str]) -> list[str]:
+    """Of `names`, which have runs, those with as many heads as MHA."""
+    heads = heads_of_mha(results["settings"])
+    having = {run["name"] for run in results["runs"].values() if run["heads"] == heads}
+    return [name for name in names if name in having]
+
+
 def finalists(results: dict, names: list[str]) -> list[str]:
     """
     By their best runs of the first seed the lowest T6 and the lowest twin of all, of those with MHA's heads, and of those that cache no
     more than GQA; and at least two twins.
     """
     best = {name: min(losses.values()) for name in names if (losses := losses_by_rate(results, name))}
-    shapes = {run["name"]: run for run in results["runs"].values()}
-    ranked, heads, limit = sorted(best, key=best.get), heads_of_mha(results["settings"]), cache_limit(results)
+    caches = {run["name"]: run["cache_bytes_per_token"] for run in results["runs"].values()}
+    ranked, limit = sorted(best, key=best.get), cache_limit(results)
 
     def lowest(of: list[str]) -> list[str]:
-        same_heads = [name for name in of if shapes[name]["heads"] == heads]
-        small = [name for name in of if shapes[name]["cache_bytes_per_token"] <= limit]
-        return list(dict.fromkeys([*of[:1], *same_heads[:1], *small[:1]]))
+        small = [name for name in of if caches[name] <= limit]
+        return list(dict.fromkeys([*of[:1], *with_heads_of_mha(results, of)[:1], *small[:1]]))
 
     twins = [name for name in ranked if not is_t6(name)]
     chosen = lowest(twins)
     return lowest([name for name in ranked if is_t6(name)]) + (chosen if len(chosen) > 1 else twins[:2])
-
-
-def with_heads_of_mha(results: dict, names: list[str]) -> list[str]:
-    """Of `names`, which have runs, those with as many heads as MHA."""
-    heads = heads_of_mha(results["settings"])
-    having = {run["name"] for run in results["runs"].values() if run["heads"] == heads}
-    return [name for name in names if name in having]
 
 
 def steps_of_equal_time(results: dict, names: list[str]) -> dict[str, int]:

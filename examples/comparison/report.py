@@ -88,7 +88,7 @@ def four_tables(results: dict, rows: Rows) -> list[str]:
         (
             "Equal heads",
             f"Those with MHA's {heads} heads; their parameters are MHA's, too, by the width of the MLP.",
-            {name: runs for name, runs in rows.items() if runs[0]["heads"] == heads},
+            {name: rows[name] for name in plan.with_heads_of_mha(results, list(rows))},
         ),
         (
             "Equal bytes of cache",

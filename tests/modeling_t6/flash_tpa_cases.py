@@ -6,13 +6,14 @@ Random cases of FlashTPA, and the reference in float64.
 
 import math
 import random
-import sys
 
 import torch
 
 from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.flash_tpa_t6 import flash_tpa
 from modeling_t6.quantized_rows_t6 import rotate_features
+
+from .random_cases import run_cases
 
 
 # float16 has 11 significant bits and bfloat16 8: the products' weights are rounded to them, and the sum averages that.
@@ -146,25 +147,11 @@ def relative_error(case: dict, device: str) -> float:
     return ((output.cpu().double() - expected).norm() / expected.norm()).item()
 
 
-def _run(seed: int) -> tuple[dict, float]:
+def _run(seed: int) -> tuple[str, dict, float, float]:
     torch.set_num_threads(1)
     case = random_case(seed)
-    return case, relative_error(case, "cuda")
-
-
-def main() -> None:
-    first, last = int(sys.argv[1]), int(sys.argv[2])
-    worst, failures = {}, 0
-    with torch.multiprocessing.get_context("spawn").Pool(int(sys.argv[3]) if len(sys.argv) > 3 else None) as pool:
-        for case, error in pool.imap_unordered(_run, range(first, last), chunksize=4):
-            name = f"{case['dtype']}, {case['rows']}"
-            worst[name] = max(worst.get(name, 0.0), error)
-            if not error <= tolerance(case):
-                failures += 1
-                print(f"error {error:.2e}: {case}")
-    print(f"{last - first} random shapes, {failures} failures; worst errors {worst}")
-    sys.exit(failures > 0)
+    return f"{case['dtype']}, {case['rows']}", case, relative_error(case, "cuda"), tolerance(case)
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(_run, chunksize=4)

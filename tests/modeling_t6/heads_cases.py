@@ -6,11 +6,12 @@ Random cases of the kernels from the product of a layer's factors to its heads a
 
 import math
 import random
-import sys
 
 import torch
 
 from modeling_t6.heads_at_once_t6 import HeadsAtOnce
+
+from .random_cases import run_cases
 
 
 # Of the norm: sums of up to 256 products in float32, rounded once to the dtype.
@@ -81,8 +82,9 @@ def leaves_of(inputs: list[torch.Tensor | None], dtype: torch.dtype | None = Non
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the norm; of numbers that are none, the norm itself."""
-    return ((result.double() - expected).norm() / max(expected.norm().item(), 1e-30)).item()
+    """Of the norm; where the expected is zero, the norm itself; infinite where something is not a number, which no maximum hides."""
+    ratio = ((result.double() - expected).norm() / max(expected.norm().item(), 1e-30)).item()
+    return math.inf if math.isnan(ratio) else ratio
 
 
 def results_and_expected(
@@ -114,7 +116,7 @@ def random_errors(seed: int, device: str, normed: bool = True) -> tuple[tuple, t
     return shape, dtype, [error(*pair) for pair in zip(results, expected)]
 
 
-def _run(seed: int) -> tuple[tuple, torch.dtype, bool, list[float]]:
+def _run(seed: int) -> tuple[str, tuple, float, float]:
     torch.set_num_threads(1)
     empty = torch.Tensor.new_empty
     # What no kernel writes is not a number.
@@ -124,22 +126,9 @@ def _run(seed: int) -> tuple[tuple, torch.dtype, bool, list[float]]:
         shape, dtype, errors = random_errors(seed, "cuda", normed)
     finally:
         torch.Tensor.new_empty = empty
-    return shape, dtype, normed, errors
-
-
-def main() -> None:
-    first, last = int(sys.argv[1]), int(sys.argv[2])
-    worst, failures = {}, 0
-    with torch.multiprocessing.get_context("spawn").Pool(int(sys.argv[3]) if len(sys.argv) > 3 else None) as pool:
-        for shape, dtype, normed, errors in pool.imap_unordered(_run, range(first, last)):
-            name = f"{dtype}, {'normed' if normed else 'plain'}"
-            worst[name] = max(worst.get(name, 0.0), *errors)
-            if not max(errors) <= (NORMED_TOLERANCES if normed else TOLERANCES)[dtype]:
-                failures += 1
-                print(f"errors {', '.join(f'{x:.1e}' for x in errors)}: {shape}, {name}")
-    print(f"{last - first} random shapes, {failures} failures; worst errors {worst}")
-    sys.exit(failures > 0)
+    name = f"{dtype}, {'normed' if normed else 'plain'}"
+    return name, shape, max(errors), (NORMED_TOLERANCES if normed else TOLERANCES)[dtype]
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(_run)

@@ -7,7 +7,6 @@ Random cases of the kernels between projections and pages, and their references 
 
 import math
 import random
-import sys
 
 import torch
 from torch import nn
@@ -24,6 +23,8 @@ from modeling_t6.factor_pages_t6 import (
     store_projections,
 )
 from modeling_t6.factors_t6 import TensorProductFactors
+
+from .random_cases import run_cases
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -310,30 +311,19 @@ def check_form(case: dict, device: str, form=form_heads_from_pages) -> None:
         assert actual[total:].isnan().all(), f"{name}: other rows of the workspace are written"
 
 
-def _run(seed: int) -> str | None:
+def _run(seed: int) -> tuple[str, str, float, float]:
     torch.set_num_threads(1)
     case = random_case(seed)
     if seed % 2 == 0:
         case |= {"tokens": 60 * case["tokens"], "requests": 40 * case["requests"] % 199}
+    failures = []
     for check in (check_store, check_form):
         try:
             check(case, "cuda")
         except AssertionError as error:
-            return f"{check.__name__} {case}: {error}"
-    return None
-
-
-def main() -> None:
-    seeds, processes = range(int(sys.argv[1]), int(sys.argv[2])), int(sys.argv[3]) if len(sys.argv) > 3 else None
-    if processes == 0:
-        results = list(map(_run, seeds))
-    else:
-        with torch.multiprocessing.get_context("spawn").Pool(processes) as pool:
-            results = list(pool.imap_unordered(_run, seeds, chunksize=2))
-    failures = [failure for failure in results if failure]
-    print(*failures, f"{len(results)} random cases, {len(failures)} failures", sep="\n")
-    sys.exit(len(failures) > 0)
+            failures.append(f"{check.__name__}: {error}")
+    return "failed checks", "\n".join([str(case), *failures]), float(len(failures)), 0.0
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(_run, chunksize=2)

@@ -9,6 +9,8 @@ import itertools
 import math
 import random
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -16,6 +18,7 @@ from modeling_t6.cache_t6 import FactorLayout
 from modeling_t6.flash_tpa_pages_t6 import Pieces, paged_flash_tpa, schedule_pieces
 
 from .flash_tpa_cases import HEADS, TOLERANCES, low_bit_model
+from .random_cases import run_cases
 
 
 NO_PAGE = 10**9  # what a table holds where there is no page: no memory lies there
@@ -195,29 +198,15 @@ def small_case(seed: int, **fixed) -> dict:
     return case
 
 
-def _run(seed: int) -> tuple[dict, float]:
+def _run(case_of: Callable[[int], dict], seed: int) -> tuple[str, dict, float, float]:
     torch.set_num_threads(1)
-    case = random_case(seed)
-    return case, relative_error(case, "cuda")
-
-
-def main() -> None:
-    first, last = int(sys.argv[1]), int(sys.argv[2])
-    worst, failures = {}, 0
-    if sys.argv[3:] == ["small"]:
-        results = ((case, relative_error(case, "cuda")) for case in map(small_case, range(first, last)))
-    else:
-        pool = torch.multiprocessing.get_context("spawn").Pool(int(sys.argv[3]) if len(sys.argv) > 3 else None)
-        results = pool.imap_unordered(_run, range(first, last), chunksize=4)
-    for case, error in results:
-        name = f"{case['dtype']}{' over float8' * case['float8']}"
-        worst[name] = max(worst.get(name, 0.0), error)
-        if not error <= TOLERANCES[case["dtype"]]:
-            failures += 1
-            print(f"error {error:.2e}: {case}", flush=True)
-    print(f"{last - first} random batches, {failures} failures; worst errors {worst}")
-    sys.exit(failures > 0)
+    case = case_of(seed)
+    name = f"{case['dtype']}{' over float8' * case['float8']}"
+    return name, case, relative_error(case, "cuda"), TOLERANCES[case["dtype"]]
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[3:] == ["small"]:
+        run_cases(partial(_run, small_case), processes=0)
+    else:
+        run_cases(partial(_run, random_case), chunksize=4)

@@ -1,5 +1,7 @@
 """What Triton's interpreter does not do by itself: bfloat16 arithmetic, checks of every address and launch, and some haste."""
 
+import dataclasses
+
 import numpy as np
 import torch
 from triton.runtime import interpreter
@@ -12,7 +14,13 @@ def compute_as_a_gpu(monkeypatch, float8: bool = False) -> None:
         round_float8(monkeypatch)
     check_addresses(monkeypatch)
     check_options(monkeypatch)
+    make_haste(monkeypatch)
+
+
+def make_haste(monkeypatch) -> None:
+    """Half of the interpreter's time is for nothing."""
     patch_language_once(monkeypatch)
+    leave_out_unused(monkeypatch)
 
 
 def compute_bfloat16(monkeypatch) -> None:
@@ -128,12 +136,13 @@ def patch_language_once(monkeypatch) -> None:
     For each call of one jitted function by another, the interpreter looks through Triton's language for what it replaces,
     and finds it replaced: a third of its time. Once a launch is enough.
     """
-    plain_patch, patched = interpreter._patch_lang, set()
+    plain_patch, patched, languages_of = interpreter._patch_lang, set(), {}
 
     def patch_lang(fn):
-        languages = {
-            value.__name__ for value in fn.__globals__.values() if value in (interpreter.tl, interpreter.tl.core)
-        }
+        if fn not in languages_of:
+            known = interpreter.tl, interpreter.tl.core
+            languages_of[fn] = {value.__name__ for value in fn.__globals__.values() if value in known}
+        languages = languages_of[fn]
         if languages <= patched:
             return interpreter._LangPatchScope()
         scope = plain_patch(fn)
@@ -144,3 +153,21 @@ def patch_language_once(monkeypatch) -> None:
         return scope
 
     monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
+
+
+def leave_out_unused(monkeypatch) -> None:
+    """
+    For each sum and product of integers the interpreter computes whether it overflows, in eight more operations, and asserts that
+    only with `debug`, which is off. And for each number it makes a table of all dtypes.
+    """
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+    plain, dtypes = interpreter._get_np_dtype, {}
+
+    def get_np_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = plain(dtype)
+        return dtypes[name]
+
+    monkeypatch.setattr(interpreter, "_get_np_dtype", get_np_dtype)

@@ -140,6 +140,6 @@ def test_gradients_as_an_operator(launches, monkeypatch):
     if DEVICE == "cpu":
         from . import interpreter
 
-        interpreter.patch_language_once(monkeypatch)
+        interpreter.make_haste(monkeypatch)
     gradient = torch.randn(2, 3, 5, 16, device=DEVICE)
     torch.library.opcheck(heads_t6._gradients_op, (gradient, a, b), test_utils=("test_schema", "test_faketensor"))

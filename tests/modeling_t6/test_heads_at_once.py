@@ -327,7 +327,7 @@ def test_operators(normed, launches, monkeypatch):
     if DEVICE == "cpu":
         from . import interpreter
 
-        interpreter.patch_language_once(monkeypatch)
+        interpreter.make_haste(monkeypatch)
     tests = {"test_utils": ("test_schema", "test_faketensor")}
     rest = product.nan_to_num(), *inputs, list(ranks), list(num_heads), head_dim, eps
     gradients = [torch.randn(3, 5, heads, head_dim, device=DEVICE) for heads in num_heads]

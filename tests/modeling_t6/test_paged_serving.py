@@ -39,7 +39,7 @@ def checked_interpreter(monkeypatch):
         from . import interpreter
 
         interpreter.check_addresses(monkeypatch)
-        interpreter.patch_language_once(monkeypatch)
+        interpreter.make_haste(monkeypatch)
 
 
 def served_model(**overrides):

@@ -12,6 +12,7 @@ import torch
 from modeling_t6 import T6Cache, T6ForCausalLM
 from vllm_t6 import attention
 
+from ..modeling_t6 import interpreter
 from ..modeling_t6.common import random_model, tiny_config
 from .common import MIXED_LAYERS, ask, assert_same, engine, generate, metric, random_prompts, serve_exactly
 
@@ -179,7 +180,8 @@ def test_pipeline_parallelism(tmp_path, processes):
 
 
 def serve_interpreted(folder: Path, prompts: list[torch.Tensor]) -> tuple[list, int]:
-    """Outputs, and how often the kernel was called."""
+    """Outputs, and how often the kernel was called, in a process of its own."""
+    interpreter.make_haste(pytest.MonkeyPatch())
     calls, kernel = [], attention.paged_flash_tpa
     attention.paged_flash_tpa = lambda *args, **kwargs: calls.append(args) or kernel(*args, **kwargs)
     with engine(folder) as llm:

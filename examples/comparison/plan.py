@@ -98,10 +98,21 @@ def rates_to_try(results: dict, name: str) -> list[float]:
     return [rate for rate in near if not any(math.isclose(rate, other) for other in tried)]
 
 
-def step_seconds(results: dict, name: str) -> float | None:
-    """Seconds of a step, the minimum over all runs of the model: other work on the machine makes steps slower, never faster."""
-    runs = results["runs"].values()
-    return min((run["ms_per_step"] / 1e3 for run in runs if run["name"] == name), default=None)
+def step_seconds(results: dict, name: str, gpu: str | None = None) -> float | None:
+    """Seconds of a step, the minimum over all runs of the model (on `gpu`): other work on the machine makes steps slower, never faster."""
+    runs = [run for run in results["runs"].values() if run["name"] == name and gpu in (None, run.get("gpu"))]
+    return min((run["ms_per_step"] / 1e3 for run in runs), default=None)
+
+
+def seconds_side_by_side(results: dict, names: list[str]) -> dict[str, float]:
+    """
+    Seconds of a step of each of `names`, on the GPU that was fastest of those that ran them all, if there is one, as GPUs of one kind
+    differ by some percent; empty if one of `names` has not run yet.
+    """
+    gpus = {run.get("gpu") for run in results["runs"].values()} - {None}
+    on_each = [{name: step_seconds(results, name, gpu) for name in names} for gpu in (None, *gpus)]
+    on_any, *together = [seconds for seconds in on_each if None not in seconds.values()] or [{}]
+    return min(together, key=lambda seconds: sum(seconds.values()), default=on_any)
 
 
 def cache_limit(results: dict) -> float:
@@ -144,10 +155,8 @@ def steps_of_equal_time(results: dict, names: list[str]) -> dict[str, int]:
     The number of steps with which each of `names` takes as long as the slowest of them does for its `max_steps`; empty if one has not run yet.
     Times change a little as runs are added, so a number of steps that a model already has runs of is taken if it is close.
     """
-    seconds = {name: step_seconds(results, name) for name in names}
-    if None in seconds.values() or not seconds:
-        return {}
-    slowest, steps, chosen = max(seconds.values()), results["settings"]["max_steps"], {}
+    seconds = seconds_side_by_side(results, names)
+    slowest, steps, chosen = max(seconds.values(), default=0.0), results["settings"]["max_steps"], {}
     for name, of in seconds.items():
         wanted = steps * slowest / of
         had = {steps, *(run["steps"] for run in results["runs"].values() if run["name"] == name)}

@@ -151,6 +151,7 @@ class Training(captured.CapturedTraining):
             "is_compiled": self.is_compiled,
             "is_captured": self.is_captured,
             "device": torch.cuda.get_device_name() if self.is_on_gpu else "cpu",
+            "gpu": str(torch.cuda.get_device_properties().uuid) if self.is_on_gpu else None,
             "torch": torch.__version__,
             "curve": curve,
         }

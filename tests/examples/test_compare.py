@@ -153,6 +153,14 @@ def test_equal_times():
     assert plan.steps_of_equal_time(results_with(runs | other, {"T6": 50.4, "MHA": 40.0}), ["T6", "MHA"])["MHA"] == 125
     assert plan.steps_of_equal_time(results_with(runs | other, {"T6": 54.0, "MHA": 40.0}), ["T6", "MHA"])["MHA"] == 140
 
+    # A faster GPU that has run one of the two only says nothing.
+    second = plan.Run("T6", 1e-3, 1, 100)
+    results = results_with(runs | {second: 2.0}, {"T6": 50.0, "MHA": 40.0})
+    for run in results["runs"].values():
+        run["gpu"] = "one"
+    results["runs"][second.key] |= {"gpu": "faster", "ms_per_step": 42.0}
+    assert plan.steps_of_equal_time(results, ["T6", "MHA"]) == {"T6": 100, "MHA": 120}
+
 
 @pytest.mark.parametrize(
     "ours, theirs, expected",
@@ -314,7 +322,7 @@ def test_one_graph_for_all_layers(opened, name, monkeypatch):
 FIELDS = [
     "name", "learning_rate", "seed", "steps", "tokens", "loss", "loss_by_kind", "non_embedding_parameters", "heads",
     "key_value_heads", "intermediate_size", "cache_bytes_per_token", "ms_per_step", "tokens_per_second", "seconds",
-    "memory_gib", "is_compiled", "is_captured", "device", "torch", "curve",
+    "memory_gib", "is_compiled", "is_captured", "device", "gpu", "torch", "curve",
 ]  # fmt: skip
 
 

@@ -81,9 +81,12 @@ def leaves_of(inputs: list[torch.Tensor | None], dtype: torch.dtype | None = Non
     return [None if x is None else x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in inputs[:3]]
 
 
-def error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the norm; where the expected is zero, the norm itself; infinite where something is not a number, which no maximum hides."""
-    ratio = ((result.double() - expected).norm() / max(expected.norm().item(), 1e-30)).item()
+def error(result: torch.Tensor, expected: torch.Tensor, size: float = 1e-30) -> float:
+    """
+    As a part of the norm, or of `size` if that is larger; where the expected is zero, the norm itself; infinite where something is not
+    a number, which no maximum hides.
+    """
+    ratio = ((result.double() - expected).norm() / max(expected.norm().item(), size)).item()
     return math.inf if math.isnan(ratio) else ratio
 
 
@@ -92,17 +95,25 @@ def results_and_expected(
     sizes: tuple,
     leaves: list[torch.Tensor | None] | None = None,
     num_outputs: int = 3,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Queries, keys and values, and the gradients of what has any: by kernels, and in float64."""
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+    """
+    Queries, keys and values, and the gradients of what has any: by kernels, in float64, and how large the numbers are of whose rounding
+    their errors are made. The gradient of a norm's weight is a sum over tokens and heads, which may cancel; its terms may not.
+    """
     leaves, wide = leaves_of(inputs) if leaves is None else leaves, leaves_of(inputs, torch.float64)
+    for index in (1, 2) if wide[1] is not None else ():  # one of each token and head, whose gradients are the terms
+        places = *inputs[0].shape[:2], sizes[1][index - 1]
+        wide[index] = wide[index].detach().expand(*places, -1).clone().requires_grad_()
     expected = reference(*wide, *(x.double() for x in inputs[3:]), *sizes)[:num_outputs]
     heads = HeadsAtOnce.apply(*leaves, *inputs[3:], *sizes)[:num_outputs]
     # As attention returns them, heads before tokens.
     gradients = [torch.randn_like(x.transpose(1, 2).contiguous()).transpose(1, 2) for x in heads]
     leaves, wide = ([x for x in tensors if x is not None] for tensors in (leaves, wide))
     results = torch.autograd.grad(heads, leaves, gradients)
-    expected_gradients = torch.autograd.grad(expected, wide, [x.double() for x in gradients])
-    return [*heads, *results], [*expected, *expected_gradients]
+    of_product, *terms = torch.autograd.grad(expected, wide, [x.double() for x in gradients])
+    exact = [*expected, of_product]
+    scales = [x.norm().item() for x in (*exact, *terms)]
+    return [*heads, *results], [*exact, *(x.sum((0, 1, 2)) for x in terms)], scales
 
 
 def random_errors(seed: int, device: str, normed: bool = True) -> tuple[tuple, torch.dtype, list[float]]:
@@ -110,10 +121,10 @@ def random_errors(seed: int, device: str, normed: bool = True) -> tuple[tuple, t
     choose = random.Random(seed)
     shape, dtype = random_shape(choose), choose.choice(list(TOLERANCES))
     torch.manual_seed(seed)
-    results, expected = results_and_expected(*inputs_of(shape, dtype, normed, device))
+    results, expected, scales = results_and_expected(*inputs_of(shape, dtype, normed, device))
     columns = sum(rank * (heads + shape[5]) for rank, heads in zip(shape[2], (shape[3], shape[4], shape[4])))
     assert not results[3][..., columns:].any(), "the gradient of the padding is not zero"
-    return shape, dtype, [error(*pair) for pair in zip(results, expected)]
+    return shape, dtype, [error(*numbers) for numbers in zip(results, expected, scales)]
 
 
 def _run(seed: int) -> tuple[str, tuple, float, float]:

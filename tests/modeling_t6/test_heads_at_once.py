@@ -64,10 +64,10 @@ def launches(monkeypatch):
 def test_heads_and_gradient(shape, dtype, normed, launches):
     torch.manual_seed(shape[3])
     inputs, sizes = inputs_of(shape, dtype, normed, DEVICE)
-    results, expected = results_and_expected(inputs, sizes)
+    results, *expected = results_and_expected(inputs, sizes)
     assert launches == ["_form", "_gradient"]
     tolerance = (NORMED_TOLERANCES if normed else TOLERANCES)[dtype]
-    assert [error(*pair) < tolerance for pair in zip(results, expected)] == [True] * (6 if normed else 4)
+    assert [error(*numbers) < tolerance for numbers in zip(results, *expected)] == [True] * (6 if normed else 4)
     is_padding = inputs[0][0, 0].isnan()
     assert not results[3][..., is_padding].any()  # which goes on to the hidden states
     assert {x.dtype for x in results} == {dtype}
@@ -88,8 +88,8 @@ def test_small_and_large_factors(scales, launches):
     product = product.nan_to_num()
     product[..., : 10 * 64] *= scales[1]  # B, then A
     product[..., 10 * 64 :] *= scales[0]
-    results, expected = results_and_expected([product, *rest], (*sizes, 1e-6), num_outputs=2)
-    errors = [error(*pair) for pair in zip(results, expected)]
+    results, *expected = results_and_expected([product, *rest], (*sizes, 1e-6), num_outputs=2)
+    errors = [error(*numbers) for numbers in zip(results, *expected)]
     assert max(errors) < NORMED_TOLERANCES[torch.float16], errors
 
 
@@ -97,9 +97,9 @@ def test_weights_of_another_dtype(launches):
     """Under autocast norms have weights of float32, factors are of bfloat16: each gradient is of its own."""
     inputs, sizes = inputs_of(SHAPES[0], torch.bfloat16, True, DEVICE)
     leaves = [leaves_of(inputs)[0], *leaves_of(inputs, torch.float32)[1:]]
-    results, expected = results_and_expected(inputs, sizes, leaves)
+    results, *expected = results_and_expected(inputs, sizes, leaves)
     assert [x.dtype for x in results] == [torch.bfloat16] * 4 + [torch.float32] * 2
-    assert max(error(*pair) for pair in zip(results, expected)) < NORMED_TOLERANCES[torch.bfloat16]
+    assert max(error(*numbers) for numbers in zip(results, *expected)) < NORMED_TOLERANCES[torch.bfloat16]
 
 
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])

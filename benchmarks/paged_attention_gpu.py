@@ -116,7 +116,7 @@ class Requests:
     def attend(self, copy: int = 0) -> torch.Tensor:
         rows = self.pages[copy].split(self.width, dim=-1)
         return paged_flash_tpa(
-            self.query, *rows, self.table, self.lengths, self.starts, self.pieces, self.rank, self.rank,
+            self.query, *rows, self.table, self.lengths, self.pieces, self.rank, self.rank,
             self.head_dim**-0.5, 1,
         )  # fmt: skip
 

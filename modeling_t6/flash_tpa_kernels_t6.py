@@ -920,9 +920,10 @@ def _combine(
     output = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for _ in tl.range(0, num_splits, BLOCK_S):
         lse = tl.load(lse_ptr + first + splits * COLUMNS, mask=splits < num_splits, other=-float("inf"))
+        following = _load_pieces(partial_ptr, first, splits + BLOCK_S, features, num_splits, COLUMNS, HEAD_DIM)
         output += piece * tl.exp2(lse - maximum)[:, None]
         splits += BLOCK_S
-        piece = _load_pieces(partial_ptr, first, splits, features, num_splits, COLUMNS, HEAD_DIM)
+        piece = following
     return tl.sum(output, 0) / (normalizer * V_RANK)
 
 
@@ -964,27 +965,22 @@ def combine_kernel(
 
 
 @triton.jit
-def _load_entry(splits_ptr, query_starts_ptr, i, num_columns, COLUMNS: tl.constexpr, NUM_QUERIES: tl.constexpr):
+def _load_entry(splits_ptr, i, is_column, COLUMNS: tl.constexpr):
     """For the request of the `i`-th column: its first partial result, the number of its pieces, its query tokens' first and end."""
     entry_ptr = splits_ptr + 4 * (1 + i // COLUMNS)
-    is_column = i < num_columns
-    place = tl.load(entry_ptr + 1, mask=is_column, other=0, eviction_policy="evict_last")
-    num_splits = tl.load(entry_ptr + 2, mask=is_column, other=0, eviction_policy="evict_last")
-    token = tl.load(entry_ptr + 3, mask=is_column, other=0, eviction_policy="evict_last")
-    end = token + 1
-    if NUM_QUERIES > 1:
-        request = tl.load(entry_ptr, mask=is_column, other=0, eviction_policy="evict_last")
-        end = tl.load(query_starts_ptr + request + 1, mask=is_column, other=0, eviction_policy="evict_last")
+    place = tl.load(entry_ptr, mask=is_column, other=0, eviction_policy="evict_last")
+    num_splits = tl.load(entry_ptr + 1, mask=is_column, other=0, eviction_policy="evict_last")
+    token = tl.load(entry_ptr + 2, mask=is_column, other=0, eviction_policy="evict_last")
+    end = tl.load(entry_ptr + 3, mask=is_column, other=0, eviction_policy="evict_last")
     return place, num_splits, token, end
 
 
-@triton.jit(do_not_specialize=["splits_ptr", "query_starts_ptr", "out_stride_t", "out_stride_h"])
+@triton.jit(do_not_specialize=["splits_ptr", "out_stride_t", "out_stride_h"])
 def combine_pages_kernel(
     partial_ptr,
     lse_ptr,
     out_ptr,
     splits_ptr,
-    query_starts_ptr,
     out_stride_t,
     out_stride_h,
     NUM_QUERIES: tl.constexpr,
@@ -1000,11 +996,10 @@ def combine_pages_kernel(
     COLUMNS: tl.constexpr = NUM_QUERIES * NUM_HEADS
     features = tl.arange(0, BLOCK_D)
     first = tl.program_id(0)
+    # The schedule was written before the decode kernel started, so reading it need not wait. There is an entry for every first
+    # column, which is read without waiting for the number of columns.
+    place, num_splits, token, end = _load_entry(splits_ptr, first, True, COLUMNS)
     num_columns = tl.load(splits_ptr, eviction_policy="evict_last") * COLUMNS
-    # The schedule was written before the decode kernel started, so reading it need not wait.
-    place, num_splits, token, end = _load_entry(
-        splits_ptr, query_starts_ptr, first, num_columns, COLUMNS, NUM_QUERIES
-    )  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     for i in tl.range(first, num_columns, tl.num_programs(0)):
@@ -1016,9 +1011,8 @@ def combine_pages_kernel(
             )  # fmt: skip
             column_ptr = out_ptr + column_token.to(tl.int64) * out_stride_t + i % NUM_HEADS * out_stride_h
             tl.store(column_ptr + features, output, mask=features < HEAD_DIM)
-        place, num_splits, token, end = _load_entry(
-            splits_ptr, query_starts_ptr, i + tl.num_programs(0), num_columns, COLUMNS, NUM_QUERIES
-        )  # fmt: skip
+        following = i + tl.num_programs(0)
+        place, num_splits, token, end = _load_entry(splits_ptr, following, following < num_columns, COLUMNS)
 
 
 @triton.jit
@@ -1059,9 +1053,9 @@ def schedule_kernel(
 
     A slot [8] is the request (-1: none), the first row and the end of the piece, the index of its partial result (-1: the piece is
     the whole request), the request's first query token, the last row that this token sees, the number of query tokens, and an unused
-    element. `splits` [1 + requests, 4] is the number of requests that are divided, then for each of them the request, the index of its
-    first partial result, the number of its pieces, and its first query token. Pieces start on multiples of `TILE`, except for the
-    first one of a sliding window.
+    element. `splits` [1 + requests, 4] is the number of requests that are divided, then for each of them the index of its first
+    partial result, the number of its pieces, and its query tokens' first and end. Pieces start on multiples of `TILE`, except for
+    the first one of a sliding window.
 
     All programs compute the same pieces, and each fills `BLOCK_S` slots.
     """
@@ -1130,11 +1124,10 @@ def schedule_kernel(
         slot_partial += tl.sum(tl.where(is_here, first_partials[None, :], 0), 1)
         entry_ptr = splits_ptr + 4 * (num_splits + tl.cumsum(is_split, 0))
         is_mine = (counts > 1) & (tl.full([BLOCK_R], tl.program_id(0), tl.int32) == 0)
-        tl.store(entry_ptr, requests, mask=is_mine)
-        tl.store(entry_ptr + 1, first_partials, mask=is_mine)
-        tl.store(entry_ptr + 2, counts, mask=is_mine)
-        query_start = tl.load(query_starts_ptr + requests, mask=is_mine & (requests < num_requests), other=0)
-        tl.store(entry_ptr + 3, query_start, mask=is_mine)
+        tl.store(entry_ptr, first_partials, mask=is_mine)
+        tl.store(entry_ptr + 1, counts, mask=is_mine)
+        tl.store(entry_ptr + 2, tl.load(query_starts_ptr + requests, mask=is_mine, other=0), mask=is_mine)
+        tl.store(entry_ptr + 3, tl.load(query_starts_ptr + requests + 1, mask=is_mine, other=0), mask=is_mine)
         num_pieces += tl.sum(counts, 0)
         num_partial += tl.sum(counts * is_split, 0)
         num_splits += tl.sum(is_split, 0)

@@ -50,7 +50,7 @@ except ImportError:
 
 NO_WINDOW = 2**30  # longer than any request
 SCHEDULED_REQUESTS, SCHEDULED_SLOTS, SCHEDULE_WARPS = 1024, 16, 8  # per program of the schedule kernel
-COMBINE_PROGRAMS = 4  # per multiprocessor, as many as its registers hold
+COMBINE_PROGRAMS = 5  # per multiprocessor, as many as its registers hold
 
 
 def _bucket(max_query_length: int) -> int:
@@ -70,8 +70,8 @@ class Pieces:
     Attributes:
         slots: int32 [num_slots, 8], one piece each: the request (-1: unused), the first row and the end, the index of the partial
             result (-1: none, as the piece is a whole request), and more that `schedule_kernel` documents.
-        splits: int32 [1 + num_requests, 4]: the number of requests that have several pieces, then for each of them the request,
-            the index of its first partial result, their number, and its first query token.
+        splits: int32 [1 + num_requests, 4]: the number of requests that have several pieces, then for each of them the index of
+            its first partial result, their number, and its query tokens' first and end.
         num_at_once: the number of pieces that the GPU processes concurrently.
         num_partials: the number of partial results for which there is memory.
         tile: pieces start on multiples of this many tokens, except for the first one of a sliding window.
@@ -189,7 +189,7 @@ def schedule_pieces(lengths: torch.Tensor, query_starts: torch.Tensor, pieces: P
     return pieces
 
 
-def _check(query, key_pages, value_pages, block_table, query_starts, pieces, max_query_length, sliding_window, output):
+def _check(query, key_pages, value_pages, block_table, pieces, max_query_length, sliding_window, output):
     if query.dim() != 3 or query.shape[2] > MAX_HEAD_DIM:
         raise ValueError(f"query must be [tokens, h, d] with d at most {MAX_HEAD_DIM}, got {list(query.shape)}.")
     if key_pages.shape[:2] != value_pages.shape[:2] or key_pages.stride(2) != 1 or value_pages.stride(2) != 1:
@@ -216,7 +216,6 @@ def paged_flash_tpa(
     value_pages: torch.Tensor,
     block_table: torch.Tensor,
     lengths: torch.Tensor,
-    query_starts: torch.Tensor,
     pieces: Pieces,
     k_rank: int,
     v_rank: int,
@@ -241,8 +240,7 @@ def paged_flash_tpa(
             windows, are ignored.
         lengths: int32 [requests], the number of rows of each request, including those of its query tokens: the last query token
             sees all of them, the one before it one less, and so on. 0 for a request without tokens.
-        query_starts: int32 [requests + 1], cumulative numbers of query tokens, from 0.
-        pieces: filled by [`schedule_pieces`] from the same lengths and query starts.
+        pieces: filled by [`schedule_pieces`] from the same lengths, and from the numbers of query tokens.
         scaling: of the scores, positive.
         max_query_length: the largest number of query tokens of a request, 1 to 16.
         key_a, value_a: constant A factors [R_K, h_kv] and [R_V, h_kv]; rows then hold B alone.
@@ -257,7 +255,7 @@ def paged_flash_tpa(
     Raises:
         ValueError: if shapes or strides do not fit, or `pieces` are for another window.
     """
-    _check(query, key_pages, value_pages, block_table, query_starts, pieces, max_query_length, sliding_window, output)
+    _check(query, key_pages, value_pages, block_table, pieces, max_query_length, sliding_window, output)
     num_queries = _bucket(max_query_length)
     _, num_heads, head_dim = query.shape
     if query.stride(-1) != 1:
@@ -286,11 +284,9 @@ def paged_flash_tpa(
         numbers = [0, *numbers, NO_WINDOW if sliding_window is None else sliding_window, *out_strides]
     launches.decode((launches.columns * pieces.slots.shape[0], 1, 1), tensors, numbers)
     # No more programs than pairs of a query token and a head.
-    columns = len(block_table) * num_queries * num_heads
+    columns = pieces.num_requests * num_queries * num_heads
     launches.combine(
-        (min(launches.combine_programs, columns), 1, 1),
-        [partial, lse, output, pieces.splits, query_starts],
-        out_strides,
+        (min(launches.combine_programs, columns), 1, 1), [partial, lse, output, pieces.splits], out_strides
     )
     return output
 

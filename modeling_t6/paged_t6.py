@@ -185,14 +185,12 @@ class DecodingRequests:
         queries: indices of their tokens in the step.
         block_table: int32 [requests, pages].
         lengths: int32 [requests], the number of rows that each attends to, including that of its token.
-        query_starts: int32 [requests + 1].
         pieces: the schedule of the kernel.
     """
 
     queries: slice | torch.Tensor
     block_table: torch.Tensor
     lengths: torch.Tensor
-    query_starts: torch.Tensor
     pieces: Pieces
 
 
@@ -328,7 +326,7 @@ class PagedFactors:
             groups=config.num_key_value_groups,
         )
         pieces = schedule_pieces(lengths, query_starts, pieces)
-        return DecodingRequests(queries, block_table, lengths, query_starts, pieces)
+        return DecodingRequests(queries, block_table, lengths, pieces)
 
     def of_layer(self, layer_idx: int) -> GroupStep:
         return self.steps[self.pages.groups[layer_idx]]
@@ -495,7 +493,6 @@ def paged_attention_forward(
             *attention_mask.pages_of_layer(module.layer_idx, *widths),
             step.decoding.block_table,
             step.decoding.lengths,
-            step.decoding.query_starts,
             step.decoding.pieces,
             module.k_rank,
             module.v_rank,

@@ -160,11 +160,13 @@ class FactorImpl(AttentionImpl):
         heads: torch.Tensor,
     ) -> None:
         """Attention of the requests that decode, whose tokens are the first of `heads` [tokens, h, d]."""
-        batch = query, key_pages, value_pages, metadata.block_table, metadata.lengths, metadata.query_starts
+        batch = query, key_pages, value_pages, metadata.block_table, metadata.lengths
         pieces, (_, key_a, value_a) = metadata.decode_pieces, self.constants
         if pieces is None:
             layouts, constants = (self.key_layout, self.value_layout), (key_a, value_a)
-            paged_factor_space_attention(*batch, layouts, constants, self.scale, self.sliding_window, heads)
+            paged_factor_space_attention(
+                *batch, metadata.query_starts, layouts, constants, self.scale, self.sliding_window, heads
+            )
             return
         if metadata.partials is None:
             metadata.partials = pieces.new_partials(query, metadata.max_decode_queries)

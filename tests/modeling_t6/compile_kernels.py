@@ -135,7 +135,7 @@ def compile_shape(shape: tuple, capability: int, page_size: int = 0):
         constants["PAGES"] = Pages()
         constants |= {name: None for name in low_bit_decode_kernel.arg_names if name in WITHOUT_PAGES}
     types = dict.fromkeys(("query_ptr", "key_a_ptr", "value_a_ptr", "out_ptr"), f"*{dtype}")
-    types |= dict.fromkeys(("slots_ptr", "query_starts_ptr", "table_ptr", "splits_ptr"), "*i32")
+    types |= dict.fromkeys(("slots_ptr", "table_ptr", "splits_ptr"), "*i32")
     types |= {
         "key_ptr": f"*{cache_dtype}", "value_ptr": f"*{cache_dtype}", "length_ptr": "*i32" if page_size else "*i64",
         "partial_ptr": "*fp32", "lse_ptr": "*fp32", "mask_ptr": "*i1" if mask == "boolean" else f"*{dtype}",

@@ -166,7 +166,7 @@ class Batch:
         schedule_pieces(lengths, starts, pieces)
         output = torch.full_like(self.query, UNTOUCHED, device=device)
         returned = paged_flash_tpa(
-            self.query.to(device), self.key_pages, self.value_pages, self.table, lengths, starts, pieces,
+            self.query.to(device), self.key_pages, self.value_pages, self.table, lengths, pieces,
             case["k_rank"], case["v_rank"], self.scaling, case["max_queries"],
             *(None if a is None else a.to(device) for a in self.constants),
             sliding_window=case["sliding_window"], output=output, groups=case["groups"],

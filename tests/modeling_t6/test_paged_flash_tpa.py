@@ -172,9 +172,9 @@ def test_refuses_what_does_not_fit():
     lengths, starts = torch.tensor([20, 3], dtype=torch.int32), torch.arange(3, dtype=torch.int32)
 
     def attend(query=batch.query, table=batch.table, max_query_length=1, **kwargs):
-        query, table, *places = (x.to(DEVICE) for x in (query, table, lengths, starts))
+        query, table, seen = (x.to(DEVICE) for x in (query, table, lengths))
         rows = batch.key_pages, batch.value_pages
-        paged_flash_tpa(query, *rows, table, *places, pieces, 2, 1, 0.2, max_query_length, **kwargs)
+        paged_flash_tpa(query, *rows, table, seen, pieces, 2, 1, 0.2, max_query_length, **kwargs)
 
     with pytest.raises(ValueError, match="sliding_window is 7, that of the pieces None"):
         attend(sliding_window=7)
@@ -217,7 +217,7 @@ def schedule(lengths: list[int], queries: list[int], window: int | None = None, 
     entries = pieces.splits.tolist()
     split = {i: of_request for i, of_request in enumerate(found) if len(of_request) > 1}
     assert entries[1 : 1 + entries[0][0]] == [
-        [i, of_request[0][2], len(of_request), int(starts[i])] for i, of_request in split.items()
+        [of_request[0][2], len(of_request), int(starts[i]), int(starts[i + 1])] for i, of_request in split.items()
     ]
     places = [place for of_request in split.values() for _, _, place in of_request]
     assert places == list(range(len(places))) and len(places) <= pieces.num_partials
@@ -318,7 +318,7 @@ def test_a_graph_is_replayed_for_another_batch(heads, float8, queries):
     def attend():
         schedule_pieces(lengths, starts, pieces)
         rows = pages.split([batches[0].key_pages.shape[2], batches[0].value_pages.shape[2]], -1)
-        return paged_flash_tpa(query, *rows, table, lengths, starts, pieces, 2, 1, scaling, queries)
+        return paged_flash_tpa(query, *rows, table, lengths, pieces, 2, 1, scaling, queries)
 
     scaling = 64**-0.5
     stream = torch.cuda.Stream()

@@ -5,7 +5,7 @@ Each model has its own learning rate: rates are doubled and halved until the bes
 
 1. the first models once, at one rate;
 2. other rates and a second seed of the finalists, the lowest T6 and the lowest twin of each table, and a run of equal time of those with
-   MHA's heads: more heads take longer;
+   MHA's heads and steps about as long as MHA's;
 3. the other models once;
 4. further seeds of the finalists, at equal tokens and at equal time;
 5. rates of all others.
@@ -22,6 +22,7 @@ SEEDS = (0, 1, 2, 3)
 FIRST_MODELS = 8  # that are all tried before rates and seeds of the best of them
 MAX_RATE_FACTOR = 4  # a rate that is tried is at most so many times the first, or one of so many parts
 SAME_TIME = 0.02  # times that differ by less, of the longer, are equal
+MAX_STEP = 1.1  # steps that take longer, as a multiple of the shortest, are not compared at equal time: what they lose is known before
 
 
 class Run(NamedTuple):
@@ -150,6 +151,13 @@ def finalists(results: dict, names: list[str]) -> list[str]:
     return lowest([name for name in ranked if is_t6(name)]) + (chosen if len(chosen) > 1 else twins[:2])
 
 
+def timed_finalists(results: dict, names: list[str]) -> list[str]:
+    """The finalists of those with MHA's heads whose steps are short."""
+    seconds = {name: step_seconds(results, name) for name in with_heads_of_mha(results, names)}
+    shortest = min(seconds.values(), default=0.0)
+    return finalists(results, [name for name in seconds if seconds[name] <= MAX_STEP * shortest])
+
+
 def steps_of_equal_time(results: dict, names: list[str]) -> dict[str, int]:
     """
     The number of steps with which each of `names` takes as long as the slowest of them does for its `max_steps`; empty if one has not run yet.
@@ -187,7 +195,7 @@ def needed_runs(results: dict, names: list[str]) -> list[Run]:
     best = finalists(results, names)
     others = [name for name in names if name not in best and losses_by_rate(results, name)]
     equal_tokens = dict.fromkeys(best, steps)
-    equal_time = steps_of_equal_time(results, with_heads_of_mha(results, best))
+    equal_time = steps_of_equal_time(results, timed_finalists(results, names))
     runs = [
         *first,
         *rates(best, higher=True),

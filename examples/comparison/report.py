@@ -82,7 +82,7 @@ def verdict(rows: Rows) -> str:
 def four_tables(results: dict, rows: Rows) -> list[str]:
     settings, limit = results["settings"], plan.cache_limit(results)
     heads, lines = plan.heads_of_mha(settings), []
-    timed = plan.with_heads_of_mha(results, plan.finalists(results, list(plan.models(settings))))
+    timed = plan.timed_finalists(results, list(plan.models(settings)))
     for title, said, chosen in (
         ("Equal parameters", "Parameters are MHA's to within 1%, by more heads or by a wider MLP.", rows),
         (
@@ -97,8 +97,8 @@ def four_tables(results: dict, rows: Rows) -> list[str]:
         ),
         (
             "Equal training time",
-            f"Of those with {heads} heads, the lowest at equal tokens and the lowest with a cache no larger than GQA's, each trained for as "
-            "long as the slowest of them takes. More heads take longer: the column of milliseconds has how much.",
+            f"Of those with {heads} heads and steps of at most {plan.MAX_STEP:g} times the shortest, the lowest at equal tokens and the "
+            "lowest with a cache no larger than GQA's, each trained for as long as the slowest of them takes.",
             best_runs(results, plan.steps_of_equal_time(results, timed)),
         ),
     ):

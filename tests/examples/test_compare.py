@@ -128,7 +128,7 @@ def test_plan():
 
 
 def test_finalists():
-    """The lowest of each table; more heads are in no run of equal time."""
+    """The lowest of each table; more heads, or long steps, are in no run of equal time."""
     order = ("T6, more heads", "T6, b", "T6", "T6, c", "GQA, more heads", "MHA", "GQA")
     losses = {plan.Run(name, 1e-3, 0, 100): 2 + index / 10 for index, name in enumerate(order)}
     losses |= {plan.Run("T6, c", 2e-3, 0, 100): 2.15}  # at its best rate lower than T6
@@ -138,9 +138,12 @@ def test_finalists():
             run["cache_bytes_per_token"] = 5000
     best = plan.finalists(results, list(order))
     assert best == ["T6, more heads", "T6, b", "T6, c", "GQA, more heads", "MHA"]
-    assert plan.with_heads_of_mha(results, best) == ["T6, b", "T6, c", "MHA"]
+    assert plan.timed_finalists(results, list(order)) == ["T6, b", "T6, c", "MHA", "GQA"]
     needed = plan.needed_runs(results, list(order))
     assert {run.steps for run in needed} == {100}  # none waits for the slow one
+    (slow,) = (run for run in results["runs"].values() if run["name"] == "T6, b")
+    slow["ms_per_step"] = 45.0  # of 40
+    assert plan.timed_finalists(results, list(order)) == ["T6, c", "MHA", "GQA"]
 
 
 def test_equal_times():
@@ -334,7 +337,8 @@ def test_run_and_report(data, tmp_path, monkeypatch, capsys):
     options = ["run", *common, "--work-dir", str(tmp_path / "work"), "--cpu", "--no-compile"]
     monkeypatch.setattr(plan, "SEEDS", (0, 1))
     monkeypatch.setattr(plan, "MAX_RATE_FACTOR", 1)  # no rate but the first
-    monkeypatch.setattr(plan, "SAME_TIME", math.inf)  # times of such steps are chance
+    for name in ("SAME_TIME", "MAX_STEP"):
+        monkeypatch.setattr(plan, name, math.inf)  # times of such steps are chance
     with pytest.raises(SystemExit, match="is no file of compare.py|cannot read"):
         compare.main(["report", "--results", str(results_file), "--output", str(output)])
     compare.main(options)

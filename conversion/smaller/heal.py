@@ -1,8 +1,10 @@
 """Healing: a compressed model learns its source's predictions and hidden states (knowledge distillation)."""
 
 import contextlib
+import math
+import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +36,11 @@ class Windows(Dataset):
 # step are thousands, most of which read and write all that they are given for a sum or a product of it.
 COMPILED_STEPS = 1000
 MAX_GRAPHS = 64  # of a layer that are compiled, one for each pair of ranks
+# At a good rate the loss rises a little while the rate does. Where it rises by more, at these parts of all steps, of a cosine's the
+# highest rates, healing ends worse than it began, or as far behind a lower rate.
+PROBED_AT, PROBED_BATCHES, MAX_RISE = (0.05, 0.1, 0.2), 16, 1.5
+MAX_HALVINGS = 6  # of the rate
+RATE = "learning_rate"  # the file beside the checkpoints that has it, if it was lowered
 
 
 def distillation_loss(
@@ -174,13 +181,76 @@ def make_optimizer(model: PreTrainedModel, name: str, learning_rate: float, fuse
     return join_optimizers(adamw_groups, muon_groups, fused)
 
 
-class FiniteLoss(TrainerCallback):
+class LossHasRisen(ConversionError):
+    """The rate of healing was too high."""
+
+
+class LossMustNotRise(TrainerCallback):
+    """
+    Ends a training at a rate that is too high, by a `LossHasRisen`.
+
+    Args:
+        measure: the loss of the model as it is, of windows that are always the same.
+    """
+
+    def __init__(self, measure: Callable[[], float]):
+        self.measure, self.before, self.at = measure, measure(), list(PROBED_AT)
+        if not math.isfinite(self.before):
+            raise ConversionError(f"cannot heal: the loss is {self.before} before the first step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        passed = [part for part in self.at if state.global_step >= part * state.max_steps]
+        if passed:
+            self.at = self.at[len(passed) :]
+            self.check(state.global_step, self.measure(), MAX_RISE * self.before)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is not None and not loss < float("inf"):
-            raise ConversionError(
-                f"healing failed at step {state.global_step}: the loss is {loss}; lower --heal-learning-rate"
+        self.check(state.global_step, (logs or {}).get("loss", 0.0), torch.finfo(torch.float32).max)
+
+    def check(self, step: int, loss: float, most: float) -> None:
+        if not loss <= most:  # or is not a number
+            raise LossHasRisen(
+                f"healing failed at step {step}: the loss is {loss:.4g}, and was {self.before:.4g} before; lower --heal-learning-rate"
             )
+
+
+def healed(
+    load: Callable[[], T6ForCausalLM],
+    teacher: PreTrainedModel,
+    ids: torch.Tensor,
+    folder: Path,
+    *,
+    learning_rate: float,
+    **options,
+) -> T6ForCausalLM:
+    """
+    A model that `load` returns, healed as by [`heal`]: where the loss rises too much, from the start again at half the rate.
+
+    Args:
+        learning_rate: the first that is tried.
+        options: of `heal`.
+
+    Raises:
+        LossHasRisen: the loss rises at the lowest of `MAX_HALVINGS` lower rates, too.
+    """
+    record = folder / RATE
+    rate = float(record.read_text(encoding="utf-8")) if record.exists() else learning_rate
+    while True:
+        model = load()
+        try:
+            heal(model, teacher, ids, folder, learning_rate=rate, **options)
+            return model
+        except LossHasRisen as error:
+            rate /= 2
+            if rate < learning_rate / 2**MAX_HALVINGS:
+                raise
+            print(f"{error}: begins anew at {rate:g}", flush=True)
+        del model
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        partial = folder / f"{RATE}.partial"
+        partial.write_text(f"{rate!r}\n", encoding="utf-8")
+        partial.replace(record)
 
 
 def heal(
@@ -216,6 +286,9 @@ def heal(
 
     Returns:
         The number of the last step.
+
+    Raises:
+        LossHasRisen: the rate is too high.
     """
     on_gpu = torch.device(device).type == "cuda"
     args = TrainingArguments(
@@ -248,13 +321,25 @@ def heal(
         teacher=teacher,
         cross_entropy=cross_entropy,
         loss_function=torch.compile(distillation_loss, dynamic=False) if compiled else distillation_loss,
-        callbacks=[FiniteLoss(), *callbacks],
+        callbacks=[*callbacks],
         optimizers=(make_optimizer(model, optimizer, learning_rate, fused=on_gpu), None),
     )
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         print(f"healing goes on from {checkpoint.name}")
+
+    def measure() -> float:
+        """With gradients, which are not computed: without, layers would be compiled once more."""
+        model.train()
+        losses = []
+        for batch in ids[: PROBED_BATCHES * batch_size].to(trainer.args.device).split(batch_size):
+            if len(batch) == batch_size or not losses:  # a smaller one would be compiled again
+                with trainer.accelerator.autocast():
+                    losses.append(trainer.compute_loss(model, {"input_ids": batch}).item())
+        return sum(losses) / len(losses)
+
     with rounded_rows(model), compiled_layers(model, teacher) if compiled else contextlib.nullcontext():
+        trainer.add_callback(LossMustNotRise(measure))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache  # Trainer turns it off
     model.eval()

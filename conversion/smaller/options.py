@@ -93,7 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--heal-learning-rate", type=positive(float), metavar="X",
-        help=f"({LEARNING_RATES['fit']:g}, mean-pool {LEARNING_RATES['mean-pool']:g}, three times that with muon)",
+        help="the highest, which is halved where the loss rises "
+        f"({LEARNING_RATES['fit']:g}, mean-pool {LEARNING_RATES['mean-pool']:g}, three times that with muon)",
     )  # fmt: skip
     group.add_argument(
         "--heal-cross-entropy", type=not_negative(float), default=0.0, metavar="X",

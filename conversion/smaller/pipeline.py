@@ -15,7 +15,7 @@ from ..files.folders import new_folder
 from ..files.tokenizer import load_tokenizer
 from . import text
 from .compress import compress
-from .heal import COMPILED_STEPS, heal
+from .heal import COMPILED_STEPS, healed
 from .languages import Language, find_language
 from .measure import cache_bytes_per_token, perplexity
 from .questions import make_questions
@@ -213,12 +213,13 @@ def make_smaller(
         save(model, folder)
         return rows
 
-    model = model.float()
+    del model
     with stage("healing"):
-        heal(
-            model, source_model, texts.healing, working / CHECKPOINTS, steps=args.heal_steps, batch_size=args.batch_size,
-            accumulation=args.heal_accumulation, optimizer=args.heal_optimizer, learning_rate=args.heal_learning_rate,
-            cross_entropy=args.heal_cross_entropy, seed=args.seed, device=device,
+        model = healed(
+            lambda: load(T6ForCausalLM, compressed_folder).float(), source_model, texts.healing, working / CHECKPOINTS,
+            steps=args.heal_steps, batch_size=args.batch_size, accumulation=args.heal_accumulation, optimizer=args.heal_optimizer,
+            learning_rate=args.heal_learning_rate, cross_entropy=args.heal_cross_entropy, seed=args.seed,
+            device=device,
             compiled=torch.device(device).type == "cuda" and args.heal_steps >= COMPILED_STEPS,
         )  # fmt: skip
     save(model, folder)

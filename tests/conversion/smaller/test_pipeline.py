@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerS
 from conversion.__main__ import main, parse_args
 from conversion.files.folders import last_checkpoint
 from conversion.files.tokenizer import load_tokenizer
+from conversion.smaller import heal, text
 from conversion.smaller import options as smaller_options
-from conversion.smaller import pipeline, text
 from conversion.smaller.heal import DistillationTrainer, compiled_layers, distillation_loss, make_optimizer, run
 from conversion.smaller.pipeline import Texts
 from conversion.smaller.straight_through import rounded_rows
@@ -75,7 +76,7 @@ def test_a_model_without_numbers_is_not_written(folder, tmp_path, monkeypatch, c
     def diverges(model, *args, **kwargs):
         model.lm_head.weight.data.fill_(math.nan)
 
-    monkeypatch.setattr(pipeline, "heal", diverges)
+    monkeypatch.setattr(heal, "heal", diverges)
     ranks = ["--k-rank", "2", "--v-rank", "2", "--retrieval-samples", "0"]
     assert main(options(folder, tmp_path / "t6", *ranks, *healing(folder, 2))) == 1
     assert "the healed model has perplexity nan: expected a number; lower --heal-learning-rate" in last_error(capsys)
@@ -366,8 +367,37 @@ def test_a_loss_that_is_no_number(folder, tmp_path, capsys, monkeypatch):
         DistillationTrainer, "compute_loss", lambda *args, **kwargs: compute_loss(*args, **kwargs) * float("nan")
     )
     assert main(options(folder, tmp_path / "t6", "--k-rank", "1", *healing(folder, 40))) == 1
-    assert "lower --heal-learning-rate" in last_error(capsys)
+    assert "cannot heal: the loss is nan" in last_error(capsys)
     assert not (tmp_path / "t6").exists()
+
+
+@pytest.mark.once
+def test_a_rate_that_is_too_high_is_halved(folder, tmp_path, capsys, monkeypatch):
+    """A killed run goes on at the lower rate; where no rate is low enough, nothing is written."""
+    rates, compute = [], heal.heal
+
+    def heal_at(*args, learning_rate: float, **options):
+        rates.append(learning_rate)
+        if len(rates) == 5:
+            raise KeyboardInterrupt
+        return compute(*args, learning_rate=learning_rate, **options)
+
+    monkeypatch.setattr(heal, "heal", heal_at)
+    more = ["--k-rank", "1", *healing(folder, 40)[:-1]]
+    assert main(options(folder, tmp_path / "t6", *more, "2")) == 130
+    assert rates == [2, 1, 0.5, 0.25, 0.125]
+    assert main(options(folder, tmp_path / "t6", *more, "2")) == 0
+    printed = capsys.readouterr().out
+    assert (
+        rates[5] == 0.125 and "healing failed at step 2: the loss is " in printed and ": begins anew at 1" in printed
+    )
+    rows = json.loads((tmp_path / "t6" / "conversion.json").read_text())["perplexity"]
+    perplexities = {row["model"]: row["perplexity"] for row in rows}
+    assert perplexities["healed"] < 1.5 * perplexities["compressed"]
+
+    assert main(options(folder, tmp_path / "other", *more, "1e4")) == 1
+    assert re.search("healing failed at step .*; lower --heal-learning-rate", last_error(capsys))
+    assert rates[-1] == 1e4 / 64 and not (tmp_path / "other").exists()
 
 
 def test_windows_hold_the_text(folder, monkeypatch):

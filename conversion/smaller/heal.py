@@ -36,9 +36,10 @@ class Windows(Dataset):
 # step are thousands, most of which read and write all that they are given for a sum or a product of it.
 COMPILED_STEPS = 1000
 MAX_GRAPHS = 64  # of a layer that are compiled, one for each pair of ranks
-# At a good rate the loss rises a little while the rate does. Where it rises by more, at these parts of all steps, of a cosine's the
-# highest rates, healing ends worse than it began, or as far behind a lower rate.
-PROBED_AT, PROBED_BATCHES, MAX_RISE = (0.05, 0.1, 0.2), 16, 1.5
+# The loss is looked at after these parts of the steps, where the rate is highest. At a good rate it has risen a little by then; where
+# it rises more, healing ends behind one at a lower rate, or worse than it began. So few nats may come of rounding alone.
+PROBED_AT, PROBED_BATCHES = (0.05, 0.1, 0.2), 16
+MAX_RISE, SMALL_RISE = 1.5, 0.02
 MAX_HALVINGS = 6  # of the rate
 RATE = "learning_rate"  # the file beside the checkpoints that has it, if it was lowered
 
@@ -202,16 +203,14 @@ class LossMustNotRise(TrainerCallback):
         passed = [part for part in self.at if state.global_step >= part * state.max_steps]
         if passed:
             self.at = self.at[len(passed) :]
-            self.check(state.global_step, self.measure(), MAX_RISE * self.before)
+            self.check(state.global_step, self.measure(), max(MAX_RISE * self.before, self.before + SMALL_RISE))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.check(state.global_step, (logs or {}).get("loss", 0.0), torch.finfo(torch.float32).max)
 
     def check(self, step: int, loss: float, most: float) -> None:
         if not loss <= most:  # or is not a number
-            raise LossHasRisen(
-                f"healing failed at step {step}: the loss is {loss:.4g}, and was {self.before:.4g} before; lower --heal-learning-rate"
-            )
+            raise LossHasRisen(f"the loss is {loss:.4g} at step {step}, and was {self.before:.4g} before healing")
 
 
 def healed(
@@ -241,11 +240,11 @@ def healed(
             heal(model, teacher, ids, folder, learning_rate=rate, **options)
             return model
         except LossHasRisen as error:
-            rate /= 2
-            if rate < learning_rate / 2**MAX_HALVINGS:
-                raise
-            print(f"{error}: begins anew at {rate:g}", flush=True)
+            if rate / 2 < learning_rate / 2**MAX_HALVINGS:
+                raise LossHasRisen(f"at a learning rate of {rate:g} {error}: lower --heal-learning-rate") from error
+            print(f"at a learning rate of {rate:g} {error}: healing begins anew at half of it", flush=True)
         del model
+        rate /= 2
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         partial = folder / f"{RATE}.partial"
@@ -321,7 +320,7 @@ def heal(
         teacher=teacher,
         cross_entropy=cross_entropy,
         loss_function=torch.compile(distillation_loss, dynamic=False) if compiled else distillation_loss,
-        callbacks=[*callbacks],
+        callbacks=list(callbacks),
         optimizers=(make_optimizer(model, optimizer, learning_rate, fused=on_gpu), None),
     )
     checkpoint = last_checkpoint(folder)

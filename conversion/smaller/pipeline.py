@@ -217,9 +217,9 @@ def make_smaller(
     with stage("healing"):
         model = healed(
             lambda: load(T6ForCausalLM, compressed_folder).float(), source_model, texts.healing, working / CHECKPOINTS,
-            steps=args.heal_steps, batch_size=args.batch_size, accumulation=args.heal_accumulation, optimizer=args.heal_optimizer,
-            learning_rate=args.heal_learning_rate, cross_entropy=args.heal_cross_entropy, seed=args.seed,
-            device=device,
+            steps=args.heal_steps, batch_size=args.batch_size, accumulation=args.heal_accumulation,
+            optimizer=args.heal_optimizer, learning_rate=args.heal_learning_rate, cross_entropy=args.heal_cross_entropy,
+            seed=args.seed, device=device,
             compiled=torch.device(device).type == "cuda" and args.heal_steps >= COMPILED_STEPS,
         )  # fmt: skip
     save(model, folder)

@@ -292,6 +292,7 @@ def test_rows_that_others_assign():
 def test_kernels(implementation, monkeypatch):
     """They write and read rows of float8, in both kinds of cache; rows of 4 bits they read."""
     interpreter.round_float8(monkeypatch)
+    interpreter.make_haste(monkeypatch)
     launches, store, attend = [], factor_pages_t6._store_in_triton, flash_tpa_t6._flash_tpa
     monkeypatch.setattr(factor_pages_t6, "_store_in_triton", lambda *args: launches.append("store") or store(*args))
     monkeypatch.setattr(flash_tpa_t6, "_flash_tpa", lambda *args: launches.append("attend") or attend(*args))

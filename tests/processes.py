@@ -1,5 +1,5 @@
 """
-Processes that know nothing of this package. What each imports first, torch, takes most of the time in which Transformers is
+Processes that know nothing of this package. What each imports first, torch and Triton, takes most of the time in which Transformers is
 imported: one process imports it, and forks for the others.
 """
 
@@ -16,7 +16,9 @@ from typing import NamedTuple
 # Transformers is left to those that are forked: it reads its settings as it is imported.
 SERVER = """
 import json, os, sys
-import torch, torch._dynamo, torch.distributed.tensor
+import contextlib, torch, torch._dynamo, torch.distributed.tensor
+with contextlib.suppress(ImportError):
+    import triton.language
 
 for line in sys.stdin:
     request = json.loads(line)

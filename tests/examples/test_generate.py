@@ -27,6 +27,7 @@ def run_example(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.once  # `test_distributed.py` runs the script with the oldest, too
 def test_generates_and_measures(tmp_path):
     result = run_example("--max-new-tokens", "12", "--temperature", "0", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

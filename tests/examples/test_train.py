@@ -75,6 +75,7 @@ def test_folder_is_complete(run):
     assert "384 bytes; MHA with the same heads: 384 bytes" in card
 
 
+@pytest.mark.once  # with the oldest, too: `test_remote_code.py`
 def test_loads_in_a_process_without_the_package(run, tmp_path):
     code = """if True:
         import sys

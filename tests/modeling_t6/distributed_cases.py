@@ -16,6 +16,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -29,6 +30,7 @@ from modeling_t6.cache_t6 import CACHE_NAME, cache_nbytes
 from modeling_t6.flash_tpa_t6 import decode_with_flash_tpa
 from tests.conversion.common import save_source
 
+from . import interpreter
 from .common import cached, random_ids, random_model, tiny_config
 from .test_variants import CACHED, VARIANTS
 
@@ -177,7 +179,7 @@ def tensor_parallel_of_a_llama(folder: Path) -> None:
     source, converted = folder / "llama", folder / "converted"
     if dist.get_rank() == 0:
         save_source(source, vocab_size=96)
-        assert convert(["hf", str(source), str(converted)]) == 0
+        assert convert(["hf", str(source), str(converted), "--no-verify"]) == 0
     dist.barrier()
     one = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     many = T6ForCausalLM.from_pretrained(
@@ -190,6 +192,7 @@ def tensor_parallel_of_a_llama(folder: Path) -> None:
 
 def tensor_parallel_with_flash_tpa(folder: Path, **fields) -> None:
     """The Triton kernels, interpreted, over the heads of a process."""
+    interpreter.make_haste(pytest.MonkeyPatch())
     one = random_model(config_of(num_hidden_layers=1, **fields))
     many = distributed(one, folder / "one", tp_size=dist.get_world_size())
     many.set_attn_implementation("flash_tpa")

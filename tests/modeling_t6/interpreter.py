@@ -21,6 +21,7 @@ def make_haste(monkeypatch) -> None:
     """Half of the interpreter's time is for nothing."""
     patch_language_once(monkeypatch)
     leave_out_unused(monkeypatch)
+    make_types_once(monkeypatch)
 
 
 def compute_bfloat16(monkeypatch) -> None:
@@ -171,3 +172,57 @@ def leave_out_unused(monkeypatch) -> None:
         return dtypes[name]
 
     monkeypatch.setattr(interpreter, "_get_np_dtype", get_np_dtype)
+
+
+def make_types_once(monkeypatch) -> None:
+    """
+    Each result of each operation has a type, whose shape the interpreter wraps, checks and writes out anew, and wraps once more for the
+    tensor: half of its time. There are few types.
+    """
+    language, semantic = interpreter.tl.core, type(interpreter.interpreter_semantic)
+    plain_block, plain_tensor = language.block_type.__init__, language.tensor.__init__
+    plain_broadcast, plain_computed = semantic.broadcast_impl_value, semantic.computation_type_impl
+    plain_equal = language.dtype.__eq__
+    blocks, shapes, tensors, computed = {}, {}, {}, {}
+
+    def init_block(self, element_ty, shape):
+        key = id(element_ty), *(getattr(size, "value", size) for size in shape)
+        if key not in blocks:
+            plain_block(self, element_ty, shape)
+            self.shape = shapes.setdefault(key[1:], self.shape)  # so that equal shapes are one
+            blocks[key] = vars(self).copy()  # keeps the element's type, too, and with it its id
+        vars(self).update(blocks[key])
+
+    def init_tensor(self, handle, type):
+        is_block = type.is_block()
+        key = id(type.element_ty if is_block else type), id(type.shape) if is_block else None
+        if key not in tensors:
+            plain_tensor(self, None, type)
+            tensors[key] = vars(self).copy()
+        vars(self).update(tensors[key], handle=handle, type=type)
+
+    def broadcast(self, lhs, rhs):
+        a, b = lhs.type.is_block(), rhs.type.is_block()
+        if a and not b:
+            return lhs, splat(rhs, lhs)
+        if b and not a:
+            return splat(lhs, rhs), rhs
+        if a and lhs.type.shape is not rhs.type.shape:
+            return plain_broadcast(self, lhs, rhs)
+        return lhs, rhs
+
+    def splat(scalar, block):
+        type = block.type.with_element_ty(scalar.dtype)
+        return language.tensor(interpreter.interpreter_builder.create_splat(type, scalar.handle), type)
+
+    def computation_type(self, *args):
+        key = tuple(id(arg) for arg in args)
+        if key not in computed:
+            computed[key] = plain_computed(self, *args), args
+        return computed[key][0]
+
+    monkeypatch.setattr(language.dtype, "__eq__", lambda self, other: self is other or plain_equal(self, other))
+    monkeypatch.setattr(language.block_type, "__init__", init_block)
+    monkeypatch.setattr(language.tensor, "__init__", init_tensor)
+    monkeypatch.setattr(semantic, "broadcast_impl_value", broadcast)
+    monkeypatch.setattr(semantic, "computation_type_impl", computation_type)

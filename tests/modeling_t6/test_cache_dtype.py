@@ -32,6 +32,7 @@ from modeling_t6 import T6Cache, factor_pages_t6, factor_space_t6, flash_tpa_t6,
 from modeling_t6.cache_t6 import CACHE_NAME, FactorLayout, cache_nbytes, dtype_name
 from modeling_t6.factors_t6 import TensorProductFactors
 
+from ..versions import once_but
 from . import interpreter
 from .common import DEVICE, OFFLOADED_MODE, cached, random_ids, random_model, tiny_config
 from .test_attention import LargestResult
@@ -288,10 +289,11 @@ def test_rows_that_others_assign():
 
 
 @pytest.mark.skipif(flash_tpa_t6.triton is None, reason="Triton is for Linux")
-@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("implementation", once_but({"dynamic": None, "static": "static"}.items(), "static"))
 def test_kernels(implementation, monkeypatch):
     """They write and read rows of float8, in both kinds of cache; rows of 4 bits they read."""
     interpreter.round_float8(monkeypatch)
+    interpreter.make_haste(monkeypatch)
     launches, store, attend = [], factor_pages_t6._store_in_triton, flash_tpa_t6._flash_tpa
     monkeypatch.setattr(factor_pages_t6, "_store_in_triton", lambda *args: launches.append("store") or store(*args))
     monkeypatch.setattr(flash_tpa_t6, "_flash_tpa", lambda *args: launches.append("attend") or attend(*args))

@@ -22,7 +22,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedT
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from modeling_t6 import T6ForCausalLM
+from modeling_t6 import T6ForCausalLM, flash_tpa_t6
 from modeling_t6.cache_t6 import factor_layouts
 from serving.command import within_context
 
@@ -94,12 +94,16 @@ CONFIGS = {
     "ranks by layer": {"k_rank": [1, 3], "v_rank": [2, 4]},
     "constant B, full": {"noncontextual_b": True},
     "eager": {"attn_implementation": "eager"},
-    "flash_tpa": {"attn_implementation": "flash_tpa"},
+    "flash_tpa": {"attn_implementation": "flash_tpa", "num_hidden_layers": 1},  # interpreted, a layer takes long
 }
 
 
 @pytest.mark.parametrize("overrides", once_but(CONFIGS.items(), "full", "all sliding", "eager"))
-def test_generate_batch_of_other_configs(overrides):
+def test_generate_batch_of_other_configs(overrides, monkeypatch):
+    if overrides.get("attn_implementation") == "flash_tpa" and flash_tpa_t6.triton is not None:
+        from . import interpreter
+
+        interpreter.make_haste(monkeypatch)
     model = random_model(tiny_config(**overrides))
     prompts = prompts_of(model.config)
     implementation = model.config._attn_implementation

@@ -286,6 +286,10 @@ def test_kernel(variant, models, monkeypatch):
 
         monkeypatch.setattr(ways[name], name, counted)
 
+    if DEVICE == "cpu":
+        from . import interpreter
+
+        interpreter.make_haste(monkeypatch)
     for name in counts:
         count(name)
     ids = random_ids(tiny_config(), 1, 17)  # a prompt too long for the kernels

@@ -4,6 +4,7 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -76,7 +77,11 @@ def engine(folder: Path, **settings) -> Iterator[LLM]:
         "enforce_eager": True,
         "disable_log_stats": False,
     }
-    set_imports_apart()
+    # An engine collects garbage eight times, which takes seconds where all that was imported is looked through: also what
+    # the engine before was the first to import.
+    gc.collect()
+    gc.freeze()
+    replace_kernels_once()
     with mock.patch("gc.freeze"), mock.patch("gc.unfreeze"):
         llm = LLM(str(folder), skip_tokenizer_init=True, **defaults | settings)
         try:
@@ -88,10 +93,19 @@ def engine(folder: Path, **settings) -> Iterator[LLM]:
 
 
 @functools.cache
-def set_imports_apart() -> None:
-    """An engine collects garbage eight times, which takes seconds where all that was imported is looked through."""
-    gc.collect()
-    gc.freeze()
+def replace_kernels_once() -> None:
+    """On a CPU, each engine looks through every module for kernels to put others in their place, which the first has done."""
+    if find_spec("vllm.triton_utils.dispatcher") is None:
+        return
+    from vllm.triton_utils import dispatcher
+
+    register = dispatcher.register_kernels
+
+    def register_new(kernels: dict[str, Callable]) -> None:
+        if new := {name: kernel for name, kernel in kernels.items() if name not in dispatcher._registry}:
+            register(new)
+
+    dispatcher.register_kernels = register_new
 
 
 def metric(llm: LLM, name: str) -> float:

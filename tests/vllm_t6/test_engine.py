@@ -15,6 +15,7 @@ from vllm_t6 import attention
 from ..modeling_t6 import interpreter
 from ..modeling_t6.common import random_model, tiny_config
 from .common import MIXED_LAYERS, ask, assert_same, engine, generate, metric, random_prompts, serve_exactly
+from .preloaded import interpret_kernels
 
 
 MODELS = {
@@ -116,27 +117,22 @@ def test_rows_are_what_the_configuration_says(tmp_path):
             assert len(ask(llm, random_prompts(), new_tokens=2)) == sum(map(len, random_prompts()))
 
 
-def serve_elsewhere(folder: Path, prompts: list[torch.Tensor], new_tokens: int, **settings) -> tuple[list, float]:
-    """Outputs, and how many tokens that were proposed have been accepted."""
-    with engine(folder, **settings) as llm:
-        return ask(llm, prompts, new_tokens), metric(llm, "spec_decode_num_accepted_tokens")
-
-
 @pytest.mark.parametrize(
     ("name", "num_proposed"), [("plain", 3), ("mixed_layers", 3), ("noncontextual_a", 15), ("plain", 20)]
 )
-def test_ngram_speculation(name, num_proposed, tmp_path, processes):
-    """In a process of its own: vLLM proposes by numba, with which it cannot start an engine again."""
+def test_ngram_speculation(name, num_proposed, tmp_path):
     model = make_model(name, tmp_path)
     prompts = [ids.repeat(1, 4) for ids in random_prompts((3, 7, 11, 20), each=8)]
     speculation = {
         "method": "ngram", "num_speculative_tokens": num_proposed, "prompt_lookup_max": 3, "prompt_lookup_min": 1,
     }  # fmt: skip
-    asked = processes.submit(serve_elsewhere, tmp_path, prompts, 40, speculative_config=speculation)
-    expected = generate(model, prompts, new_tokens=40)
-    outputs, num_accepted = asked.result()
-    assert num_accepted > 50
-    assert_same(outputs, expected)
+    with engine(tmp_path, speculative_config=speculation) as llm:
+        outputs = ask(llm, prompts, 40)
+        assert metric(llm, "spec_decode_num_accepted_tokens") > 50
+    assert_same(outputs, generate(model, prompts, new_tokens=40))
+
+
+NEW_IN_TWO = 6  # tokens: each takes a third of a second, for which the two wait for one another
 
 
 def serve_in_two_processes(folders: list[Path], prompts: list[torch.Tensor], **settings) -> list:
@@ -152,7 +148,7 @@ def serve_in_two_processes(folders: list[Path], prompts: list[torch.Tensor], **s
                 mock.patch(f"{executor}.get_file_store_init_method", return_value=f"file://{folder}/{name}"),
                 engine(folder, distributed_executor_backend="mp", **settings) as llm,
             ):
-                outputs.append(ask(llm, prompts))
+                outputs.append(ask(llm, prompts, NEW_IN_TWO))
             for shared in Path("/dev/shm").glob(f"{name}*"):
                 shared.unlink()
     return outputs
@@ -162,10 +158,10 @@ def test_tensor_parallelism(tmp_path, processes):
     """Two processes share the heads, over gloo."""
     folders = [tmp_path / name for name in ("plain", "noncontextual_a", "kv_only")]
     models = [make_model(folder.name, folder, num_attention_heads=6) for folder in folders]
-    prompts = random_prompts()
+    prompts = random_prompts(each=2)
     asked = processes.submit(serve_in_two_processes, folders, prompts, tensor_parallel_size=2)
     for model, outputs in zip(models, asked.result()):
-        assert_same(outputs, generate(model, prompts))
+        assert_same(outputs, generate(model, prompts, NEW_IN_TWO))
 
 
 def test_pipeline_parallelism(tmp_path, processes):
@@ -176,7 +172,7 @@ def test_pipeline_parallelism(tmp_path, processes):
     model, prompts = make_model("plain", tmp_path), random_prompts()
     traced = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
     asked = processes.submit(serve_in_two_processes, [tmp_path], prompts, pipeline_parallel_size=2, **traced)
-    assert_same(asked.result()[0], generate(model, prompts))
+    assert_same(asked.result()[0], generate(model, prompts, NEW_IN_TWO))
 
 
 def serve_interpreted(folder: Path, prompts: list[torch.Tensor]) -> tuple[list, int]:
@@ -188,12 +184,11 @@ def serve_interpreted(folder: Path, prompts: list[torch.Tensor]) -> tuple[list, 
         return ask(llm, prompts, new_tokens=3), len(calls)
 
 
-def test_kernels(tmp_path, monkeypatch):
+def test_kernels(tmp_path, context_of_processes):
     """The kernels in the engine, by Triton's interpreter: it takes seconds a token."""
     model = make_model("plain", tmp_path, num_hidden_layers=2)
     prompts = random_prompts((3, 18), each=2)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where Triton is imported: elsewhere
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, mp_context=context_of_processes, initializer=interpret_kernels) as process:
         outputs, num_calls = process.submit(serve_interpreted, tmp_path, prompts).result()
     assert num_calls == 6  # of each layer by the self-check, and for two tokens each: the first comes of the prompt
     assert_same(outputs, generate(model, prompts, new_tokens=3))

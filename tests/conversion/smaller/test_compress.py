@@ -323,7 +323,7 @@ def test_ranks_by_layer_lose_less_than_equal_ranks():
 @pytest.mark.parametrize("ratio", [1.5, 2.6, 4])
 def test_rows_in_which_least_is_lost(ratio):
     """Of rows of 16, 8 and 4 bits, each with the ranks that the bytes allow, those are taken whose predictions are nearest."""
-    model = exact_model("llama", "mha", dtype=torch.float32)
+    model = exact_model("llama", "mha", dtype=torch.float32, num_hidden_layers=2)
     ids, names = random_ids(24, 60), (None, "float8_e4m3fn", "int4")
     probe = Probe(model, ids)
     source = 2 * 2 * model.config.num_hidden_layers * model.config.k_rank * model.config.head_dim

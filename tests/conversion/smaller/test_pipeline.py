@@ -2,12 +2,10 @@
 
 import json
 import math
+import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +27,7 @@ from conversion.smaller.straight_through import rounded_rows
 from modeling_t6 import T6Config, T6ForCausalLM
 from modeling_t6.cache_t6 import CACHE_NAME
 
+from ... import processes
 from ..common import divergence, last_error, log_probabilities, source_model
 
 
@@ -171,19 +170,33 @@ def test_rows_of_8_bits_are_chosen_where_they_lose_less(folder, tmp_path, capsys
     assert cache.layers[1].keys.dtype == cache.layers[1].values.dtype == torch.float8_e4m3fn
 
 
+# Converts, and is killed as soon as there is a checkpoint. Arguments: the checkpoints' folder, then those of the conversion.
+KILLED = """if True:
+    import os, signal, sys, threading, time
+    from pathlib import Path
+    from conversion.__main__ import main
+    from conversion.files.folders import last_checkpoint
+
+    def kill():
+        while last_checkpoint(Path(sys.argv[1])) is None:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    sys.exit(main(sys.argv[2:]))"""
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_goes_on_after_a_kill(optimizer, folder, tmp_path, capsys):
     """A run that is killed while it heals leaves no result, and ends as if it had not been killed."""
-    more = ["--heal-optimizer", optimizer, "--k-rank", "1,2", "--v-rank", "1", *healing(folder, 40)]
+    more = ["--heal-optimizer", optimizer, "--k-rank", "1,2", "--v-rank", "1", "--retrieval-samples", "0"]
+    more += healing(folder, 40)
     assert main(options(folder, tmp_path / "whole", *more)) == 0
-    command = [sys.executable, "-m", "conversion", *options(folder, tmp_path / "t6", *more)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / ".t6.unfinished" / "checkpoints"
-    while last_checkpoint(checkpoints) is None and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "t6").exists()
+    arguments = [str(checkpoints), *options(folder, tmp_path / "t6", *more)]
+    killed = processes.run(KILLED, *arguments, env=dict(os.environ), cwd=ROOT)
+    assert killed.code == -signal.SIGKILL and not (tmp_path / "t6").exists(), killed.stderr
 
     # Another run is not taken for its continuation.
     other = [*more[:-1], "1e-3"]

@@ -45,7 +45,7 @@ def disturbed(source: T6ForCausalLM) -> T6ForCausalLM:
 
 @torch.no_grad()
 def test_what_is_learnt():
-    source = exact_model("llama", "mha")
+    source = exact_model("llama", "mha", num_hidden_layers=2)
     ids, others = random_ids(68, 60).split([60, 8])
     model = disturbed(source)
     before = copy.deepcopy(model)
@@ -84,7 +84,7 @@ def test_normed_heads(cache_dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS)
 def test_a_smaller_cache_loses_less(method):
-    source = exact_model("llama", "mha")
+    source = exact_model("llama", "mha", num_hidden_layers=2)
     ids = random_ids(200, 60)
     model = compress(source, ids, [2], [1], method=method, quiet=True)
     before = copy.deepcopy(model)
@@ -99,7 +99,7 @@ def test_a_smaller_cache_loses_less(method):
 @torch.no_grad()
 def test_features_of_many_sizes():
     """A B that is large where A is small, as fits have them, does not keep the others from learning, nor they it."""
-    source = exact_model("llama", "mha")
+    source = exact_model("llama", "mha", num_hidden_layers=2)
     for layer in source.model.layers:
         attention = layer.self_attn
         d = attention.head_dim
@@ -133,7 +133,7 @@ def test_one_window_is_enough():
 @torch.no_grad()
 def test_half_precision_is_learnt_in_float32():
     """Steps that bfloat16 weights would round away."""
-    source = exact_model("llama", "mha")
+    source = exact_model("llama", "mha", num_hidden_layers=2)
     ids, model = random_ids(20, 60), disturbed(source)
     half_source, half = copy.deepcopy(source).bfloat16(), copy.deepcopy(model).bfloat16()
     exact, rounded = (reconstruct(*models, ids, 60, quiet=True) for models in ((model, source), (half, half_source)))

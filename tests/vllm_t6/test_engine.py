@@ -158,7 +158,7 @@ def test_tensor_parallelism(tmp_path, processes):
     """Two processes share the heads, over gloo."""
     folders = [tmp_path / name for name in ("plain", "noncontextual_a", "kv_only")]
     models = [make_model(folder.name, folder, num_attention_heads=6) for folder in folders]
-    prompts = random_prompts(each=2)
+    prompts = random_prompts()
     asked = processes.submit(serve_in_two_processes, folders, prompts, tensor_parallel_size=2)
     for model, outputs in zip(models, asked.result()):
         assert_same(outputs, generate(model, prompts, NEW_IN_TWO))

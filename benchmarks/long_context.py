@@ -93,7 +93,7 @@ from conversion.smaller import moments
 from conversion.smaller import text as texts
 from conversion.smaller.compress import TRIAL_ITERATIONS, compress
 from conversion.smaller.fits import HeadFits
-from conversion.smaller.heal import heal
+from conversion.smaller.heal import healed
 from conversion.smaller.languages import Sentences
 from conversion.smaller.moments import attention_hooks, collect_moments
 from conversion.smaller.pipeline import HEALED_QUESTIONS, changes_cache
@@ -256,12 +256,12 @@ class Study:
         ids = torch.cat(kept)
         if not args.heal_steps:  # of a checkpoint, nobody knows what was left of the minutes
             shutil.rmtree(args.work / f"checkpoints-{step}", ignore_errors=True)
-        model = self.t6(args.work / name).requires_grad_(True)
         deadline = Deadline(time.time() + 60 * args.heal_minutes, final=0.0)
-        done = heal(
-            model, self.source, ids, args.work / f"checkpoints-{step}", steps=steps, batch_size=args.heal_windows,
-            optimizer=optimizer, learning_rate=args.heal_learning_rate / (1 if optimizer == "muon" else 3),
-            device=self.device, callbacks=[] if args.heal_steps else [deadline],
+        model, done = healed(
+            lambda: self.t6(args.work / name).requires_grad_(True), self.source, ids, args.work / f"checkpoints-{step}",
+            steps=steps, batch_size=args.heal_windows, optimizer=optimizer,
+            learning_rate=args.heal_learning_rate / (1 if optimizer == "muon" else 3), device=self.device,
+            callbacks=[] if args.heal_steps else [deadline],
             compiled=self.device.startswith("cuda") and args.heal_minutes >= COMPILED_MINUTES,
         )  # fmt: skip
         self.found |= {"steps": done, "tokens": done * tokens}

@@ -221,9 +221,10 @@ def healed(
     *,
     learning_rate: float,
     **options,
-) -> T6ForCausalLM:
+) -> tuple[T6ForCausalLM, int]:
     """
-    A model that `load` returns, healed as by [`heal`]: where the loss rises too much, from the start again at half the rate.
+    A model that `load` returns, healed as by [`heal`], and the number of the last step: where the loss rises too much, from the start
+    again at half the rate.
 
     Args:
         learning_rate: the first that is tried.
@@ -237,8 +238,7 @@ def healed(
     while True:
         model = load()
         try:
-            heal(model, teacher, ids, folder, learning_rate=rate, **options)
-            return model
+            return model, heal(model, teacher, ids, folder, learning_rate=rate, **options)
         except LossHasRisen as error:
             if rate / 2 < learning_rate / 2**MAX_HALVINGS:
                 raise LossHasRisen(f"at a learning rate of {rate:g} {error}: lower --heal-learning-rate") from error

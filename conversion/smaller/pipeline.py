@@ -215,7 +215,7 @@ def make_smaller(
 
     del model
     with stage("healing"):
-        model = healed(
+        model, _ = healed(
             lambda: load(T6ForCausalLM, compressed_folder).float(), source_model, texts.healing, working / CHECKPOINTS,
             steps=args.heal_steps, batch_size=args.batch_size, accumulation=args.heal_accumulation,
             optimizer=args.heal_optimizer, learning_rate=args.heal_learning_rate, cross_entropy=args.heal_cross_entropy,

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conversion.__main__ import main
 from conversion.files.locks import release, take_lock
-from conversion.smaller import pipeline
+from conversion.smaller import heal, pipeline
 
 from ..common import last_error, source_model
 
@@ -55,7 +55,7 @@ def unfinished(source, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "heal", stopped)
+        patch.setattr(heal, "heal", stopped)
         assert main(words) == 130
     folder = tmp_path / ".t6.unfinished"
     message = f"interrupted: the same command goes on from what {folder} holds"
@@ -63,7 +63,7 @@ def unfinished(source, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["compressed", "exact", "settings.json"]
     assert not list(tmp_path.glob(".t6.*.partial")) and not (tmp_path / "t6").exists()
     # Healing is Trainer's: what it starts from shows as well without.
-    monkeypatch.setattr(pipeline, "heal", lambda *arguments, **options: None)
+    monkeypatch.setattr(heal, "heal", lambda *arguments, **options: None)
     return words
 
 
@@ -175,7 +175,7 @@ def test_a_target_filled_meanwhile_loses_nothing(unfinished, tmp_path, capsys, m
         (tmp_path / "t6").mkdir()
         (tmp_path / "t6" / "notes.txt").write_text("hours of work")
 
-    monkeypatch.setattr(pipeline, "heal", filled)
+    monkeypatch.setattr(heal, "heal", filled)
     assert main(unfinished) == 1
     assert "t6 is not empty" in last_error(capsys)
     assert (tmp_path / "t6" / "notes.txt").read_text() == "hours of work"

@@ -920,6 +920,7 @@ def _combine(
     output = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for _ in tl.range(0, num_splits, BLOCK_S):
         lse = tl.load(lse_ptr + first + splits * COLUMNS, mask=splits < num_splits, other=-float("inf"))
+        # Requested before the sum below waits for what was requested before.
         following = _load_pieces(partial_ptr, first, splits + BLOCK_S, features, num_splits, COLUMNS, HEAD_DIM)
         output += piece * tl.exp2(lse - maximum)[:, None]
         splits += BLOCK_S

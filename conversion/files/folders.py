@@ -196,6 +196,13 @@ def replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """A file that a killed run leaves as it was, or new."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The last complete checkpoint: `trainer_state.json` is the file that Trainer writes last, and in its place."""
     checkpoints = {}

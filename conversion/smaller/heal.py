@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from modeling_t6 import T6ForCausalLM
 
 from ..files.errors import ConversionError
-from ..files.folders import last_checkpoint
+from ..files.folders import last_checkpoint, write_whole
 from .muon import Muon
 from .straight_through import rounded_rows
 
@@ -247,9 +247,7 @@ def healed(
         rate /= 2
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        partial = folder / f"{RATE}.partial"
-        partial.write_text(f"{rate!r}\n", encoding="utf-8")
-        partial.replace(record)
+        write_whole(record, f"{rate!r}\n")
 
 
 def heal(
@@ -327,14 +325,14 @@ def heal(
     if checkpoint is not None:
         print(f"healing goes on from {checkpoint.name}")
 
+    count = max(1, min(PROBED_BATCHES, len(ids) // batch_size))  # whole ones: a smaller one would be compiled again
+    probed = ids[: count * batch_size].to(trainer.args.device).split(batch_size)
+
     def measure() -> float:
         """With gradients, which are not computed: without, layers would be compiled once more."""
         model.train()
-        losses = []
-        for batch in ids[: PROBED_BATCHES * batch_size].to(trainer.args.device).split(batch_size):
-            if len(batch) == batch_size or not losses:  # a smaller one would be compiled again
-                with trainer.accelerator.autocast():
-                    losses.append(trainer.compute_loss(model, {"input_ids": batch}).item())
+        with trainer.accelerator.autocast():
+            losses = [trainer.compute_loss(model, {"input_ids": batch}).item() for batch in probed]
         return sum(losses) / len(losses)
 
     with rounded_rows(model), compiled_layers(model, teacher) if compiled else contextlib.nullcontext():

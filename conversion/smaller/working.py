@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..files.errors import ConversionError
-from ..files.folders import last_checkpoint, read_json
+from ..files.folders import last_checkpoint, read_json, write_whole
 from ..files.locks import release, take_lock
 
 
@@ -92,9 +92,7 @@ def working_folder(args: argparse.Namespace, inputs: dict[str, dict[str, str] | 
                 print(f"--overwrite: the unfinished run in {folder} is removed, and this one begins anew", flush=True)
             for path in folder.iterdir():
                 path.unlink() if path.is_file() else shutil.rmtree(path)
-            partial = folder / f"{SETTINGS}.partial"
-            partial.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
-            partial.replace(folder / SETTINGS)
+            write_whole(folder / SETTINGS, json.dumps(new, indent=2) + "\n")
         else:
             check_same(folder, read_json(folder / SETTINGS), new)
             print(f"the unfinished run in {folder} goes on: {done}", flush=True)

@@ -396,7 +396,7 @@ def test_a_rate_that_is_too_high_is_halved(folder, tmp_path, capsys, monkeypatch
         return compute(*args, learning_rate=learning_rate, **options)
 
     monkeypatch.setattr(heal, "heal", heal_at)
-    more = ["--k-rank", "1", *healing(folder, 40)[:-1]]
+    more = ["--k-rank", "1", "--retrieval-samples", "0", *healing(folder, 40)[:-1]]
     assert main(options(folder, tmp_path / "t6", *more, "2")) == 130
     assert rates == [2, 1, 0.5, 0.25, 0.125]
     assert main(options(folder, tmp_path / "t6", *more, "2")) == 0

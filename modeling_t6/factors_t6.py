@@ -236,8 +236,8 @@ class TensorProductFactors(FactorProjections):
         )
         self.q_rank = config.q_rank
         self.k_rank, self.v_rank = config.ranks(layer_idx)
-        # Whether the outputs of the projections are the factors, but for RoPE, or for norms of heads and RoPE.
-        is_plain = self.caches_both_factors and config.q_rank is not None and config.head_factor_act is None
+        # Whether the outputs of the projections are the factors, or queries, but for RoPE, or for norms of heads and RoPE.
+        is_plain = self.caches_both_factors and config.head_factor_act is None
         self.has_plain_factors = is_plain and not config.qk_norm
         self.has_normed_heads = is_plain and config.qk_norm == "heads"
         self.key_layout, self.value_layout = factor_layouts(config, layer_idx)
@@ -386,7 +386,7 @@ class TensorProductFactors(FactorProjections):
     def _product_of(self, projections: dict[str, nn.Linear], other: FactorProduct | None) -> FactorProduct:
         # On a GPU kernels take the outputs of a `FactorProduct`. Norms are applied to rows in place, which rotated ones do not allow.
         can_norm = self.has_normed_heads and not self.key_layout.rotates and self.has_plain_norms()
-        if (self.has_plain_factors or can_norm) and self.k_b_proj.weight.is_cpu:
+        if self.q_rank is not None and (self.has_plain_factors or can_norm) and self.k_b_proj.weight.is_cpu:
             return RowProduct(self, projections, other)
         return super()._product_of(projections, other)
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .factor_product_t6 import is_exporting
-from .factors_t6 import apply_rotary_pos_emb, form_heads, norm_key_heads
+from .factors_t6 import Factors, apply_rotary_pos_emb, form_heads, norm_key_heads
 from .flash_tpa_t6 import DTYPES, LAUNCH_OPTIONS, MAX_HEAD_DIM, is_supported, operator_name, power_of_2
 
 
@@ -55,11 +55,13 @@ class UnsplitFactors:
     Attributes:
         product: [batch, seq, width], B_Q, B_K and B_V before RoPE, A_Q, A_K and A_V, and up to 7 columns of zeros, as
             `FactorProduct` has them, without gaps.
+        b_q: `None`; or, for TPA-KVonly, whose product has no B_Q and A_Q, as in [`Factors`].
         rotation: cos and sin [batch or 1, seq, rotary_dim] of the tokens.
         key_rows: `None`; there is no cache.
     """
 
     product: torch.Tensor
+    b_q: torch.Tensor | None
     rotation: tuple[torch.Tensor, torch.Tensor]
     key_rows: None = None
 
@@ -76,14 +78,19 @@ def project_at_once(
     ):
         return None
     product = module.project_together(hidden_states)
-    return None if product is None else UnsplitFactors(product, position_embeddings)
+    if product is None:
+        return None
+    b_q = None
+    if module.q_rank is None:
+        b_q = module.q_proj(hidden_states).unflatten(-1, (-1, module.head_dim))
+    return UnsplitFactors(product, b_q, position_embeddings)
 
 
 def _has_fitting_factors(module: nn.Module) -> bool:
     """Whether nothing but RoPE, and norms of heads, stands between a layer's projections and its heads, and the kernels have room."""
     return (
         (module.has_plain_factors or module.has_normed_heads)
-        and max(module.q_rank, module.k_rank, module.v_rank) <= MAX_RANK
+        and max(module.q_rank or 0, module.k_rank, module.v_rank) <= MAX_RANK
         and module.head_dim <= MAX_HEAD_DIM
     )
 
@@ -119,19 +126,26 @@ def _has_kernels(hidden_states: torch.Tensor) -> bool:
 
 def heads_at_once(module: nn.Module, factors: UnsplitFactors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Q [batch, seq, h, d], rotated, K, rotated, and V [batch, seq, h_kv, d]."""
-    ranks = module.q_rank, module.k_rank, module.v_rank
-    outputs = (getattr(module, f"{name}_a_proj").out_features for name in "qkv")
-    num_heads = tuple(size // rank for size, rank in zip(outputs, ranks))
-    weights, eps = (None, None), 0.0
+    ranks = module.q_rank or 0, module.k_rank, module.v_rank
+    outputs = (getattr(module, f"{name}_a_proj").out_features if rank else 0 for name, rank in zip("qkv", ranks))
+    num_heads = tuple(size // max(1, rank) for size, rank in zip(outputs, ranks))
+    weights, eps = [None, None], 0.0
     if module.has_normed_heads:
-        weights, eps = (module.q_norm.weight, module.k_norm.weight), module.q_norm.variance_epsilon
-    return HeadsAtOnce.apply(factors.product, *weights, *factors.rotation, ranks, num_heads, module.head_dim, eps)
+        weights, eps = [module.q_norm.weight, module.k_norm.weight], module.k_norm.variance_epsilon
+    if factors.b_q is not None:
+        weights[0] = None
+    query, key, value = HeadsAtOnce.apply(
+        factors.product, *weights, *factors.rotation, ranks, num_heads, module.head_dim, eps
+    )
+    if factors.b_q is not None:
+        query = module.queries(Factors(value.dtype, b_q=factors.b_q, query_rotation=factors.rotation)).to(value.dtype)
+    return query, key, value
 
 
 class HeadsAtOnce(torch.autograd.Function):
     """
-    The heads of a product [batch, seq, width] of factors, of `ranks` and `num_heads` for queries, keys and values. With weights [d],
-    queries and keys have RMS norms before RoPE.
+    The heads of a product [batch, seq, width] of factors, of `ranks` and `num_heads` for queries, keys and values; of queries there may
+    be none, with a rank of 0 and no norm. With weights [d], queries and keys have RMS norms before RoPE.
     """
 
     @staticmethod
@@ -158,7 +172,7 @@ class HeadsAtOnce(torch.autograd.Function):
             product, *sums = gradients_of(*gradients, *inputs, *ctx.sizes)
             weights = (None, None)
             if sums:
-                weights = [x.to(weight.dtype) for x, weight in zip(sums[0].unbind(), inputs[1:3])]
+                weights = [w if w is None else x.to(w.dtype) for x, w in zip(sums[0].unbind(), inputs[1:3])]
             results = [product, *weights]
         return *results, None, None, None, None, None, None
 
@@ -169,8 +183,8 @@ def split_factors(
     """Of a product [batch, seq, width], A [batch, seq, R, h] and B [batch, seq, R, d] of queries, keys and values: views."""
     b_sizes, a_sizes = [rank * head_dim for rank in ranks], [rank * heads for rank, heads in zip(ranks, num_heads)]
     *factors, _ = product.split([*b_sizes, *a_sizes, product.shape[-1] - sum(b_sizes + a_sizes)], dim=-1)
-    a = [x.unflatten(-1, (-1, rank)).transpose(-1, -2) for x, rank in zip(factors[3:], ranks)]
-    return a, [x.unflatten(-1, (-1, head_dim)) for x in factors[:3]]
+    a = [x.unflatten(-1, sizes).transpose(-1, -2) for x, *sizes in zip(factors[3:], num_heads, ranks)]
+    return a, [x.unflatten(-1, (rank, head_dim)) for x, rank in zip(factors[:3], ranks)]
 
 
 def form_in_pytorch(
@@ -201,10 +215,10 @@ def _launch(
     sizes: tuple[list[int], list[int], int],
     **constants: int,
 ) -> None:
-    """Starts a kernel with so many programs for each of queries, keys and values."""
+    """Starts a kernel with so many programs for each of queries, if there are any, keys and values."""
     ranks, num_heads, head_dim = sizes
     with torch.cuda.device_of(tensors[0]):
-        kernel[(num_programs, 3)](
+        kernel[(num_programs, 3 if ranks[0] else 2)](
             *tensors, *numbers, Q_RANK=ranks[0], K_RANK=ranks[1], V_RANK=ranks[2],
             NUM_HEADS=num_heads[0], NUM_KV_HEADS=num_heads[1], HEAD_DIM=head_dim, num_warps=1, **LAUNCH_OPTIONS, **constants,
         )  # fmt: skip
@@ -229,11 +243,11 @@ def _form(
     product, (cos, sin, angles_stride) = product.contiguous(), _angles(cos, sin)
     heads = [product.new_empty(*product.shape[:2], number, head_dim) for number in num_heads]
     (batch_size, length, width), block_d = product.shape, power_of_2(head_dim, 16)
-    tile = TILE // 2 if q_weight is not None and max(ranks[:2]) > MAX_RANK_OF_TILE else TILE
+    tile = TILE // 2 if k_weight is not None and max(ranks[:2]) > MAX_RANK_OF_TILE else TILE
     block_t = max(1, tile // block_d)
     _launch(
         form_at_once_kernel, -(-batch_size * length // block_t), (product, cos, sin, q_weight, k_weight, *heads),
-        [batch_size * length, length, angles_stride, None if q_weight is None else eps], (ranks, num_heads, head_dim),
+        [batch_size * length, length, angles_stride, None if k_weight is None else eps], (ranks, num_heads, head_dim),
         WIDTH=width, ROTARY_DIM=cos.shape[-1], BLOCK_T=block_t, BLOCK_D=block_d,
     )  # fmt: skip
     return heads
@@ -253,14 +267,17 @@ def _gradient(
     head_dim: int,
     eps: float,
 ) -> list[torch.Tensor]:
-    """That of the product and, with norms, of both weights, float32 [2, d]: sums over programs, in the same order each time."""
+    """
+    That of the product and, with norms, of both weights, float32 [2, d]: sums over programs, in the same order each time. Without
+    queries, the first is undefined.
+    """
     product, (cos, sin, angles_stride) = product.contiguous(), _angles(cos, sin)
     gradients = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_gradient, k_gradient, v_gradient)]
     strides = [stride for gradient in gradients for stride in gradient.stride()[:3]]
     result, rotary_dim = product.new_empty(product.shape), cos.shape[-1]
     batch_size, length, width = product.shape
     num_programs, sums = batch_size * -(-length // TOKENS), None
-    if q_weight is not None:
+    if k_weight is not None:
         sums = product.new_empty(2, num_programs, head_dim, dtype=torch.float32)
     block_half, block_rest = power_of_2(rotary_dim // 2, 16), power_of_2(max(1, head_dim - rotary_dim), 16)
     # Of each head its gradient and A. In float32 Triton reads nothing ahead for products.
@@ -295,7 +312,7 @@ def _heads_at_once_gradient(
     q_gradient, k_gradient, v_gradient, product, q_weight, k_weight, cos, sin, ranks, num_heads, head_dim, eps
 ):
     result = product.new_empty(product.shape)
-    return [result] if q_weight is None else [result, product.new_empty(2, head_dim, dtype=torch.float32)]
+    return [result] if k_weight is None else [result, product.new_empty(2, head_dim, dtype=torch.float32)]
 
 
 # Without torch.compile the functions are called as they are.

@@ -189,16 +189,18 @@ def form_at_once_kernel(
 ):  # fmt: skip
     """
     Q, K and V of tokens, in this order along the second axis of the grid, of factors in rows [tokens, WIDTH]: B_Q, B_K and B_V, A_Q,
-    A_K and A_V. Q and K are normalised, if there are weights of norms, and rotated.
+    A_K and A_V. Q and K are normalised, if there are weights of norms, and rotated. With a `Q_RANK` of 0 there is no Q, and no program
+    for it.
     """
     a_q: tl.constexpr = (Q_RANK + K_RANK + V_RANK) * HEAD_DIM
     a_k: tl.constexpr = a_q + Q_RANK * NUM_HEADS
-    part = tl.program_id(1)
+    part = tl.program_id(1) + (1 if Q_RANK == 0 else 0)
     if part == 0:
-        _form_part(
-            product_ptr, cos_ptr, sin_ptr, q_weight_ptr, q_ptr, num_tokens, length, angles_stride_n, eps,
-            a_q, 0, WIDTH, Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, BLOCK_T, BLOCK_D,
-        )  # fmt: skip
+        if Q_RANK > 0:
+            _form_part(
+                product_ptr, cos_ptr, sin_ptr, q_weight_ptr, q_ptr, num_tokens, length, angles_stride_n, eps,
+                a_q, 0, WIDTH, Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, BLOCK_T, BLOCK_D,
+            )  # fmt: skip
     elif part == 1:
         _form_part(
             product_ptr, cos_ptr, sin_ptr, k_weight_ptr, k_ptr, num_tokens, length, angles_stride_n, eps,
@@ -422,13 +424,14 @@ def gradients_at_once_kernel(
     a_q: tl.constexpr = (Q_RANK + K_RANK + V_RANK) * HEAD_DIM
     a_k: tl.constexpr = a_q + Q_RANK * NUM_HEADS
     a_v: tl.constexpr = a_k + K_RANK * NUM_KV_HEADS
-    part = tl.program_id(1)
+    part = tl.program_id(1) + (1 if Q_RANK == 0 else 0)
     if part == 0:
-        _gradients_of_part(
-            q_ptr, product_ptr, cos_ptr, sin_ptr, q_weight_ptr, out_ptr, weight_gradient_ptr,
-            length, angles_stride_n, eps, q_stride_n, q_stride_t, q_stride_h, a_q, 0, WIDTH,
-            Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, TOKENS, BLOCK_H, BLOCK_HALF, BLOCK_REST, STAGES,
-        )  # fmt: skip
+        if Q_RANK > 0:
+            _gradients_of_part(
+                q_ptr, product_ptr, cos_ptr, sin_ptr, q_weight_ptr, out_ptr, weight_gradient_ptr,
+                length, angles_stride_n, eps, q_stride_n, q_stride_t, q_stride_h, a_q, 0, WIDTH,
+                Q_RANK, NUM_HEADS, HEAD_DIM, ROTARY_DIM, True, TOKENS, BLOCK_H, BLOCK_HALF, BLOCK_REST, STAGES,
+            )  # fmt: skip
     elif part == 1:
         if k_weight_ptr is not None:
             weight_gradient_ptr += tl.num_programs(0).to(tl.int64) * HEAD_DIM

@@ -23,20 +23,15 @@ NORMED_TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6
 def random_shape(choose: random.Random) -> tuple:
     """
     Batch, tokens, ranks of queries, keys and values, heads, heads of keys and values, head_dim, rotated of it: ranks to 16, head sizes
-    that are no powers of two, tokens that fill no tile.
+    that are no powers of two, tokens that fill no tile, and now and then no factors of queries.
     """
     kv_heads, half = choose.randint(1, 5), choose.choice((1, 3, 8, 16, 20, 24, 32))
     ranks = tuple(choose.choice((1, 2, 3, 6, 8, 9, 16)) for _ in range(3))
     head_dim = 2 * half + choose.choice((0, 0, 0, 1, 7, 20))
-    return (
-        choose.randint(1, 3),
-        choose.randint(1, 18),
-        ranks,
-        kv_heads * choose.randint(1, 5),
-        kv_heads,
-        head_dim,
-        2 * half,
-    )
+    batch, tokens, heads = choose.randint(1, 3), choose.randint(1, 18), kv_heads * choose.randint(1, 5)
+    if choose.random() < 0.2:
+        ranks, heads = (0, *ranks[1:]), 0
+    return batch, tokens, ranks, heads, kv_heads, head_dim, 2 * half
 
 
 def inputs_of(
@@ -53,7 +48,7 @@ def inputs_of(
     product[..., :columns] = torch.randn(batch, tokens, columns)
     angles = torch.rand(batch if tokens % 2 else 1, tokens, rotary_dim // 2) * 7
     cos, sin = (x.repeat(1, 1, 2).to(device, dtype) for x in (angles.cos(), angles.sin()))
-    weights = [(torch.rand(head_dim) + 0.5).to(device, dtype) if normed else None for _ in range(2)]
+    weights = [(torch.rand(head_dim) + 0.5).to(device, dtype) if normed and rank else None for rank in ranks[:2]]
     return [product, *weights, cos, sin], (ranks, num_heads, head_dim, 0.05)
 
 
@@ -81,12 +76,12 @@ def leaves_of(inputs: list[torch.Tensor | None], dtype: torch.dtype | None = Non
     return [None if x is None else x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in inputs[:3]]
 
 
-def error(result: torch.Tensor, expected: torch.Tensor, size: float = 1e-30) -> float:
+def error(result: torch.Tensor, expected: torch.Tensor, size: float = 0.0) -> float:
     """
     As a part of the norm, or of `size` if that is larger; where the expected is zero, the norm itself; infinite where something is not
     a number, which no maximum hides.
     """
-    ratio = ((result.double() - expected).norm() / max(expected.norm().item(), size)).item()
+    ratio = ((result.double() - expected).norm() / max(expected.norm().item(), size, 1e-30)).item()
     return math.inf if math.isnan(ratio) else ratio
 
 
@@ -101,9 +96,10 @@ def results_and_expected(
     their errors are made. The gradient of a norm's weight is a sum over tokens and heads, which may cancel; its terms may not.
     """
     leaves, wide = leaves_of(inputs) if leaves is None else leaves, leaves_of(inputs, torch.float64)
-    for index in (1, 2) if wide[1] is not None else ():  # one of each token and head, whose gradients are the terms
-        places = *inputs[0].shape[:2], sizes[1][index - 1]
-        wide[index] = wide[index].detach().expand(*places, -1).clone().requires_grad_()
+    for index, weight in enumerate(wide[1:], 1):  # one of each token and head, whose gradients are the terms
+        if weight is not None:
+            places = *inputs[0].shape[:2], sizes[1][index - 1]
+            wide[index] = weight.detach().expand(*places, -1).clone().requires_grad_()
     expected = reference(*wide, *(x.double() for x in inputs[3:]), *sizes)[:num_outputs]
     heads = HeadsAtOnce.apply(*leaves, *inputs[3:], *sizes)[:num_outputs]
     # As attention returns them, heads before tokens.

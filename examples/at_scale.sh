@@ -8,7 +8,7 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 more=${2:+prose=$(realpath "$2")}
-mkdir -p "$1/debs" "$1/wheels"
+mkdir -p "$1/debs" "$1/wheels" "$1/unpacked"
 cd "$1"
 
 prose="anarchism bible-kjv-text debian-handbook dict-devil dict-foldoc dict-gcide dict-jargon dict-vera dict-wn fortunes

@@ -110,8 +110,9 @@ def do_missing_runs(args: argparse.Namespace) -> None:
     checkpoints = args.work_dir / hashlib.sha256(header.encode()).hexdigest()[:12]
 
     def to_do(seconds: float) -> Iterator[Run]:
+        seconds_of = step_seconds(results)
         for run in needed_runs(results, names):
-            needed = run.steps * (step_seconds(results, run.model) or 0)
+            needed = run.steps * seconds_of.get(run.model, 0)
             if checkpoint_of(run, checkpoints).exists():
                 needed = 0  # part of it is done, and it stops by itself
             if run.key not in results["runs"] and needed < seconds:

@@ -12,6 +12,7 @@ Each model has its own learning rate: rates are doubled and halved until the bes
 """
 
 import math
+import statistics
 from typing import NamedTuple
 
 import recipe
@@ -99,21 +100,21 @@ def rates_to_try(results: dict, name: str) -> list[float]:
     return [rate for rate in near if not any(math.isclose(rate, other) for other in tried)]
 
 
-def step_seconds(results: dict, name: str, gpu: str | None = None) -> float | None:
-    """Seconds of a step, the minimum over all runs of the model (on `gpu`): other work on the machine makes steps slower, never faster."""
-    runs = [run for run in results["runs"].values() if run["name"] == name and gpu in (None, run.get("gpu"))]
-    return min((run["ms_per_step"] / 1e3 for run in runs), default=None)
-
-
-def seconds_side_by_side(results: dict, names: list[str]) -> dict[str, float]:
+def step_seconds(results: dict) -> dict[str, float]:
     """
-    Seconds of a step of each of `names`, on the GPU that was fastest of those that ran them all, if there is one, as GPUs of one kind
-    differ by some percent; empty if one of `names` has not run yet.
+    Seconds of a step of each model that has run, as on one GPU, the one that ran the most models: GPUs of one kind differ by some percent, by
+    the median over models that both ran. The minimum over runs, as other work on the machine makes steps slower, never faster.
     """
-    gpus = {run.get("gpu") for run in results["runs"].values()} - {None}
-    on_each = [{name: step_seconds(results, name, gpu) for name in names} for gpu in (None, *gpus)]
-    on_any, *together = [seconds for seconds in on_each if None not in seconds.values()] or [{}]
-    return min(together, key=lambda seconds: sum(seconds.values()), default=on_any)
+    on: dict[str | None, dict[str, float]] = {}
+    for run in results["runs"].values():
+        seconds = on.setdefault(run.get("gpu"), {})
+        seconds[run["name"]] = min(seconds.get(run["name"], math.inf), run["ms_per_step"] / 1e3)
+    first, found = max(on.values(), key=len, default={}), {}
+    for seconds in on.values():
+        scale = statistics.median([first[name] / seconds[name] for name in seconds if name in first] or [1.0])
+        for name, of in seconds.items():
+            found[name] = min(found.get(name, math.inf), scale * of)
+    return found
 
 
 def cache_limit(results: dict) -> float:
@@ -153,9 +154,9 @@ def finalists(results: dict, names: list[str]) -> list[str]:
 
 def timed_finalists(results: dict, names: list[str]) -> list[str]:
     """The finalists of those with MHA's heads whose steps are short."""
-    seconds = {name: step_seconds(results, name) for name in with_heads_of_mha(results, names)}
-    shortest = min(seconds.values(), default=0.0)
-    return finalists(results, [name for name in seconds if seconds[name] <= MAX_STEP * shortest])
+    names, seconds = with_heads_of_mha(results, names), step_seconds(results)
+    shortest = min((seconds[name] for name in names), default=0.0)
+    return finalists(results, [name for name in names if seconds[name] <= MAX_STEP * shortest])
 
 
 def steps_of_equal_time(results: dict, names: list[str]) -> dict[str, int]:
@@ -163,10 +164,12 @@ def steps_of_equal_time(results: dict, names: list[str]) -> dict[str, int]:
     The number of steps with which each of `names` takes as long as the slowest of them does for its `max_steps`; empty if one has not run yet.
     Times change a little as runs are added, so a number of steps that a model already has runs of is taken if it is close.
     """
-    seconds = seconds_side_by_side(results, names)
-    slowest, steps, chosen = max(seconds.values(), default=0.0), results["settings"]["max_steps"], {}
-    for name, of in seconds.items():
-        wanted = steps * slowest / of
+    seconds = step_seconds(results)
+    if not seconds.keys() >= set(names):
+        return {}
+    slowest, steps, chosen = max((seconds[name] for name in names), default=0.0), results["settings"]["max_steps"], {}
+    for name in names:
+        wanted = steps * slowest / seconds[name]
         had = {steps, *(run["steps"] for run in results["runs"].values() if run["name"] == name)}
         nearest = min(had, key=lambda number: abs(number - wanted))
         chosen[name] = nearest if abs(nearest - wanted) < SAME_TIME * wanted else max(10, round(wanted / 10) * 10)

@@ -45,19 +45,18 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def table(rows: Rows) -> list[str]:
-    """Lowest loss first."""
+def table(rows: Rows, seconds: dict[str, float]) -> list[str]:
+    """Lowest loss first; `seconds` are those of a step, by model."""
     cells, twins = {}, twins_of(rows)
     best = mean_loss(twins[lowest(twins)]) if twins else math.nan
     for name, runs in sorted(rows.items(), key=lambda row: mean_loss(row[1])):
         one = runs[0]
         kv = f" ({one['key_value_heads']})" if one["key_value_heads"] != one["heads"] else ""
-        ms = min(run["ms_per_step"] for run in runs)
         cells[name] = [
             f"{one['learning_rate']:g}", f"{one['heads']}{kv}", f"{one['intermediate_size']:,}",
             f"{one['non_embedding_parameters']:,}", f"{len(runs)}", spread([run["loss"] for run in runs]),
             f"{mean_loss(runs) - best:+.4f}" if twins else "-", f"{one['cache_bytes_per_token']:,}",
-            f"{one['tokens'] / 1e6:.1f}", f"{ms:.1f}", f"{ms * one['steps'] / 1e3:.0f}",
+            f"{one['tokens'] / 1e6:.1f}", f"{1e3 * seconds[name]:.1f}", f"{seconds[name] * one['steps']:.0f}",
         ]  # fmt: skip
     return markdown_table(COLUMNS, cells)
 
@@ -81,7 +80,7 @@ def verdict(rows: Rows) -> str:
 
 def four_tables(results: dict, rows: Rows) -> list[str]:
     settings, limit = results["settings"], plan.cache_limit(results)
-    heads, lines = plan.heads_of_mha(settings), []
+    heads, seconds, lines = plan.heads_of_mha(settings), plan.step_seconds(results), []
     timed = plan.timed_finalists(results, list(plan.models(settings)))
     for title, said, chosen in (
         ("Equal parameters", "Parameters are MHA's to within 1%, by more heads or by a wider MLP.", rows),
@@ -103,7 +102,7 @@ def four_tables(results: dict, rows: Rows) -> list[str]:
         ),
     ):
         lines += ["", f"## {title}", "", said, ""]
-        lines += [*table(chosen), "", verdict(chosen)] if chosen else ["No runs yet."]
+        lines += [*table(chosen, seconds), "", verdict(chosen)] if chosen else ["No runs yet."]
     return lines
 
 

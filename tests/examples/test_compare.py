@@ -156,13 +156,16 @@ def test_equal_times():
     assert plan.steps_of_equal_time(results_with(runs | other, {"T6": 50.4, "MHA": 40.0}), ["T6", "MHA"])["MHA"] == 125
     assert plan.steps_of_equal_time(results_with(runs | other, {"T6": 54.0, "MHA": 40.0}), ["T6", "MHA"])["MHA"] == 140
 
-    # A faster GPU that has run one of the two only says nothing.
-    second = plan.Run("T6", 1e-3, 1, 100)
-    results = results_with(runs | {second: 2.0}, {"T6": 50.0, "MHA": 40.0})
+    # A GPU that is faster has run one of the two, and a third model, whose time is that of the first GPU by what both ran.
+    second, third = plan.Run("T6", 1e-3, 1, 100), plan.Run("GQA", 1e-3, 0, 100)
+    results = results_with(runs | {second: 2.0, third: 2.0}, {"T6": 50.0, "MHA": 40.0})
     for run in results["runs"].values():
         run["gpu"] = "one"
-    results["runs"][second.key] |= {"gpu": "faster", "ms_per_step": 42.0}
+    results["runs"][second.key] |= {"gpu": "faster", "ms_per_step": 40.0}
+    results["runs"][third.key] |= {"gpu": "faster", "ms_per_step": 44.0}
+    assert plan.step_seconds(results) == pytest.approx({"T6": 0.05, "MHA": 0.04, "GQA": 0.055})
     assert plan.steps_of_equal_time(results, ["T6", "MHA"]) == {"T6": 100, "MHA": 120}
+    assert plan.steps_of_equal_time(results, ["GQA", "MHA"]) == {"GQA": 100, "MHA": 140}
 
 
 @pytest.mark.parametrize(

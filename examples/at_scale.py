@@ -142,8 +142,22 @@ def command_of(args: argparse.Namespace, name: str, minutes: float | None) -> li
     script = [str(Path(__file__).with_name("pretrain.py")), *given]
     if args.cpu or not torch.cuda.is_available():
         return [sys.executable, *script]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *launcher, *script]
+    # By this machine's name, which its network may not know, processes would wait for each other in vain.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    return [sys.executable, *launcher, "--nproc-per-node", str(processes), *script]
+
+
+def exit_code(command: list[str]) -> int:
+    """
+    Of a command that runs to its end. It is told to stop when this process is: `subprocess.run` would kill it, and a launcher that is
+    killed leaves its processes behind, on the GPUs.
+    """
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            raise
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -178,7 +192,7 @@ def trained(args: argparse.Namespace, name: str, deadline: float) -> bool:
     if left <= 0:
         return False
     command = command_of(args, name, left / 60 if left < math.inf else None)
-    code = subprocess.run(command).returncode
+    code = exit_code(command)
     if code == 0:
         return True
     if code == STOPPED or time.monotonic() > deadline:  # of several processes, their launcher has a code of its own
@@ -225,17 +239,20 @@ def run(args: argparse.Namespace) -> dict:
     deadline = time.monotonic() + 60 * (math.inf if args.minutes is None else args.minutes)
     device = "cpu" if args.cpu else find_device(None)
     for name in args.models or MODELS:
-        if name in results["runs"]:
+        known, folder = results["runs"].get(name), folder_of(args, name)
+        # What is not measured is, while there is a model.
+        if known and ("held_out" in known or args.no_measure or not folder.is_dir()):
             continue
         if not trained(args, name, deadline):
             print(f"{name}: no time")
             break
-        folder = folder_of(args, name)
-        found = facts_of(folder) | ({} if args.no_measure else measure(args, folder, device))
+        found = results["runs"][name] = facts_of(folder)
+        write_json(args.results, results, indent=1)  # measuring may fail
+        if not args.no_measure:
+            found |= measure(args, folder, device)
+            write_json(args.results, results, indent=1)
         if device != "cpu":
             torch.cuda.empty_cache()
-        results["runs"][name] = found
-        write_json(args.results, results, indent=1)
     return results
 
 

@@ -202,6 +202,8 @@ def compile_parts(model: PreTrainedModel) -> None:
 
     A program of the whole model would take as many times longer to compile as there are layers.
     """
+    # DDP's buckets are not much larger than layers, which would be cut at their borders: through what forms heads again, too.
+    torch._dynamo.config.optimize_ddp = False
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     for module in (*layers, model.base_model.norm):
         module.compile(dynamic=False)

@@ -2,8 +2,8 @@
 
 import json
 import math
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import at_scale
 import pytest
@@ -26,15 +26,15 @@ def in_this_process(monkeypatch) -> list[list[str]]:
     """`pretrain.py` as a function: a process of its own would import for seconds. Holds the arguments of its calls."""
     calls = []
 
-    def run(command: list[str]) -> SimpleNamespace:
+    def run(command: list[str]) -> int:
         calls.append(command[2:])
         try:
             pretrain.main(command[2:])
         except SystemExit as error:
-            return SimpleNamespace(returncode=error.code if isinstance(error.code, int) else 1)
-        return SimpleNamespace(returncode=0)
+            return error.code if isinstance(error.code, int) else 1
+        return 0
 
-    monkeypatch.setattr(at_scale.subprocess, "run", run)
+    monkeypatch.setattr(at_scale, "exit_code", run)
     return calls
 
 
@@ -79,7 +79,7 @@ def test_stopped(data, in_this_process, tmp_path, capsys):
     at_scale.main(["run", *options, "--minutes", "0"])
     assert not in_this_process
     stop = ["--max-minutes", "0", "--logging-steps", "1"]
-    at_scale.subprocess.run(
+    at_scale.exit_code(
         ["python", *at_scale.command_of(at_scale.parse_args(["run", *options]), "GQA", None)[1:], *stop]
     )
     assert list((tmp_path / "work" / "gqa-checkpoints").glob("checkpoint-1"))
@@ -106,6 +106,39 @@ def test_stopped(data, in_this_process, tmp_path, capsys):
         at_scale.main(["run", *options, "--batch-size", "3"])
 
 
+@pytest.mark.once
+def test_measuring_that_failed(data, in_this_process, monkeypatch, tmp_path):
+    """What a model was trained to stays in the results; the next call measures it, and trains it no more."""
+    options = ["--data", str(data), "--results", str(tmp_path / "r.json"), "--work-dir", str(tmp_path / "work")]
+    options += [*COMMON, "--models", "GQA"]
+    with monkeypatch.context() as context:
+        context.setattr(at_scale.score, "main", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            at_scale.main(["run", *options])
+    found = json.loads((tmp_path / "r.json").read_text())["runs"]["GQA"]
+    assert found["curve"] and "held_out" not in found
+    at_scale.main(["run", *options])
+    measured = json.loads((tmp_path / "r.json").read_text())["runs"]["GQA"]
+    assert measured.items() >= found.items() and measured["retrieval"]["scores"] and len(in_this_process) == 1
+
+
+def test_told_to_stop(tmp_path):
+    """What trains is told to, too, and is waited for."""
+    child = """
+import os, pathlib, signal, sys, time
+def stop(*_):
+    time.sleep(0.2)
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    with pytest.raises(SystemExit), at_scale.input_errors("at_scale.py"):
+        at_scale.exit_code([sys.executable, "-c", child, str(tmp_path / "stopped")])
+    assert (tmp_path / "stopped").exists()
+
+
 def test_unknown_model(capsys):
     with pytest.raises(SystemExit):
         at_scale.parse_args(["run", "--data", "d", "--results", "r", "--models", "RNN"])
@@ -117,7 +150,9 @@ def test_several_processes(monkeypatch, tmp_path):
     monkeypatch.setattr(at_scale.torch.cuda, "device_count", lambda: 4)
     args = at_scale.parse_args(["run", "--data", "d", "--results", "r", "--work-dir", str(tmp_path)])
     command = at_scale.command_of(args, "T6 of the paper", 25.0)
-    assert command[1:7] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", command[6]]
-    parsed = pretrain.parse_args(command[7:])
+    place = command.index("--nproc-per-node")
+    assert command[1:place] == ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    assert command[place + 1] == "4" and Path(command[place + 2]).name == "pretrain.py"
+    parsed = pretrain.parse_args(command[place + 3 :])
     assert (parsed.max_steps, parsed.sequences_per_step, parsed.paper, parsed.compile) == (3815, 256, True, True)
     assert (parsed.max_minutes, parsed.output_dir) == (25.0, tmp_path / "t6-of-the-paper")

@@ -240,22 +240,45 @@ def test_every_architecture_by_name(data, tmp_path):
     assert (config.hidden_size, config.intermediate_size, config.q_rank) == (48, 128, None)
 
 
-def test_compiled(data, run, tmp_path, monkeypatch):
-    """Layers are one program, the last norm and the loss another each; the losses are those without."""
-    graphs = []
+@pytest.fixture
+def graphs(monkeypatch) -> list[torch.fx.GraphModule]:
+    """Programs that were compiled; they are left as they are."""
+    found = []
 
     def backend(graph, inputs):
-        graphs.append(graph)
+        found.append(graph)
         return graph.forward
 
     compile_function = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_function(f, backend=backend, **kwargs))
+    return found
+
+
+def test_compiled(data, run, tmp_path, graphs):
+    """Layers are one program, the last norm and the loss another each; the losses are those without."""
     folder = tmp_path / "model"
     pretrain.main([*T6, *RUN, "--data", str(data), "--batch-size", "4", "--compile", "--output-dir", str(folder)])
     assert len(graphs) == 3
     for found, expected in zip(losses(folder), losses(run), strict=True):
         assert [x is None for x in found] == [x is None for x in expected]
         assert list(filter(None, found)) == pytest.approx(list(filter(None, expected)), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-mha-small", "t6-small"])
+def test_compiled_under_ddp(name, data, tmp_path, graphs):
+    """A layer stays one program where DDP's first bucket, of 1 MiB, is full before its end."""
+    size = ["hidden_size=384", "num_hidden_layers=2"]
+    args = pretrain.parse_args(["--architecture", name, "--set", *size, "--output-dir", "x"])
+    model = pretrain.make_model(pretrain.make_config(args, AutoTokenizer.from_pretrained(data)), "sdpa")
+    pretrain.compile_parts(model)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ids = torch.arange(64).view(2, 32)
+        torch.nn.parallel.DistributedDataParallel(model)(ids, labels=ids, use_cache=False).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == 3
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["llama-mha-small", "t6-small"])

@@ -555,9 +555,10 @@ def test_two_processes(run, data, tmp_path):
     (tmp_path / "script.py").write_text(DISTRIBUTED)
     path = f"{os.environ['PYTHONPATH']}:{ROOT}:{ROOT / 'examples'}"
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    script = ["script.py", *T6, *RUN, "--data", str(data)]
     result = subprocess.run(
-        [*launch, *T6, *RUN, "--data", str(data)], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, *launch, *script], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("on 2 x 2 x 2") == 6 and result.stdout.count("stopped at step 1 of 6") == 2

@@ -34,7 +34,7 @@ def test_two_processes(tmp_path, pytestconfig):
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
     }
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
     script = ["-m", "tests.modeling_t6.distributed_cases", str(tmp_path), *cases]
     result = subprocess.run(
         [sys.executable, *launch, *script], cwd=tmp_path, env=environment, capture_output=True, text=True

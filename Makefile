@@ -6,8 +6,9 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 VLLM := .venv-vllm
 export HF_HUB_DISABLE_TELEMETRY := 1
-# Most of what pip installs is never imported: Python compiles what is.
+# Most of what pip installs is never imported: Python compiles what is, and keeps it for the next process.
 export PIP_COMPILE := no
+unexport PYTHONDONTWRITEBYTECODE
 # The two environments are tested side by side: either alone leaves a core idle now and then, and at its end. The oldest
 # has a quarter of the work, and one process for it: each takes a while to import what it tests.
 MAKEFLAGS += --jobs=2

@@ -127,15 +127,15 @@ def _has_kernels(hidden_states: torch.Tensor) -> bool:
 def heads_at_once(module: nn.Module, factors: UnsplitFactors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Q [batch, seq, h, d], rotated, K, rotated, and V [batch, seq, h_kv, d]."""
     ranks = module.q_rank or 0, module.k_rank, module.v_rank
-    outputs = (getattr(module, f"{name}_a_proj").out_features if rank else 0 for name, rank in zip("qkv", ranks))
-    num_heads = tuple(size // max(1, rank) for size, rank in zip(outputs, ranks))
-    weights, eps = [None, None], 0.0
+    num_heads = tuple(
+        getattr(module, f"{name}_a_proj").out_features // rank if rank else 0 for name, rank in zip("qkv", ranks)
+    )
+    q_weight, k_weight, eps = None, None, 0.0
     if module.has_normed_heads:
-        weights, eps = [module.q_norm.weight, module.k_norm.weight], module.k_norm.variance_epsilon
-    if factors.b_q is not None:
-        weights[0] = None
+        q_weight = module.q_norm.weight if factors.b_q is None else None
+        k_weight, eps = module.k_norm.weight, module.k_norm.variance_epsilon
     query, key, value = HeadsAtOnce.apply(
-        factors.product, *weights, *factors.rotation, ranks, num_heads, module.head_dim, eps
+        factors.product, q_weight, k_weight, *factors.rotation, ranks, num_heads, module.head_dim, eps
     )
     if factors.b_q is not None:
         query = module.queries(Factors(value.dtype, b_q=factors.b_q, query_rotation=factors.rotation)).to(value.dtype)

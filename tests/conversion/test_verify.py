@@ -146,7 +146,9 @@ def by_layers(source: Path, result: Path, rounded: bool = False) -> verify.Compa
     return layerwise.compare_layers(source, AutoConfig.from_pretrained(source), Checkpoint(source), result, rounded)
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name != "longrope"])
+@pytest.mark.parametrize(
+    "name", once_but([name for name in SOURCES if name != "longrope"], "windows", "dynamic", "yarn")
+)
 def test_what_is_right_passes(name, folders):
     assert verify.compare_with_transformers(*folders[name]).logit_difference < 1e-5
 

@@ -72,6 +72,7 @@ def test_run_and_report(data, in_this_process, tmp_path):
         at_scale.main(["run", *options, *COMMON, "--tokens", "5000"])
 
 
+@pytest.mark.once  # a run goes on with the oldest, too: `test_killed_run_goes_on`
 def test_stopped(data, in_this_process, tmp_path, capsys):
     """A model that time ran out for goes on where it was; none is begun when there is no time left."""
     options = ["--data", str(data), "--results", str(tmp_path / "r.json"), "--work-dir", str(tmp_path / "work")]

@@ -248,6 +248,7 @@ def test_one_line_errors(folder, capsys, case):
     )
 
 
+@pytest.mark.once  # as all that pushes: Transformers has no part in it but of what `--dry-run` checks, too
 def test_cheap_checks_come_before_the_weights_are_read(folder, capsys, monkeypatch, hub, uploader):
     monkeypatch.setattr("hub.upload.check_numbers", lambda checkpoint: pytest.fail("the weights are read"))
     (folder / "conversion.json").write_text('{"source": "llama"}')
@@ -397,6 +398,7 @@ LEFTOVERS = (
 KEPT = ("a.png", "notes/merges.txt", "LICENSE-OLD", "samples.json", "scripts/run.py")
 
 
+@pytest.mark.once
 def test_what_other_models_left_is_removed(hub, uploader, folder):
     assert uploader(folder, "someone/t6").code == 0
     repository = hub.repositories["someone/t6"]

@@ -14,6 +14,7 @@ from .test_variants import VARIANTS, config_of
 DTYPES = {"bfloat16": (torch.bfloat16, 0.1), "float16": (torch.float16, 0.02)}  # and a few roundings of each
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype,tolerance", DTYPES.values(), ids=DTYPES)
 def test_every_variant(variant, dtype, tolerance):

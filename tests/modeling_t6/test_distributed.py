@@ -1,10 +1,9 @@
-"""Two processes, started by torchrun, equal one in all that a T6 does: the cases of `distributed_cases.py`."""
+"""Two processes equal one in all that a T6 does: the cases of `distributed_cases.py`."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from .. import processes
 from .distributed_cases import CASES
 
 
@@ -34,11 +33,8 @@ def test_two_processes(tmp_path, pytestconfig):
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
     }
-    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
-    script = ["-m", "tests.modeling_t6.distributed_cases", str(tmp_path), *cases]
-    result = subprocess.run(
-        [sys.executable, *launch, *script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
+    code = "from tests.modeling_t6 import distributed_cases; distributed_cases.main()"
+    outcome = processes.run(code, str(tmp_path), *cases, env=environment, cwd=tmp_path, world_size=2)
+    assert outcome.code == 0, outcome.stderr[-5000:]
     for rank in range(2):
         assert (tmp_path / f"PASSED-{rank}").read_text().splitlines() == cases

@@ -50,6 +50,7 @@ def logits_and_gradients(model, ids):
     return logits, dict(zip(weights, torch.autograd.grad((logits * probe).sum(), list(weights.values()))))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["weights", "biases"])
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import random
 import subprocess
@@ -53,7 +54,7 @@ def test_the_interpreter_sees_a_read_beyond_a_tensor():
 
 @pytest.mark.once
 @needs_triton
-@pytest.mark.parametrize("seed", range(18))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_shapes(seed):
     """On a GPU, `flash_tpa_cases` runs as many shapes as one likes; the interpreter runs small ones."""
     case = random_case(seed)
@@ -687,14 +688,18 @@ def test_fp8_rows_of_the_largest_numbers(rank, heads):
 
 @pytest.mark.once
 @needs_triton
+@pytest.mark.parametrize("ahead", [7.8, 30.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_above_the_running_maximum_times_the_largest_number_of_fp8(dtype, monkeypatch):
-    """After a block of tokens, exponentials of scores are 2^7.8 times as large, which times 448 is no float16."""
+def test_weights_above_the_running_maximum_times_the_largest_number_of_fp8(dtype, ahead, monkeypatch):
+    """
+    After a block of tokens, exponentials of scores are 2^`ahead` times as large: times 448 that is no float16, with 30 by itself. The
+    low-bit kernel has 2^6 to spare, and raises its maximum behind that.
+    """
     monkeypatch.setattr(flash_tpa_t6, "choose_splits", lambda *args: 1)
     key_rows, value_rows = torch.zeros(1, 1, 300, 80, device=DEVICE), torch.ones(1, 1, 300, 80, device=DEVICE)
     key_rows[..., 0], key_rows[:, :, 200:, 64:], value_rows[..., 64:] = 1, 1, 448  # B, A, A
     query = torch.zeros(1, 1, 16, 64, device=DEVICE, dtype=dtype)
-    query[..., 0] = 43.25  # 7.8 / (0.125 * log2(e))
+    query[..., 0] = ahead / (0.125 * math.log2(math.e))
     rows = [x.to(torch.float8_e4m3fn) for x in (key_rows, value_rows)]
     output = flash_tpa(query, *rows, 1, 1, 0.125)
     expected = torch.full_like(output, 448.0)

@@ -35,7 +35,7 @@ def check(case: dict) -> None:
     assert relative_error(case, DEVICE) < TOLERANCES[case["dtype"]]
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_batches(seed):
     """On a GPU, `paged_flash_tpa_cases` runs as many as one likes; the interpreter runs small ones."""
     check((small_case if DEVICE == "cpu" else random_case)(seed))

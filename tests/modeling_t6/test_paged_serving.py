@@ -14,7 +14,7 @@ from .common import DEVICE, random_ids, random_model, tiny_config
 
 
 pytestmark = pytest.mark.skipif(flash_tpa_t6.triton is None, reason="Triton is for Linux")
-NEW = 6
+NEW = 4
 LENGTHS = (3, 14, 1, 9)
 # Interpreted, a layer takes long: all else that several layers do is asked of the engine in `test_serving.py`.
 ONE_LAYER = {"num_hidden_layers": 1}

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from vllm import LLM, SamplingParams
 
 
-# Of the requests in a batch, in tokens: one, and those around the ends of pages.
-LENGTHS = (1, 5, 16, 17, 33, 64, 65, 130)
+# Of the requests in a batch, in tokens: one, and those around the ends of pages. As they decode, 12 pass the end of a page, and 20
+# that of the windows.
+LENGTHS = (1, 12, 16, 20, 33, 64, 65, 130)
+NEW_TOKENS = 8
 # Logits in float32 differ by less between two ways to add the same numbers up. Where the reference's two best tokens are
 # as near to each other, either is right, and what follows is another text.
 TIE = 1e-4
@@ -44,7 +46,10 @@ def random_prompts(lengths: tuple[int, ...] = LENGTHS, each: int = 4, seed: int 
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, prompts: list[torch.Tensor], new_tokens: int = 12, make_cache: Callable | None = None
+    model: PreTrainedModel,
+    prompts: list[torch.Tensor],
+    new_tokens: int = NEW_TOKENS,
+    make_cache: Callable | None = None,
 ) -> Answers:
     """What Transformers answers, prompts of one length at a time."""
     parts = []
@@ -113,7 +118,7 @@ def metric(llm: LLM, name: str) -> float:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
 
 
-def ask(llm: LLM, prompts: list[torch.Tensor], new_tokens: int = 12) -> list:
+def ask(llm: LLM, prompts: list[torch.Tensor], new_tokens: int = NEW_TOKENS) -> list:
     """vLLM's outputs for all the prompts at once."""
     greedy = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=0)
     requests = [{"prompt_token_ids": ids} for group in prompts for ids in group.tolist()]

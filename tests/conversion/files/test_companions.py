@@ -7,14 +7,17 @@ from transformers import AutoModelForCausalLM
 
 from conversion.__main__ import main
 
+from ...versions import once_but
 from ..common import save_source
 
 
 SETTINGS = {"eos_token_id": [2, 7], "do_sample": True, "temperature": 0.5, "top_k": 5, "suppress_tokens": [3]}
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, {"temperature": 0.5}], ids=["valid", "without-sampling"])
-@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "settings", once_but({"valid": SETTINGS, "without-sampling": {"temperature": 0.5}}.items(), "without-sampling")
+)
+@pytest.mark.parametrize("file", once_but(["generation_config.json", "config.json"], "config.json"))
 def test_generation_settings(file, settings, tmp_path):
     """From their own file, or from config.json, as old models have them; those that Transformers only warns of, too."""
     source = save_source(tmp_path / "source")

@@ -19,6 +19,7 @@ from ..files.errors import ConversionError
 from ..files.folders import last_checkpoint, write_whole
 from .muon import Muon
 from .straight_through import rounded_rows
+from .text import evenly_spaced
 
 
 class Windows(Dataset):
@@ -325,8 +326,9 @@ def heal(
     if checkpoint is not None:
         print(f"healing goes on from {checkpoint.name}")
 
-    count = max(1, min(PROBED_BATCHES, len(ids) // batch_size))  # whole ones: a smaller one would be compiled again
-    probed = ids[: count * batch_size].to(trainer.args.device).split(batch_size)
+    # Whole batches: a smaller one would be compiled again. Of all windows, the last of which may be questions.
+    count = batch_size * max(1, min(PROBED_BATCHES, len(ids) // batch_size))
+    probed = evenly_spaced(ids, count).to(trainer.args.device).split(batch_size)
 
     def measure() -> float:
         """With gradients, which are not computed: without, layers would be compiled once more."""

@@ -412,6 +412,28 @@ def test_a_rate_that_is_too_high_is_halved(folder, tmp_path, capsys, monkeypatch
     assert rates[-1] == 1e4 / 64 and not (tmp_path / "other").exists()
 
 
+@pytest.mark.once
+def test_what_is_watched_is_of_all_windows(model, folder, tmp_path, monkeypatch):
+    """Questions, which are the last windows, too; before the first step, in whole batches."""
+    seen = []
+
+    def compute(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["input_ids"])
+        if len(seen) > 3:
+            raise KeyboardInterrupt  # the first step
+        return model.lm_head.weight.sum()
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", compute)
+    monkeypatch.setattr(heal, "PROBED_BATCHES", 3)
+    ids = torch.arange(50)[:, None].expand(50, 8)
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "source").eval()
+    options = {"steps": 10, "batch_size": 4, "optimizer": "adamw", "learning_rate": 1e-3, "device": "cpu"}
+    with pytest.raises(KeyboardInterrupt):
+        heal.heal(model, teacher, ids, tmp_path, **options)
+    assert [len(batch) for batch in seen[:3]] == [4, 4, 4]
+    assert torch.cat(seen[:3])[:, 0].tolist() == [0, 4, 8, 13, 17, 22, 26, 31, 35, 40, 44, 49]
+
+
 def test_windows_hold_the_text(folder, monkeypatch):
     """Reading a text in pieces loses and repeats nothing; of the first windows, no more is read than they need."""
     tokenizer = load_tokenizer(folder / "source")

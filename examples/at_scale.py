@@ -35,6 +35,7 @@ from command_line import InputError, field_and_value, input_errors, last_checkpo
 
 # By name in the results: arguments of `pretrain.py`.
 MODELS = {
+    "T6-KVonly": ["--architecture", "t6-small-kvonly"],  # the lowest of the comparison
     "T6": ["--architecture", "t6-small"],
     "MHA": ["--architecture", "llama-mha-small"],
     "GQA": ["--architecture", "llama-gqa-small"],

@@ -143,7 +143,7 @@ time.sleep(60)
 def test_unknown_model(capsys):
     with pytest.raises(SystemExit):
         at_scale.parse_args(["run", "--data", "d", "--results", "r", "--models", "RNN"])
-    assert "--models: there is no RNN; there are T6; MHA" in capsys.readouterr().err
+    assert "--models: there is no RNN; there are T6-KVonly; T6; MHA" in capsys.readouterr().err
 
 
 def test_several_processes(monkeypatch, tmp_path):

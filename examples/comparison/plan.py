@@ -23,7 +23,7 @@ SEEDS = (0, 1, 2, 3)
 FIRST_MODELS = 8  # that are all tried before rates and seeds of the best of them
 MAX_RATE_FACTOR = 4  # a rate that is tried is at most so many times the first, or one of so many parts
 SAME_TIME = 0.02  # times that differ by less, of the longer, are equal
-MAX_STEP = 1.1  # steps that take longer, as a multiple of the shortest, are not compared at equal time: what they lose is known before
+MAX_STEP = 1.1  # steps that take longer, as a multiple of the lowest twin's, are not compared at equal time: what they lose is known before
 
 
 class Run(NamedTuple):
@@ -153,10 +153,13 @@ def finalists(results: dict, names: list[str]) -> list[str]:
 
 
 def timed_finalists(results: dict, names: list[str]) -> list[str]:
-    """The finalists of those with MHA's heads whose steps are short."""
+    """The finalists of those with MHA's heads whose steps take not much longer than those of the lowest twin among them."""
     names, seconds = with_heads_of_mha(results, names), step_seconds(results)
-    shortest = min((seconds[name] for name in names), default=0.0)
-    return finalists(results, [name for name in names if seconds[name] <= MAX_STEP * shortest])
+    twins = {
+        name: min(losses.values()) for name in names if not is_t6(name) and (losses := losses_by_rate(results, name))
+    }
+    longest = MAX_STEP * seconds[min(twins, key=twins.get)] if twins else math.inf
+    return finalists(results, [name for name in names if seconds[name] <= longest])
 
 
 def steps_of_equal_time(results: dict, names: list[str]) -> dict[str, int]:

@@ -96,8 +96,8 @@ def four_tables(results: dict, rows: Rows) -> list[str]:
         ),
         (
             "Equal training time",
-            f"Of those with {heads} heads and steps of at most {plan.MAX_STEP:g} times the shortest, the lowest at equal tokens and the "
-            "lowest with a cache no larger than GQA's, each trained for as long as the slowest of them takes.",
+            f"Of those with {heads} heads and steps of at most {plan.MAX_STEP:g} times the lowest twin's, the lowest at equal tokens and "
+            "the lowest with a cache no larger than GQA's, each trained for as long as the slowest of them takes.",
             best_runs(results, plan.steps_of_equal_time(results, timed)),
         ),
     ):

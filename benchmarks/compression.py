@@ -135,6 +135,7 @@ ROWS = {"fit": [], "rows16": ["--cache-dtype", "model"], "rows8": ["--cache-dtyp
 RUNS = [(method, ratio, "") for ratio in (4, 2, 8) for method in ("fit", "mean-pool")]
 CONTROL = ("fit", 1, "")  # the whole cache: what the loss on the text does to the source itself
 FINAL_RATE = 0.1  # of the highest
+LOOKED_AT = 20  # steps after which it is looked at again how many fit into the time
 TRIES = 3  # several processes on a GPU met faults of it in Muon's steps; a conversion goes on from its checkpoint
 
 
@@ -269,8 +270,8 @@ class Sitting(TrainerCallback):
 
 class Deadline(TrainerCallback):
     """
-    Fits the number of steps into a time: the speed of steps 11 to 30 says how many there are to be, and the schedule of
-    the learning rate becomes that of so many steps.
+    Fits the number of steps into a time: again and again, the speed of the last `LOOKED_AT` steps says how many there are to be, and the
+    schedule of the learning rate becomes that of so many steps. What else runs on a GPU comes and goes.
 
     Args:
         end: of the training, as `time.time()` counts.
@@ -278,23 +279,25 @@ class Deadline(TrainerCallback):
     """
 
     def __init__(self, end: float, final: float = FINAL_RATE):
-        self.end, self.final, self.start = end, final, 0.0
+        self.end, self.final, self.looked, self.most = end, final, None, None
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
-        if state.global_step in (10, 30) and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if state.global_step == 10:
-            self.start = time.time()
-        if state.global_step != 30:
+        if state.global_step % LOOKED_AT:
             return
-        now = time.time()
-        steps = [30 + max(0, int((self.end - now) / ((now - self.start) / 20)))]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        before, self.looked = self.looked, time.time()
+        if before is None:  # the first steps take longer
+            self.most = state.max_steps
+            return
+        seconds = (self.looked - before) / LOOKED_AT
+        steps = [state.global_step + max(0, int((self.end - self.looked) / seconds))]
         if args.world_size > 1:
             torch.distributed.broadcast_object_list(steps)  # as the first process counts them
-        state.max_steps = max(31, min(state.max_steps, steps[0]))
+        state.max_steps = max(state.global_step + 1, min(self.most, steps[0]))
         lr_scheduler.lr_lambdas = [schedule(state.max_steps, self.final)] * len(lr_scheduler.lr_lambdas)
-        if state.is_world_process_zero:
-            print(f"{(now - self.start) / 20:.3f} s a step: {state.max_steps} steps", flush=True)
+        if state.is_world_process_zero and state.global_step == 2 * LOOKED_AT:
+            print(f"{seconds:.3f} s a step: {state.max_steps} steps", flush=True)
 
 
 def schedule(steps: int, final: float = FINAL_RATE):

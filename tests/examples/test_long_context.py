@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -20,6 +21,23 @@ def long_context(monkeypatch):
     import long_context
 
     return long_context
+
+
+@pytest.mark.parametrize("at_first, later, most", [(0.1, 0.3, 10_000), (0.3, 0.1, 10_000), (0.1, 0.1, 150)])
+def test_steps_fit_into_the_time(at_first, later, most, long_context, monkeypatch):
+    """Also where steps become slower, or faster, than they were at first; and the rate has come to its end by then."""
+    compression, clock = sys.modules[long_context.Deadline.__module__], [1000.0]
+    monkeypatch.setattr(compression, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False)))
+    monkeypatch.setattr(compression, "time", SimpleNamespace(time=lambda: clock[0]))
+    state = SimpleNamespace(global_step=0, max_steps=most, is_world_process_zero=False)
+    scheduler = SimpleNamespace(lr_lambdas=[lambda step: 1.0] * 2)
+    deadline = long_context.Deadline(1100.0, final=0.0)
+    while state.global_step < state.max_steps:
+        state.global_step += 1
+        clock[0] += at_first if state.global_step < 300 else later
+        deadline.on_step_end(SimpleNamespace(world_size=1), state, None, scheduler)
+    assert state.global_step == most if most == 150 else abs(clock[0] - 1100) < compression.LOOKED_AT * later
+    assert [rate(state.global_step) for rate in scheduler.lr_lambdas] == [0.0, 0.0]
 
 
 def test_short_texts_are_read_as_one(long_context, tmp_path):

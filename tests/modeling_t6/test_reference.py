@@ -182,7 +182,7 @@ def logits_with_and_without(cache, model, ids, mask, bounds) -> tuple[torch.Tens
 
 @pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
-@pytest.mark.parametrize("q_rank", [3, None], ids=["tpa", "kvonly"])
+@pytest.mark.parametrize("q_rank", once_but({"tpa": 3, "kvonly": None}.items(), "tpa"))
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_token_by_token_equals_full_forward(make_cache, implementation, q_rank, padded):
     config = tiny_config(q_rank=q_rank, attn_implementation=implementation)
@@ -201,7 +201,7 @@ def test_token_by_token_equals_full_forward(make_cache, implementation, q_rank, 
      {"noncontextual_a": True, "k_rank": [2, 3]}],
     ids=["sliding", "sliding-and-full", "noncontextual-a"],
 )  # fmt: skip
-@pytest.mark.parametrize("prompt", [1, 5, 11])
+@pytest.mark.parametrize("prompt", once_but([1, 5, 11], 5))
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_variants_with_every_cache(make_cache, overrides, prompt, implementation):
     config = tiny_config(attn_implementation=implementation, **overrides)

@@ -134,12 +134,17 @@ def with_heads_of_mha(results: dict, names: list[str]) -> list[str]:
     return [name for name in names if name in having]
 
 
+def lowest_losses(results: dict, names: list[str]) -> dict[str, float]:
+    """Held-out losses at the best rates, of those of `names` that have a run."""
+    return {name: min(losses.values()) for name in names if (losses := losses_by_rate(results, name))}
+
+
 def finalists(results: dict, names: list[str]) -> list[str]:
     """
     By their best runs of the first seed the lowest T6 and the lowest twin of all, of those with MHA's heads, and of those that cache no
     more than GQA; and at least two twins.
     """
-    best = {name: min(losses.values()) for name in names if (losses := losses_by_rate(results, name))}
+    best = lowest_losses(results, names)
     caches = {run["name"]: run["cache_bytes_per_token"] for run in results["runs"].values()}
     ranked, limit = sorted(best, key=best.get), cache_limit(results)
 
@@ -155,9 +160,7 @@ def finalists(results: dict, names: list[str]) -> list[str]:
 def timed_finalists(results: dict, names: list[str]) -> list[str]:
     """The finalists of those with MHA's heads whose steps take not much longer than those of the lowest twin among them."""
     names, seconds = with_heads_of_mha(results, names), step_seconds(results)
-    twins = {
-        name: min(losses.values()) for name in names if not is_t6(name) and (losses := losses_by_rate(results, name))
-    }
+    twins = lowest_losses(results, [name for name in names if not is_t6(name)])
     longest = MAX_STEP * seconds[min(twins, key=twins.get)] if twins else math.inf
     return finalists(results, [name for name in names if seconds[name] <= longest])
 

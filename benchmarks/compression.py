@@ -279,7 +279,7 @@ class Deadline(TrainerCallback):
     """
 
     def __init__(self, end: float, final: float = FINAL_RATE):
-        self.end, self.final, self.looked, self.most = end, final, None, None
+        self.end, self.final, self.looked = end, final, None
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         if state.global_step % LOOKED_AT:
@@ -288,13 +288,12 @@ class Deadline(TrainerCallback):
             torch.cuda.synchronize()
         before, self.looked = self.looked, time.time()
         if before is None:  # the first steps take longer
-            self.most = state.max_steps
             return
         seconds = (self.looked - before) / LOOKED_AT
         steps = [state.global_step + max(0, int((self.end - self.looked) / seconds))]
         if args.world_size > 1:
             torch.distributed.broadcast_object_list(steps)  # as the first process counts them
-        state.max_steps = max(state.global_step + 1, min(self.most, steps[0]))
+        state.max_steps = max(state.global_step + 1, min(args.max_steps, steps[0]))
         lr_scheduler.lr_lambdas = [schedule(state.max_steps, self.final)] * len(lr_scheduler.lr_lambdas)
         if state.is_world_process_zero and state.global_step == 2 * LOOKED_AT:
             print(f"{seconds:.3f} s a step: {state.max_steps} steps", flush=True)

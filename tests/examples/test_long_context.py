@@ -35,7 +35,7 @@ def test_steps_fit_into_the_time(at_first, later, most, long_context, monkeypatc
     while state.global_step < state.max_steps:
         state.global_step += 1
         clock[0] += at_first if state.global_step < 300 else later
-        deadline.on_step_end(SimpleNamespace(world_size=1), state, None, scheduler)
+        deadline.on_step_end(SimpleNamespace(world_size=1, max_steps=most), state, None, scheduler)
     assert state.global_step == most if most == 150 else abs(clock[0] - 1100) < compression.LOOKED_AT * later
     assert [rate(state.global_step) for rate in scheduler.lr_lambdas] == [0.0, 0.0]
 

@@ -16,34 +16,22 @@ from typing import NamedTuple
 
 # Transformers is left to those that are forked: it reads its settings as it is imported.
 SERVER = """
-import json, os, signal, sys
+import json, os, sys
 import contextlib, torch, torch._dynamo, torch.distributed.tensor
 with contextlib.suppress(ImportError):
     import triton.language
 
 for line in sys.stdin:
-    request, running, code = json.loads(line), set(), 0
-    for variables in request["variables"]:
-        if child := os.fork():
-            running.add(child)
-            continue
+    request = json.loads(line)
+    if not os.fork():
         break
-    else:
-        while running:
-            ended, status = os.wait()
-            running.remove(ended)
-            if not code and (code := os.waitstatus_to_exitcode(status)):
-                for child in running:  # which may wait for the one that failed
-                    os.kill(child, signal.SIGKILL)
-        print(code, flush=True)
-        continue
-    break
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 else:
     sys.exit()
 
 os.chdir(request["cwd"])
 os.environ.clear()
-os.environ.update(request["env"] | variables)
+os.environ.update(request["env"])
 for descriptor, path in enumerate((os.devnull, request["stdout"], request["stderr"])):
     os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), descriptor)
 sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
@@ -65,33 +53,23 @@ def _server() -> subprocess.Popen:
     return server
 
 
-def run(
-    code: str, *arguments: str, env: dict[str, str], cwd: Path, merged: bool = False, world_size: int | None = None
-) -> Outcome:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run(code: str, *arguments: str, env: dict[str, str], cwd: Path, merged: bool = False) -> Outcome:
     """
     What `python -c code arguments` does, in an environment of its own.
 
     Args:
         merged: what is written to stderr goes to stdout.
-        world_size: as many processes at once, which are told of one another as torchrun tells them; the first that fails ends
-            the others.
     """
-    server, variables = _server(), [{}]
-    if world_size is not None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {
-            "WORLD_SIZE": world_size,
-            "LOCAL_WORLD_SIZE": world_size,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        ranks = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(world_size)]
-        variables = [{name: str(value) for name, value in of_rank.items()} for of_rank in ranks]
+    server = _server()
     with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
         files = {"stdout": stdout.name, "stderr": (stdout if merged else stderr).name}
-        request = {"code": code, "arguments": arguments, "env": env, "cwd": str(cwd), "variables": variables} | files
+        request = {"code": code, "arguments": arguments, "env": env, "cwd": str(cwd)} | files
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         return Outcome(int(server.stdout.readline()), stdout.read(), stderr.read())

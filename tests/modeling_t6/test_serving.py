@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from modeling_t6 import T6ForCausalLM, flash_tpa_t6
 from modeling_t6.cache_t6 import factor_layouts
 from serving.command import within_context
 
+from ..processes import free_port
 from ..versions import once_but
 from .common import random_ids, random_model, tiny_config
 from .served import pages
@@ -261,9 +261,7 @@ class Server:
     """A server of `folder` in a process of its own, as a user starts it."""
 
     def __init__(self, folder: Path, home: Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         command = [sys.executable, "-m", "tests.modeling_t6.served", str(folder)]
         command += ["--continuous-batching", "--trust-remote-code", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--cb-num-blocks", str(BLOCKS), "--cb-block-size", str(BLOCK_SIZE), "--cb-max-batch-tokens", "64"]

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -17,15 +16,15 @@ from transformers import AutoTokenizer
 
 from modeling_t6 import T6ForCausalLM
 
+from ..processes import free_port
+
 
 FOLDER = Path(__file__).parents[2] / "examples" / "t6-tiny-shakespeare"
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(FOLDER)]
     command += ["--served-model-name", "t6", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--kv-cache-memory-bytes", "64M", "--enforce-eager"]

@@ -6,4 +6,4 @@ imports them wherever it finds them, which takes longer than most of what such a
 import sys
 
 
-sys.modules.update(dict.fromkeys(("hqq", "scipy", "sklearn", "torchao")))
+sys.modules.update(dict.fromkeys(("bitsandbytes", "hqq", "peft", "scipy", "sklearn", "torchao")))

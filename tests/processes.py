@@ -39,6 +39,18 @@ sys.argv = ["-c", *request["arguments"]]
 exec(compile(request["code"], "<string>", "exec"), {"__name__": "__main__"})
 """
 
+# What torchrun does, without starting Python anew: the first process that fails ends the other.
+IN_TWO = """
+import os
+import torch.multiprocessing
+
+def start(rank):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    main()
+
+torch.multiprocessing.start_processes(start, nprocs=2, start_method="fork")
+"""
+
 
 class Outcome(NamedTuple):
     code: int
@@ -73,3 +85,9 @@ def run(code: str, *arguments: str, env: dict[str, str], cwd: Path, merged: bool
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         return Outcome(int(server.stdout.readline()), stdout.read(), stderr.read())
+
+
+def run_in_two(code: str, *arguments: str, env: dict[str, str], cwd: Path) -> Outcome:
+    """As `run`; what `code` defines as `main` is called in two processes of one group."""
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return run(code + IN_TWO, *arguments, env=env | group, cwd=cwd)

@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ import recipe
 import throughput
 from configuration.make_configs import DIRECTORY, make_configs
 from modeling_t6 import T6Config
+from tests import processes
 from tests.versions import once_but
 
 
@@ -541,27 +540,25 @@ def run(folder, *more):
     options = [*sys.argv[1:], "--batch-size", "2", "--output-dir", f"{mode}/{folder}"]
     return pretrain.pretrain(pretrain.parse_args([*options, *["--fsdp"] * (mode == "fsdp"), *more]))
 
-for mode in ("ddp", "fsdp"):  # in this order: what asks for FSDP stays in the environment
-    assert run("whole") is not None
-    assert run("parts", "--max-minutes", "0") is None
-    assert run("parts", "--resume") is not None
-    AcceleratorState._reset_state(reset_partial_state=True)
-pretrain.torch.distributed.destroy_process_group()
+def main():
+    global mode
+    for mode in ("ddp", "fsdp"):  # in this order: what asks for FSDP stays in the environment
+        assert run("whole") is not None
+        assert run("parts", "--max-minutes", "0") is None
+        assert run("parts", "--resume") is not None
+        AcceleratorState._reset_state(reset_partial_state=True)
+    pretrain.torch.distributed.destroy_process_group()
 """
 
 
 @pytest.mark.once
 def test_two_processes(run, data, tmp_path):
-    """FSDP2 by torchrun and DDP by accelerate, with gloo: resumed equals uninterrupted, and both equal one process."""
-    (tmp_path / "script.py").write_text(DISTRIBUTED)
+    """FSDP2 and DDP by accelerate, with gloo: resumed equals uninterrupted, and both equal one process."""
     path = f"{os.environ['PYTHONPATH']}:{ROOT}:{ROOT / 'examples'}"
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
-    script = ["script.py", *T6, *RUN, "--data", str(data)]
-    result = subprocess.run(
-        [sys.executable, *launch, *script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    options = [*T6, *RUN, "--data", str(data)]
+    result = processes.run_in_two(DISTRIBUTED, *options, env=environment, cwd=tmp_path)
+    assert result.code == 0, result.stderr[-3000:]
     assert result.stdout.count("on 2 x 2 x 2") == 6 and result.stdout.count("stopped at step 1 of 6") == 2
     weights = load_file(run / "model.safetensors")
     for mode in ("fsdp", "ddp"):

@@ -35,7 +35,7 @@ from .common import cached, random_ids, random_model, tiny_config
 from .test_variants import CACHED, VARIANTS
 
 
-NEW = 5
+NEW = 3
 HEADS, HEAD_DIM = 12, 16  # 6 or 3 heads in a process: rows of A need padding
 MIXED = {
     "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],

@@ -132,7 +132,7 @@ def test_ngram_speculation(name, num_proposed, tmp_path):
     assert_same(outputs, generate(model, prompts, new_tokens=40))
 
 
-NEW_IN_TWO = 6  # tokens: each takes a third of a second, for which the two wait for one another
+NEW_IN_TWO = 3  # tokens: each takes a third of a second, for which the two wait for one another
 
 
 def serve_in_two_processes(folders: list[Path], prompts: list[torch.Tensor], **settings) -> list:

@@ -3,11 +3,11 @@
 writes a line of JSON to stdout for each SIGUSR1.
 """
 
-import gc
 import json
 import runpy
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 from transformers.generation.continuous_batching import PagedAttentionCache
@@ -29,12 +29,20 @@ def pages(cache: PagedAttentionCache) -> dict[str, int]:
     return {"nbytes": cache.cache_tensor.nbytes, "tokens": tokens, "blocks": blocks, "free": free}
 
 
+caches, make = weakref.WeakSet(), PagedAttentionCache.__init__
+
+
+def make_and_remember(self, *args, **kwargs) -> None:
+    make(self, *args, **kwargs)
+    caches.add(self)
+
+
 def report(*args) -> None:
-    caches = [held for held in gc.get_objects() if isinstance(held, PagedAttentionCache)]
     print(json.dumps([pages(cache) for cache in caches]), flush=True)
 
 
 if __name__ == "__main__":
+    PagedAttentionCache.__init__ = make_and_remember
     signal.signal(signal.SIGUSR1, report)
     examples = Path(__file__).parents[2] / "examples"
     sys.path.insert(0, str(examples))  # as for a script

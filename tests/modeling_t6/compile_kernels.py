@@ -2,6 +2,7 @@
 Compiles FlashTPA's kernels for a GPU that need not be there.
 
     python -m tests.modeling_t6.compile_kernels 80 89 90 100    # compute capability 8.0, ...: registers and spills
+    python -m tests.modeling_t6.compile_kernels 90 --kinds      # one of each kind, as the test does
 """
 
 import itertools
@@ -37,15 +38,11 @@ from modeling_t6.flash_tpa_t6 import (
 
 SHAPES = [  # heads (and groups), head_dim, k_rank, v_rank, queries, constant A, dtype, dtype of the cache, mask, aligned rows
     (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),
-    (32, 64, 1, 1, 1, False, "bf16", "u8", "none", True),
     (32, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
     (59, 64, 1, 2, 1, False, "fp16", "fp8e4nv", "none", True),
-    (34, 64, 3, 1, 1, False, "bf16", "u8", "none", True),
-    (78, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
     (9, 96, 3, 3, 1, True, "fp16", "u8", "none", True),
     (34, 64, 2, 2, 1, False, "bf16", "bf16", "boolean", True),
     (78, 64, 2, 2, 1, False, "bf16", "bf16", "none", True),
-    (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
     (12, 96, 8, 3, 1, False, "fp16", "fp16", "none", True),
     (12, 64, 2, 3, 1, False, "bf16", "bf16", "additive", False),
     (32, 33, 8, 5, 1, False, "bf16", "bf16", "none", True),
@@ -59,12 +56,21 @@ SHAPES = [  # heads (and groups), head_dim, k_rank, v_rank, queries, constant A,
     ((9, 3), 64, 1, 4, 1, False, "bf16", "bf16", "additive", True),
 ]
 PAGED_SHAPES = {  # by tokens of a page: whole tiles, parts of one
-    128: (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),
     16: (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
     64: (5, 64, 2, 3, 16, False, "bf16", "bf16", "none", True),
+    24: ((32, 4), 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
+}
+# Of kinds that are above, too.
+MORE_SHAPES = [
+    (32, 64, 1, 1, 1, False, "bf16", "u8", "none", True),
+    (34, 64, 3, 1, 1, False, "bf16", "u8", "none", True),
+    (78, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
+    (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
+]
+MORE_PAGED_SHAPES = {
+    128: (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),
     32: ((48, 4), 128, 4, 4, 1, False, "bf16", "bf16", "none", True),
     256: (32, 64, 1, 1, 1, False, "bf16", "fp8e4nv", "none", True),
-    24: ((32, 4), 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
 }
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8e4nv": 1, "u8": 1}
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -198,8 +204,11 @@ def unset_registers(kernel) -> set[int]:
 
 def main() -> None:
     """Fails for a kernel that does not fit the GPU, spills much, or is known to be miscompiled."""
+    capabilities = [int(word) for word in sys.argv[1:] if word != "--kinds"]
     shapes = [*((0, shape) for shape in SHAPES), *PAGED_SHAPES.items()]
-    for capability, (page_size, shape) in itertools.product(map(int, sys.argv[1:]), shapes):
+    if "--kinds" not in sys.argv:
+        shapes += [*((0, shape) for shape in MORE_SHAPES), *MORE_PAGED_SHAPES.items()]
+    for capability, (page_size, shape) in itertools.product(capabilities, shapes):
         if {"fp8e4nv", "u8"} & set(shape) and capability < 89:
             continue
         launch, decode, _ = compile_shape(shape, capability, page_size)
@@ -215,7 +224,7 @@ def main() -> None:
         print(
             f"{capability} {shape}: {registers} registers, {spills} bytes of spills, {shared} bytes of shared memory, {launch}"
         )
-    for capability in map(int, sys.argv[1:]):
+    for capability in capabilities:
         registers, spills = registers_and_spills(compile_schedule(capability))
         assert spills == 0, f"{capability} schedule: {spills} bytes of spills"
         print(f"{capability} schedule: {registers} registers")

@@ -25,7 +25,7 @@ CACHES = {
 }
 if DEVICE == "cuda":  # a stream copies the layers
     CACHES["offloaded-static"] = {"cache_implementation": "offloaded_static"}
-NEW = 16  # after 40: beyond windows of 24, and the 48 positions at which dynamic RoPE changes
+NEW = 12  # after 40: beyond windows of 24, and the 48 positions at which dynamic RoPE changes
 TWO_LAYERS = {
     "ministral": {"layer_types": ["sliding_attention", "full_attention"]},
     "smollm3": {"no_rope_layers": [1, 1]},

@@ -24,7 +24,7 @@ MIXED_LAYERS = {
     "layer_types": ["full_attention", "sliding_attention"],
 }
 CONFIGS = {
-    "full": {},
+    "full": ONE_LAYER,
     "mixed windows": MIXED_LAYERS,
     "constant A": ONE_LAYER | {"noncontextual_a": True, "sliding_window": 6},
     "ranks by layer": {"k_rank": [1, 3], "v_rank": [2, 4]},

@@ -190,18 +190,8 @@ KILLED = """if True:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_goes_on_after_a_kill(optimizer, folder, tmp_path, capsys):
     """A run that is killed while it heals leaves no result, and ends as if it had not been killed."""
-    more = [
-        "--heal-optimizer",
-        optimizer,
-        "--k-rank",
-        "1,2",
-        "--v-rank",
-        "1",
-        "--retrieval-samples",
-        "0",
-        "--no-verify",
-    ]
-    more += healing(folder, 12)
+    more = ["--heal-optimizer", optimizer, "--k-rank", "1,2", "--v-rank", "1", "--retrieval-samples", "0"]
+    more += ["--no-verify", *healing(folder, 12)]
     assert main(options(folder, tmp_path / "whole", *more)) == 0
     checkpoints = tmp_path / ".t6.unfinished" / "checkpoints"
     arguments = [str(checkpoints), *options(folder, tmp_path / "t6", *more)]

@@ -34,7 +34,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(1, str(ROOT))  # behind this folder
 
 from conversion.files.errors import ConversionError, one_line, unwritten
-from conversion.files.folders import last_checkpoint, new_folder, replace_folder, temporary_folder
+from conversion.files.folders import last_checkpoint, new_folder, replace_folder, temporary_folder, write_whole
 from conversion.files.signals import Stopped, stoppable
 from conversion.files.targets import TOKENIZER, Kind, check_target
 
@@ -43,6 +43,7 @@ __all__ = [
     "DTYPES", "TOKENIZER", "InputError", "Kind", "MatchingPaths", "add_folder_arguments", "check_folders", "check_target", "complete_folders",
     "field_and_value", "input_errors", "inputs", "kind_and_path", "last_checkpoint", "loading", "new_folder", "number", "one_line", "read_text",
     "remove_checkpoints", "replace_folder", "temporary_folder", "utf8", "write_json",
+    "write_whole",
 ]  # fmt: skip
 
 

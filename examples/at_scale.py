@@ -45,6 +45,7 @@ MODELS = {
 }
 # What the runs have in common; a later call must have the same.
 SETTINGS = {"tokens": 10**9, "sequences_per_step": 256, "block_length": 1024, "warmup_steps": 300}
+BATCH_SIZE = 64  # sequences a device at once, at most
 STOPPED = 75  # exit code of a run of `pretrain.py` that has more to do
 LONGER = 2  # times the trained length, in which losses are measured, too
 
@@ -64,7 +65,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--learning-rates", nargs="+", type=field_and_value, default=[], metavar="NAME=X", help="(the size's)"
     )
     run.add_argument("--set", nargs="+", type=field_and_value, default=[], metavar="FIELD=VALUE", help="in all models")
-    run.add_argument("--batch-size", type=count, default=64, metavar="N", help="sequences a device (%(default)s)")
+    run.add_argument(
+        "--batch-size", type=count, metavar="N", help=f"sequences a device ({BATCH_SIZE}, or fewer with many GPUs)"
+    )
     run.add_argument("--eval-steps", type=count, default=400, metavar="N", help="(%(default)s)")
     run.add_argument("--save-steps", type=count, metavar="N", help="steps between checkpoints (EVAL_STEPS)")
     run.add_argument(
@@ -132,14 +135,20 @@ def as_words(options: dict) -> list[str]:
     return [text for option, value in options.items() if value is not None for text in (f"--{option}", str(value))]
 
 
+def batch_size_of(args: argparse.Namespace, processes: int) -> int:
+    """The one that is asked for, or the largest of which a process's share of a step is a multiple."""
+    share = max(1, args.sequences_per_step // processes)
+    return args.batch_size or max(size for size in range(1, BATCH_SIZE + 1) if share % size == 0)
+
+
 def command_of(args: argparse.Namespace, name: str, minutes: float | None) -> list[str]:
     """That trains a model with `pretrain.py`, or goes on with it."""
     folder, processes = folder_of(args, name), args.processes or torch.cuda.device_count() or 1
-    options = {"batch-size": args.batch_size, "eval-steps": args.eval_steps}
+    options = {"batch-size": batch_size_of(args, processes), "eval-steps": args.eval_steps}
     given = arguments_of(args, name) + as_words(options | {"save-steps": args.save_steps, "max-minutes": minutes})
     given += ["--cpu"] if args.cpu else []
     given += [] if args.no_compile else ["--compile"]
-    given += ["--resume"] if last_checkpoint(checkpoints_of(folder)) else ["--overwrite"]
+    given += ["--resume"] if last_checkpoint(checkpoints_of(folder)) else []
     script = [str(Path(__file__).with_name("pretrain.py")), *given]
     if args.cpu or not torch.cuda.is_available():
         return [sys.executable, *script]
@@ -168,12 +177,14 @@ def checkpoints_of(folder: Path) -> Path:
 def is_trained(args: argparse.Namespace, name: str) -> bool:
     """
     Raises:
-        InputError: it is, with other settings or on other data.
+        InputError: it is, with other settings or on other data, or nothing says how.
     """
     folder = folder_of(args, name)
     path = checkpoints_of(folder) / "training.json"
-    if not folder.is_dir() or not path.exists():
+    if not folder.is_dir() or not any(folder.iterdir()):
         return False
+    if not path.exists():
+        raise InputError(f"{folder} is not empty, and no {path} says how it was trained: expected another --work-dir")
     asked = pretrain.parse_args(arguments_of(args, name))
     _, settings = pretrain.run_settings(asked, Data(asked))
     check_same_run(json.loads(read_text(path)), settings, f"{folder} was trained")
@@ -206,14 +217,14 @@ def trained(args: argparse.Namespace, name: str, deadline: float) -> bool:
 
 def measure(args: argparse.Namespace, folder: Path, device: str) -> dict:
     """Held-out losses and retrieval of a trained model."""
-    length = args.block_length
+    length, batch_size = args.block_length, batch_size_of(args, 1)
     windows = [str(length), str(LONGER * length)]
-    options = ["--windows", *windows, "--device", device, "--batch-size", str(max(1, args.batch_size // 4))]
+    options = ["--windows", *windows, "--device", device, "--batch-size", str(max(1, batch_size // 4))]
     held_out = score.main(["held-out", str(folder), "--data", str(args.data), *options])
     model, _ = evaluation.load_model(folder, torch.float32, device)
     language = find_language(evaluation.load_tokenizer(folder), model.config.vocab_size)
     samples = evaluation.all_samples(language, list(TASK_NAMES), args.lengths or [length // 2, length], args.samples)
-    found = evaluation.score_all(model, "model", folder.name, language, samples, args.batch_size)
+    found = evaluation.score_all(model, "model", folder.name, language, samples, batch_size)
     for one in found["scores"]:
         del one["log_probabilities"]
     numbers = cache_numbers(model.config)[1]

@@ -30,7 +30,16 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import InputError, field_and_value, input_errors, last_checkpoint, number, read_text, write_json
+from command_line import (
+    InputError,
+    field_and_value,
+    input_errors,
+    last_checkpoint,
+    number,
+    only_call,
+    read_text,
+    write_json,
+)
 
 
 # By name in the results: arguments of `pretrain.py`.
@@ -157,12 +166,12 @@ def command_of(args: argparse.Namespace, name: str, minutes: float | None) -> li
     return [sys.executable, *launcher, "--nproc-per-node", str(processes), *script]
 
 
-def exit_code(command: list[str]) -> int:
+def exit_code(command: list[str], lock: int | None = None) -> int:
     """
-    Of a command that runs to its end. It is told to stop when this process is: `subprocess.run` would kill it, and a launcher that is
+    Of a command that runs to its end, and holds the `lock` until then, also where this process is killed. It is told to stop when this process is: `subprocess.run` would kill it, and a launcher that is
     killed leaves its processes behind, on the GPUs.
     """
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen(command, pass_fds=() if lock is None else (lock,)) as process:
         try:
             return process.wait()
         except BaseException:
@@ -191,7 +200,7 @@ def is_trained(args: argparse.Namespace, name: str) -> bool:
     return True
 
 
-def trained(args: argparse.Namespace, name: str, deadline: float) -> bool:
+def trained(args: argparse.Namespace, name: str, deadline: float, lock: int | None) -> bool:
     """
     Trains a model to its end; whether time allowed that.
 
@@ -204,7 +213,7 @@ def trained(args: argparse.Namespace, name: str, deadline: float) -> bool:
     if left <= 0:
         return False
     command = command_of(args, name, left / 60 if left < math.inf else None)
-    code = exit_code(command)
+    code = exit_code(command, lock)
     if code == 0:
         return True
     if code == STOPPED or time.monotonic() > deadline:  # of several processes, their launcher has a code of its own
@@ -242,8 +251,8 @@ def facts_of(folder: Path) -> dict:
     return facts | {"curve": [{"step": step, "loss": loss} for step, loss in curve.items()]}
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Adds to the results what they lack, and returns them."""
+def run(args: argparse.Namespace, lock: int | None) -> dict:
+    """Adds to the results what they lack, and returns them. What trains holds the `lock` on the work folder, too."""
     _, facts = open_prepared(args.data)
     settings = {name: getattr(args, name) for name in SETTINGS} | {"set": dict(args.set)}
     results = open_results(args.results, "at_scale.py", {"settings": settings, "data": facts["sha256"]})
@@ -255,7 +264,7 @@ def run(args: argparse.Namespace) -> dict:
         # What is not measured is, while there is a model.
         if known and ("held_out" in known or args.no_measure or not folder.is_dir()):
             continue
-        if not trained(args, name, deadline):
+        if not trained(args, name, deadline, lock):
             print(f"{name}: no time")
             break
         found = results["runs"][name] = facts_of(folder)
@@ -396,7 +405,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with input_errors("at_scale.py"):
         if args.command == "run":
-            run(args)
+            with only_call(args.work_dir) as lock:
+                run(args, lock)
         else:
             print(report(args), end="")
 

@@ -35,15 +35,15 @@ if str(ROOT) not in sys.path:
 
 from conversion.files.errors import ConversionError, one_line, unwritten
 from conversion.files.folders import last_checkpoint, new_folder, replace_folder, temporary_folder, write_whole
+from conversion.files.locks import release, take_lock
 from conversion.files.signals import Stopped, stoppable
 from conversion.files.targets import TOKENIZER, Kind, check_target
 
 
 __all__ = [
     "DTYPES", "TOKENIZER", "InputError", "Kind", "MatchingPaths", "add_folder_arguments", "check_folders", "check_target", "complete_folders",
-    "field_and_value", "input_errors", "inputs", "kind_and_path", "last_checkpoint", "loading", "new_folder", "number", "one_line", "read_text",
-    "remove_checkpoints", "replace_folder", "temporary_folder", "utf8", "write_json",
-    "write_whole",
+    "field_and_value", "input_errors", "inputs", "kind_and_path", "last_checkpoint", "loading", "new_folder", "number", "one_line", "only_call",
+    "read_text", "remove_checkpoints", "replace_folder", "temporary_folder", "utf8", "write_json", "write_whole",
 ]  # fmt: skip
 
 
@@ -172,6 +172,26 @@ def write_json(path: Path, content: dict, indent: int = 2, default: Callable | N
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(content, indent=indent, default=default) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def only_call(work_dir: Path) -> Iterator[int | None]:
+    """
+    The call of a command that works in this folder. Yields the descriptor that holds the lock, as long as one of the processes that
+    have it lives; `None` where there are no locks.
+
+    Raises:
+        InputError: there is another.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = take_lock(work_dir)
+    except BlockingIOError:
+        raise InputError(f"--work-dir {work_dir}: another call is at work with it") from None
+    try:
+        yield lock
+    finally:
+        release(lock)
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -4,13 +4,16 @@ import json
 import math
 import shlex
 import sys
+import time
 from pathlib import Path
+from threading import Thread
 
 import at_scale
 import pytest
 from token_data import write_tokens
 
 import pretrain
+from conversion.files import locks
 from hub import command, upload
 
 
@@ -28,7 +31,7 @@ def in_this_process(monkeypatch) -> list[list[str]]:
     """`pretrain.py` as a function: a process of its own would import for seconds. Holds the arguments of its calls."""
     calls = []
 
-    def run(command: list[str]) -> int:
+    def run(command: list[str], lock: int | None = None) -> int:
         calls.append(command[2:])
         try:
             pretrain.main(command[2:])
@@ -149,6 +152,33 @@ def test_script():
     lines = Path(at_scale.__file__).with_suffix(".sh").read_text().splitlines()
     (words,) = (shlex.split(line) for line in lines if "hub_upload.py" in line)
     upload.check_repo_id(command.parse_args(words[2:]).repo_id)
+
+
+@pytest.mark.once
+def test_one_call_at_a_time(data, tmp_path):
+    """Also while what a killed one has started trains on: that holds the lock, whoever else lets it go."""
+    work, begun, end = (tmp_path / name for name in ("work", "begun", "end"))
+    options = ["--data", str(data), "--results", str(tmp_path / "r.json"), "--work-dir", str(work), *COMMON]
+    work.mkdir()
+    lock = locks.take_lock(work)
+    child = f"""
+import pathlib, time
+pathlib.Path({str(begun)!r}).touch()
+while not pathlib.Path({str(end)!r}).exists():
+    time.sleep(0.01)
+"""
+    thread = Thread(target=at_scale.exit_code, args=([sys.executable, "-c", child], lock))
+    thread.start()
+    while not begun.exists():
+        time.sleep(0.01)
+    locks.release(lock)
+    try:
+        with pytest.raises(SystemExit, match="--work-dir .*work: another call is at work with it"):
+            at_scale.main(["run", *options, "--minutes", "0"])
+    finally:
+        end.touch()
+        thread.join()
+    at_scale.main(["run", *options, "--minutes", "0"])
 
 
 def test_told_to_stop(tmp_path):

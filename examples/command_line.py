@@ -23,6 +23,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -195,9 +196,10 @@ def only_call(work_dir: Path) -> Iterator[int | None]:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Those of an older run, which a new run does not go on from."""
+    """Those of an older run, which a new run does not go on from. What has another name than Trainer gives, someone has kept."""
     for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
+        if re.fullmatch(r"checkpoint-\d+", path.name):
+            shutil.rmtree(path)
 
 
 def inputs(args: argparse.Namespace) -> dict[str, Path | None]:

@@ -481,6 +481,18 @@ def test_killed_run_goes_on(run, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.once
+def test_checkpoints_that_someone_has_kept(data, tmp_path):
+    """A new run removes what an older one that was killed has left, and nothing else."""
+    checkpoints = tmp_path / "model-checkpoints"
+    (checkpoints / "checkpoint-4").mkdir(parents=True)
+    (checkpoints / "checkpoint-best").mkdir()
+    (checkpoints / "checkpoint-best" / "trainer_state.json").write_text("{}")
+    options = [*T6, *RUN, "--max-steps", "2", "--data", str(data), "--batch-size", "8"]
+    pretrain.main([*options, "--output-dir", str(tmp_path / "model")])
+    assert {path.name for path in checkpoints.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-best"}
+
+
+@pytest.mark.once
 def test_full_disk_leaves_the_log(tmp_path):
     """What a run has logged is not lost where it cannot be written anew."""
     path = tmp_path / "log.jsonl"

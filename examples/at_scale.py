@@ -30,7 +30,16 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import InputError, field_and_value, input_errors, last_checkpoint, number, read_text, write_json
+from command_line import (
+    InputError,
+    field_and_value,
+    input_errors,
+    last_checkpoint,
+    number,
+    only_call,
+    read_text,
+    write_json,
+)
 
 
 # By name in the results: arguments of `pretrain.py`.
@@ -45,6 +54,7 @@ MODELS = {
 }
 # What the runs have in common; a later call must have the same.
 SETTINGS = {"tokens": 10**9, "sequences_per_step": 256, "block_length": 1024, "warmup_steps": 300}
+BATCH_SIZE = 64  # sequences a device at once, at most
 STOPPED = 75  # exit code of a run of `pretrain.py` that has more to do
 LONGER = 2  # times the trained length, in which losses are measured, too
 
@@ -64,7 +74,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--learning-rates", nargs="+", type=field_and_value, default=[], metavar="NAME=X", help="(the size's)"
     )
     run.add_argument("--set", nargs="+", type=field_and_value, default=[], metavar="FIELD=VALUE", help="in all models")
-    run.add_argument("--batch-size", type=count, default=64, metavar="N", help="sequences a device (%(default)s)")
+    run.add_argument(
+        "--batch-size", type=count, metavar="N", help=f"sequences a device ({BATCH_SIZE}, or fewer with many GPUs)"
+    )
     run.add_argument("--eval-steps", type=count, default=400, metavar="N", help="(%(default)s)")
     run.add_argument("--save-steps", type=count, metavar="N", help="steps between checkpoints (EVAL_STEPS)")
     run.add_argument(
@@ -132,14 +144,20 @@ def as_words(options: dict) -> list[str]:
     return [text for option, value in options.items() if value is not None for text in (f"--{option}", str(value))]
 
 
+def batch_size_of(args: argparse.Namespace, processes: int) -> int:
+    """The one that is asked for, or the largest of which a process's share of a step is a multiple."""
+    share = max(1, args.sequences_per_step // processes)
+    return args.batch_size or max(size for size in range(1, BATCH_SIZE + 1) if share % size == 0)
+
+
 def command_of(args: argparse.Namespace, name: str, minutes: float | None) -> list[str]:
     """That trains a model with `pretrain.py`, or goes on with it."""
     folder, processes = folder_of(args, name), args.processes or torch.cuda.device_count() or 1
-    options = {"batch-size": args.batch_size, "eval-steps": args.eval_steps}
+    options = {"batch-size": batch_size_of(args, processes), "eval-steps": args.eval_steps}
     given = arguments_of(args, name) + as_words(options | {"save-steps": args.save_steps, "max-minutes": minutes})
     given += ["--cpu"] if args.cpu else []
     given += [] if args.no_compile else ["--compile"]
-    given += ["--resume"] if last_checkpoint(checkpoints_of(folder)) else ["--overwrite"]
+    given += ["--resume"] if last_checkpoint(checkpoints_of(folder)) else []
     script = [str(Path(__file__).with_name("pretrain.py")), *given]
     if args.cpu or not torch.cuda.is_available():
         return [sys.executable, *script]
@@ -148,12 +166,12 @@ def command_of(args: argparse.Namespace, name: str, minutes: float | None) -> li
     return [sys.executable, *launcher, "--nproc-per-node", str(processes), *script]
 
 
-def exit_code(command: list[str]) -> int:
+def exit_code(command: list[str], lock: int | None = None) -> int:
     """
-    Of a command that runs to its end. It is told to stop when this process is: `subprocess.run` would kill it, and a launcher that is
+    Of a command that runs to its end, and holds the `lock` until then, also where this process is killed. It is told to stop when this process is: `subprocess.run` would kill it, and a launcher that is
     killed leaves its processes behind, on the GPUs.
     """
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen(command, pass_fds=() if lock is None else (lock,)) as process:
         try:
             return process.wait()
         except BaseException:
@@ -168,19 +186,21 @@ def checkpoints_of(folder: Path) -> Path:
 def is_trained(args: argparse.Namespace, name: str) -> bool:
     """
     Raises:
-        InputError: it is, with other settings or on other data.
+        InputError: it is, with other settings or on other data, or nothing says how.
     """
     folder = folder_of(args, name)
     path = checkpoints_of(folder) / "training.json"
-    if not folder.is_dir() or not path.exists():
+    if not folder.is_dir() or not any(folder.iterdir()):
         return False
+    if not path.exists():
+        raise InputError(f"{folder} is not empty, and no {path} says how it was trained: expected another --work-dir")
     asked = pretrain.parse_args(arguments_of(args, name))
     _, settings = pretrain.run_settings(asked, Data(asked))
     check_same_run(json.loads(read_text(path)), settings, f"{folder} was trained")
     return True
 
 
-def trained(args: argparse.Namespace, name: str, deadline: float) -> bool:
+def trained(args: argparse.Namespace, name: str, deadline: float, lock: int | None) -> bool:
     """
     Trains a model to its end; whether time allowed that.
 
@@ -193,7 +213,7 @@ def trained(args: argparse.Namespace, name: str, deadline: float) -> bool:
     if left <= 0:
         return False
     command = command_of(args, name, left / 60 if left < math.inf else None)
-    code = exit_code(command)
+    code = exit_code(command, lock)
     if code == 0:
         return True
     if code == STOPPED or time.monotonic() > deadline:  # of several processes, their launcher has a code of its own
@@ -206,14 +226,14 @@ def trained(args: argparse.Namespace, name: str, deadline: float) -> bool:
 
 def measure(args: argparse.Namespace, folder: Path, device: str) -> dict:
     """Held-out losses and retrieval of a trained model."""
-    length = args.block_length
+    length, batch_size = args.block_length, batch_size_of(args, 1)
     windows = [str(length), str(LONGER * length)]
-    options = ["--windows", *windows, "--device", device, "--batch-size", str(max(1, args.batch_size // 4))]
+    options = ["--windows", *windows, "--device", device, "--batch-size", str(max(1, batch_size // 4))]
     held_out = score.main(["held-out", str(folder), "--data", str(args.data), *options])
     model, _ = evaluation.load_model(folder, torch.float32, device)
     language = find_language(evaluation.load_tokenizer(folder), model.config.vocab_size)
     samples = evaluation.all_samples(language, list(TASK_NAMES), args.lengths or [length // 2, length], args.samples)
-    found = evaluation.score_all(model, "model", folder.name, language, samples, args.batch_size)
+    found = evaluation.score_all(model, "model", folder.name, language, samples, batch_size)
     for one in found["scores"]:
         del one["log_probabilities"]
     numbers = cache_numbers(model.config)[1]
@@ -231,8 +251,8 @@ def facts_of(folder: Path) -> dict:
     return facts | {"curve": [{"step": step, "loss": loss} for step, loss in curve.items()]}
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Adds to the results what they lack, and returns them."""
+def run(args: argparse.Namespace, lock: int | None) -> dict:
+    """Adds to the results what they lack, and returns them. What trains holds the `lock` on the work folder, too."""
     _, facts = open_prepared(args.data)
     settings = {name: getattr(args, name) for name in SETTINGS} | {"set": dict(args.set)}
     results = open_results(args.results, "at_scale.py", {"settings": settings, "data": facts["sha256"]})
@@ -244,7 +264,7 @@ def run(args: argparse.Namespace) -> dict:
         # What is not measured is, while there is a model.
         if known and ("held_out" in known or args.no_measure or not folder.is_dir()):
             continue
-        if not trained(args, name, deadline):
+        if not trained(args, name, deadline, lock):
             print(f"{name}: no time")
             break
         found = results["runs"][name] = facts_of(folder)
@@ -385,7 +405,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with input_errors("at_scale.py"):
         if args.command == "run":
-            run(args)
+            with only_call(args.work_dir) as lock:
+                run(args, lock)
         else:
             print(report(args), end="")
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Text, tokens, six models of the paper's small size and their tables, from nothing: what docs/evidence.md shows of that size.
+# Text, tokens, models of the paper's small size and their tables, from nothing: what docs/evidence.md shows of that size.
 #
 #   sh examples/at_scale.sh WORK_DIR [MORE_PROSE]
 #
@@ -50,4 +50,4 @@ python "$here/at_scale.py" run --data tokens --results at_scale.json --work-dir 
 python "$here/at_scale.py" report --results at_scale.json --output at_scale.md
 # The card of the T6, with lm-eval's scores of held-out text; without --dry-run it goes to the Hub.
 python "$here/score.py" card models/t6 --data tokens --output t6-card.json
-python "$here/../hub_upload.py" models/t6 t6-small --eval-results t6-card.json --dry-run
+python "$here/../hub_upload.py" models/t6 OWNER/t6-small --eval-results t6-card.json --dry-run

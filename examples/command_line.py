@@ -23,6 +23,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -34,15 +35,16 @@ if str(ROOT) not in sys.path:
     sys.path.insert(1, str(ROOT))  # behind this folder
 
 from conversion.files.errors import ConversionError, one_line, unwritten
-from conversion.files.folders import last_checkpoint, new_folder, replace_folder, temporary_folder
+from conversion.files.folders import last_checkpoint, new_folder, replace_folder, temporary_folder, write_whole
+from conversion.files.locks import release, take_lock
 from conversion.files.signals import Stopped, stoppable
 from conversion.files.targets import TOKENIZER, Kind, check_target
 
 
 __all__ = [
     "DTYPES", "TOKENIZER", "InputError", "Kind", "MatchingPaths", "add_folder_arguments", "check_folders", "check_target", "complete_folders",
-    "field_and_value", "input_errors", "inputs", "kind_and_path", "last_checkpoint", "loading", "new_folder", "number", "one_line", "read_text",
-    "remove_checkpoints", "replace_folder", "temporary_folder", "utf8", "write_json",
+    "field_and_value", "input_errors", "inputs", "kind_and_path", "last_checkpoint", "loading", "new_folder", "number", "one_line", "only_call",
+    "read_text", "remove_checkpoints", "replace_folder", "temporary_folder", "utf8", "write_json", "write_whole",
 ]  # fmt: skip
 
 
@@ -173,10 +175,31 @@ def write_json(path: Path, content: dict, indent: int = 2, default: Callable | N
     partial.replace(path)
 
 
+@contextlib.contextmanager
+def only_call(work_dir: Path) -> Iterator[int | None]:
+    """
+    The call of a command that works in this folder. Yields the descriptor that holds the lock, as long as one of the processes that
+    have it lives; `None` where there are no locks.
+
+    Raises:
+        InputError: there is another.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = take_lock(work_dir)
+    except BlockingIOError:
+        raise InputError(f"--work-dir {work_dir}: another call is at work with it") from None
+    try:
+        yield lock
+    finally:
+        release(lock)
+
+
 def remove_checkpoints(folder: Path) -> None:
-    """Those of an older run, which a new run does not go on from."""
+    """Those of an older run, which a new run does not go on from. What has another name than Trainer gives, someone has kept."""
     for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
+        if re.fullmatch(r"checkpoint-\d+", path.name):
+            shutil.rmtree(path)
 
 
 def inputs(args: argparse.Namespace) -> dict[str, Path | None]:

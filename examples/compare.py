@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from command_line import InputError, input_errors, number, write_json
+from command_line import InputError, input_errors, number, only_call, write_json
 
 
 # What the runs have in common; a later call must have the same.
@@ -70,7 +70,6 @@ if __name__ == "__main__":
 from comparison.plan import Run, models, needed_runs, step_seconds
 from comparison.report import write_report
 from comparison.training import Worker, checkpoint_of
-from conversion.files.locks import release, take_lock
 from pretraining_data import kinds_of, open_prepared
 from results import open_results, read_results
 from scheduler import do_runs, visible_gpus
@@ -129,15 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with input_errors("compare.py"):
         if args.command == "run":
-            args.work_dir.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = take_lock(args.work_dir)
-            except BlockingIOError:
-                raise InputError(f"--work-dir {args.work_dir}: another call is at work with it") from None
-            try:
+            with only_call(args.work_dir):
                 do_missing_runs(args)
-            finally:
-                release(lock)
         elif args.command == "report":
             results = read_results(args.results, "compare.py", ("settings", "learning_rate", "data"))
             if not results["runs"]:

@@ -41,6 +41,8 @@ from command_line import (
     read_text,
     remove_checkpoints,
     replace_folder,
+    write_json,
+    write_whole,
 )
 
 
@@ -270,7 +272,7 @@ def cut_log(path: Path, last_step: int) -> None:
             if json.loads(line)["step"] <= last_step:
                 kept.append(f"{line}\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(kept))
+    write_whole(path, "".join(kept))
 
 
 def read_log(checkpoint_dir: Path) -> list[dict]:
@@ -484,7 +486,7 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         **settings,
     }
     # Beside the checkpoints: a model folder holds what the Hub's models hold.
-    (args.checkpoint_dir / "training.json").write_text(json.dumps(measured, indent=2) + "\n")
+    write_json(args.checkpoint_dir / "training.json", measured)
     (partial_folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which the Hub warns of
     check_target(args.output_dir, args.overwrite, inputs(args))  # again: it may have been filled since
     replace_folder(partial_folder, args.output_dir)

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return convert
 
     def positive(kind):
-        return checked(kind, "positive", lambda number: number > 0)
+        return checked(kind, "positive", lambda number: 0 < number < float("inf"))
 
     def not_negative(kind):
         return checked(kind, "non-negative", lambda number: 0 <= number < float("inf"))

@@ -33,9 +33,12 @@ def window_length(asked: int | None, context: int) -> int:
 
 
 def split_held_out(text: str) -> tuple[str, str]:
-    """The text but its last tenth, and that; cut between lines."""
-    cut = text.find("\n", int(len(text) * (1 - HELD_OUT))) + 1
-    return (text[:cut], text[cut:]) if 0 < cut < len(text) else (text, "")
+    """The text but its last tenth, and that; cut between lines, where a tenth is of one line between words, else anywhere."""
+    for end in ("\n", " ", ""):
+        cut = text.find(end, int(len(text) * (1 - HELD_OUT))) + 1
+        if 0 < cut < len(text):
+            return text[:cut], text[cut:]
+    return text, ""
 
 
 def windows(

@@ -2,14 +2,19 @@
 
 import json
 import math
+import shlex
 import sys
+import time
 from pathlib import Path
+from threading import Thread
 
 import at_scale
 import pytest
 from token_data import write_tokens
 
 import pretrain
+from conversion.files import locks
+from hub import command, upload
 
 
 COMMON = """--set hidden_size=32 num_hidden_layers=1 head_dim=8 --tokens 4000 --sequences-per-step 8 --block-length 128
@@ -26,7 +31,7 @@ def in_this_process(monkeypatch) -> list[list[str]]:
     """`pretrain.py` as a function: a process of its own would import for seconds. Holds the arguments of its calls."""
     calls = []
 
-    def run(command: list[str]) -> int:
+    def run(command: list[str], lock: int | None = None) -> int:
         calls.append(command[2:])
         try:
             pretrain.main(command[2:])
@@ -123,6 +128,59 @@ def test_measuring_that_failed(data, in_this_process, monkeypatch, tmp_path):
     assert measured.items() >= found.items() and measured["retrieval"]["scores"] and len(in_this_process) == 1
 
 
+@pytest.mark.once
+def test_what_is_there_is_kept(data, in_this_process, tmp_path):
+    """A folder that no run of these made is no model to train over, also where it has the name of one."""
+    model = tmp_path / "work" / "gqa"
+    model.mkdir(parents=True)
+    options = ["--data", str(data), "--results", str(tmp_path / "r.json"), "--work-dir", str(model.parent)]
+    options += [*COMMON, "--models", "GQA", "--no-measure"]
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_text("{}")
+    with pytest.raises(
+        SystemExit, match="gqa is not empty, and no .*training.json says how it was trained: expected an"
+    ):
+        at_scale.main(["run", *options])
+    assert not in_this_process and {path.name for path in model.iterdir()} == {"config.json", "model.safetensors"}
+    # One that came in while a model was trained is not replaced either.
+    words = at_scale.command_of(at_scale.parse_args(["run", *options]), "GQA", None)
+    assert at_scale.exit_code(words) == 1 and (model / "config.json").read_text() == "{}"
+
+
+def test_script():
+    """The repository that its last line names is one that the upload takes."""
+    lines = Path(at_scale.__file__).with_suffix(".sh").read_text().splitlines()
+    (words,) = (shlex.split(line) for line in lines if "hub_upload.py" in line)
+    upload.check_repo_id(command.parse_args(words[2:]).repo_id)
+
+
+@pytest.mark.once
+def test_one_call_at_a_time(data, tmp_path):
+    """Also while what a killed one has started trains on: that holds the lock, whoever else lets it go."""
+    work, begun, end = (tmp_path / name for name in ("work", "begun", "end"))
+    options = ["--data", str(data), "--results", str(tmp_path / "r.json"), "--work-dir", str(work), *COMMON]
+    work.mkdir()
+    lock = locks.take_lock(work)
+    child = f"""
+import pathlib, time
+pathlib.Path({str(begun)!r}).touch()
+while not pathlib.Path({str(end)!r}).exists():
+    time.sleep(0.01)
+"""
+    thread = Thread(target=at_scale.exit_code, args=([sys.executable, "-c", child], lock))
+    thread.start()
+    while not begun.exists():
+        time.sleep(0.01)
+    locks.release(lock)
+    try:
+        with pytest.raises(SystemExit, match="--work-dir .*work: another call is at work with it"):
+            at_scale.main(["run", *options, "--minutes", "0"])
+    finally:
+        end.touch()
+        thread.join()
+    at_scale.main(["run", *options, "--minutes", "0"])
+
+
 def test_told_to_stop(tmp_path):
     """What trains is told to, too, and is waited for."""
     child = """
@@ -146,14 +204,17 @@ def test_unknown_model(capsys):
     assert "--models: there is no RNN; there are T6-KVonly; T6; MHA" in capsys.readouterr().err
 
 
-def test_several_processes(monkeypatch, tmp_path):
+@pytest.mark.parametrize("gpus, batch_size", [(1, 64), (4, 64), (8, 32)])
+def test_several_processes(gpus, batch_size, monkeypatch, tmp_path):
+    """On any usual number of GPUs a step is one of all of them."""
     monkeypatch.setattr(at_scale.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(at_scale.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(at_scale.torch.cuda, "device_count", lambda: gpus)
     args = at_scale.parse_args(["run", "--data", "d", "--results", "r", "--work-dir", str(tmp_path)])
     command = at_scale.command_of(args, "T6 of the paper", 25.0)
     place = command.index("--nproc-per-node")
     assert command[1:place] == ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    assert command[place + 1] == "4" and Path(command[place + 2]).name == "pretrain.py"
+    assert command[place + 1] == str(gpus) and Path(command[place + 2]).name == "pretrain.py"
     parsed = pretrain.parse_args(command[place + 3 :])
     assert (parsed.max_steps, parsed.sequences_per_step, parsed.paper, parsed.compile) == (3815, 256, True, True)
+    assert parsed.batch_size == batch_size and parsed.sequences_per_step % (batch_size * gpus) == 0
     assert (parsed.max_minutes, parsed.output_dir) == (25.0, tmp_path / "t6-of-the-paper")

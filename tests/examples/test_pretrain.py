@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -476,6 +477,36 @@ def test_killed_run_goes_on(run, data, tmp_path, monkeypatch):
     for name, tensor in load_file(run / "model.safetensors").items():
         assert load_file(folder / "model.safetensors")[name].equal(tensor)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model-checkpoints"}
+
+
+@pytest.mark.once
+def test_checkpoints_that_someone_has_kept(data, tmp_path):
+    """A new run removes what an older one that was killed has left, and nothing else."""
+    checkpoints = tmp_path / "model-checkpoints"
+    (checkpoints / "checkpoint-4").mkdir(parents=True)
+    (checkpoints / "checkpoint-best").mkdir()
+    (checkpoints / "checkpoint-best" / "trainer_state.json").write_text("{}")
+    options = [*T6, *RUN, "--max-steps", "2", "--data", str(data), "--batch-size", "8"]
+    pretrain.main([*options, "--output-dir", str(tmp_path / "model")])
+    assert {path.name for path in checkpoints.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-best"}
+
+
+@pytest.mark.once
+def test_full_disk_leaves_the_log(tmp_path):
+    """What a run has logged is not lost where it cannot be written anew."""
+    path = tmp_path / "log.jsonl"
+    text = "".join(json.dumps({"step": step, "loss": 1.5}) + "\n" for step in range(100))
+    path.write_text(text)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            pretrain.cut_log(path, 90)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == text
+    pretrain.cut_log(path, 90)
+    assert path.read_text() == text[: text.index('{"step": 91')]
 
 
 @pytest.mark.once

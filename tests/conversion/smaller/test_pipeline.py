@@ -60,6 +60,15 @@ def healing(folder: Path, steps: int) -> list[str]:
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("option", ["--heal-learning-rate", "--cache-ratio"])
+def test_numbers_without_end(option, capsys):
+    """Half of an infinite learning rate is as large: healing would begin anew for ever."""
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(["hf", "source", "t6", option, "inf"])
+    assert f"argument {option}: invalid positive float value: 'inf'" in capsys.readouterr().err
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("seed", ["-1", str(2**32 - 1)])
 def test_seeds_that_no_library_takes(seed, capsys):
     """Known before the work, not when healing begins."""
@@ -449,6 +458,23 @@ def test_windows_hold_the_text(folder, monkeypatch):
     assert first.flatten().tolist() == ids[: 99 * 32] and len(read) == 2
     kept, held_out = text.split_held_out(lines)
     assert kept + held_out == lines and kept.endswith("\n") and 0.09 < len(held_out) / len(lines) < 0.11
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "whole, end",
+    [
+        ("one line " * 1000, " "),
+        ("one line " * 1000 + "\n", " "),
+        ("a\nline " + "b c " * 1000, " "),
+        ("\u6771\u4eac" * 1000, ""),
+    ],
+    ids=["line", "ended", "long", "words"],
+)
+def test_held_out_of_one_line(whole, end):
+    """A text may be one line, or end with a long one: a tenth is held out all the same."""
+    kept, held_out = text.split_held_out(whole)
+    assert kept + held_out == whole and kept.endswith(end) and 0.09 < len(held_out) / len(whole) < 0.11
 
 
 @pytest.mark.once

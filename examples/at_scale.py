@@ -168,8 +168,8 @@ def command_of(args: argparse.Namespace, name: str, minutes: float | None) -> li
 
 def exit_code(command: list[str], lock: int | None = None) -> int:
     """
-    Of a command that runs to its end, and holds the `lock` until then, also where this process is killed. It is told to stop when this process is: `subprocess.run` would kill it, and a launcher that is
-    killed leaves its processes behind, on the GPUs.
+    Of a command that runs to its end, and holds the `lock` until then, also where this process is killed. It is told to stop when this
+    process is: `subprocess.run` would kill it, and a launcher that is killed leaves its processes behind, on the GPUs.
     """
     with subprocess.Popen(command, pass_fds=() if lock is None else (lock,)) as process:
         try:

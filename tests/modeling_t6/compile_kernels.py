@@ -39,21 +39,15 @@ from modeling_t6.flash_tpa_t6 import (
 SHAPES = [  # heads (and groups), head_dim, k_rank, v_rank, queries, constant A, dtype, dtype of the cache, mask, aligned rows
     (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),
     (32, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
-    (59, 64, 1, 2, 1, False, "fp16", "fp8e4nv", "none", True),
     (9, 96, 3, 3, 1, True, "fp16", "u8", "none", True),
     (34, 64, 2, 2, 1, False, "bf16", "bf16", "boolean", True),
-    (78, 64, 2, 2, 1, False, "bf16", "bf16", "none", True),
-    (12, 96, 8, 3, 1, False, "fp16", "fp16", "none", True),
     (12, 64, 2, 3, 1, False, "bf16", "bf16", "additive", False),
     (32, 33, 8, 5, 1, False, "bf16", "bf16", "none", True),
     (5, 64, 2, 3, 16, False, "bf16", "bf16", "additive", True),
     (16, 256, 8, 16, 1, True, "bf16", "bf16", "none", True),
     (47, 128, 2, 2, 2, False, "fp32", "fp32", "none", True),
     ((48, 4), 128, 4, 4, 1, False, "bf16", "bf16", "none", True),
-    ((34, 2), 64, 2, 2, 1, False, "bf16", "bf16", "none", True),
-    ((32, 4), 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
     ((12, 3), 64, 2, 1, 3, False, "bf16", "bf16", "boolean", True),
-    ((9, 3), 64, 1, 4, 1, False, "bf16", "bf16", "additive", True),
 ]
 PAGED_SHAPES = {  # by tokens of a page: whole tiles, parts of one
     16: (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
@@ -66,6 +60,12 @@ MORE_SHAPES = [
     (34, 64, 3, 1, 1, False, "bf16", "u8", "none", True),
     (78, 64, 2, 2, 1, False, "bf16", "u8", "none", True),
     (78, 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
+    (59, 64, 1, 2, 1, False, "fp16", "fp8e4nv", "none", True),
+    (78, 64, 2, 2, 1, False, "bf16", "bf16", "none", True),
+    (12, 96, 8, 3, 1, False, "fp16", "fp16", "none", True),
+    ((34, 2), 64, 2, 2, 1, False, "bf16", "bf16", "none", True),
+    ((32, 4), 64, 2, 2, 1, False, "bf16", "fp8e4nv", "none", True),
+    ((9, 3), 64, 1, 4, 1, False, "bf16", "bf16", "additive", True),
 ]
 MORE_PAGED_SHAPES = {
     128: (32, 64, 1, 1, 1, False, "bf16", "bf16", "none", True),

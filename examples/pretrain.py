@@ -177,6 +177,9 @@ def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
     # A configuration takes any name without complaint.
     if unknown := sorted(set(given) - {*vars(type(config)()), *fields}):
         raise InputError(f"{type(config).__name__} has no field {', '.join(unknown)}")
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if kv_heads and heads % kv_heads:
+        raise InputError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
     if config.vocab_size < len(tokenizer):
         raise InputError(f"vocab_size={config.vocab_size} is less than the {len(tokenizer)} tokens of the tokenizer")
     return config

@@ -1,6 +1,7 @@
 """Tokens per second and FLOP utilisation of a training run, in `Trainer`'s logs and in a log file."""
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ def training_flops(config: PreTrainedConfig, block_length: int) -> float:
     Operations of one training token: thrice those of the forward pass's matrix products, attention over the whole square
     of positions (the usual convention, PaLM's appendix B). Recomputed activations do not count.
     """
+    config = copy.deepcopy(config)  # a model of the caller's would attend as the one that is counted does
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         # A mask that is made already: making one reads numbers, which meta tensors do not have.

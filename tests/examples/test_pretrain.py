@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import command_line
 import language_modeling
@@ -30,6 +31,7 @@ from tests.versions import once_but
 ROOT = Path(__file__).parents[2]
 SIZE = "hidden_size=32 num_hidden_layers=2".split()
 T6 = ["--architecture", "t6-small", "--set", *SIZE, "num_attention_heads=3", "head_dim=8", "k_rank=1"]
+MHA = ["--architecture", "llama-mha-small", "--set", *SIZE, "num_attention_heads=4", "num_key_value_heads=2"]
 RUN = """--block-length 32 --sequences-per-step 8 --max-steps 6 --warmup-steps 2 --learning-rate 3e-3 --eval-steps 2
     --save-steps 3 --logging-steps 1 --cpu""".split()
 
@@ -239,6 +241,23 @@ def test_every_architecture_by_name(data, tmp_path):
     args.set = [("hidden_size", 48), ("q_rank", None)]
     config = pretrain.make_config(args, tokenizer)
     assert (config.hidden_size, config.intermediate_size, config.q_rank) == (48, 128, None)
+
+
+@pytest.mark.parametrize("architecture", [T6, MHA], ids=["t6", "mha"])
+def test_attention_function(architecture, data, tmp_path):
+    """Each layer of each step attends by the function that is asked for, without a mask."""
+    masks = {"training": [], "evaluation": []}
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        masks["training" if module.training else "evaluation"].append(attention_mask)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("observed", attention)
+    AttentionMaskInterface.register("observed", AttentionMaskInterface()["sdpa"])
+    options = ["--data", str(data), "--batch-size", "4", "--attention", "observed"]
+    pretrain.main([*architecture, *RUN, *options, "--output-dir", str(tmp_path / "model")])
+    assert masks["training"] == [None] * (6 * 2 * 2)  # steps, batches, layers
+    assert masks["evaluation"]
 
 
 @pytest.fixture
@@ -615,6 +634,10 @@ def test_two_processes(run, data, tmp_path):
         ),
         (["--set", "heads=3"], "T6Config has no field heads"),
         (["--set", "head_dim=7"], "no such architecture: .*even number of features"),
+        (
+            ["--architecture", "llama-mha-small", "--set", "num_attention_heads=4"],
+            "num_attention_heads=4 is no multiple of num_key_value_heads=12",
+        ),
         (["--set", "vocab_size=10"], "vocab_size=10 is less than the 300 tokens"),
         (["--architecture", "{data}/data.json"], "is no config.json of Transformers"),
         (["--data", "{tmp}/empty"], "cannot load the tokenizer"),

@@ -170,9 +170,7 @@ def read_text(path: Path) -> str:
 def write_json(path: Path, content: dict, indent: int = 2, default: Callable | None = None) -> None:
     """Writes a file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=indent, default=default) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=indent, default=default) + "\n")
 
 
 @contextlib.contextmanager

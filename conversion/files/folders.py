@@ -198,7 +198,7 @@ def replace_folder(new: Path, target: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """A file that a killed run leaves as it was, or new."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

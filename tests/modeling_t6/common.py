@@ -77,7 +77,7 @@ def train_step(model, ids: torch.Tensor, optimizer: torch.optim.Optimizer) -> fl
 def quick(implementation: str):
     """
     A context in which `flex_attention` runs as PyTorch's plain operations. Transformers compiles it with inductor, whose
-    C++ takes half a minute of a CPU: once is enough, in `test_attention_implementations_agree`.
+    C++ takes half a minute of a CPU.
     """
     interpreted = implementation == "flex_attention" and DEVICE == "cpu"
     return torch.compiler.set_stance("force_eager" if interpreted else "default")

@@ -94,7 +94,7 @@ def main() -> None:
     columns = ("bytes per token", "smaller", "perplexity", "KL, nats", "same choice", "found", "ms a step")
     print(table_head("rows", *columns))
     for name, kind in ROWS.items():
-        found = f"{score_all(model, kind, name, language, samples, args.batch_size)['exact']:.0%}" if samples else ""
+        found = f"{score_all(model, kind, name, language, samples, args.batch_size)['found']:.0%}" if samples else ""
         row = measure_windows(model, kind, name, windows, args.batch_size, model)
         size = bytes_per_token(model, kind, dtype)
         plain = bytes_per_token(model, "model", dtype)

@@ -44,6 +44,7 @@ if __name__ == "__main__":
     parse_args()  # help and mistakes are answered here, before imports that take seconds
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -112,7 +113,8 @@ def make_model(config, device: str):
 
 def make_attention(config, device: str, batch: int, length: int, compiled: bool):
     """One attention layer, and hidden states and positions for it."""
-    config = type(config)(**config.to_dict() | {"num_hidden_layers": 1})
+    config = copy.deepcopy(config)  # with its attention function, which is no field
+    config.num_hidden_layers = 1
     model = make_model(config, device)
     attention = model.model.layers[0].self_attn
     hidden = torch.randn(batch, length, config.hidden_size, device=device, dtype=torch.bfloat16)

@@ -10,6 +10,7 @@ from .evaluate.compressed import compare_retrieval, retrieval_samples
 from .evaluate.report import retrieval_table
 from .files.checkpoints import count_numbers
 from .files.companions import write_companions, write_generation_config
+from .files.errors import ConversionError
 from .files.folders import new_folder, temporary_folder
 from .files.space import check_space
 from .files.targets import check_target
@@ -120,6 +121,12 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
         write_report(folder, report)
         return f"{args.target}: {count_numbers(source.checkpoint):,} weights"
 
+    common, computed = loaded_dtype(source.plan, source.checkpoint, dtype), getattr(torch, args.compute_dtype)
+    if torch.promote_types(common, computed) != computed:
+        raise ConversionError(
+            f"--compute-dtype {args.compute_dtype} would round the result's weights, which are {str(common).removeprefix('torch.')}: "
+            f"expected a wider one, or --dtype {args.compute_dtype}"
+        )
     digests = text_digests | {"source": describe(source.path, source.files)}
     with working_folder(args, digests) as working:
         exact_folder = working / EXACT_MODEL
@@ -127,7 +134,6 @@ def write(args: argparse.Namespace, smaller: bool, inputs: dict[str, Path], fold
             check_space(folder, 2 * weights_nbytes(source, dtype))
             with stage("exact model"), new_folder(exact_folder) as new:
                 write_exact(args, source, dtype, rounded, new)
-        common = loaded_dtype(source.plan, source.checkpoint, dtype)
         rows = pipeline.make_smaller(
             args, source.folder, working, folder, texts, dtype=common, device=device, rounded=rounded
         )

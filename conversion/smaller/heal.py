@@ -341,5 +341,7 @@ def heal(
         trainer.add_callback(LossMustNotRise(measure))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache  # Trainer turns it off
+    for name in ("forward", "_original_forward"):  # accelerate's, under autocast
+        vars(model).pop(name, None)
     model.eval()
     return trainer.state.global_step

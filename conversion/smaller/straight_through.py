@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from modeling_t6 import T6ForCausalLM
+from modeling_t6 import T6ForCausalLM, heads_at_once_t6
 from modeling_t6.cache_t6 import CACHE_DTYPES, FactorLayout, T6DynamicLayer
 from modeling_t6.modeling_t6 import T6Attention
 from modeling_t6.quantized_rows_t6 import GROUP, LARGEST_A, quantize, rotate_features
@@ -77,8 +77,11 @@ def rounded_rows(model: T6ForCausalLM) -> Iterator[None]:
 
     for attention in attentions:
         attention.project = functools.partial(project, attention)
+    # Kernels that form heads at once would go past `project`.
+    at_once, heads_at_once_t6.AT_ONCE = heads_at_once_t6.AT_ONCE, heads_at_once_t6.AT_ONCE and not attentions
     try:
         yield
     finally:
+        heads_at_once_t6.AT_ONCE = at_once
         for attention in attentions:
             del attention.project

@@ -1,5 +1,6 @@
 """Smaller caches from the command line: the table, the files, healing, and going on after a kill."""
 
+import copy
 import json
 import math
 import os
@@ -261,6 +262,8 @@ REFUSED = {
     "dtype-without-ranks": (["--cache-dtype", "model"], "--calibration needs --k-rank"),
     "heal-without-ranks": (HEAL, "--calibration needs --k-rank"),
     "heal-without-steps": (["--k-rank", "1", *HEAL[:2]], "--heal and --heal-steps go together"),
+    "tokens-without-heal": (["--k-rank", "1", "--heal-tokens", "9"], "--heal-tokens needs --heal"),
+    "narrow-dtype": (["--k-rank", "1", "--compute-dtype", "bfloat16"], "would round the result's weights, which are float32"),
     "mean-pool-by-layer": (["--method", "mean-pool", "--cache-ratio", "2"], "one rank for all layers"),
     "no-text": (["--k-rank", "1", "--held-out", "nowhere.txt"], "nowhere.txt"),
     "empty-text": (["--k-rank", "1", "--held-out", "EMPTY"], "empty.txt is empty"),
@@ -279,6 +282,15 @@ def test_refused(more, message, folder, tmp_path, capsys):
     assert main(options(folder, tmp_path / "t6", *more)) == 1
     assert message in last_error(capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--method", "fit"), ("--device", "cuda:9"), ("--heal-tokens", "9"), ("--seed", "0")]
+)
+def test_options_of_a_smaller_cache(option, value, folder, tmp_path, capsys):
+    """Of an exact conversion they would do nothing."""
+    assert main(["hf", str(folder / "source"), str(tmp_path / "t6"), option, value]) == 1
+    assert f"{option} needs --k-rank, --v-rank or --cache-ratio" in last_error(capsys)
 
 
 def test_needs_calibration_and_a_tokenizer(folder, tmp_path, capsys):
@@ -352,7 +364,7 @@ def test_heals_on_some_tokens(folder, tmp_path):
 
 
 def test_defaults_of_methods():
-    words = ["hf", "SRC", "DST", "--k-rank", "1", "--calibration", "TEXT"]
+    words = ["hf", "SRC", "DST", "--k-rank", "1", "--calibration", "TEXT", *HEAL]
     for method, steps, rate in (("fit", 500, 1e-4), ("mean-pool", 0, 3e-4)):
         for optimizer, times in (("adamw", 1), ("muon", 3)):
             args = parse_args([*words, "--method", method, "--heal-optimizer", optimizer])
@@ -419,6 +431,22 @@ def test_a_rate_that_is_too_high_is_halved(folder, tmp_path, capsys, monkeypatch
     assert main(options(folder, tmp_path / "other", *more, "1e4")) == 1
     assert re.search("at a learning rate of 156.25 the loss is .*: lower --heal-learning-rate", last_error(capsys))
     assert rates[-1] == 1e4 / 64 and not (tmp_path / "other").exists()
+
+
+@pytest.mark.once
+def test_healed_in_half_precision(tmp_path, monkeypatch):
+    """As on a GPU. The model computes in its own precision again then."""
+    monkeypatch.setattr(heal, "TrainingArguments", lambda **options: TrainingArguments(**options | {"bf16": True}))
+    config = T6Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8
+    )
+    model, ids = T6ForCausalLM(config), torch.arange(4 * 16).view(4, 16)
+    options = {"steps": 1, "batch_size": 4, "optimizer": "adamw", "learning_rate": 1e-3, "device": "cpu"}
+    heal.heal(model, copy.deepcopy(model), ids, tmp_path / "checkpoints", **options)
+    model.save_pretrained(tmp_path / "t6")
+    with torch.no_grad():
+        expected = T6ForCausalLM.from_pretrained(tmp_path / "t6").eval()(ids).logits
+        assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.once

@@ -8,7 +8,7 @@ import torch
 from conversion.smaller.normed_heads import with_normed_heads
 from conversion.smaller.reconstruct import reconstruct
 from conversion.smaller.straight_through import as_read, rounded_rows
-from modeling_t6 import T6Cache
+from modeling_t6 import T6Cache, heads_at_once_t6
 from modeling_t6.cache_t6 import CACHE_DTYPES, CACHE_NAME, FactorLayout
 
 from ..common import exact_model, log_probabilities, random_ids
@@ -36,6 +36,26 @@ def test_reads_what_the_cache_holds(family, cache_dtype):
         found = log_probabilities(model, ids)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert torch.equal(log_probabilities(model, ids), whole)
+
+
+@torch.no_grad()
+def test_rounds_where_a_gpu_forms_heads_at_once(monkeypatch):
+    class Formed(Exception):
+        pass
+
+    def form(*args):
+        raise Formed
+
+    # Of a GPU all but that it is there.
+    monkeypatch.setattr(heads_at_once_t6, "_has_kernels", lambda hidden_states: heads_at_once_t6.AT_ONCE)
+    monkeypatch.setattr(heads_at_once_t6, "_form", form)
+    model, ids = with_normed_heads(exact_model("qwen3", "gqa")).float(), random_ids(3, 40)
+    model.config.cache_dtype = "int4"
+    with rounded_rows(model):
+        found = log_probabilities(model, ids)
+    torch.testing.assert_close(found, through_cache(model, ids), rtol=0, atol=1e-4)
+    with pytest.raises(Formed):
+        log_probabilities(model, ids)
 
 
 def test_gradient_is_that_of_what_went_in():

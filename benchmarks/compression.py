@@ -358,6 +358,7 @@ def train(args: argparse.Namespace) -> None:
     if trainer.is_world_process_zero():
         seconds = time.time() - start
         tokens = steps * args.batch_size * world * WINDOW
+        model.config.use_cache = True  # Trainer turns it off
         model.to(torch.bfloat16).save_pretrained(args.work / "llama")
         tokenizer.save_pretrained(args.work / "llama")
         facts = {
@@ -393,11 +394,15 @@ def convert(args: argparse.Namespace) -> None:
     """Every run in a process of its own, `--processes` at a time on each GPU."""
     facts = json.loads((args.work / "training.json").read_text())
     tokens = int(HEALED_PART * facts["tokens"])
-    parts = [getattr(args, name) or facts.get(name, 0.0) for name in ("retrieval_part", "repeated_part")]
+    given = [getattr(args, name) for name in ("retrieval_part", "repeated_part")]
+    parts = [
+        facts.get(name, 0.0) if part is None else part
+        for name, part in zip(("retrieval_part", "repeated_part"), given)
+    ]
     healing, calibration = args.work / "heal.txt", args.work / "heal.txt"
     if any(parts):
         healing, calibration = args.work / "heal.npy", args.work / "calibration.txt"
-        if not healing.exists():
+        if not healing.exists() or given != [None, None]:
             write_mix(args.work, facts["tokens"], *parts)
     steps = max(1, args.passes * tokens // (args.heal_windows * WINDOW))
     config = json.loads((args.work / "llama" / "config.json").read_text())
@@ -512,12 +517,14 @@ def plot(rows: dict[str, dict[str, dict]], source: dict, control: dict | None, p
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method, color in (("fit", "C0"), ("mean-pool", "C1")):
+    lines = sorted({(method, variant) for method, _, variant in map(read_name, rows)})
+    for index, line in enumerate(lines):
+        method, color = "-".join(filter(None, line)), "C0 C1 C3 C4 C5 C6 C7 C8 C9".split()[index % 9]
         for stage, style in (("compressed", "--"), ("healed", "-")):
             points = sorted(
                 (row[stage]["cache_bytes_per_token"], percent_above(source, row[stage]))
                 for name, row in rows.items()
-                if name.startswith(method)
+                if read_name(name)[::2] == line
             )
             axes.plot(*zip(*points), f"o{style}", color=color, label=f"{method}, {stage}") if points else None
     if control is not None:

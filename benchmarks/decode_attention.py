@@ -5,7 +5,7 @@ Attention of one decoding step on the CPU: factor space, K and V rebuilt from th
 
 All three get the same query and as many layers of cache as no processor cache holds, like the layers of a model.
 Factor space and cached MHA are timed in turns, so that their ratio holds whatever else the machine does. A second table
-times appending one token to each cache.
+times appending the rows of one token to T6Cache, and to a DynamicCache of as many numbers.
 """
 
 import argparse

@@ -111,6 +111,8 @@ POWER = 1e6  # of whole keys beside keys less their mean: the fit by power, as i
 HEALED_TOKENS = 20_000_000  # at most
 QUESTIONS = 1024  # different windows of questions in healing, at most: each takes a tokenizer some milliseconds
 COMPILED_MINUTES = 4  # of healing from which on layers are compiled, which takes one
+# Options of all results of a folder.
+SHARED = ("model", "text", "held_out", "lengths", "samples", "windows", "calibration_tokens", "reconstruct_steps")
 TRIES = 2  # of a process: several on one GPU met faults of it
 CACHE_DTYPES = (None, "float8_e4m3fn", "int4")
 # The method as it is, and with parts left out: options of `Study.smaller`.
@@ -121,6 +123,19 @@ METHODS = {
     "float8": {"cache_dtypes": ("float8_e4m3fn",)},
     "fit-only": {"cache_dtypes": (None,), "steps": 0},
 }
+
+
+def check_work(args: argparse.Namespace) -> None:
+    """Ends a call for another model than that of WORK, or with other options that all its results share."""
+    path, options = args.work / "options.json", {name: str(getattr(args, name)) for name in SHARED}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else options
+    for name, value in options.items():
+        if value != known[name]:
+            option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            sys.exit(
+                f"long_context.py: error: {args.work} has results with {option} {known[name]}, not {value}: expected another --work"
+            )
+    save(options, path)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -512,6 +527,7 @@ def print_table(args: argparse.Namespace) -> None:
 def main() -> None:
     start, args = time.time(), parse_args()
     result_of(args, "").parent.mkdir(parents=True, exist_ok=True)
+    check_work(args)
     lists = args.steps or [list(STEPS)]
     if any(not result_of(args, step).exists() for steps in lists for step in steps):
         prepare(args)

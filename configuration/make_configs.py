@@ -160,14 +160,14 @@ def count_parameters(config: PreTrainedConfig) -> int:
 def cache_numbers(config: PreTrainedConfig) -> tuple[int, int]:
     """Numbers to cache per token over all layers: those the architecture needs, and those that are stored."""
     if config.model_type == "t6":
-        layouts = factor_layouts(config, 0)
+        layouts = [layout for layer in range(config.num_hidden_layers) for layout in factor_layouts(config, layer)]
         needed = sum(layout.rank * (layout.num_heads + layout.head_dim) for layout in layouts)
-        stored = sum(layout.width for layout in layouts)
-    elif config.model_type == "deepseek_v3":
-        needed = stored = config.kv_lora_rank + config.qk_rope_head_dim
+        return needed, sum(layout.width for layout in layouts)
+    if config.model_type == "deepseek_v3":
+        numbers = config.kv_lora_rank + config.qk_rope_head_dim
     else:
-        needed = stored = 2 * config.num_key_value_heads * config.head_dim
-    return config.num_hidden_layers * needed, config.num_hidden_layers * stored
+        numbers = 2 * config.num_key_value_heads * config.head_dim
+    return (config.num_hidden_layers * numbers,) * 2
 
 
 def make_table() -> str:

@@ -152,7 +152,7 @@ def batch_size_of(args: argparse.Namespace, processes: int) -> int:
 
 def command_of(args: argparse.Namespace, name: str, minutes: float | None) -> list[str]:
     """That trains a model with `pretrain.py`, or goes on with it."""
-    folder, processes = folder_of(args, name), args.processes or torch.cuda.device_count() or 1
+    folder, processes = folder_of(args, name), 1 if args.cpu else args.processes or torch.cuda.device_count() or 1
     options = {"batch-size": batch_size_of(args, processes), "eval-steps": args.eval_steps}
     given = arguments_of(args, name) + as_words(options | {"save-steps": args.save_steps, "max-minutes": minutes})
     given += ["--cpu"] if args.cpu else []
@@ -232,12 +232,29 @@ def measure(args: argparse.Namespace, folder: Path, device: str) -> dict:
     held_out = score.main(["held-out", str(folder), "--data", str(args.data), *options])
     model, _ = evaluation.load_model(folder, torch.float32, device)
     language = find_language(evaluation.load_tokenizer(folder), model.config.vocab_size)
-    samples = evaluation.all_samples(language, list(TASK_NAMES), args.lengths or [length // 2, length], args.samples)
+    samples = evaluation.all_samples(language, list(TASK_NAMES), lengths_of(args), args.samples)
     found = evaluation.score_all(model, "model", folder.name, language, samples, batch_size)
     for one in found["scores"]:
         del one["log_probabilities"]
     numbers = cache_numbers(model.config)[1]
     return {"held_out": held_out, "retrieval": found, "cache_bytes_per_token": 2 * numbers}
+
+
+def lengths_of(args: argparse.Namespace) -> list[int]:
+    """Tokens of texts to find in."""
+    return args.lengths or [args.block_length // 2, args.block_length]
+
+
+def check_samples(args: argparse.Namespace, runs: dict[str, dict]) -> None:
+    """Raises an `InputError` if other texts are asked for than what models were measured by that are there."""
+    asked = args.samples, sorted(set(lengths_of(args)))
+    for name, facts in runs.items():
+        scores = facts.get("retrieval", {}).get("scores")
+        if scores and asked != (found := (scores[0]["count"], sorted({score["length"] for score in scores}))):
+            raise InputError(
+                f"--samples and --lengths ask for {asked[0]} texts of {asked[1]} tokens: expected {found[0]} of {found[1]}, as {args.results} "
+                f"has them of {name}"
+            )
 
 
 def facts_of(folder: Path) -> dict:
@@ -257,10 +274,17 @@ def run(args: argparse.Namespace, lock: int | None) -> dict:
     settings = {name: getattr(args, name) for name in SETTINGS} | {"set": dict(args.set)}
     results = open_results(args.results, "at_scale.py", {"settings": settings, "data": facts["sha256"]})
     results.setdefault("text", facts.get("kinds"))
+    if not args.no_measure:
+        check_samples(args, results["runs"])
     deadline = time.monotonic() + 60 * (math.inf if args.minutes is None else args.minutes)
     device = "cpu" if args.cpu else find_device(None)
     for name in args.models or MODELS:
         known, folder = results["runs"].get(name), folder_of(args, name)
+        rate = dict(args.learning_rates).get(name)
+        if known and rate not in (None, known["learning_rate"]):
+            raise InputError(
+                f"--learning-rates {name}={rate}: {args.results} has it with {known['learning_rate']}: expected another file"
+            )
         # What is not measured is, while there is a model.
         if known and ("held_out" in known or args.no_measure or not folder.is_dir()):
             continue

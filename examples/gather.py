@@ -69,7 +69,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder")
     parser.add_argument(
-        "--megabytes", type=number(float, 1e-6), default=1e6, metavar="X", help="of text of a kind, at most (all)"
+        "--megabytes",
+        type=number(float, 1e-6),
+        default=1e6,
+        metavar="X",
+        help="of text of a kind, and the rest of its last document, at most (all)",
     )
     parser.add_argument(
         "--part-megabytes", type=number(float, 1e-6), default=200, metavar="X", help="of text in a file (%(default)s)"

@@ -38,6 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.num_processes, args.rank = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "RANK"))
     if args.parallel and args.num_processes < 2:
         parser.error(f"--parallel {args.parallel} needs two processes or more: torchrun --nproc-per-node 2 ...")
+    if args.parallel and args.device:
+        parser.error("--device: with --parallel each process has a device of its own")
     if args.max_new_tokens < 2:
         parser.error(f"--max-new-tokens must be at least 2, got {args.max_new_tokens}")
     if not args.prompt:

@@ -117,7 +117,7 @@ def find_files(paths: list[tuple[str, Path]], suffixes: list[str]) -> Iterator[t
     """The kinds and files, and whether they were found in folders."""
     for kind, path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
+            inside = sorted(file for file in path.rglob("*") if file.name.endswith(tuple(suffixes)) and file.is_file())
             yield from ((kind, file, True) for file in inside)
         else:
             yield kind, path, False

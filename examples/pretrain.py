@@ -100,7 +100,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     logs.add_argument("--logging-steps", type=count, default=10, metavar="N", help="(%(default)s)")
     logs.add_argument("--report-to", nargs="+", default=["none"], metavar="NAME", help="wandb, tensorboard, ...")
     logs.add_argument("--run-name", metavar="NAME", help="what --report-to calls the run (OUTPUT_DIR's name)")
-    logs.add_argument("--max-minutes", type=number(float, 0), metavar="X", help="stop then, with a checkpoint")
+    logs.add_argument(
+        "--max-minutes",
+        type=number(float, 0),
+        metavar="X",
+        help="stop then, where LOGGING_STEPS end, with a checkpoint",
+    )
     logs.add_argument("--peak-tflops", type=number(float, 1e-9), metavar="X", help="of one device, for utilisation")
     add_folder_arguments(logs)
 
@@ -164,6 +169,8 @@ def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
     except (json.JSONDecodeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is no config.json of Transformers: {error!r}") from error
     given = dict(args.set)
+    if fixed := sorted({"dtype", "use_cache"} & set(given)):
+        raise InputError(f"--set {fixed[0]}: new models are trained in float32, and without a cache")
     model_type = given.pop("model_type", model_type)  # Qwen3 is Llama with QK norm
     if "hidden_size" in given:
         fields["intermediate_size"] = 8 * given["hidden_size"] // 3  # SwiGLU's, as in the paper
@@ -377,9 +384,10 @@ def runs_on_gpu(args: argparse.Namespace) -> bool:
     return torch.cuda.is_available() and not args.cpu
 
 
-def figures_of_log(log: list[dict]) -> dict:
-    """What the log of a run has to say of all of it: held-out losses at the end, the median speed, the most memory."""
-    steps = [entry for entry in log if "step_seconds" in entry]
+def figures_of_log(log: list[dict], first_step: int) -> dict:
+    """What the log of a run has to say: held-out losses at the end; the median speed and the most memory since it last went on."""
+    since = [entry for entry in log if entry["step"] > first_step]
+    steps = [entry for entry in since if "step_seconds" in entry]
     final = [entry for entry in log if "eval_loss_per_token" in entry][-1]
     return {
         **{name.removeprefix("eval_"): final[name] for name in final if name.startswith("eval_loss_per_")},
@@ -390,7 +398,7 @@ def figures_of_log(log: list[dict]) -> dict:
             for name in ("tokens_per_second", "step_seconds", "mfu")
             if any(name in entry for entry in steps)
         },
-        "memory_gib": max((entry.get("memory_gib", 0.0) for entry in log), default=0.0) or None,
+        "memory_gib": max((entry.get("memory_gib", 0.0) for entry in since), default=0.0) or None,
     }
 
 
@@ -441,6 +449,7 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         tokens_per_step=args.sequences_per_step * block_length,
     )
     clock.trainer = trainer
+    first_step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
     if trainer.is_world_process_zero():
         print(
             f"{args.architecture}: {parameters:,} parameters, {parameters - embedding:,} of them outside of the embedding; "
@@ -451,8 +460,7 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         if checkpoint is None:
             remove_checkpoints(args.checkpoint_dir)
         shutil.rmtree(partial_folder, ignore_errors=True)  # a killed run's, whose shards may be others
-        step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
-        cut_log(trainer.log_file, step)
+        cut_log(trainer.log_file, first_step)
         write_settings(args.checkpoint_dir, settings)
 
     def terminate(*_) -> None:
@@ -480,9 +488,11 @@ def pretrain(args: argparse.Namespace) -> dict | None:
         "non_embedding_parameters": parameters - embedding,
         "training_flops_per_token": flops,
         "tokens": num_windows * block_length,
-        **figures_of_log(read_log(args.checkpoint_dir)),
+        **figures_of_log(read_log(args.checkpoint_dir), first_step),
         "processes": training_args.world_size,
         "batch_size": args.batch_size,
+        "attention": model.config._attn_implementation,
+        "compiled": args.compile,
         "device": torch.cuda.get_device_name() if runs_on_gpu(args) else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,

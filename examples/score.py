@@ -401,7 +401,7 @@ def card(args: argparse.Namespace) -> dict:
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     with loading("model", args.model):
         model = lm_eval.models.huggingface.HFLM(
-            pretrained=args.model, device=device, batch_size=args.batch_size, dtype=args.dtype, prefix_token_id=start
+            pretrained=args.model, device=device, batch_size=args.batch_size, dtype=args.dtype
         )
     with TemporaryDirectory() as folder:
         tasks = []

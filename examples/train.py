@@ -247,11 +247,16 @@ def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
         given["q_rank"] = args.q_rank  # None has a meaning
     if unknown := [field for field, _ in args.set if field not in known]:
         raise InputError(f"T6Config has no field {', '.join(unknown)}")
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    if fixed := sorted({"vocab_size", *tokens, "dtype", "use_cache"} & set(dict(args.set))):
+        raise InputError(
+            f"--set {fixed[0]}: tokens are those of the tokenizer; new models are trained in float32, and without a cache"
+        )
     given.update(args.set)
     if "hidden_size" in given and "intermediate_size" not in given:
         fields.pop("intermediate_size", None)  # follows hidden_size
     given["vocab_size"] = len(tokenizer)
-    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for token in tokens:
         given[token] = getattr(tokenizer, token)
     try:
         return T6Config(**{**fields, **given})

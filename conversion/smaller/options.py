@@ -96,7 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heal-accumulation", type=positive(int), metavar="N", help=f"batches a step ({HEALING['heal_accumulation']})"
     )
     group.add_argument(
-        "--heal-tokens", type=positive(int), metavar="N", help="read of it, again and again if need be (all)"
+        "--heal-tokens",
+        type=positive(int),
+        metavar="N",
+        help="read of it, again and again if need be (all; questions take the place of a text's last quarter)",
     )
     group.add_argument(
         "--heal-optimizer", choices=("adamw", "muon"),

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from configuration import make_configs
+from modeling_t6 import T6Config
 from modeling_t6.cache_t6 import CACHE_NAME
 from tests.versions import once_but
 
@@ -216,6 +217,16 @@ def test_forward_pass_and_cache_of_one_layer(folder):
         assert 0 <= stored - needed <= (2 + 2) * 7  # each row of an A factor is padded by 7 numbers at most
     else:
         assert needed == stored
+
+
+def test_cache_of_ranks_by_layer():
+    config = T6Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8, k_rank=[2, 1], v_rank=[1, 3],
+        initializer_range=0.1,
+    )  # fmt: skip
+    layers = getattr(AutoModelForCausalLM.from_config(config)(torch.ones(1, 5, dtype=torch.long)), CACHE_NAME).layers
+    stored = sum(layer.keys.numel() + layer.values.numel() for layer in layers) / 5
+    assert make_configs.cache_numbers(config) == ((2 + 1 + 1 + 3) * (4 + 8), stored)
 
 
 def test_mistral_without_its_window_is_llama():

@@ -73,6 +73,12 @@ def test_run_and_report(data, in_this_process, tmp_path):
         assert f"| {facts['loss_per_token']:.4f} |" in text
         assert f"{facts['held_out']['256']['kinds']['all']['perplexity']:.3f} |" in text
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    for changed, message in (
+        (["--learning-rates", "T6=0.1"], "--learning-rates T6=0.1: .* has it with 0.01"),
+        (["--samples", "7"], r"--samples and --lengths ask for 7 texts of .* tokens: expected 1 of"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            at_scale.main(["run", *options, *COMMON, *changed])
     with pytest.raises(SystemExit, match="has tokens=4000, this command 5000: expected another --results"):
         at_scale.main(["run", *options, *COMMON, "--tokens", "5000"])
 

@@ -40,6 +40,24 @@ def test_steps_fit_into_the_time(at_first, later, most, long_context, monkeypatc
     assert [rate(state.global_step) for rate in scheduler.lr_lambdas] == [0.0, 0.0]
 
 
+def test_one_model_in_a_folder(long_context, tmp_path, monkeypatch):
+    """Results of another would stand beside its own."""
+    common = ["--text", "t", "--held-out", "h", "--work", str(tmp_path)]
+
+    def check(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["long_context.py", *words, *common])
+        long_context.check_work(long_context.parse_args())
+
+    check("first.gguf")
+    check("first.gguf", "--heal-minutes", "9")
+    for words, named in (
+        (["other.gguf"], "MODEL first.gguf, not other.gguf"),
+        (["first.gguf", "--samples", "96"], "--samples 24, not 96"),
+    ):
+        with pytest.raises(SystemExit, match=f"{named}: expected another --work"):
+            check(*words)
+
+
 def test_short_texts_are_read_as_one(long_context, tmp_path):
     texts = {"text": "t" * 70, "a": "a" * 20, "b": "b" * 20}
     files = {name: tmp_path / name for name in texts}

@@ -126,6 +126,13 @@ def test_prepare_deduplicates(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_endings_of_files(tmp_path):
+    for name in ("a.txt", "docs-0.jsonl.xz", "other.xz", "b.md"):
+        (tmp_path / name).touch()
+    found = [path.name for _, path, _ in prepare.find_files([("text", tmp_path)], [".txt", ".jsonl.xz"])]
+    assert found == ["a.txt", "docs-0.jsonl.xz"]
+
+
 @pytest.mark.parametrize("count, held_out", [(2, 1), (9, 1)])
 def test_prepare_of_few_files(count, held_out, tmp_path):
     """By default, one of them is held out."""
@@ -258,6 +265,7 @@ def test_attention_function(architecture, data, tmp_path):
     pretrain.main([*architecture, *RUN, *options, "--output-dir", str(tmp_path / "model")])
     assert masks["training"] == [None] * (6 * 2 * 2)  # steps, batches, layers
     assert masks["evaluation"]
+    assert json.loads((tmp_path / "model-checkpoints" / "training.json").read_text())["attention"] == "observed"
 
 
 @pytest.fixture
@@ -317,6 +325,18 @@ def test_flops(name):
         per_layer += 6 * ranks * config.num_attention_heads * config.head_dim
     # In some versions the angles of RoPE are a matrix product too, of 64 operations a token.
     assert throughput.training_flops(config, 256) == pytest.approx(6 * matrices + 3 * per_layer, rel=1e-5)
+
+
+def test_figures_of_a_run_that_went_on():
+    """On another machine, perhaps: its speed and memory are those of the last call."""
+    log = [
+        {"step": step, "step_seconds": 9.0 - step, "tokens_per_second": step, "memory_gib": 10 - step}
+        for step in range(1, 9)
+    ]
+    log.append({"step": 8, "eval_loss_per_token": 1.0, "eval_bits_per_byte": 2.0})
+    figures = pretrain.figures_of_log(log, 5)
+    assert (figures["step_seconds"], figures["tokens_per_second"], figures["memory_gib"]) == (2, 7, 4)
+    assert figures["loss_per_token"] == 1 and "step_seconds" not in pretrain.figures_of_log(log, 8)
 
 
 def test_recipe(monkeypatch):
@@ -633,6 +653,7 @@ def test_two_processes(run, data, tmp_path):
             r"t7: no such file or folder; configuration/ has deepseek-mla-large, .*, t6-xl-kvonly",
         ),
         (["--set", "heads=3"], "T6Config has no field heads"),
+        (["--set", "dtype=bfloat16"], "--set dtype: new models are trained in float32"),
         (["--set", "head_dim=7"], "no such architecture: .*even number of features"),
         (
             ["--architecture", "llama-mha-small", "--set", "num_attention_heads=4"],

@@ -268,6 +268,7 @@ def test_held_out_windows_predict_each_token_once(length):
         (["--text", "{text}", "--resume"], "--resume: there is no checkpoint in .*new-checkpoints"),
         (["--text", "{text}", "--head-dim", "7"], "no such architecture: .*even number of features"),
         (["--text", "{text}", "--set", "ranks=1"], "T6Config has no field ranks"),
+        (["--text", "{text}", "--set", "vocab_size=4096"], "--set vocab_size: tokens are those of the tokenizer"),
         (["--text", "{text}", "--config", "{tmp}/missing"], "cannot read .*missing"),
         (["--text", "{text}", "--config", "{text}"], "is not JSON"),
         (["--text", "{text}", "--config", "{tmp}/gpt2.json"], "does not describe a T6 model"),

@@ -394,15 +394,13 @@ def convert(args: argparse.Namespace) -> None:
     """Every run in a process of its own, `--processes` at a time on each GPU."""
     facts = json.loads((args.work / "training.json").read_text())
     tokens = int(HEALED_PART * facts["tokens"])
-    given = [getattr(args, name) for name in ("retrieval_part", "repeated_part")]
-    parts = [
-        facts.get(name, 0.0) if part is None else part
-        for name, part in zip(("retrieval_part", "repeated_part"), given)
-    ]
+    names = ("retrieval_part", "repeated_part")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    parts = [(facts | given).get(name, 0.0) for name in names]
     healing, calibration = args.work / "heal.txt", args.work / "heal.txt"
     if any(parts):
         healing, calibration = args.work / "heal.npy", args.work / "calibration.txt"
-        if not healing.exists() or given != [None, None]:
+        if given or not healing.exists():
             write_mix(args.work, facts["tokens"], *parts)
     steps = max(1, args.passes * tokens // (args.heal_windows * WINDOW))
     config = json.loads((args.work / "llama" / "config.json").read_text())

@@ -152,14 +152,15 @@ def batch_size_of(args: argparse.Namespace, processes: int) -> int:
 
 def command_of(args: argparse.Namespace, name: str, minutes: float | None) -> list[str]:
     """That trains a model with `pretrain.py`, or goes on with it."""
-    folder, processes = folder_of(args, name), 1 if args.cpu else args.processes or torch.cuda.device_count() or 1
+    folder, on_gpus = folder_of(args, name), torch.cuda.is_available() and not args.cpu
+    processes = (args.processes or torch.cuda.device_count()) if on_gpus else 1
     options = {"batch-size": batch_size_of(args, processes), "eval-steps": args.eval_steps}
     given = arguments_of(args, name) + as_words(options | {"save-steps": args.save_steps, "max-minutes": minutes})
     given += ["--cpu"] if args.cpu else []
     given += [] if args.no_compile else ["--compile"]
     given += ["--resume"] if last_checkpoint(checkpoints_of(folder)) else []
     script = [str(Path(__file__).with_name("pretrain.py")), *given]
-    if args.cpu or not torch.cuda.is_available():
+    if not on_gpus:
         return [sys.executable, *script]
     # By this machine's name, which its network may not know, processes would wait for each other in vain.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
@@ -245,8 +246,16 @@ def lengths_of(args: argparse.Namespace) -> list[int]:
     return args.lengths or [args.block_length // 2, args.block_length]
 
 
-def check_samples(args: argparse.Namespace, runs: dict[str, dict]) -> None:
-    """Raises an `InputError` if other texts are asked for than what models were measured by that are there."""
+def check_results(args: argparse.Namespace, runs: dict[str, dict]) -> None:
+    """Raises an `InputError` if another rate is asked for than that of a model that is there, or other texts than it was measured by."""
+    for name in runs.keys() & set(args.models or MODELS) & set(dict(args.learning_rates)):
+        rate, known = dict(args.learning_rates)[name], runs[name]["learning_rate"]
+        if rate != known:
+            raise InputError(
+                f"--learning-rates {name}={rate}: {args.results} has it with {known}: expected another file"
+            )
+    if args.no_measure:
+        return
     asked = args.samples, sorted(set(lengths_of(args)))
     for name, facts in runs.items():
         scores = facts.get("retrieval", {}).get("scores")
@@ -274,17 +283,11 @@ def run(args: argparse.Namespace, lock: int | None) -> dict:
     settings = {name: getattr(args, name) for name in SETTINGS} | {"set": dict(args.set)}
     results = open_results(args.results, "at_scale.py", {"settings": settings, "data": facts["sha256"]})
     results.setdefault("text", facts.get("kinds"))
-    if not args.no_measure:
-        check_samples(args, results["runs"])
+    check_results(args, results["runs"])
     deadline = time.monotonic() + 60 * (math.inf if args.minutes is None else args.minutes)
     device = "cpu" if args.cpu else find_device(None)
     for name in args.models or MODELS:
         known, folder = results["runs"].get(name), folder_of(args, name)
-        rate = dict(args.learning_rates).get(name)
-        if known and rate not in (None, known["learning_rate"]):
-            raise InputError(
-                f"--learning-rates {name}={rate}: {args.results} has it with {known['learning_rate']}: expected another file"
-            )
         # What is not measured is, while there is a model.
         if known and ("held_out" in known or args.no_measure or not folder.is_dir()):
             continue

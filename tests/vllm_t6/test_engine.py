@@ -156,11 +156,11 @@ def serve_in_two_processes(folders: list[Path], prompts: list[torch.Tensor], **s
 
 def test_tensor_parallelism(tmp_path, processes):
     """Two processes share the heads, over gloo."""
-    folders = [tmp_path / name for name in ("plain", "kv_only")]
+    folders = [tmp_path / name for name in ("plain", "constant_a")]
     # Constant A of keys and values is split by columns, all other projections by rows.
     models = [
-        make_model(folder.name, folder, num_attention_heads=6, noncontextual_a=folder.name == "kv_only")
-        for folder in folders
+        make_model("plain", folders[0], num_attention_heads=6),
+        make_model("kv_only", folders[1], num_attention_heads=6, noncontextual_a=True),
     ]
     prompts = random_prompts()
     asked = processes.submit(serve_in_two_processes, folders, prompts, tensor_parallel_size=2)
